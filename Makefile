@@ -1,0 +1,48 @@
+# Four commands: make quickstart, make test, make lint, make bench. The gpu-* ones are the same on an accelerator.
+# PY names another interpreter (one that has the dependencies) and skips the setup: make gpu-test PY=python3
+SHELL := /bin/sh
+VENV_PY := .venv/bin/python
+PY ?= $(VENV_PY)
+DATA ?=
+RUN ?= runs/quickstart
+JSON ?= build/artifacts/bench
+export TOKENIZERS_PARALLELISM ?= false
+
+ifeq ($(PY),$(VENV_PY))
+RUN_ENV := .venv/.run-ready
+DEV_ENV := .venv/.dev-ready
+endif
+
+.PHONY: quickstart test lint bench gpu-test gpu-bench clean
+quickstart: $(RUN_ENV)
+	$(PY) -m experiments.quickstart --run $(RUN) $(if $(DATA),--data "$(DATA)")
+
+test: $(DEV_ENV)
+	$(PY) -m pytest -n 2 --dist worksteal
+	$(PY) -m pytest --jaxtyping-packages=purelm.ops,purelm.models,beartype.beartype tests/ops tests/models -m "not compile" -n 2
+
+lint: $(DEV_ENV)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: $(DEV_ENV)
+	mkdir -p $(JSON)
+	$(PY) -m experiments.bench.all --json $(JSON) $(if $(DATA),--data "$(DATA)")
+
+gpu-test: $(DEV_ENV)
+	$(PY) -m pytest tests/gpu
+
+gpu-bench: $(DEV_ENV)
+	mkdir -p $(JSON)
+	$(PY) -m experiments.bench.all --device cuda --json $(JSON)
+
+clean:
+	rm -rf build/artifacts build/lib purelm.egg-info .mypy_cache .ruff_cache
+
+.venv/.run-ready: pyproject.toml constraints.txt tools/setup_env.sh
+	./tools/setup_env.sh fast,run
+	touch $@
+
+.venv/.dev-ready: pyproject.toml constraints.txt tools/setup_env.sh
+	./tools/setup_env.sh dev
+	touch $@ .venv/.run-ready
