@@ -1,0 +1,219 @@
+"""Trees of tensors: nested dicts, lists, tuples and NamedTuples, over optree.
+
+Dict keys are visited in sorted order. None is an absent leaf: it is kept where it stands and has no leaves.
+Nothing here changes its arguments; tensors that need no change are returned as they are, not copied.
+Inside torch.compile the same walks run in plain Python (`_tree_traced`): traced twice as fast as optree's.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from purelm import _tree_traced
+
+Tree = Any
+TreeDef = Any  # compared with ==; an optree.PyTreeSpec, or _tree_traced.Structure inside torch.compile
+
+__all__ = [
+    "Tree",
+    "TreeDef",
+    "all_finite",
+    "cast",
+    "combine",
+    "flatten",
+    "global_norm",
+    "leaves",
+    "map",
+    "map_with_path",
+    "n_bytes",
+    "n_params",
+    "partition",
+    "paths",
+    "ravel",
+    "structure",
+    "to",
+    "unflatten",
+    "zeros_like",
+]
+
+
+def flatten(tree: Tree) -> tuple[list[Any], TreeDef]:
+    """The leaves in order, and the structure that `unflatten` needs to rebuild the tree.
+
+    >>> flatten({"b": 2, "a": [1, None]})[0]
+    [1, 2]
+    """
+    if torch.compiler.is_compiling():
+        return _tree_traced.flatten(tree)
+    return optree.tree_flatten(tree)
+
+
+def unflatten(treedef: TreeDef, leaves: Iterable[Any]) -> Tree:
+    """The tree of structure `treedef` with these leaves; ValueError when their number is another."""
+    if isinstance(treedef, _tree_traced.Structure):
+        return _tree_traced.unflatten(treedef, list(leaves))
+    return optree.tree_unflatten(treedef, leaves)
+
+
+def structure(tree: Tree) -> TreeDef:
+    """The structure of the tree without its leaves; equal (==) for trees of equal form."""
+    return flatten(tree)[1]
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """The leaves in order."""
+    if torch.compiler.is_compiling():
+        return _tree_traced.flatten(tree)[0]
+    return optree.tree_leaves(tree)
+
+
+def paths(tree: Tree) -> list[str]:
+    """The path of each leaf: dict keys, list indices and NamedTuple fields joined by dots.
+
+    >>> paths({"layers": [{"ln1": {"weight": 1}}], "bias": 2})
+    ['bias', 'layers.0.ln1.weight']
+    """
+    found: list[str] = []
+    _tree_traced.walk(lambda path, leaf: found.append(path), "", tree, ())
+    return found
+
+
+def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """f(leaf, *leaves of rest) at each leaf of `tree`, in a tree of the same structure.
+
+    A tree of `rest` may go deeper than `tree`: f then gets what stands there where `tree` has a leaf (None
+    included: so absent gradients reach f). Any other difference of form is a ValueError with the path.
+
+    >>> map(lambda a, b: a + b, {"w": 1, "b": None}, {"w": 10, "b": None})
+    {'w': 11, 'b': None}
+    """
+    if torch.compiler.is_compiling():
+        return _tree_traced.walk(lambda path, *xs: f(*xs), "", tree, rest)
+    flat, treedef = optree.tree_flatten(tree)
+    if not rest:
+        return treedef.unflatten([f(x) for x in flat])
+    try:
+        columns = [treedef.flatten_up_to(r) for r in rest]
+    except ValueError:
+        _tree_traced.walk(lambda path, *xs: None, "", tree, rest)  # the same check; it names the path
+        raise
+    return treedef.unflatten([f(*xs) for xs in zip(flat, *columns, strict=True)])
+
+
+def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """f(path, leaf, *leaves of rest) at each leaf of `tree`; otherwise as `map`.
+
+    >>> map_with_path(lambda path, x: path, {"layers": [1, 2]})
+    {'layers': ['layers.0', 'layers.1']}
+    """
+    return _tree_traced.walk(f, "", tree, rest)
+
+
+def partition(predicate: Callable[[str, Any], bool], tree: Tree) -> tuple[Tree, Tree]:
+    """(yes, no): two trees of the same form; predicate(path, leaf) says which has the leaf, the other has None.
+
+    `combine(yes, no)` is the tree again.
+
+    >>> partition(lambda path, x: path.endswith("weight"), {"weight": 1, "bias": 2})
+    ({'weight': 1, 'bias': None}, {'weight': None, 'bias': 2})
+    """
+    chosen = map_with_path(lambda path, x: bool(predicate(path, x)), tree)
+    yes = map(lambda x, c: x if c else None, tree, chosen)
+    no = map(lambda x, c: None if c else x, tree, chosen)
+    return yes, no
+
+
+def combine(*trees: Tree) -> Tree:
+    """The tree that has, at each place, the one leaf that is not None among `trees`.
+
+    None where all are None. ValueError with the path where two trees both have a leaf, or where forms differ.
+    """
+    if not trees:
+        raise ValueError("combine: no tree given; one or more are needed")
+    result = trees[0]
+    for other in trees[1:]:
+        result = _tree_traced.merge("", result, other)
+    return result
+
+
+def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
+    """All leaves as one new 1-D tensor, and the function that cuts such a tensor back into the tree.
+
+    Leaves of several floating dtypes are promoted to their common dtype, which is exact, and `unravel` restores
+    each leaf's own. Mixing floating with other dtypes would not be exact: ValueError.
+    `unravel` returns views of its argument where the dtype needs no change; another size is a ValueError.
+    """
+    flat, treedef = flatten(tree)
+    # Not the treedef itself: an index at each leaf can be mapped over inside torch.compile too.
+    index_tree = unflatten(treedef, range(len(flat)))
+    shapes = [x.shape for x in flat]
+    dtypes = [x.dtype for x in flat]
+    sizes = [x.numel() for x in flat]
+    common = dtypes[0] if dtypes else torch.float32
+    for path, dtype in zip(paths(tree), dtypes, strict=True):
+        if dtype != common and not (dtype.is_floating_point and common.is_floating_point):
+            raise ValueError(
+                f"ravel: leaf {path!r} has dtype {dtype}, others have {common}; "
+                "only floating dtypes can be mixed (partition the tree first)"
+            )
+        common = torch.promote_types(common, dtype)
+    total = sum(sizes)
+    vector = torch.cat([x.reshape(-1).to(common) for x in flat]) if flat else torch.zeros(0)
+
+    def unravel(vector: Tensor) -> Tree:
+        if vector.shape != (total,):
+            raise ValueError(f"unravel: vector has shape {tuple(vector.shape)}, the tree needs ({total},)")
+        pieces = torch.split(vector, sizes) if sizes else ()
+        return map(lambda i: pieces[i].reshape(shapes[i]).to(dtypes[i]), index_tree)
+
+    return vector, unravel
+
+
+def cast(tree: Tree, dtype: torch.dtype) -> Tree:
+    """Floating leaves in `dtype`; integers, booleans and what is no tensor stay as they are."""
+    return map(lambda x: x.to(dtype) if is_floating(x) else x, tree)
+
+
+def to(tree: Tree, device: torch.device | str) -> Tree:
+    """Each tensor on `device`; what is no tensor stays as it is."""
+    return map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
+
+
+def zeros_like(tree: Tree) -> Tree:
+    """Zeros of each tensor's shape, dtype and device."""
+    return map(torch.zeros_like, tree)
+
+
+def global_norm(tree: Tree) -> Tensor:
+    """sqrt(sum of squares) over the floating leaves, 0-d; accumulated in fp32 (fp64 if a leaf is fp64)."""
+    floats = [x for x in leaves(tree) if is_floating(x)]
+    if not floats:
+        return torch.zeros(())
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in floats) else torch.float32
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x, dtype=dtype) for x in floats]))
+
+
+def all_finite(tree: Tree) -> Tensor:
+    """0-d bool tensor: no floating leaf holds inf or nan."""
+    floats = [x for x in leaves(tree) if is_floating(x)]
+    if not floats:
+        return torch.ones((), dtype=torch.bool)
+    return torch.stack([torch.isfinite(x).all() for x in floats]).all()
+
+
+def n_params(tree: Tree) -> int:
+    """Number of elements over all tensors."""
+    return sum(x.numel() for x in leaves(tree) if isinstance(x, Tensor))
+
+
+def n_bytes(tree: Tree) -> int:
+    """Bytes of the elements of all tensors; one that stands in two places counts twice."""
+    return sum(x.numel() * x.element_size() for x in leaves(tree) if isinstance(x, Tensor))
+
+
+def is_floating(x: Any) -> bool:
+    """Whether x is a tensor of a floating dtype: what gradients and casts apply to."""
+    return isinstance(x, Tensor) and x.dtype.is_floating_point
