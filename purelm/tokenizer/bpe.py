@@ -1,0 +1,134 @@
+"""The tokenizer as a value: BPE(vocab, merges, special_tokens, pattern), and `make`, which checks one.
+
+Byte-level byte-pair encoding: a text is cut into pieces by `pattern`, a piece starts as its UTF-8 bytes, and as long as
+two neighbours are a listed merge, the one that comes first in `merges` (the leftmost of equals) is applied. Merge order
+and ids are separate: ids may be in any order (specials first, gaps, ...).
+
+Sennrich et al. 2016 (BPE for translation); Radford et al. 2019, section 2.2 (on bytes).
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from purelm.tokenizer.patterns import resolve
+
+
+@dataclass(frozen=True, eq=False)
+class BPE:
+    """A trained tokenizer. Build it by `make`, `train` or `load`, which check it; never change its vocab in place."""
+
+    vocab: dict[int, bytes]  # id -> bytes, special tokens included; bytes are unique, ids may have gaps
+    merges: tuple[tuple[bytes, bytes], ...]  # by rank: the earlier is applied first
+    special_tokens: tuple[str, ...]  # cut out of the text before `pattern` applies; each is in the vocab as UTF-8
+    pattern: str  # the pre-tokenizer's regular expression (`regex` syntax)
+    # True: a piece that is itself a token is that token whatever the merges say, and a run of merges with one and
+    # the same result shares its rank. What tiktoken does, and the flag of this name in Hugging Face's files. It makes
+    # no difference where each token is what the merges make of its own bytes, as in every trained vocabulary.
+    ignore_merges: bool = False
+
+
+def make(
+    vocab: Mapping[int, bytes],
+    merges: Iterable[tuple[bytes, bytes]],
+    special_tokens: Sequence[str] | Mapping[str, int] = (),
+    pattern: str = "gpt2",
+    *,
+    ignore_merges: bool = False,
+) -> BPE:
+    """A checked BPE; special tokens that the vocab lacks are appended with the next ids.
+
+    special_tokens: names, or a mapping from name to id where the ids are fixed from outside. pattern: a name of
+    `purelm.tokenizer.patterns` or a regex. Raises ValueError that names the first thing that is wrong: an id that is
+    no id, bytes that two ids share, one of the 256 single bytes missing, a merge listed twice, or one of whose parts
+    or result is not in the vocab.
+
+    >>> bpe = make({i: bytes([i]) for i in range(256)} | {256: b"hi"}, [(b"h", b"i")], ["<|endoftext|>"])
+    >>> bpe.vocab[257], vocab_size(bpe)
+    (b'<|endoftext|>', 258)
+    """
+    vocab = dict(vocab)
+    ids: dict[bytes, int] = {}
+    for token_id, token in vocab.items():
+        _check_entry(token_id, token)
+        if token in ids:
+            raise ValueError(f"vocab: ids {ids[token]} and {token_id} are both {token!r}; a token has one id")
+        ids[token] = token_id
+    special_tokens = _add_specials(vocab, ids, special_tokens)
+    missing = [value for value in range(256) if bytes([value]) not in ids]
+    if missing:
+        raise ValueError(
+            f"vocab: {len(missing)} of the 256 single bytes are missing, the first is {bytes(missing[:1])!r}; "
+            "without them some texts have no encoding"
+        )
+    merges = tuple((bytes(left), bytes(right)) for left, right in merges)
+    seen: dict[tuple[bytes, bytes], int] = {}
+    for rank, pair in enumerate(merges):
+        if pair in seen:
+            raise ValueError(f"merges: {pair} is listed twice, as merge {seen[pair]} and merge {rank}")
+        seen[pair] = rank
+        for part, name in ((pair[0], "left part"), (pair[1], "right part"), (pair[0] + pair[1], "result")):
+            if part not in ids:
+                raise ValueError(f"merges: the {name} of merge {rank}, {pair}, is not in the vocab: {part!r}")
+    return BPE(vocab, merges, special_tokens, resolve(pattern), bool(ignore_merges))
+
+
+def _check_entry(token_id, token) -> None:
+    if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool) or not 0 <= token_id < 2**31:
+        raise ValueError(f"vocab: the id {token_id!r} is not an int in [0, 2**31)")
+    if not isinstance(token, bytes) or not token:
+        raise ValueError(f"vocab: id {token_id} is {token!r}; a token is bytes and not empty")
+
+
+def _add_specials(vocab: dict[int, bytes], ids: dict[bytes, int], special_tokens) -> tuple[str, ...]:
+    """Append to vocab and ids (both local to the caller) what is missing; the names in order."""
+    if isinstance(special_tokens, str):
+        raise ValueError(f"special_tokens is the string {special_tokens!r}; give a sequence of strings")
+    fixed = special_tokens if isinstance(special_tokens, Mapping) else {}
+    names = tuple(special_tokens)
+    seen: set[str] = set()
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"special_tokens: {name!r} is not a string of at least one character")
+        if name in seen:
+            raise ValueError(f"special_tokens: {name!r} is listed twice")
+        seen.add(name)
+        lone = _LONE_SURROGATE.search(name)
+        if lone:
+            raise ValueError(f"special_tokens: {name!r} holds a lone surrogate, which UTF-8 cannot hold")
+        token = name.encode("utf-8")
+        token_id = fixed.get(name)
+        if token_id is None:
+            token_id = ids.get(token, max(vocab, default=-1) + 1)
+        _check_entry(token_id, token)
+        if ids.get(token, token_id) != token_id:
+            raise ValueError(f"special_tokens: {name!r} is to have id {token_id}, but the vocab has it as {ids[token]}")
+        if vocab.get(token_id, token) != token:
+            raise ValueError(f"special_tokens: {name!r} is to have id {token_id}, which is {vocab[token_id]!r}")
+        vocab[token_id] = token
+        ids[token] = token_id
+    return names
+
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def with_special_tokens(bpe: BPE, special_tokens: Sequence[str] | Mapping[str, int]) -> BPE:
+    """`bpe` with more special tokens; those that the vocab lacks are appended with the next ids."""
+    old = {name: None for name in bpe.special_tokens}
+    new = special_tokens if isinstance(special_tokens, Mapping) else {name: None for name in special_tokens}
+    vocab = dict(bpe.vocab)
+    names = _add_specials(vocab, {token: token_id for token_id, token in vocab.items()}, {**old, **new})
+    return BPE(vocab, bpe.merges, names, bpe.pattern, bpe.ignore_merges)
+
+
+def vocab_size(bpe: BPE) -> int:
+    """The number of rows that an embedding table needs: largest id + 1 (ids may have gaps)."""
+    return max(bpe.vocab) + 1
+
+
+def token_dtype(bpe: BPE) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds every id."""
+    return np.dtype(np.uint16 if vocab_size(bpe) <= 2**16 else np.uint32)
