@@ -6,7 +6,20 @@ Oracle: sys.modules and -X importtime of a fresh interpreter.
 import subprocess
 import sys
 
-HEAVY = ("triton", "datasets", "transformers", "numba", "matplotlib", "tyro", "rich", "tiktoken", "tokenizers", "jax", "zstandard", "pandas")
+HEAVY = (
+    "triton",
+    "datasets",
+    "transformers",
+    "numba",
+    "matplotlib",
+    "tyro",
+    "rich",
+    "tiktoken",
+    "tokenizers",
+    "jax",
+    "zstandard",
+    "pandas",
+)
 EVERYTHING = (
     "import purelm, purelm.tree, purelm.random, purelm.transforms, purelm.ops, purelm.models.transformer, purelm.optim, "
     "purelm.train, purelm.checkpoint, purelm.track, purelm.generate, purelm.tokenizer, purelm.data, purelm.accounting, "

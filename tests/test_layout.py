@@ -26,7 +26,9 @@ def run(*args, cwd, **kw):
 def project(tmp_path_factory):
     """A copy of the tracked files with a probe in kernels/ and in dist/."""
     copy = tmp_path_factory.mktemp("layout") / "project"
-    ignore = shutil.ignore_patterns(".git", ".venv", "runs", "artifacts", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+    ignore = shutil.ignore_patterns(
+        ".git", ".venv", "runs", "artifacts", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
+    )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignore)
     for folder in ("kernels", "dist"):
         (copy / folder / "probe.py").write_text(PROBE)
@@ -46,13 +48,28 @@ def test_gitignore_does_not_hide_source():
 
 
 def test_import_from_the_checkout(project):
-    out = run(sys.executable, "-c", "import purelm.kernels.probe as k, purelm.dist.probe as d; print(k.answer() + d.answer())", cwd=project)
+    out = run(
+        sys.executable,
+        "-c",
+        "import purelm.kernels.probe as k, purelm.dist.probe as d; print(k.answer() + d.answer())",
+        cwd=project,
+    )
     assert out.strip() == "84"
 
 
 def test_wheel_maps_both_folders(project, tmp_path):
     run(
-        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ".", cwd=project
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        tmp_path,
+        ".",
+        cwd=project,
     )
     (wheel,) = tmp_path.glob("purelm-*.whl")
     names = zipfile.ZipFile(wheel).namelist()

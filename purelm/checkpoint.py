@@ -1,0 +1,271 @@
+"""Checkpoints: a folder `step-00001000/` of safetensors files and a manifest, complete or not there at all.
+
+    save(root, step, {"params": params, "opt_state": opt_state}, meta={"config": ...})
+    trees, meta = load(root, like={"params": params})
+
+A checkpoint is written beside its final place, flushed to disk and renamed, so a kill at any instant leaves the
+previous one loadable. The manifest holds each file's size and SHA-256: a flipped byte is named, never trained on.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from purelm import tree
+
+__all__ = ["latest", "load", "read_manifest", "save", "steps"]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
+
+
+def _folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk, so that a rename never outruns the data."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _skeleton(node: Any) -> Any:
+    """The tree's shape as JSON: {"dict": {...}}, {"list": [...]}, {"tuple": [...]}, None or "leaf"."""
+    if node is None:
+        return None
+    if isinstance(node, Mapping):
+        return {"dict": {k: _skeleton(v) for k, v in node.items()}}
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return {"dict": {k: _skeleton(v) for k, v in zip(node._fields, node, strict=True)}}
+    if isinstance(node, tuple | list):
+        return {"list" if isinstance(node, list) else "tuple": [_skeleton(v) for v in node]}
+    return "leaf"
+
+
+def _rebuild(skeleton: Any, tensors: Mapping[str, Tensor], path: str) -> Any:
+    if skeleton is None:
+        return None
+    if skeleton == "leaf":
+        return tensors[path]
+    ((kind, children),) = skeleton.items()
+    join = (lambda k: f"{path}.{k}") if path else str
+    if kind == "dict":
+        return {k: _rebuild(v, tensors, join(k)) for k, v in children.items()}
+    built = [_rebuild(v, tensors, join(i)) for i, v in enumerate(children)]
+    return built if kind == "list" else tuple(built)
+
+
+def _storable(leaves: list[Tensor]) -> list[Tensor]:
+    """Contiguous CPU tensors that share memory with nothing (safetensors refuses aliases), copied only if needed."""
+    out, seen = [], set()
+    for leaf in leaves:
+        x = leaf.detach().to("cpu").contiguous()
+        storage = x.untyped_storage()
+        if storage.nbytes() != x.nbytes or storage.data_ptr() in seen:
+            x = x.clone()
+        seen.add(x.untyped_storage().data_ptr())
+        out.append(x)
+    return out
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest's content but for the seal itself."""
+    content = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint, its manifest first: what a kill leaves behind then no longer counts as complete."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def steps(root: str | Path) -> list[int]:
+    """Steps of the complete checkpoints under `root`, ascending; an interrupted save is not among them."""
+    found = set()
+    if Path(root).is_dir():
+        for entry in Path(root).iterdir():
+            match = _NAME.fullmatch(entry.name)
+            if match and (entry / MANIFEST).is_file():
+                found.add(int(match[1]))
+    return sorted(found)
+
+
+def latest(root: str | Path) -> int | None:
+    """The newest complete checkpoint's step, or None."""
+    found = steps(root)
+    return found[-1] if found else None
+
+
+def save(
+    root: str | Path,
+    step: int,
+    trees: Mapping[str, Any],
+    *,
+    meta: Mapping[str, Any] | None = None,
+    keep_last: int | None = None,
+) -> Path:
+    """Write `root/step-XXXXXXXX/` with one NAME.safetensors per entry of `trees`, and return its path.
+
+    Args:
+        trees: name -> tree of tensors, e.g. {"params": ..., "opt_state": ...}; NamedTuples are stored by field name.
+        meta: JSON values for the manifest: config, key, position in the data.
+        keep_last: afterwards delete all but this many newest checkpoints; None keeps all.
+
+    The order is: write files under a temporary name, flush, write the manifest last, flush, rename, flush the parent.
+    A checkpoint of the same step is replaced: the old one keeps its data under `.replaced` until the new one stands.
+    """
+    if keep_last is not None and keep_last < 1:
+        raise ValueError(f"keep_last must be at least 1 or None, got {keep_last}")
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    for entry in root.glob(".tmp-step-*"):  # left by a killed save
+        shutil.rmtree(entry, ignore_errors=True)
+    final = _folder(root, step)
+    temporary = root / f".tmp-step-{step:08d}-{os.getpid()}"
+    temporary.mkdir()
+    files = {}
+    for name, value in trees.items():
+        path = temporary / f"{name}.safetensors"
+        tensors = dict(zip(tree.paths(value), _storable(tree.leaves(value)), strict=True))
+        save_file(tensors, path)
+        _sync(path)
+        files[name] = {
+            "file": path.name,
+            "bytes": path.stat().st_size,
+            "sha256": _sha256(path),
+            "tree": _skeleton(value),
+        }
+    manifest = {"format": FORMAT, "step": step, "torch": torch.__version__, "files": files, "meta": dict(meta or {})}
+    manifest["sha256"] = _seal(manifest)
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _sync(temporary / MANIFEST)
+    _sync(temporary)
+    replaced = final.with_name(final.name + ".replaced")
+    if final.exists():
+        _remove(replaced)
+        os.rename(final, replaced)
+    os.rename(temporary, final)
+    _sync(root)
+    _remove(replaced)
+    if keep_last is not None:
+        for old in steps(root)[:-keep_last]:
+            _remove(_folder(root, old))
+    return final
+
+
+def _locate(root: Path, step: int | None) -> Path:
+    """The folder of a checkpoint: `root` may be the folder of checkpoints or one checkpoint itself."""
+    if step is None and (root / MANIFEST).is_file():
+        return root
+    if step is None:
+        step = latest(root)
+        if step is None:
+            raise ValueError(f"{root}: no complete checkpoint here (looked for step-*/{MANIFEST})")
+    for folder in (_folder(root, step), _folder(root, step).with_name(_folder(root, step).name + ".replaced")):
+        if (folder / MANIFEST).is_file():
+            return folder
+    raise ValueError(f"{root}: no checkpoint of step {step}; there are {steps(root) or 'none'}")
+
+
+def read_manifest(root: str | Path, step: int | None = None) -> dict[str, Any]:
+    """The manifest of the newest (or the given) checkpoint: format, step, files, meta."""
+    path = _locate(Path(root), step) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not a readable manifest ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        given = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ValueError(f"{path}: format {given!r}; this version reads {FORMAT}")
+    if manifest.get("sha256") != _seal(manifest):
+        raise ValueError(f"{path}: its own SHA-256 does not match: the file was changed or damaged")
+    return manifest
+
+
+def _read(path: Path, entry: Mapping[str, Any], device: str | torch.device) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path}: missing, though the manifest lists it")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise ValueError(f"{path}: {size} bytes, the manifest says {entry['bytes']}: truncated or overwritten")
+    if _sha256(path) != entry["sha256"]:
+        raise ValueError(f"{path}: SHA-256 differs from the manifest: the file was changed or damaged")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+
+
+def _mismatch(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+    for key in sorted(stored.keys() | wanted.keys()):
+        if key not in wanted:
+            return f"{path}: holds {key} {tuple(stored[key].shape)}, which the given config does not have"
+        if key not in stored:
+            return f"{path}: lacks {key} {tuple(wanted[key].shape)}, which the given config needs"
+        a, b = stored[key], wanted[key]
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"{path}: {key} is {tuple(a.shape)} {a.dtype}, the given config needs {tuple(b.shape)} {b.dtype}"
+    return None
+
+
+def load(
+    root: str | Path,
+    step: int | None = None,
+    *,
+    like: Mapping[str, Any] | None = None,
+    only: Iterable[str] | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the newest (or the given) checkpoint -> ({name: tree}, meta), every file checked against its SHA-256.
+
+    Args:
+        root: the folder of checkpoints, or one checkpoint's folder.
+        like: name -> tree with the structure, shapes and dtypes that are expected; the result has exactly that
+            structure (NamedTuples included). ValueError names the first leaf that differs: a checkpoint of another
+            config is refused whole. Without it, trees come back as stored, NamedTuples as dicts.
+        only: the names to read (default: those of `like`, else all).
+        device: where the tensors go.
+    """
+    folder = _locate(Path(root), step)
+    manifest = read_manifest(folder)
+    names = list(only) if only is not None else list(like if like is not None else manifest["files"])
+    out = {}
+    for name in names:
+        if name not in manifest["files"]:
+            raise ValueError(f"{folder}: has no {name!r}; it holds {sorted(manifest['files'])}")
+        entry = manifest["files"][name]
+        path = folder / entry["file"]
+        tensors = _read(path, entry, device)
+        if like is not None and name in like:
+            wanted = dict(zip(tree.paths(like[name]), tree.leaves(like[name]), strict=True))
+            problem = _mismatch(path, tensors, wanted)
+            if problem:
+                raise ValueError(problem)
+            out[name] = tree.unflatten(tree.structure(like[name]), [tensors[k] for k in wanted])
+        else:
+            out[name] = _rebuild(entry["tree"], tensors, "")
+    return out, {**manifest["meta"], "step": manifest["step"]}

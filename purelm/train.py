@@ -1,0 +1,113 @@
+"""The training step: loss, gradients, reduction, clipping and update as one pure function of (state, batch).
+
+    state = init_state(params, optimizer)
+    step = make_step(loss_fn, optimizer, schedule)
+    state, metrics = step(state, batch)
+
+`loss_fn(params, batch) -> (scalar, metrics)`; nothing else is known of the model. `jit(step, donate=0)` compiles it
+so that one copy of parameters and optimizer state is held.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from purelm import tree
+from purelm.optim import Optimizer, apply_updates
+from purelm.transforms import accumulate, value_and_grad
+
+__all__ = ["FULL", "MIXED", "Precision", "TrainState", "init_state", "make_step", "with_denominator"]
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes."""
+
+    params: Any  # tree of master weights
+    opt_state: Any  # the optimizer's own state
+    step: Tensor  # 0-d int64: updates done so far
+
+
+class Precision(NamedTuple):
+    """Number formats: masters in `param`, forward and backward in `compute`, gradients reduced in `reduce`."""
+
+    param: torch.dtype = torch.float32
+    compute: torch.dtype = torch.float32
+    reduce: torch.dtype = torch.float32
+
+
+FULL = Precision()
+MIXED = Precision(compute=torch.bfloat16)
+
+
+def identity(x: Any) -> Any:
+    return x
+
+
+def init_state(params: Any, optimizer: Optimizer, precision: Precision = FULL) -> TrainState:
+    """State before the first update: masters cast to `precision.param`, fresh optimizer state, step 0."""
+    params = tree.cast(params, precision.param)
+    device = next((x.device for x in tree.leaves(params)), torch.device("cpu"))
+    return TrainState(params, optimizer.init(params), torch.zeros((), dtype=torch.int64, device=device))
+
+
+def with_denominator(batch: Any) -> Any:
+    """The batch with "denominator" = sum of weights (or number of targets), so that a mean survives any split.
+
+    A loss that divides by this number, and not by what its own microbatch holds, can be added over microbatches:
+    sum_i nll_i w_i / sum_i w_i does not depend on how i is divided. A batch that has the key, or is no mapping with
+    "targets", is returned as it is.
+    """
+    if not isinstance(batch, Mapping) or "targets" not in batch or "denominator" in batch:
+        return batch
+    targets, weights = batch["targets"], batch.get("weights")
+    if weights is None:
+        total = torch.full((), float(targets.numel()), dtype=torch.float32, device=targets.device)
+    else:
+        total = weights.sum(dtype=torch.float32)
+    return {**batch, "denominator": total}
+
+
+def make_step(
+    loss_fn: Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]],
+    optimizer: Optimizer,
+    schedule: Callable[[Tensor], Tensor],
+    *,
+    reduce: Callable[[Any], Any] = identity,
+    microbatches: int = 1,
+    precision: Precision = FULL,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Tensor]]]:
+    """One update: g = reduce(grad loss(cast(params), batch)); params + optimizer.update(g, lr = schedule(step)).
+
+    Args:
+        loss_fn: (params, batch) -> (scalar, metrics); with microbatches > 1 both must be additive over them, as every
+            loss here is that divides by batch["denominator"] (added when it is missing: `with_denominator`).
+        schedule: 0-d step -> 0-d learning rate; the first update sees step 0.
+        reduce: gradient tree -> gradient tree; data parallelism enters here (average over ranks).
+        microbatches: the batch axis is cut in this many equal parts; same result, activations of one part at a time.
+        precision: parameters are cast to `compute` inside the differentiated function, so gradients arrive in the
+            masters' dtype; they are cast to `reduce` before `reduce` sees them.
+    Returns:
+        step(state, batch) -> (state, metrics): metrics are detached 0-d tensors: loss, lr, grad_norm (before any
+        clipping in the optimizer) and what loss_fn reports. Read them one step late: reading waits for the device.
+    """
+    if microbatches < 1:
+        raise ValueError(f"microbatches must be at least 1, got {microbatches}")
+
+    def compute_loss(params: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss_fn(tree.cast(params, precision.compute), batch)
+
+    gradient = value_and_grad(compute_loss, has_aux=True)
+    if microbatches > 1:
+        gradient = accumulate(gradient, microbatches)
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Tensor]]:
+        (loss, metrics), grads = gradient(state.params, with_denominator(batch))
+        grads = reduce(tree.cast(grads, precision.reduce))
+        lr = schedule(state.step)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, lr)
+        new = TrainState(apply_updates(state.params, updates), opt_state, state.step + 1)
+        return new, {**metrics, "loss": loss, "lr": lr, "grad_norm": tree.global_norm(grads)}
+
+    return step
