@@ -1,0 +1,78 @@
+"""Rows of a benchmark: a printed table and, on request, a JSON file.
+
+A row is {metric, value, unit, peer, peer_value, ratio, device, versions}; ratio is how many times better purelm is:
+peer_value / value where less is better (seconds, bytes), value / peer_value where more is better (MB/s).
+"""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+LESS_IS_BETTER = ("s", "ms", "us", "bytes", "MB", "MiB", "GiB", "CPU s")
+
+
+def versions(packages: Iterable[str] = ("torch", "numpy", "purelm")) -> dict[str, str]:
+    """Installed versions; a package that is not there is named as missing."""
+    out = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            out[name] = "missing"
+    return out
+
+
+def row(
+    metric: str,
+    value: float,
+    unit: str,
+    *,
+    peer: str | None = None,
+    peer_value: float | None = None,
+    device: str = "cpu",
+    packages: Iterable[str] = ("torch", "numpy", "purelm"),
+) -> dict[str, Any]:
+    """One row; a peer without a value is one that is not installed."""
+    ratio = None
+    if peer_value is not None and value and peer_value:
+        ratio = peer_value / value if unit in LESS_IS_BETTER else value / peer_value
+    return {
+        "metric": metric,
+        "value": value,
+        "unit": unit,
+        "peer": peer,
+        "peer_value": peer_value,
+        "ratio": ratio,
+        "device": device,
+        "versions": versions(packages),
+    }
+
+
+def _number(x: Any) -> str:
+    return "missing" if x is None else f"{x:,.4g}" if isinstance(x, float) else str(x)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| metric | purelm | unit | peer | peer's | ratio |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        peer = r["peer"] or ""
+        peer_value = _number(r["peer_value"]) if r["peer"] else ""
+        ratio = f"{r['ratio']:.3g}" if r["ratio"] is not None else ""
+        lines.append(
+            f"| {r['metric']} | {_number(float(r['value']))} | {r['unit']} | {peer} | {peer_value} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+def publish(rows: Sequence[Mapping[str, Any]], json_path: Path | None = None) -> None:
+    """Print the table, the device and the versions; write the rows to `json_path`."""
+    print(table(rows))
+    if rows:
+        print(f"\ndevice: {rows[0]['device']}; " + ", ".join(f"{k} {v}" for k, v in rows[0]["versions"].items()))
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(list(rows), indent=1) + "\n")

@@ -1,0 +1,212 @@
+"""Time and peak memory of one optimisation step: purelm's compiled pure step beside a compiled nn.Module.
+
+    python -m experiments.bench.train_step [--device cuda] [--sizes 22m 134m] [--json FILE]
+
+Both run the same maths: forward, backward, AdamW, fp32 masters; bf16 compute on a GPU, fp32 on a CPU; SDPA attention.
+Times are medians over interleaved rounds in one process (the machine's drift hits both alike); memory is measured
+for each in a process of its own, after compilation: torch's peak on a GPU, the peak resident set on a CPU.
+"""
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from purelm.ops.sdpa import sdpa_attention
+from purelm.transforms import jit
+
+from experiments.bench.module_baseline import Module
+from experiments.bench.report import publish, row
+from experiments.console import pick_device, program, say
+from purelm import random, tree
+from purelm.models import transformer
+from purelm.ops import REFERENCE
+from purelm.optim import adamw, schedules
+from purelm.train import FULL, MIXED, init_state, make_step
+
+# vocab, d_model, layers, heads, d_ff, context, batch on a GPU, batch on a CPU
+SIZES = {
+    "3m": (1024, 192, 4, 6, 512, 256, 64, 16),
+    "22m": (10_000, 512, 4, 16, 1344, 256, 128, 4),
+    "134m": (32_000, 768, 12, 12, 2048, 1024, 32, 1),
+    "374m": (32_000, 1024, 24, 16, 2816, 1024, 16, 1),
+}
+
+
+@dataclass
+class Args:
+    """Compiled pure step against compiled nn.Module + fused AdamW."""
+
+    device: str = "auto"
+    sizes: tuple[str, ...] = ("22m", "134m")
+    steps: int = 30
+    """timed steps of each"""
+    json: Path | None = None
+    memory_of: str | None = None
+    """internal: measure the memory of one variant and print it"""
+
+
+def shapes(size: str, device: torch.device) -> tuple[transformer.Config, int]:
+    if size not in SIZES:
+        raise ValueError(f"sizes: {size!r} is not one of {', '.join(SIZES)}")
+    V, D, L, H, F, T, gpu_batch, cpu_batch = SIZES[size]
+    cfg = transformer.Config(vocab_size=V, context_length=T, d_model=D, n_layers=L, n_heads=H, d_ff=F)
+    return cfg, gpu_batch if device.type == "cuda" else cpu_batch
+
+
+def pure_step(cfg: transformer.Config, device: torch.device) -> Callable[[dict], torch.Tensor]:
+    ops = REFERENCE._replace(attention=sdpa_attention)
+    optimizer = adamw(betas=(0.9, 0.95), weight_decay=0.1)
+
+    def loss_fn(params, batch):
+        return transformer.loss(params, batch, cfg, ops=ops)
+
+    precision = MIXED if device.type == "cuda" else FULL
+    step = jit(make_step(loss_fn, optimizer, schedules.constant(3e-4), precision=precision), donate=0)
+    state = init_state(transformer.init(random.key(0, device=device), cfg), optimizer)
+
+    def run(batch: dict) -> torch.Tensor:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics["loss"]
+
+    return run
+
+
+def module_step(cfg: transformer.Config, device: torch.device) -> Callable[[dict], torch.Tensor]:
+    torch.manual_seed(0)
+    model = Module(cfg, cfg.d_ff).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    compiled = torch.compile(model)
+    mixed = device.type == "cuda"
+
+    def run(batch: dict) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            loss = compiled(batch["tokens"], batch["targets"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return run
+
+
+VARIANTS = {"purelm": pure_step, "module": module_step}
+
+
+def batches(cfg: transformer.Config, batch_size: int, device: torch.device, n: int = 4) -> list[dict]:
+    out = []
+    for i in range(n):
+        x = random.randint(random.fold_in(random.key(1), i), (batch_size, cfg.context_length + 1), 0, cfg.vocab_size)
+        x = x.to(device)
+        out.append({"tokens": x[:, :-1].contiguous(), "targets": x[:, 1:].contiguous()})
+    return out
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_both(size: str, device: torch.device, steps: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    cfg, batch_size = shapes(size, device)
+    data = batches(cfg, batch_size, device)
+    runs = {name: make(cfg, device) for name, make in VARIANTS.items()}
+    first = {}
+    for name, run in runs.items():
+        start = time.perf_counter()
+        for i in range(3):
+            run(data[i])
+        synchronize(device)
+        first[name] = time.perf_counter() - start
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    # On a GPU several steps form one reading, so that the host's launches overlap with the device as in training.
+    inner = 5 if device.type == "cuda" else 1
+    for i in range(max(steps // inner, 3)):
+        for name in sorted(runs, reverse=bool(i % 2)):
+            synchronize(device)
+            start = time.perf_counter()
+            for j in range(inner):
+                runs[name](data[(i + j) % len(data)])
+            synchronize(device)
+            times[name].append((time.perf_counter() - start) / inner)
+    return times, first
+
+
+def resident_peak(reset: bool = False) -> int:
+    """Peak resident set in bytes since the last reset (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+        return 0
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def measure_memory(variant: str, size: str, device: torch.device) -> int:
+    """Peak bytes over three steps after compilation."""
+    cfg, batch_size = shapes(size, device)
+    data = batches(cfg, batch_size, device)
+    if device.type == "cpu":
+        base = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    run = VARIANTS[variant](cfg, device)
+    for i in range(3):
+        run(data[i])
+    gc.collect()
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        resident_peak(reset=True)
+    for i in range(3):
+        run(data[i])
+    synchronize(device)
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak() - base
+
+
+@program
+def main(args: Args) -> None:
+    device = pick_device(args.device)
+    if args.memory_of is not None:
+        print(json.dumps(measure_memory(args.memory_of, args.sizes[0], device)))
+        return
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    rows = []
+    for size in args.sizes:
+        cfg, batch_size = shapes(size, device)
+        n_params = tree.n_params(transformer.init(random.key(0), cfg))
+        say(f"{size}: {n_params:,} parameters, {batch_size} x {cfg.context_length} tokens")
+        times, first = time_both(size, device, args.steps)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        ms = {k: 1e3 * statistics.median(v) for k, v in times.items()}
+        spread = {k: 1e3 * (max(v) - min(v)) for k, v in times.items()}
+        say("  ms/step (max - min): " + ", ".join(f"{k} {ms[k]:.2f} ({spread[k]:.2f})" for k in ms))
+        say("  first three steps, s: " + ", ".join(f"{k} {v:.1f}" for k, v in first.items()))
+        peer = "nn.Module + torch.compile + fused AdamW"
+        rows.append(row(f"{size}: step", ms["purelm"], "ms", peer=peer, peer_value=ms["module"], device=name))
+        memory = {}
+        for variant in VARIANTS:
+            command = [sys.executable, "-m", "experiments.bench.train_step", "--device", str(device)]
+            command += ["--sizes", size, "--memory-of", variant]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise ValueError(f"memory of {variant} at {size}: {done.stderr[-2000:]}")
+            memory[variant] = int(done.stdout.split()[-1]) / 2**20
+        rows.append(
+            row(f"{size}: peak memory", memory["purelm"], "MiB", peer=peer, peer_value=memory["module"], device=name)
+        )
+        tokens = batch_size * cfg.context_length / (ms["purelm"] / 1e3)
+        rows.append(row(f"{size}: throughput", tokens, "tokens/s", device=name))
+    publish(rows, args.json)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

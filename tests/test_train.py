@@ -1,0 +1,185 @@
+"""make_step: equal to a loop written by hand with torch.optim, to any split into microbatches, and pure.
+
+Oracles: torch.optim.AdamW on the same loss; float64; torch.equal of the old state before and after.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from purelm import tree
+from purelm.optim import adamw, chain, clip_by_global_norm, schedules, sgd
+from purelm.train import FULL, MIXED, Precision, init_state, make_step, with_denominator
+from purelm.transforms import jit
+
+V, D = 7, 5
+
+
+def init(seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return {"embed": torch.randn(V, D, generator=g, dtype=dtype), "out": torch.randn(V, D, generator=g, dtype=dtype)}
+
+
+def loss_fn(params, batch):
+    """Bigram model: -sum w log softmax(out @ embed[token])[target] / denominator."""
+    logits = params["embed"][batch["tokens"]] @ params["out"].T
+    nll = -torch.log_softmax(logits.to(torch.float64), -1).gather(-1, batch["targets"][..., None])[..., 0]
+    weights = batch.get("weights", torch.ones_like(nll))
+    denominator = batch.get("denominator", weights.sum())
+    loss = (nll * weights).sum() / denominator
+    return loss, {"nll": loss.detach(), "n_tokens": weights.sum().detach() / denominator}
+
+
+def make_batch(seed, rows=6, weighted=True):
+    g = torch.Generator().manual_seed(seed)
+    batch = {
+        "tokens": torch.randint(V, (rows, 4), generator=g),
+        "targets": torch.randint(V, (rows, 4), generator=g),
+    }
+    if weighted:
+        batch["weights"] = torch.rand(rows, 4, generator=g, dtype=torch.float64)
+    return batch
+
+
+F64 = Precision(torch.float64, torch.float64, torch.float64)
+
+
+def test_equals_torch_adamw_with_clipping_step_by_step():
+    optimizer = chain(clip_by_global_norm(0.5), adamw(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1))
+    schedule = schedules.cosine(0.1, 0.01, 3, 12)
+    step = make_step(loss_fn, optimizer, schedule, precision=F64)
+    state = init_state(init(), optimizer, F64)
+    peers = {k: v.clone().requires_grad_() for k, v in init().items()}
+    peer = torch.optim.AdamW(peers.values(), lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for i in range(15):
+        state, metrics = step(state, make_batch(i))
+        for group in peer.param_groups:
+            group["lr"] = float(schedule(i))
+        peer.zero_grad()
+        loss, _ = loss_fn(peers, make_batch(i))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(peers.values(), 0.5)
+        peer.step()
+        # float64 throughout; the learning rate passes through float32 (1e-7 relative), hence not tighter.
+        torch.testing.assert_close(metrics["loss"], loss.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(metrics["grad_norm"].double(), norm, rtol=1e-5, atol=0)
+        for k in peers:
+            torch.testing.assert_close(state.params[k], peers[k].detach(), rtol=0, atol=1e-6)
+    assert state.step.dtype == torch.int64 and int(state.step) == 15
+
+
+@given(seed=st.integers(0, 1000), parts=st.sampled_from([1, 2, 3, 6]), weighted=st.booleans())
+def test_any_number_of_microbatches_gives_the_same_step(seed, parts, weighted):
+    optimizer = sgd(momentum=0.9)
+    batch = make_batch(seed, weighted=weighted)
+    plain = make_step(loss_fn, optimizer, schedules.constant(0.3), precision=F64)
+    split = make_step(loss_fn, optimizer, schedules.constant(0.3), precision=F64, microbatches=parts)
+    state = init_state(init(seed), optimizer, F64)
+    (a, ma), (b, mb) = plain(state, batch), split(state, batch)
+    for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)  # float64, other order of sums
+    assert ma.keys() == mb.keys()
+    for name in ma:
+        torch.testing.assert_close(ma[name], mb[name], rtol=1e-6, atol=1e-12)  # norms are float32
+
+
+def test_uneven_weights_need_the_batch_wide_denominator():
+    """A mean of microbatch means would differ here: the test above cannot pass by luck."""
+    batch = make_batch(3)
+    halves = [{k: v[i : i + 3] for k, v in batch.items()} for i in (0, 3)]
+    mean_of_means = sum(loss_fn(init(), h)[0] for h in halves) / 2
+    assert abs(float(mean_of_means - loss_fn(init(), batch)[0])) > 1e-4
+
+
+def test_step_writes_to_nothing_it_was_given():
+    optimizer = adamw()
+    state = init_state(init(), optimizer, F64)
+    batch = make_batch(0)
+    before = [x.clone() for x in tree.leaves((state, batch))]
+    make_step(loss_fn, optimizer, schedules.constant(0.1), precision=F64, microbatches=2)(state, batch)
+    assert set(batch) == {"tokens", "targets", "weights"}
+    for x, y in zip(before, tree.leaves((state, batch)), strict=True):
+        assert torch.equal(x, y) and y.grad is None and not y.requires_grad
+
+
+def test_metrics_are_detached_scalars_and_lr_is_that_of_the_step():
+    optimizer = sgd()
+    step = make_step(loss_fn, optimizer, schedules.linear(1.0, 0.0, 0, 4), precision=F64)
+    state = init_state(init(), optimizer, F64)
+    rates = []
+    for i in range(5):
+        state, metrics = step(state, make_batch(i))
+        assert all(m.ndim == 0 and not m.requires_grad for m in metrics.values())
+        rates.append(float(metrics["lr"]))
+    assert rates == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_reduce_sees_gradients_in_its_dtype_and_its_result_is_used():
+    seen = []
+
+    def reduce(grads):
+        seen.append({x.dtype for x in tree.leaves(grads)})
+        return tree.map(torch.zeros_like, grads)
+
+    optimizer = sgd()
+    precision = Precision(torch.float32, torch.float32, torch.bfloat16)
+    state = init_state(init(dtype=torch.float32), optimizer, precision)
+    new, metrics = make_step(loss_fn, optimizer, schedules.constant(1.0), reduce=reduce, precision=precision)(
+        state, make_batch(0)
+    )
+    assert seen == [{torch.bfloat16}]
+    assert float(metrics["grad_norm"]) == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(new.params), tree.leaves(state.params), strict=True))
+
+
+def test_mixed_precision_computes_in_bf16_and_keeps_fp32_masters():
+    seen = []
+
+    def watching(params, batch):
+        seen.append({x.dtype for x in tree.leaves(params)})
+        return loss_fn(params, batch)
+
+    optimizer = sgd()
+    state = init_state(init(dtype=torch.float32), optimizer, MIXED)
+    new, _ = make_step(watching, optimizer, schedules.constant(0.1), precision=MIXED)(state, make_batch(0))
+    assert seen == [{torch.bfloat16}]
+    assert {x.dtype for x in tree.leaves(new.params)} == {torch.float32}
+    full, _ = make_step(loss_fn, optimizer, schedules.constant(0.1), precision=FULL)(state, make_batch(0))
+    for a, b in zip(tree.leaves(new.params), tree.leaves(full.params), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.02)  # 8 bits of mantissa on values and gradients of order 1
+
+
+def test_with_denominator():
+    batch = make_batch(0, weighted=False)
+    assert float(with_denominator(batch)["denominator"]) == 24.0
+    assert with_denominator({**batch, "denominator": 5})["denominator"] == 5
+    assert with_denominator((1, 2)) == (1, 2)
+    assert "denominator" not in batch
+
+
+def test_bad_microbatches():
+    with pytest.raises(ValueError, match="microbatches must be at least 1, got 0"):
+        make_step(loss_fn, sgd(), schedules.constant(1.0), microbatches=0)
+    step = make_step(loss_fn, sgd(), schedules.constant(1.0), microbatches=4, precision=F64)
+    with pytest.raises(ValueError, match="6"):
+        step(init_state(init(), sgd(), F64), make_batch(0))
+
+
+@pytest.mark.compile
+def test_compiled_and_donated_equals_eager_without_recompiling():
+    optimizer = chain(clip_by_global_norm(1.0), adamw())
+    eager = make_step(loss_fn, optimizer, schedules.cosine(0.1, 0.0, 2, 8), precision=F64)
+    compiled = jit(eager, donate=0)
+    a, b = init_state(init(), optimizer, F64), init_state(init(), optimizer, F64)
+    for i in range(5):
+        a, ma = eager(a, make_batch(i))
+        if i == 2:
+            torch._dynamo.config.error_on_recompile = True
+        try:
+            b, mb = compiled(b, make_batch(i))
+        finally:
+            torch._dynamo.config.error_on_recompile = False
+        torch.testing.assert_close(mb["loss"], ma["loss"], rtol=1e-9, atol=0)
+    for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
