@@ -29,11 +29,13 @@ O200K = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# What the families derived from cl100k use (Llama 3; Qwen with single digits; nanochat with pairs of digits).
+# The first published form of cl100k, with white space at the end of the text cut after its last newline. Llama 3 and
+# many others use it as it is, Qwen 2 and 3 with one digit a piece.
 CL100K_V1 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN = CL100K_V1.replace(r"\p{N}{1,3}", r"\p{N}")
 
 NAMES = {
     "gpt2": GPT2,
@@ -44,7 +46,12 @@ NAMES = {
     "o200k": O200K,
     "o200k_base": O200K,
     "cl100k_v1": CL100K_V1,
+    "llama3": CL100K_V1,
+    "qwen": QWEN,
 }
+
+# The patterns that the compiled splitter knows: (family, most digits a piece; 0 is any number).
+_FAMILIES = {GPT2: (0, 0), CL100K: (1, 3), CL100K_V1: (2, 3), QWEN: (2, 1), O200K: (3, 3)}
 
 # Other spellings of GPT2 that match the same pieces on every text: the 2019 release, the course handout, and the one
 # with its branches in the order that Hugging Face's ByteLevel has.
@@ -75,6 +82,11 @@ def resolve(pattern: str) -> str:
         raise ValueError(f"pattern is {pattern!r}: give a regular expression or one of {', '.join(NAMES)}")
     compiled(pattern)
     return pattern
+
+
+def family(pattern: str) -> tuple[int, int] | None:
+    """(matcher of `purelm.tokenizer.kernels`, most digits a piece) of a known pattern, else None."""
+    return _FAMILIES.get(resolve(pattern))
 
 
 @lru_cache(maxsize=64)

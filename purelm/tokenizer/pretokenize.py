@@ -9,7 +9,7 @@ faster and cuts the same pieces of ASCII text; so text that is ASCII takes `re` 
 import re
 from functools import lru_cache
 
-from purelm.tokenizer.patterns import CL100K, CL100K_V1, GPT2, O200K, compiled, resolve
+from purelm.tokenizer.patterns import CL100K, CL100K_V1, GPT2, O200K, QWEN, compiled, resolve
 
 # The known patterns on ASCII text. re.ASCII makes \s the six white-space characters that \s of `regex` has there
 # (without it `re` adds U+001C..U+001F). Letters first where that cannot change the match: most pieces are words.
@@ -21,6 +21,10 @@ _ASCII = {
     ),
     CL100K_V1: (
         r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\nA-Za-z0-9]?+[A-Za-z]++|[0-9]{1,3}+"
+        r"| ?[^\sA-Za-z0-9]++[\r\n]*+|\s*[\r\n]|\s+(?!\S)|\s+"
+    ),
+    QWEN: (
+        r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\nA-Za-z0-9]?+[A-Za-z]++|[0-9]"
         r"| ?[^\sA-Za-z0-9]++[\r\n]*+|\s*[\r\n]|\s+(?!\S)|\s+"
     ),
     O200K: (
