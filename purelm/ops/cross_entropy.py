@@ -1,0 +1,77 @@
+"""Cross-entropy of given logits. Legend: V vocabulary."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from purelm.ops.precision import accumulator
+
+__all__ = ["cross_entropy", "reduce_tokens", "softcap_logits", "token_losses"]
+
+
+def softcap_logits(logits: Float[Tensor, "*shape"], softcap: float | None) -> Float[Tensor, "*shape"]:
+    """c tanh(logits / c), which bounds them to (-c, c) (Gemma 2, arXiv:2408.00118, section 2); None changes nothing."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def token_losses(
+    logits: Float[Tensor, "*batch v"], targets: Int[Tensor, "*batch"], softcap: float | None, z_loss: float
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """Per token: nll + z_loss log(Z)^2, and the detached nll alone. Computed and returned in fp32."""
+    wide = softcap_logits(logits.to(accumulator(logits.dtype)), softcap)
+    # logsumexp keeps only its input for backward; exp, sum and log written one by one would keep a second (.., V).
+    log_z = torch.logsumexp(wide, -1)
+    nll = log_z - wide.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    loss = nll if z_loss == 0.0 else nll + z_loss * log_z.square()
+    return loss, nll.detach()
+
+
+def reduce_tokens(
+    loss: Float[Tensor, "*batch"],
+    weights: Float[Tensor, "*batch"] | None,
+    denominator: Float[Tensor, ""] | float | None,
+    reduction: str,
+) -> Float[Tensor, "*batch"] | Float[Tensor, ""]:
+    """weights * loss / denominator, summed when reduction is "sum"; a token of weight 0 adds 0, whatever its loss."""
+    if reduction not in ("none", "sum"):
+        raise ValueError(f'reduction must be "none" or "sum", got {reduction!r}')
+    if weights is not None:
+        loss = torch.where(weights == 0, 0.0, loss * weights)
+    if reduction == "sum":
+        loss = loss.sum()
+    return loss if denominator is None else loss / denominator
+
+
+def cross_entropy(
+    logits: Float[Tensor, "*batch v"],
+    targets: Int[Tensor, "*batch"],
+    *,
+    weights: Float[Tensor, "*batch"] | None = None,
+    denominator: Float[Tensor, ""] | float | None = None,
+    reduction: str = "sum",
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> tuple[Float[Tensor, "*out"], Float[Tensor, "*out"]]:
+    """sum_i w_i (-log p_i[target_i] + z_loss (log Z_i)^2) / denominator, p = softmax(logits), Z its normaliser; nats.
+
+    Args:
+        weights: 1 for each token when absent. Where the weight is 0 the target may be anything (-100 say).
+        denominator: what the sum is divided by, 1 when absent. A mean over any split into microbatches or ranks is
+            right when each part divides by the whole's count.
+        reduction: "sum", or "none" for the summands.
+        softcap: bounds the logits first, as `softcap_logits`.
+        z_loss: coefficient that keeps log Z near 0 (PaLM, arXiv:2204.02311, section 5: 1e-4).
+    Returns:
+        (loss, nll): the loss, and the same without the z term, detached. Both fp32 (fp64 for fp64 logits).
+
+    >>> loss, nll = cross_entropy(torch.zeros(3, 8), torch.tensor([1, 2, 3]), denominator=3.0)
+    >>> loss  # log 8
+    tensor(2.0794)
+    """
+    if weights is not None:
+        targets = torch.where(weights == 0, 0, targets)
+    loss, nll = token_losses(logits, targets, softcap, z_loss)
+    return (
+        reduce_tokens(loss, weights, denominator, reduction),
+        reduce_tokens(nll, weights, denominator, reduction),
+    )

@@ -1,0 +1,26 @@
+"""Root-mean-square normalisation."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from purelm.ops.precision import accumulator
+
+__all__ = ["rms_norm"]
+
+
+def rms_norm(
+    x: Float[Tensor, "*batch d"], weight_D: Float[Tensor, " d"] | None = None, eps: float = 1e-5
+) -> Float[Tensor, "*batch d"]:
+    """y = w * x / sqrt(mean(x^2) + eps) over the last axis; computed in fp32, returned in x's dtype.
+
+    Source: Zhang and Sennrich 2019 (arXiv:1910.07467), equation 4, with eps inside the root.
+
+    >>> rms_norm(torch.tensor([3.0, 4.0]), eps=0.0)
+    tensor([0.8485, 1.1314])
+    """
+    wide = x.to(accumulator(x.dtype))
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight_D is not None:
+        y = y * weight_D
+    return y.to(x.dtype)

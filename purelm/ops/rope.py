@@ -1,0 +1,183 @@
+"""Rotary position embeddings. Legend: B batch, T positions, H heads, K head dim, J = K / 2 pairs.
+
+Tables are functions of positions: `rope_tables` once for a model, `rope` for each q and k.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["RopeScaling", "attention_factor", "frequencies", "rope", "rope_tables"]
+
+KINDS = ("linear", "ntk", "dynamic_ntk", "llama3", "yarn")
+LAYOUTS = ("interleaved", "half")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How frequencies change for contexts longer than those trained on; s is `factor`, L `original_length`.
+
+    linear: w / s (position interpolation; Chen et al. 2023, arXiv:2306.15595).
+    ntk: theta becomes theta s^(K/(K-2)): the slowest pair is slowed by s, the fastest not at all.
+    dynamic_ntk: as ntk with s n/L - (s - 1) in place of s when n tokens exceed L, else unchanged. n is the `length`
+        given to `frequencies`: a model takes its number of positions, a cache its size, so all keys share one base.
+    llama3: wavelengths over L/low_freq_factor are slowed by s, those under L/high_freq_factor are kept, and between
+        them the two are mixed linearly in L/wavelength (Llama 3.1, arXiv:2407.21783).
+    yarn: pairs that turn more than beta_fast times in L positions are kept, those that turn less than beta_slow times
+        are slowed by s, mixed linearly in the pair's number between them; tables are multiplied by
+        `attention_factor`, or 0.1 ln s + 1 when None (Peng et al. 2023, arXiv:2309.00071, sections 3.2-3.4; the
+        paper mixes linearly in the number of turns, released models in the number of the pair, as here).
+        truncate rounds the two ends of that range outward to whole pairs.
+    """
+
+    kind: str
+    factor: float
+    original_length: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"RopeScaling.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.factor < 1.0:
+            raise ValueError(f"RopeScaling.factor must be at least 1, got {self.factor}")
+        if self.kind in ("dynamic_ntk", "llama3", "yarn") and not (self.original_length or 0) > 0:
+            raise ValueError(
+                f"RopeScaling.original_length must be the positive trained length for kind {self.kind!r}, "
+                f"got {self.original_length}"
+            )
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                "RopeScaling.low_freq_factor must be below high_freq_factor, "
+                f"got {self.low_freq_factor} and {self.high_freq_factor}"
+            )
+        if self.beta_slow >= self.beta_fast:
+            raise ValueError(
+                f"RopeScaling.beta_slow must be below beta_fast, got {self.beta_slow} and {self.beta_fast}"
+            )
+
+
+def attention_factor(scaling: RopeScaling | None) -> float:
+    """What the tables are multiplied by: 1 but for yarn (so scores are multiplied by its square)."""
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    return 0.1 * math.log(scaling.factor) + 1.0 if scaling.attention_factor is None else scaling.attention_factor
+
+
+def frequencies(
+    head_dim: int,
+    theta: float = 10000.0,
+    scaling: RopeScaling | None = None,
+    *,
+    length: int | None = None,
+    device: torch.device | None = None,
+) -> Float[Tensor, " j"]:
+    """w_j = theta^(-2j/K) radians per position for j = 0..K/2-1, changed by `scaling`; float64."""
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even for rotary embeddings, got {head_dim}")
+    pair = torch.arange(head_dim // 2, dtype=torch.float64, device=device)
+    exponent = -2.0 * pair / head_dim
+    if scaling is None:
+        return theta**exponent
+    s = scaling.factor
+    if scaling.kind in ("ntk", "dynamic_ntk"):
+        if scaling.kind == "dynamic_ntk":
+            longer = (length or 0) / _original(scaling)
+            s = max(1.0, s * longer - (s - 1.0)) if longer > 1.0 else 1.0
+        # With one pair there is no slower one to slow: the exponent K/(K-2) has no meaning and w_0 = 1 stays.
+        return (theta * s ** (head_dim / (head_dim - 2)) if head_dim > 2 else theta) ** exponent
+    w = theta**exponent
+    if scaling.kind == "linear":
+        return w / s
+    if scaling.kind == "llama3":
+        turns = w * (_original(scaling) / (2.0 * math.pi))  # L / wavelength
+        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    else:
+        first, last = _pair_of(scaling.beta_fast, head_dim, theta, scaling), _pair_of(
+            scaling.beta_slow, head_dim, theta, scaling
+        )
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0.0), min(last, head_dim - 1.0)
+        keep = 1.0 - (pair - first) / max(last - first, 0.001)  # 0.001: a step where the range is empty
+    keep = keep.clamp(0.0, 1.0)
+    return w * keep + w / s * (1.0 - keep)
+
+
+def _original(scaling: RopeScaling) -> int:
+    assert scaling.original_length is not None  # checked by RopeScaling
+    return scaling.original_length
+
+
+def _pair_of(turns: float, head_dim: int, theta: float, scaling: RopeScaling) -> float:
+    """The (fractional) number of the pair that turns this often in the original length."""
+    return head_dim * math.log(_original(scaling) / (turns * 2.0 * math.pi)) / (2.0 * math.log(theta))
+
+
+def rope_tables(
+    positions: Int[Tensor, "*p"],
+    head_dim: int,
+    theta: float = 10000.0,
+    scaling: RopeScaling | None = None,
+    *,
+    length: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Float[Tensor, "*p j"], Float[Tensor, "*p j"]]:
+    """cos and sin of position * w_j, for positions (T,), shared by all rows, or (B, T).
+
+    Angles are formed in float64, because in float32 they are off by 0.06 radians at position 10^6.
+
+    Args:
+        length: number of positions, which dynamic_ntk alone looks at.
+    """
+    w_J = frequencies(head_dim, theta, scaling, length=length, device=positions.device)
+    angle = positions.to(torch.float64).unsqueeze(-1) * w_J
+    factor = attention_factor(scaling)
+    return _held((factor * torch.cos(angle)).to(dtype)), _held((factor * torch.sin(angle)).to(dtype))
+
+
+def _held(x: Tensor) -> Tensor:
+    """x itself. Under torch.compile, x held in memory.
+
+    Inductor inlines elementwise chains into every reader, here 64-bit pow, sin and cos for each element of each head
+    of each layer. A scatter is never inlined.
+    """
+    if not torch.compiler.is_compiling():
+        return x
+    return torch.zeros_like(x).index_copy(0, torch.arange(x.shape[0], device=x.device), x)
+
+
+def rope(
+    x_BTHK: Float[Tensor, "b t h k"],
+    cos: Float[Tensor, "*bt j"],
+    sin: Float[Tensor, "*bt j"],
+    layout: str = "interleaved",
+) -> Float[Tensor, "b t h k"]:
+    """Turns each pair (a, b) of a head by its angle: (a cos - b sin, a sin + b cos).
+
+    Computed in the wider dtype of x and tables, returned in x's dtype. The product of a turned q and a turned k
+    depends on the difference of their positions alone.
+
+    Args:
+        cos, sin: (T, K/2) or (B, T, K/2), from `rope_tables`.
+        layout: "interleaved" pairs 2j with 2j+1 (the paper, the course, Llama's own weights); "half" pairs j with
+            j + K/2 (GPT-NeoX, Hugging Face). Permuting the rows of the q and k projections turns one into the other.
+    Source: Su et al. 2021 (arXiv:2104.09864), equation 34.
+    """
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    if layout == "interleaved":
+        a, b = x_BTHK.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    elif layout == "half":
+        a, b = x_BTHK.chunk(2, -1)
+        turned = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+    else:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    return turned.to(x_BTHK.dtype)
