@@ -1,0 +1,216 @@
+"""Decoding with cached keys and values.
+
+    cache = init_cache(cfg, batch=2, max_len=100)
+    logits_BV, cache = prefill(params, prompts_BT, cache, cfg, lengths=lengths_B)
+    logits_BV, cache = decode(params, tokens_B, cache, cfg)
+
+Prompts of different lengths are padded on the left, so that all rows write to the same slot; `start` says where each
+row begins. Legend: B batch, T positions, S slots, G key/value heads, K head dim, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from purelm.models.config import Config
+from purelm.models.layers import attend_all, block, context, embed, norm, readout
+from purelm.ops import REFERENCE, Ops
+
+__all__ = ["KVCache", "decode", "decode_", "init_cache", "prefill"]
+
+Params = dict[str, Any]
+Write = Callable[[Tensor, int, Tensor, Tensor], Tensor]
+
+
+class KVCache(NamedTuple):
+    """Keys (turned by their positions) and values of what a model has read."""
+
+    k: tuple[Tensor, ...]  # one (B, S, G, K) for each layer
+    v: tuple[Tensor, ...]
+    length: Tensor  # 0-d int64: slots in use, the padding's too
+    start: Tensor | None  # (B,) int64: first slot of each row; None when no row is padded
+
+
+def init_cache(
+    cfg: Config,
+    batch: int,
+    max_len: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> KVCache:
+    """An empty cache with `max_len` slots: 2 B S G K elements a layer."""
+    if not cfg.causal:
+        raise ValueError("cfg.causal must be True for cached decoding: a bidirectional model changes its past")
+    if max_len < 1 or batch < 1:
+        raise ValueError(f"batch and max_len must be at least 1, got {batch} and {max_len}")
+    if cfg.position == "learned" and max_len > cfg.context_length:
+        raise ValueError(
+            f"max_len must be at most context_length {cfg.context_length} with learned positions, got {max_len}"
+        )
+    shape = (batch, max_len, cfg.kv_heads, cfg.head_width)
+
+    def fresh() -> tuple[Tensor, ...]:
+        return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(cfg.n_layers))
+
+    return KVCache(fresh(), fresh(), torch.zeros((), dtype=torch.int64, device=device), None)
+
+
+def prefill(
+    params: Params,
+    tokens_BT: Int[Tensor, "b t"],
+    cache: KVCache,
+    cfg: Config,
+    *,
+    ops: Ops = REFERENCE,
+    lengths: Int[Tensor, " b"] | None = None,
+    last_only: bool = True,
+) -> tuple[Tensor, KVCache]:
+    """Reads T tokens at once, after what the cache holds; a long prompt may come in several chunks.
+
+    Reads cache.length on the host.
+
+    Args:
+        lengths: tokens that count in each row, the last ones; what stands before them is padding (any valid id).
+            Only for the first chunk, which must hold all padding.
+        last_only: logits (B, V) of the last position; else (B, T, V), where padding's are of no meaning.
+    Returns:
+        (logits, cache); the cache that was given is unchanged. ValueError when the tokens do not fit.
+    """
+    T = tokens_BT.shape[1]
+    used, size = int(cache.length), cache.k[0].shape[1]
+    if used + T > size:
+        raise ValueError(f"cache: {T} tokens do not fit, {used} of {size} slots are in use")
+    if lengths is not None:
+        if used:
+            raise ValueError(f"lengths must be None unless the cache is empty, and it holds {used} slots")
+        if lengths.shape != tokens_BT.shape[:1] or not bool(((lengths >= 1) & (lengths <= T)).all()):
+            raise ValueError(f"lengths must be one number in 1..{T} for each row, got {lengths.tolist()}")
+        cache = cache._replace(start=T - lengths)
+    segment_ids = None
+    if cache.start is not None:
+        real = (torch.arange(used + T, device=tokens_BT.device) >= cache.start.unsqueeze(-1)).to(torch.int64)
+        segment_ids = (real[:, used:], real)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attention = attend_all(cfg, ops, cfg.window_of(layer))
+        k, v = (x[:, : used + T].to(q.dtype) for x in (k, v))
+        return attention(q, k, v, segment_ids=segment_ids)
+
+    slots_T = torch.arange(used, used + T, device=tokens_BT.device)
+    h_BTD, cache = _run(params, tokens_BT, cache, cfg, ops, slots_T, attend, torch.Tensor.index_copy)
+    return readout(params, h_BTD[:, -1] if last_only else h_BTD, cfg, ops), cache
+
+
+def decode(
+    params: Params,
+    tokens_B: Int[Tensor, " b"],
+    cache: KVCache,
+    cfg: Config,
+    *,
+    ops: Ops = REFERENCE,
+    n_slots: int | None = None,
+) -> tuple[Float[Tensor, "b v"], KVCache]:
+    """Reads one token a row; logits of the next. Compiles once for all lengths (cache.length is a tensor).
+
+    Args:
+        n_slots: only the first n_slots slots are attended to, so that a large cache costs no more than what is in
+            use; the caller sees to it that length < n_slots. All when None.
+    Returns:
+        (logits_BV, cache); the cache that was given is unchanged (`decode_` writes into it and saves the copy).
+        A full cache is a ValueError; where its length lies on a GPU, or under torch.compile, it is an index error of
+        the write instead, because a check would wait for the device.
+    """
+    return _decode(params, tokens_B, cache, cfg, ops, n_slots, torch.Tensor.index_copy)
+
+
+def decode_(
+    params: Params,
+    tokens_B: Int[Tensor, " b"],
+    cache: KVCache,
+    cfg: Config,
+    *,
+    ops: Ops = REFERENCE,
+    n_slots: int | None = None,
+) -> tuple[Float[Tensor, "b v"], KVCache]:
+    """`decode`, writing into the cache's memory; without gradients.
+
+    The cache that was given keeps its length, beyond which the new keys lie.
+    """
+    with torch.no_grad():
+        return _decode(params, tokens_B, cache, cfg, ops, n_slots, torch.Tensor.index_copy_)
+
+
+def _decode(
+    params: Params, tokens_B: Tensor, cache: KVCache, cfg: Config, ops: Ops, n_slots: int | None, write: Write
+) -> tuple[Tensor, KVCache]:
+    size = cache.k[0].shape[1]
+    n_slots = size if n_slots is None else n_slots
+    if not 1 <= n_slots <= size:
+        raise ValueError(f"n_slots must be in 1..{size}, the cache's size, got {n_slots}")
+    if not torch.compiler.is_compiling() and cache.length.device.type == "cpu":
+        used = int(cache.length)
+        if used >= size:
+            raise ValueError(f"cache: full, all of its {size} slots are in use")
+        if used >= n_slots:
+            raise ValueError(f"n_slots must be above the cache's length {used}, got {n_slots}")
+    slot_1 = cache.length.reshape(1)
+    seen = {w: _seen(cache, n_slots, w) for w in {cfg.window_of(i) for i in range(cfg.n_layers)}}
+    query_B1 = torch.ones_like(tokens_B).unsqueeze(-1)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # One query that stands after all that is seen: the mask says everything, causality and window add nothing.
+        return ops.attention(
+            q,
+            k[:, :n_slots].to(q.dtype),
+            v[:, :n_slots].to(q.dtype),
+            causal=False,
+            segment_ids=(query_B1, seen[cfg.window_of(layer)]),
+            scale=cfg.attention_scale,
+            softcap=cfg.attention_softcap,
+        )
+
+    h_B1D, cache = _run(params, tokens_B.unsqueeze(-1), cache, cfg, ops, slot_1, attend, write)
+    return readout(params, h_B1D[:, 0], cfg, ops), cache
+
+
+def _seen(cache: KVCache, n_slots: int, window: int | None) -> Int[Tensor, "b s"]:
+    """1 for the slots that the next token sees, its own included, else 0."""
+    slot_S = torch.arange(n_slots, device=cache.length.device)
+    seen = slot_S <= cache.length
+    if window is not None:
+        seen = seen & (slot_S >= cache.length - window)
+    if cache.start is not None:
+        seen = seen & (slot_S >= cache.start.unsqueeze(-1))
+    return seen.to(torch.int64).expand(cache.k[0].shape[0], n_slots)
+
+
+def _run(
+    params: Params,
+    tokens_BT: Tensor,
+    cache: KVCache,
+    cfg: Config,
+    ops: Ops,
+    slots_T: Tensor,
+    attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    write: Write,
+) -> tuple[Tensor, KVCache]:
+    """Final states of tokens that stand in `slots_T`, and the cache with them."""
+    positions = slots_T
+    if cache.start is not None:
+        positions = (slots_T - cache.start.unsqueeze(-1)).clamp(min=0)
+    x = embed(params, tokens_BT, positions, cfg, ops)
+    ctx = context(positions, None, cfg, length=cache.k[0].shape[1], dtype=x.dtype)
+    new_k, new_v = [], []
+    for i, layer in enumerate(params["layers"]):
+
+        def attend_cached(q: Tensor, k: Tensor, v: Tensor, *, segment_ids: Any, layer_index: int = i) -> Tensor:
+            new_k.append(write(cache.k[layer_index], 1, slots_T, k.to(cache.k[layer_index].dtype)))
+            new_v.append(write(cache.v[layer_index], 1, slots_T, v.to(cache.v[layer_index].dtype)))
+            return attend(layer_index, q, new_k[-1], new_v[-1])
+
+        x = block(layer, x, ctx, cfg=cfg, ops=ops, attend=attend_cached)
+    length = cache.length + tokens_BT.shape[1]
+    return norm(params.get("ln_final"), x, cfg, ops), KVCache(tuple(new_k), tuple(new_v), length, cache.start)

@@ -1,0 +1,148 @@
+"""What a Transformer is: every choice that shapes its parameters or its maths."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from purelm.ops.rope import LAYOUTS, RopeScaling
+
+__all__ = ["Config", "RopeScaling", "config_from_dict"]
+
+GATED = ("swiglu", "geglu")
+AXES = {
+    "norm": ("rms", "layer", "none"),
+    "norm_position": ("pre", "post", "output", "sandwich"),
+    "position": ("rope", "learned", "none"),
+    "rope_layout": LAYOUTS,
+    "ffn": ("swiglu", "geglu", "silu", "gelu", "relu2"),
+    "qk_norm": ("none", "head", "full"),
+    "biases": ("none", "qkv", "all"),
+    "mixer": ("attention",),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A decoder-only (or, with causal=False, encoder-only) Transformer; the defaults are the course's.
+
+    Sizes that are None follow from others; the resolved ones are `kv_heads`, `head_width` and `ff_width`.
+    """
+
+    vocab_size: int
+    context_length: int  # positions trained on; a hard limit only for learned positions and for generation
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int | None = None  # n_heads when None; fewer is grouped-query attention
+    head_dim: int | None = None  # d_model / n_heads when None
+    d_ff: int | None = None  # None: 8/3 d_model up to a multiple of 64 for gated ffn, 4 d_model otherwise
+    norm: str = "rms"  # rms, layer or none
+    norm_position: str = "pre"  # x + f(n(x)) pre, n(x + f(x)) post, x + n(f(x)) output, x + n'(f(n(x))) sandwich
+    norm_eps: float = 1e-5
+    position: str = "rope"  # rope, learned (one vector a position, added to the embedding) or none
+    rope_theta: float = 10000.0
+    rope_layout: str = "interleaved"  # interleaved or half
+    rope_scaling: RopeScaling | None = None
+    ffn: str = "swiglu"  # W2 (act(W1 x) * W3 x) for swiglu and geglu, W2 act(W1 x) for silu, gelu and relu2
+    gelu_tanh: bool = False  # the tanh approximation in gelu and geglu (GPT-2, Gemma)
+    qk_norm: str = "none"  # RMS norm of q and k: over each head's width (head) or over all heads together (full)
+    biases: str = "none"  # none, qkv (those three projections) or all (linear layers, and shifts of layer norms)
+    # keys seen before the own one (and after it if not causal); None: all; a tuple repeats over the layers
+    window: int | tuple[int | None, ...] | None = None
+    causal: bool = True
+    attention_scale: float | None = None  # 1 / sqrt(head_dim) when None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    tie_embeddings: bool = False  # logits = h E^T: no lm_head
+    mixer: str | tuple[str, ...] = "attention"  # what mixes positions; a tuple is a pattern over the layers
+
+    def __post_init__(self) -> None:
+        if isinstance(self.window, list):  # what JSON makes of a tuple
+            object.__setattr__(self, "window", tuple(self.window))
+        if isinstance(self.mixer, list):
+            object.__setattr__(self, "mixer", tuple(self.mixer))
+        for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads"):
+            _check_size(name, getattr(self, name))
+        for name in ("n_kv_heads", "head_dim", "d_ff"):
+            if getattr(self, name) is not None:
+                _check_size(name, getattr(self, name))
+        for name, allowed in AXES.items():
+            given = getattr(self, name)
+            for value in given if name == "mixer" and isinstance(given, tuple) else (given,):
+                if value not in allowed:
+                    raise ValueError(f"Config.{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if self.mixer == ():
+            raise ValueError("Config.mixer must name at least one layer's mixer, got ()")
+        if self.window == ():
+            raise ValueError("Config.window must be None, a number of keys or a non-empty tuple of these, got ()")
+        for w in self.window if isinstance(self.window, tuple) else (self.window,):
+            if w is not None and (not isinstance(w, int) or w < 0):
+                raise ValueError(f"Config.window must be None or at least 0 keys, got {self.window}")
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ValueError(
+                f"Config.n_heads must divide d_model {self.d_model} unless head_dim is given, got {self.n_heads}"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"Config.n_kv_heads must divide n_heads {self.n_heads}, got {self.n_kv_heads}")
+        if self.position == "rope" and self.head_width % 2:
+            raise ValueError(f"Config.head_dim must be even for rope, got {self.head_width}")
+        if self.rope_scaling is not None and self.position != "rope":
+            raise ValueError(f'Config.rope_scaling needs position "rope", got position {self.position!r}')
+        if self.norm == "none" and self.norm_position != "pre":
+            raise ValueError(f'Config.norm_position must stay "pre" without a norm, got {self.norm_position!r}')
+        for name in ("norm_eps", "rope_theta", "attention_scale", "attention_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0.0:
+                raise ValueError(f"Config.{name} must be above 0, got {value}")
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Features of one head."""
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def ff_width(self) -> int:
+        """Features inside the feed-forward layer."""
+        if self.d_ff is not None:
+            return self.d_ff
+        return -(-8 * self.d_model // (3 * 64)) * 64 if self.gated else 4 * self.d_model
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer has the third matrix."""
+        return self.ffn in GATED
+
+    def window_of(self, layer: int) -> int | None:
+        """Window of this layer."""
+        return self.window[layer % len(self.window)] if isinstance(self.window, tuple) else self.window
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"Config.{name} must be a positive int, got {value!r}")
+
+
+def config_from_dict(fields: Mapping[str, Any]) -> Config:
+    """The inverse of dataclasses.asdict, also after JSON; ValueError names fields that Config does not have.
+
+    >>> cfg = Config(vocab_size=8, context_length=4, d_model=4, n_layers=1, n_heads=2)
+    >>> config_from_dict(dataclasses.asdict(cfg)) == cfg
+    True
+    """
+    known = {f.name for f in dataclasses.fields(Config)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ValueError(f"Config has no fields {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    fields = dict(fields)
+    if isinstance(fields.get("rope_scaling"), Mapping):
+        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    try:
+        return Config(**fields)
+    except TypeError as error:  # a field that has no default is missing
+        raise ValueError(f"Config: {error}") from None
