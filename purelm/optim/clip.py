@@ -1,0 +1,38 @@
+"""Clipping by the global norm (Pascanu et al., 1211.5063, Algorithm 1), as torch.nn.utils.clip_grad_norm_."""
+
+from torch import Tensor
+
+from purelm import tree
+from purelm.optim.base import Optimizer, Tree, check_range
+
+__all__ = ["clip", "clip_by_global_norm"]
+
+
+def clip(grads: Tree, max_norm: float, eps: float = 1e-6) -> tuple[Tree, Tensor]:
+    """(g * min(1, max_norm / (norm + eps)), norm), norm being that of all gradients together, before clipping.
+
+    The norm is a 0-d tensor, accumulated in fp32; leaves keep their dtype. A norm of inf or nan makes gradients nan,
+    as in torch (test `tree.all_finite` first to skip such a step).
+
+    >>> clipped, norm = clip({"w": torch.tensor([3.0, 4.0])}, max_norm=1.0)
+    >>> clipped["w"], norm
+    (tensor([0.6000, 0.8000]), tensor(5.))
+    """
+    check_range("max_norm", max_norm, 0.0, float("inf"))
+    norm = tree.global_norm(grads)
+    factor = (max_norm / (norm + eps)).clamp(max=1.0)
+    return tree.map(lambda g: g * factor.to(g.dtype), grads), norm
+
+
+def clip_by_global_norm(max_norm: float, eps: float = 1e-6) -> Optimizer:
+    """`clip` as a link of `chain`; it has no state.
+
+    >>> from purelm.optim import adamw, chain
+    >>> optimizer = chain(clip_by_global_norm(1.0), adamw())
+    """
+    check_range("max_norm", max_norm, 0.0, float("inf"))
+
+    def update(grads: Tree, state: tuple[()], params: Tree, lr: Tensor | float) -> tuple[Tree, tuple[()]]:
+        return clip(grads, max_norm, eps)[0], state
+
+    return Optimizer(lambda params: (), update)

@@ -1,0 +1,201 @@
+"""Muon: momentum, orthogonalised, for the hidden matrices of a network; and the usual pairing with AdamW.
+
+Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon, 2024):
+
+    m <- mu m + (1 - mu) g,  o = orthogonalize((1 - mu) g + mu m)  (Nesterov; else of m)
+    p <- p (1 - lr wd) - lr scale o
+
+With m as a running mean, as torch.optim.Muon has it; the post's m is 1 / (1 - mu) times ours, which `orthogonalize`
+divides away. scale for a weight (rows, columns) = (out, in): "original" sqrt(max(1, rows / columns)), the post's;
+"match_rms" 0.2 sqrt(max(rows, columns)), which gives updates the size of AdamW's, so that both can share lr and wd
+(Liu et al., "Muon is scalable for LLM training", 2502.16982, equation 4).
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from purelm import tree
+from purelm.optim.adamw import adamw
+from purelm.optim.base import (
+    Mask,
+    Optimizer,
+    Tree,
+    check_choice,
+    check_range,
+    compute_dtype,
+    first_step,
+    is_matrix,
+    moments_like,
+    partitioned,
+    per_dtype,
+    scalar,
+    scale_lr,
+    settle,
+    unzip,
+)
+
+__all__ = ["QUINTIC", "MuonState", "hidden_matrix", "muon", "muon_adamw", "orthogonalize"]
+
+# a x + b x^3 + c x^5, chosen in the post for its slope at zero: five steps bring singular values from about 0.003
+# upwards to 0.7 .. 1.2, not to 1 exactly, which does training no harm.
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+class MuonState(NamedTuple):
+    """State of `muon`."""
+
+    step: Tensor  # 0-d int64: updates done so far
+    m: Tree  # running mean of g, in the dtype of the moments
+
+
+def orthogonalize(
+    x: Tensor,
+    n_steps: int = 5,
+    *,
+    coefficients: tuple[float, float, float] = QUINTIC,
+    dtype: torch.dtype = torch.bfloat16,
+    eps: float = 1e-7,
+) -> Tensor:
+    """Nearly U V^T for x = U S V^T: a Newton-Schulz iteration on the singular values, s <- a s + b s^3 + c s^5.
+
+    Starts from x / max(||x||_F, eps), whose singular values are at most 1. Leading dims of x are a stack of matrices.
+    The iteration runs, and the result is, in `dtype`.
+
+    >>> x = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    >>> orthogonalize(x, 30, coefficients=(1.5, -0.5, 0.0), dtype=torch.float32)  # the cubic converges to U V^T
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+    if x.ndim < 2:
+        raise ValueError(f"orthogonalize: x must have 2 or more dimensions, got shape {tuple(x.shape)}")
+    a, b, c = coefficients
+    tall = x.shape[-2] > x.shape[-1]
+    y = (x.mT if tall else x).to(dtype)  # the Gram matrix of the shorter side is the smaller one
+    y = y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(n_steps):
+        gram = y @ y.mT
+        y = a * y + (b * gram + c * gram @ gram) @ y
+    return y.mT if tall else y
+
+
+def muon(
+    momentum: float = 0.95,
+    weight_decay: float = 0.1,
+    *,
+    nesterov: bool = True,
+    update_scale: Literal["original", "match_rms"] = "original",
+    n_steps: int = 5,
+    coefficients: tuple[float, float, float] = QUINTIC,
+    eps: float = 1e-7,
+    mask: Mask = None,
+    iteration_dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
+) -> Optimizer:
+    """Muon as a pair of functions; formula at the top of this file, defaults those of torch.optim.Muon.
+
+    Every parameter must have 2 or more dimensions; leading ones are a stack of matrices. Embeddings, the output head,
+    norms and biases belong to another optimizer: see `muon_adamw`, `partitioned`.
+
+    Args:
+        update_scale: "original" or "match_rms"; formulas at the top of this file.
+        n_steps, coefficients, eps, iteration_dtype: of `orthogonalize`.
+        mask: which parameters decay: predicate (path, param) -> bool, or a tree of bools; None is all.
+        dtype: of the momentum; None is fp32, and fp64 for fp64 parameters.
+
+    >>> optimizer = muon()
+    >>> params = {"w": torch.eye(2)}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params, 0.1)
+    """
+    check_range("momentum", momentum, 0.0, 1.0)
+    check_range("weight_decay", weight_decay, 0.0, float("inf"))
+    check_choice("update_scale", update_scale, ("original", "match_rms"))
+
+    def init(params: Tree) -> MuonState:
+        tree.map_with_path(_require_matrix, params)
+        return MuonState(first_step(params), moments_like(params, dtype))
+
+    def update(grads: Tree, state: MuonState, params: Tree, lr: Tensor | float) -> tuple[Tree, MuonState]:
+        lr_ = scalar(lr, state.step)
+        of_dtype = per_dtype(lambda d: (settle(-lr_, d), settle(1 - lr_ * weight_decay, d)))
+
+        def leaf(rate: float, p: Tensor, g: Tensor | None, m: Tensor) -> tuple:
+            if g is None:
+                return None, m
+            wide = compute_dtype(p)
+            neg_lr, keep = of_dtype(wide)
+            g_ = g.to(wide)
+            m_ = torch.lerp(m.to(wide), g_, 1 - momentum)
+            d = torch.lerp(g_, m_, momentum) if nesterov else m_
+            o = orthogonalize(d, n_steps, coefficients=coefficients, dtype=iteration_dtype, eps=eps)
+            u = o.to(wide) * (neg_lr * _scale(p, update_scale))
+            if rate:
+                p_ = p.to(wide)
+                u = p_ * keep + u - p_
+            return u, m_.to(m.dtype)
+
+        updates, m = unzip(2, leaf, params, grads, state.m, weight_decay=weight_decay, mask=mask)
+        return updates, MuonState(state.step + 1, m)
+
+    return Optimizer(init, update)
+
+
+def muon_adamw(
+    *,
+    momentum: float = 0.95,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    mask: Mask = is_matrix,
+    update_scale: Literal["original", "match_rms"] = "match_rms",
+    muon_lr_scale: float = 1.0,
+    adamw_lr_scale: float = 1.0,
+    predicate: Mask = None,
+    iteration_dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
+) -> Optimizer:
+    """Muon for the hidden matrices, AdamW for the rest: `partitioned(hidden_matrix, muon(...), adamw(...))`.
+
+    Args:
+        predicate: which parameters are Muon's; None is `hidden_matrix`.
+        mask: which parameters decay, of either part.
+        update_scale: with "match_rms" both parts can share one lr; with "original" give Muon about 20 to 100 times
+            AdamW's (muon_lr_scale).
+        muon_lr_scale, adamw_lr_scale: each part's factor on lr.
+    """
+    hidden = muon(
+        momentum,
+        weight_decay,
+        update_scale=update_scale,
+        mask=mask,
+        iteration_dtype=iteration_dtype,
+        dtype=dtype,
+    )
+    rest = adamw(betas, eps, weight_decay, mask=mask, dtype=dtype)
+    return partitioned(
+        hidden_matrix if predicate is None else predicate,
+        scale_lr(hidden, muon_lr_scale),
+        scale_lr(rest, adamw_lr_scale),
+    )
+
+
+def hidden_matrix(path: str, leaf: Tensor) -> bool:
+    """Muon's part of a Transformer: every matrix but the embeddings and the output head."""
+    return leaf.ndim >= 2 and "embeddings" not in path and "lm_head" not in path
+
+
+def _scale(p: Tensor, update_scale: str) -> float:
+    rows, columns = p.shape[-2:]
+    if update_scale == "original":
+        return math.sqrt(max(1.0, rows / max(columns, 1)))
+    return 0.2 * math.sqrt(max(rows, columns))
+
+
+def _require_matrix(path: str, leaf: Tensor) -> None:
+    if leaf.ndim < 2:
+        raise ValueError(
+            f"muon: parameter {path!r} has shape {tuple(leaf.shape)}; it takes 2 or more dimensions "
+            "(give the rest to another optimizer: muon_adamw, partitioned)"
+        )
