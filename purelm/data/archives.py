@@ -1,0 +1,162 @@
+"""Files, archives and folders as streams of decompressed bytes.
+
+Which files count, in a folder or an archive: names that end in .txt or .jsonl, each also with .gz or .zst behind,
+and .zip in folders; in sorted order of their paths. Left out are hidden files, `__MACOSX`, every other ending (the
+README of the nltk corpora has none) and the stems readme, license, licence, copying, cats (nltk's list of
+categories). A file named outright is read whatever its stem; without a known ending it is refused.
+"""
+
+import gzip
+import io
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+__all__ = ["Stream", "allowed_endings", "streams"]
+
+TEXT_ENDINGS = (".txt", ".jsonl")
+PACKED_ENDINGS = (".gz", ".zst")
+NOT_TEXT_STEMS = ("readme", "license", "licence", "copying", "cats")
+BLOCK_BYTES = 1 << 20
+
+
+class Stream(NamedTuple):
+    label: str  # for messages: the file, and the member after "!"
+    name: str  # lower case, without .gz and .zst
+    blocks: Iterator[bytes]  # decompressed
+
+
+def allowed_endings() -> str:
+    return f"{', '.join(TEXT_ENDINGS)} (also with {' or '.join(PACKED_ENDINGS)}) and .zip"
+
+
+def _bare_name(name: str) -> str:
+    while name.endswith(PACKED_ENDINGS):
+        name = name[: name.rindex(".")]
+    return name
+
+
+def _is_listed(name: str) -> bool:
+    """Whether a path inside a folder or archive counts as text, by the rule at the head of this file."""
+    parts = _bare_name(name.lower()).split("/")
+    if any(part.startswith(".") or part == "__macosx" for part in parts):
+        return False
+    return parts[-1].endswith(TEXT_ENDINGS) and parts[-1].rsplit(".", 1)[0] not in NOT_TEXT_STEMS
+
+
+def streams(path: Path, label: str) -> Iterator[Stream]:
+    if path.is_dir():
+        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+        for name in names:
+            is_zip = name.lower().endswith(".zip") and _is_listed(name[:-4] + ".txt")
+            if is_zip or _is_listed(name):
+                yield from streams(path / name, f"{label.rstrip('/')}/{name}")
+        return
+    if not path.exists():
+        raise FileNotFoundError(f"{label}: no such file or folder")
+    if path.name.lower().endswith(".zip"):
+        yield from _zip_streams(path, label)
+        return
+    name = _bare_name(path.name.lower())
+    # x.gz says nothing of what is inside: taken as text.
+    if name.endswith(TEXT_ENDINGS) or (name != path.name.lower() and "." not in name):
+        with open(path, "rb") as file:
+            yield _stream(file, path.name, label)
+        return
+    raise ValueError(f"{label}: unknown kind of file; files that end in {allowed_endings()} are read")
+
+
+def _zip_streams(path: Path, label: str) -> Iterator[Stream]:
+    with _damage(label):
+        archive = zipfile.ZipFile(path)
+    with archive:
+        for name in filter(_is_listed, sorted(archive.namelist())):  # a folder's name ends in "/": not listed
+            inner = f"{label}!{name}"
+            with _damage(inner):
+                file = archive.open(name)
+            with file:
+                yield _stream(file, name, inner)
+
+
+def _stream(file: IO[bytes], name: str, label: str) -> Stream:
+    name = name.lower()
+    blocks = _read(file)
+    while name.endswith(PACKED_ENDINGS):
+        blocks = _gunzip(blocks) if name.endswith(".gz") else _unzstd(blocks, label)
+        name = name[: name.rindex(".")]
+    return Stream(label, name, _guarded(blocks, label))
+
+
+def _read(file: IO[bytes]) -> Iterator[bytes]:
+    while block := file.read(BLOCK_BYTES):
+        yield block
+
+
+class _Blocks(io.RawIOBase):
+    """A stream of blocks as the file that gzip wants."""
+
+    def __init__(self, blocks: Iterator[bytes]):
+        self.blocks, self.rest = blocks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        if not self.rest:
+            self.rest = memoryview(next(self.blocks, b""))
+        size = min(len(buffer), len(self.rest))
+        buffer[:size] = self.rest[:size]
+        self.rest = self.rest[size:]
+        return size
+
+
+def _gunzip(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    with io.BufferedReader(_Blocks(blocks)) as packed, gzip.GzipFile(fileobj=packed, mode="rb") as file:
+        yield from _read(file)
+
+
+def _unzstd(blocks: Iterator[bytes], label: str) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"{label}: reading .zst needs zstandard: pip install 'purelm[run]'") from None
+    # decompressobj and not stream_reader: only it tells a truncated file from a whole one.
+    context = zstandard.ZstdDecompressor()
+    frame = context.decompressobj()
+    begun = False
+    for block in blocks:
+        while block:
+            if frame.eof:
+                frame = context.decompressobj()
+            begun = True
+            try:
+                data = frame.decompress(block)
+            except zstandard.ZstdError as error:
+                raise ValueError(f"{label}: damaged archive: {error}") from None
+            yield from (data[i : i + BLOCK_BYTES] for i in range(0, len(data), BLOCK_BYTES))
+            block = frame.unused_data if frame.eof else b""
+    if begun and not frame.eof:
+        raise ValueError(f"{label}: truncated archive: the last zstandard frame is not complete")
+
+
+@contextmanager
+def _damage(label: str) -> Iterator[None]:
+    """Turn what the archive readers raise into one line that names the file."""
+    try:
+        yield
+    except EOFError as error:
+        raise ValueError(f"{label}: truncated archive: {error}") from None
+    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{label}: damaged archive: {error}") from None
+
+
+def _guarded(blocks: Iterator[bytes], label: str) -> Iterator[bytes]:
+    while True:
+        with _damage(label):
+            block = next(blocks, None)
+        if block is None:
+            return
+        yield block

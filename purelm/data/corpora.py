@@ -1,0 +1,199 @@
+"""A corpus cut into a training part and a held-out part, by what the documents say and not by their order."""
+
+import hashlib
+import itertools
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from purelm.data.sources import DELIMITER, cut_point, documents
+
+__all__ = ["DELIMITER", "Prepared", "documents", "open_prepared", "prepare"]
+
+FEW_DOCUMENTS = 20  # below this, the end of each document is held out
+HEAD_DOCUMENTS = 1000  # looked at before the first is written, to see how many there are
+HEAD_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` wrote. Bytes are of the documents' text in UTF-8, without the delimiters between them."""
+
+    train_path: str
+    heldout_path: str
+    n_train_documents: int
+    n_heldout_documents: int
+    n_train_bytes: int
+    n_heldout_bytes: int
+    rule: str  # how the held-out part was chosen: "documents" | "tails"
+
+    @property
+    def n_documents(self) -> int:
+        """Documents in both parts; under the rule "tails" a document counts in each part that has some of it."""
+        return self.n_train_documents + self.n_heldout_documents
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of text in both parts."""
+        return self.n_train_bytes + self.n_heldout_bytes
+
+
+def prepare(
+    source: str | os.PathLike | Iterable[str],
+    out_dir: str | os.PathLike,
+    *,
+    heldout_fraction: float = 0.05,
+    max_bytes: int | None = None,
+    seed: int = 0,
+    field: str = "text",
+    encoding: str | tuple[str, ...] = "utf-8",
+) -> Prepared:
+    """Write `train.txt` and `heldout.txt` under out_dir: documents joined by "<|endoftext|>".
+
+    A document is held out when a hash of (seed, its text without outer white space) is small: whatever the order,
+    and with every copy of it on the same side. Up to 1,000 documents it is that fraction of the distinct ones, the
+    smallest hashes, so that neither part is empty; beyond, all with hash < heldout_fraction. With fewer than 20
+    distinct documents the last fraction of each is held out instead, cut at a newline where there is one.
+
+    Args:
+        source: as in `documents`, or any iterable of strings.
+        heldout_fraction: between 0 and 1.
+        max_bytes: stop after so much text; the document that crosses the limit is cut as in `documents`.
+
+    The files are written beside and renamed; `prepared.json`, read by `open_prepared`, is removed before and written
+    after, so a kill leaves the old corpus, the new one, or none that claims to be complete.
+    Raises ValueError for an empty corpus and what `documents` raises; then the files on disk are the old ones.
+    """
+    if not 0 < heldout_fraction < 1:
+        raise ValueError(f"heldout_fraction={heldout_fraction}: allowed is more than 0 and less than 1")
+    if max_bytes is not None and max_bytes < 1:
+        raise ValueError(f"max_bytes={max_bytes}: allowed is 1 or more, or None")
+    if isinstance(source, (str, os.PathLike)):
+        name, texts = os.fspath(source), documents(source, field=field, encoding=encoding)
+    else:
+        name, texts = "source", iter(source)
+    encoded = _limited(_encoded(texts, name), max_bytes)
+
+    head: list[bytes] = []
+    n_head_bytes = 0
+    for text in encoded:
+        head.append(text)
+        n_head_bytes += len(text)
+        if len(head) >= HEAD_DOCUMENTS or (n_head_bytes >= HEAD_BYTES and len(head) >= FEW_DOCUMENTS):
+            break
+    if not head:
+        raise ValueError(f"{name}: empty corpus: no document in it has any text")
+    rest = next(encoded, None)
+    rule, parts = _rule(head, rest is None, heldout_fraction, seed)
+    if rest is not None:
+        head.append(rest)
+
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = secrets.token_hex(4)
+    targets = (folder / "train.txt", folder / "heldout.txt")
+    temporaries = [target.with_name(f"{target.name}.{identity}") for target in targets]
+    n_documents, n_bytes = [0, 0], [0, 0]
+    delimiter = DELIMITER.encode()
+    try:
+        with open(temporaries[0], "wb") as train, open(temporaries[1], "wb") as heldout:
+            files = (train, heldout)
+            for text in itertools.chain(head, encoded):
+                for part, piece in enumerate(parts(text)):
+                    if piece:
+                        files[part].write(delimiter + piece if n_documents[part] else piece)
+                        n_documents[part] += 1
+                        n_bytes[part] += len(piece)
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        if not all(n_documents):
+            part_name = "training" if not n_documents[0] else "held-out"
+            raise ValueError(
+                f"{name}: the {part_name} part would be empty with heldout_fraction={heldout_fraction} "
+                f"and {sum(n_documents)} documents; change the fraction or the seed, or bring more text"
+            )
+    except BaseException:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+        raise
+    result = Prepared(
+        str(targets[0]), str(targets[1]), n_documents[0], n_documents[1], n_bytes[0], n_bytes[1], rule
+    )
+    manifest = folder / "prepared.json"
+    manifest.unlink(missing_ok=True)
+    for temporary, target in zip(temporaries, targets, strict=True):
+        os.replace(temporary, target)
+    fields = asdict(result) | {"train_path": targets[0].name, "heldout_path": targets[1].name}
+    temporary = manifest.with_name(f"{manifest.name}.{identity}")
+    temporary.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, manifest)
+    return result
+
+
+def open_prepared(out_dir: str | os.PathLike) -> Prepared:
+    """The `Prepared` that `prepare` left in out_dir; FileNotFoundError where there is none or it was cut short."""
+    path = Path(out_dir) / "prepared.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no prepared corpus here, or its writing was cut short; prepare it again")
+    try:
+        prepared = Prepared(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
+    fields = asdict(prepared)
+    for part in ("train_path", "heldout_path"):
+        fields[part] = str(path.parent / fields[part])
+    return Prepared(**fields)
+
+
+def _encoded(texts: Iterator[str], name: str) -> Iterator[bytes]:
+    for index, text in enumerate(texts):
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name}: document {index} is no valid Unicode: {error}") from None
+        for piece in data.split(DELIMITER.encode()):
+            if piece.strip():
+                yield piece
+
+
+def _limited(texts: Iterator[bytes], max_bytes: int | None) -> Iterator[bytes]:
+    left = max_bytes
+    for text in texts:
+        if left is None or len(text) <= left:
+            yield text
+        else:
+            text = text[: cut_point(text, left)]
+            if text.strip():
+                yield text
+            return
+        if left is not None:
+            left -= len(text)
+            if not left:
+                return
+
+
+def _hash(text: bytes, seed: int) -> int:
+    key = seed.to_bytes(16, "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(text.strip(), digest_size=8, key=key).digest(), "little")
+
+
+def _rule(
+    head: list[bytes], complete: bool, fraction: float, seed: int
+) -> tuple[str, Callable[[bytes], tuple[bytes, bytes]]]:
+    """The rule's name, and the function that gives the (training, held-out) part of a document."""
+    hashes = sorted({_hash(text, seed) for text in head})
+    if complete and len(hashes) < FEW_DOCUMENTS:
+
+        def tails(text: bytes) -> tuple[bytes, bytes]:
+            keep = int(len(text) * (1 - fraction))
+            cut = cut_point(text, keep) if keep else 0
+            first, last = text[:cut], text[cut:]
+            return (first if first.strip() else b""), (last if last.strip() else b"")
+
+        return "tails", tails
+    limit = hashes[max(1, round(fraction * len(hashes))) - 1] + 1 if complete else int(fraction * 2**64)
+    return "documents", lambda text: (b"", text) if _hash(text, seed) < limit else (text, b"")

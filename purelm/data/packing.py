@@ -1,0 +1,140 @@
+"""Documents packed into rows of one length, with segment ids so that no position attends to another document.
+
+A document of k tokens is k - 1 predictions: it takes k - 1 positions, tokens d[:-1] and targets d[1:], so no target
+crosses into the next document and no position is spent on a last token without target. A document longer than a row
+is cut into pieces that share one token (the last target of a piece is the first token of the next): then too every
+prediction of the corpus is made exactly once. segment_ids count 1, 2, ... within a row; 0 marks padding.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["pack", "packed_rows"]
+
+Row = dict[str, np.ndarray]
+
+
+def packed_rows(
+    documents: Iterable[Sequence[int] | np.ndarray],
+    context_length: int,
+    *,
+    method: Literal["first_fit", "sequential"] = "first_fit",
+    open_rows: int = 64,
+    pad_id: int = 0,
+) -> Iterator[Row]:
+    """Stream of rows: "tokens", "targets", "segment_ids" int64 (T,) and "weights" float32 (T,), 0 on padding.
+
+    Args:
+        documents: token ids of each document, delimiter included where the model is to predict it. One of fewer than
+            two tokens holds no prediction and takes no place.
+        method: "sequential" fills each row to the end and cuts the document that does not fit (no padding but in the
+            last row). "first_fit" keeps documents of up to context_length predictions whole, and puts each piece
+            into the oldest open row with room for it.
+        open_rows: of first_fit; when more are open, the oldest is closed, so memory is bounded.
+        pad_id: token and target on padding.
+
+    Pieces in a row are in the order in which they came.
+    """
+    if context_length < 1:
+        raise ValueError(f"context_length={context_length}: allowed is 1 or more")
+    if method not in ("first_fit", "sequential"):
+        raise ValueError(f"method={method!r}: allowed are 'first_fit' and 'sequential'")
+    if open_rows < 1:
+        raise ValueError(f"open_rows={open_rows}: allowed is 1 or more")
+    if method == "sequential":
+        rows = _sequential(documents, context_length)
+    else:
+        rows = _first_fit(documents, context_length, open_rows)
+    for pieces in rows:
+        yield _row(pieces, context_length, pad_id)
+
+
+def pack(
+    documents: Iterable[Sequence[int] | np.ndarray],
+    context_length: int,
+    *,
+    method: Literal["first_fit", "sequential"] = "first_fit",
+    open_rows: int = 64,
+    pad_id: int = 0,
+) -> dict[str, Tensor]:
+    """All of `packed_rows` stacked: a dict of (n_rows, context_length) tensors, from which `shuffled_rows` draws.
+
+    >>> rows = pack([[1, 2, 3], [4, 5]], context_length=4)
+    >>> rows["tokens"].tolist(), rows["targets"].tolist(), rows["segment_ids"].tolist()
+    ([[1, 2, 4, 0]], [[2, 3, 5, 0]], [[1, 1, 2, 0]])
+    """
+    rows = list(packed_rows(documents, context_length, method=method, open_rows=open_rows, pad_id=pad_id))
+    if not rows:
+        raise ValueError("documents: none has two tokens or more, so there is nothing to predict")
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+
+def _sequential(documents: Iterable[Sequence[int] | np.ndarray], length: int) -> Iterator[list[np.ndarray]]:
+    pieces: list[np.ndarray] = []
+    room = length
+    for document in documents:
+        ids = _ids(document)
+        while len(ids) > 1:
+            pieces.append(ids[: room + 1])
+            room -= len(pieces[-1]) - 1
+            ids = ids[len(pieces[-1]) - 1 :]
+            if not room:
+                yield pieces
+                pieces, room = [], length
+    if pieces:
+        yield pieces
+
+
+def _first_fit(
+    documents: Iterable[Sequence[int] | np.ndarray], length: int, n_open: int
+) -> Iterator[list[np.ndarray]]:
+    rows: list[list[np.ndarray]] = []
+    rooms: list[int] = []
+    for document in documents:
+        ids = _ids(document)
+        for start in range(0, len(ids) - 1, length):
+            piece = ids[start : start + length + 1]
+            needed = len(piece) - 1
+            at = next((at for at, room in enumerate(rooms) if room >= needed), None)
+            if at is None:
+                if len(rows) == n_open:
+                    del rooms[0]
+                    yield rows.pop(0)
+                at = len(rows)
+                rows.append([])
+                rooms.append(length)
+            rows[at].append(piece)
+            rooms[at] -= needed
+            if not rooms[at]:
+                del rooms[at]
+                yield rows.pop(at)
+    yield from rows
+
+
+def _ids(document: Sequence[int] | np.ndarray) -> np.ndarray:
+    ids = np.asarray(document)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(f"documents: one has dtype {ids.dtype} and shape {ids.shape}; 1-d integers are needed")
+    return ids
+
+
+def _row(pieces: list[np.ndarray], length: int, pad_id: int) -> Row:
+    row: Row = {
+        "tokens": np.full(length, pad_id, np.int64),
+        "targets": np.full(length, pad_id, np.int64),
+        "segment_ids": np.zeros(length, np.int64),
+        "weights": np.zeros(length, np.float32),
+    }
+    at = 0
+    for segment, piece in enumerate(pieces, 1):
+        end = at + len(piece) - 1
+        row["tokens"][at:end] = piece[:-1]
+        row["targets"][at:end] = piece[1:]
+        row["segment_ids"][at:end] = segment
+        row["weights"][at:end] = 1
+        at = end
+    return row
