@@ -3,11 +3,12 @@ r"""Where a text may be cut so that its pieces, and so its token ids, stay exact
 A cut is the position between two characters; it is *safe* when splitting (or encoding) the two sides apart gives the
 pieces of the whole text. One rule serves chunked training, streams and parallel encoding:
 
-1. Just before a space (U+0020) whose previous character is not white space, where the pattern is one of KNOWN.
-   Why: in these patterns a space that follows a non-space can only be the first character of a piece (the branches
-   that hold a space later on are runs of white space), so every piece of the left side ends at the cut at the latest;
-   their only look-ahead, (?!\S) and $, is behind a run of white space, and the left side does not end in one; nothing
-   looks behind. "Before any white space" is wrong for cl100k and o200k, whose punctuation swallows newlines.
+1. Just before a space (U+0020) whose previous character is not white space, where the pattern is a known one (one of
+   `patterns.NAMES`). Why: in these patterns a space that follows a non-space can only be the first character of a piece
+   (the branches that hold a space later on are runs of white space), so every piece of the left side ends at the cut at
+   the latest; their only look-ahead, (?!\S) and $, is behind a run of white space, and the left side does not end in
+   one; nothing looks behind. "Before any white space" is wrong for cl100k and o200k, whose punctuation swallows
+   newlines.
 2. Just before a special token: specials are taken out before the pattern is applied.
 
 Neither holds inside a special token: a cut that any occurrence of a special straddles is refused, which is stricter
@@ -21,9 +22,7 @@ from functools import lru_cache
 
 import regex
 
-from purelm.tokenizer.patterns import CL100K, CL100K_V1, GPT2, O200K, resolve
-
-KNOWN = frozenset((GPT2, CL100K, CL100K_V1, O200K))
+from purelm.tokenizer.patterns import family
 
 # White space as UTF-8: what \s of `regex` matches and U+001C..U+001F, which only str.isspace counts. Refusing a cut
 # is always right. Other control characters are refused with them, to keep the class one range.
@@ -41,7 +40,7 @@ def _rules(pattern: str, special_tokens: tuple[str, ...]):
     character (at a space), and those that overlap another (at the start of a special): all are checked but the usual
     case, specials without a space that do not overlap, has nothing to check.
     """
-    spaces = resolve(pattern) in KNOWN
+    spaces = family(pattern) is not None
     encoded = tuple(name.encode("utf-8") for name in special_tokens)
     parts = [_NO_SPACE_BEFORE + b" "] if spaces else []
     parts += [b"(?=" + re.escape(token) + b")" for token in encoded]

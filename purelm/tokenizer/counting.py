@@ -1,0 +1,252 @@
+"""How often each pre-token occurs in a corpus: the first half of BPE training, and nearly all of its time.
+
+Special tokens are cut out first (they separate pieces and are not counted), then the pattern cuts what lies between.
+A file is mapped and cut by the safe rule into chunks that are counted apart; the result is the same for any number of
+workers, because addition does not care about order.
+
+Two ways, with equal results: `regex`, in processes where there is much to do, and numba's splitter and hash table, in
+threads (the compiled loops release the interpreter's lock). Compiling or loading the latter takes longer than counting
+a small corpus, so inputs under FAST_BYTES never do; nor does a pattern that has no compiled splitter.
+"""
+
+import importlib.util
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from itertools import chain, islice
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import numpy as np
+
+from purelm.tokenizer.mapped import chunk_spans, decode_chunk, file_bytes, read_span
+from purelm.tokenizer.patterns import family, resolve
+from purelm.tokenizer.pretokenize import split
+
+# Below this many bytes `regex` (0.07 s a MB) is done before compiled code is loaded (0.7 s; the first time made: 8 s).
+FAST_BYTES = 4 << 20
+# A process costs its start (0.3 s and more): with n_workers=None, one for every so many bytes.
+BYTES_PER_PROCESS = 32 << 20
+BLOCK_BYTES = 1 << 20  # what one worker takes at a time; the arrays of a block stay in the second-level cache
+
+
+class Block(NamedTuple):
+    """Some text to count: `texts`, or where None bytes start..end of the file `name`."""
+
+    name: str
+    start: int
+    end: int
+    texts: list[bytes] | None = None
+
+
+def count_pieces(
+    source: str | os.PathLike | Iterable[str],
+    pattern: str = "gpt2",
+    special_tokens: tuple[str, ...] = (),
+    *,
+    n_workers: int | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Counter[bytes]:
+    """Pre-token (UTF-8) -> number of occurrences in a text file, or in texts, none of which runs on into the next.
+
+    n_workers: None for as many as there are processors and the input is worth. progress(bytes done, bytes in all or
+    None for an iterable). Raises ValueError naming file, byte and line for text that is not UTF-8.
+
+    >>> count_pieces(["low low<|endoftext|>low"], special_tokens=("<|endoftext|>",)) == {b"low": 2, b" low": 1}
+    True
+    """
+    pattern = resolve(pattern)
+    special_tokens = tuple(special_tokens)
+    workers = check_workers(n_workers)
+    total: int | None
+    if isinstance(source, str | os.PathLike):
+        total = known = file_bytes(source)
+        blocks: Iterator[Block] = _file_blocks(source, pattern, special_tokens)
+    else:
+        total = None
+        blocks = _text_blocks(source)
+        head = list(islice(blocks, FAST_BYTES // BLOCK_BYTES + 1))
+        known = sum(block.end - block.start for block in head)
+        blocks = chain(head, blocks)
+    if known >= FAST_BYTES and has_fast_split(pattern):
+        return _count_in_threads(blocks, pattern, special_tokens, workers, total, progress)
+    if n_workers is None and total is not None:
+        workers = min(workers, 1 + total // BYTES_PER_PROCESS)
+    elif n_workers is None:
+        workers = 1  # texts of unknown number: processes only when asked for
+    return _count_in_processes(blocks, pattern, special_tokens, workers, total, progress)
+
+
+def check_workers(n_workers: int | None) -> int:
+    """The number of workers meant; None is one for each processor that this process may use."""
+    if n_workers is None:
+        return len(os.sched_getaffinity(0))
+    if not isinstance(n_workers, int) or n_workers < 1:
+        raise ValueError(f"n_workers is {n_workers!r}: allowed is an int of at least 1, or None")
+    return n_workers
+
+
+def has_fast_split(pattern: str) -> bool:
+    """Whether numba is installed and has a splitter for this pattern (numba itself is not imported)."""
+    return family(pattern) is not None and importlib.util.find_spec("numba") is not None
+
+
+def _file_blocks(path: str | os.PathLike, pattern: str, special_tokens: tuple[str, ...]) -> Iterator[Block]:
+    for start, end in chunk_spans(path, BLOCK_BYTES, pattern, special_tokens):
+        yield Block(os.fspath(path), start, end)
+
+
+def _text_blocks(texts: Iterable[str]) -> Iterator[Block]:
+    """Texts gathered to blocks of about BLOCK_BYTES."""
+    held: list[bytes] = []
+    n_bytes = done = 0
+    for number, text in enumerate(texts):
+        try:
+            held.append(text.encode("utf-8"))
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text {number} holds a lone surrogate at character {error.start}, which UTF-8 cannot hold"
+            ) from None
+        except AttributeError:
+            raise ValueError(f"text {number} is {type(text).__name__}: an iterable of str is expected") from None
+        n_bytes += len(held[-1])
+        if n_bytes >= BLOCK_BYTES:
+            yield Block("texts", done, done + n_bytes, held)
+            done += n_bytes
+            held, n_bytes = [], 0
+    if held:
+        yield Block("texts", done, done + n_bytes, held)
+
+
+def _texts(block: Block) -> list[bytes]:
+    return [read_span(block.name, block.start, block.end)] if block.texts is None else block.texts
+
+
+def special_matcher(special_tokens: Iterable[str]) -> re.Pattern | None:
+    """Matches a special token in text, the longest of those that start at the same place; None without any."""
+    longest_first = sorted(special_tokens, key=lambda name: (-len(name), name))
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def count_block(block: Block, pattern: str, special_tokens: tuple[str, ...]) -> Counter[bytes]:
+    """The pre-tokens of one block by `regex`."""
+    specials = special_matcher(special_tokens)
+    found: Counter[str] = Counter()
+    for data in _texts(block):
+        text = decode_chunk(data, block.name, block.start)
+        for part in [text] if specials is None else specials.split(text):
+            found.update(split(part, pattern))
+    return Counter({piece.encode("utf-8"): count for piece, count in found.items()})
+
+
+def _count_in_processes(blocks, pattern, special_tokens, workers, total, progress) -> Counter[bytes]:
+    out: Counter[bytes] = Counter()
+    done = 0
+    for block, found in in_processes(
+        partial(count_block, pattern=pattern, special_tokens=special_tokens), blocks, workers
+    ):
+        out.update(found)
+        done += block.end - block.start
+        if progress is not None:
+            progress(done, total)
+    return out
+
+
+def in_processes(function, items: Iterable, workers: int) -> Iterator[tuple]:
+    """(item, function(item)) in order, computed ahead by `workers` processes (one: here), few items at a time.
+
+    The processes are spawned, not forked: a fork of a process that has threads (torch's, say) can hang. As everywhere
+    with spawned processes, a script needs `if __name__ == "__main__":` around what it does.
+    """
+    if workers == 1:
+        for item in items:
+            yield item, function(item)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from _ahead(pool, function, items, 2 * workers)
+
+
+def in_threads(function, items: Iterable, workers: int) -> Iterator[tuple]:
+    """(item, function(item)) in order, as `in_processes`, for functions that release the interpreter's lock."""
+    if workers == 1:
+        for item in items:
+            yield item, function(item)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        yield from _ahead(pool, function, items, 2 * workers)
+
+
+def _ahead(pool, function, items: Iterable, window: int) -> Iterator[tuple]:
+    items = iter(items)
+    running = [(item, pool.submit(function, item)) for item in islice(items, window)]
+    try:
+        while running:
+            item, future = running.pop(0)
+            result = future.result()
+            running += [(later, pool.submit(function, later)) for later in islice(items, 1)]
+            yield item, result
+    finally:  # an error here, or a reader that stops: do not start what waits
+        for _, future in running:
+            future.cancel()
+
+
+def _count_in_threads(blocks, pattern, special_tokens, workers, total, progress) -> Counter[bytes]:
+    """Each thread has a table of its own and takes the next block when it is free; the tables are added at the end."""
+    from purelm.tokenizer import fast_count
+    from purelm.tokenizer.fast_split import split_ends
+
+    specials = special_matcher(special_tokens)
+    matcher = None if specials is None else re.compile(specials.pattern.encode("utf-8"))
+    lock = threading.Lock()
+    errors: list[tuple[int, BaseException]] = []
+    done = 0
+
+    def work() -> Counter[bytes]:
+        nonlocal done
+        table = fast_count.empty_table()
+        while True:
+            with lock:
+                block = None if errors else next(blocks, None)
+            if block is None:
+                return fast_count.counter(table)
+            try:
+                for text in _texts(block):
+                    if block.texts is None and not text.isascii():
+                        decode_chunk(text, block.name, block.start)
+                    data = np.frombuffer(text, np.uint8)
+                    start = 0
+                    for match in matcher.finditer(text) if matcher is not None else ():
+                        part = data[start : match.start()]
+                        table = fast_count.add(table, part, split_ends(part, pattern))
+                        start = match.end()
+                    part = data[start:]
+                    table = fast_count.add(table, part, split_ends(part, pattern))
+                with lock:
+                    done += block.end - block.start
+                    if progress is not None:
+                        progress(done, total)
+            except BaseException as error:
+                with lock:
+                    errors.append((block.start, error))
+
+    if workers == 1:
+        tables = [work()]
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(work) for _ in range(workers)]
+            try:
+                tables = [future.result() for future in futures]
+            except BaseException as error:  # Ctrl-C: let the threads end after the block in hand
+                errors.append((-1, error))
+                raise
+    if errors:
+        # Blocks are handed out in order, so the first error of the corpus is among these whatever the timing was.
+        raise min(errors, key=lambda item: item[0])[1]
+    out = tables[0]
+    for table in tables[1:]:
+        out.update(table)
+    return out
