@@ -46,10 +46,6 @@ def init_cache(
         raise ValueError("cfg.causal must be True for cached decoding: a bidirectional model changes its past")
     if max_len < 1 or batch < 1:
         raise ValueError(f"batch and max_len must be at least 1, got {batch} and {max_len}")
-    if cfg.position == "learned" and max_len > cfg.context_length:
-        raise ValueError(
-            f"max_len must be at most context_length {cfg.context_length} with learned positions, got {max_len}"
-        )
     shape = (batch, max_len, cfg.kv_heads, cfg.head_width)
 
     def fresh() -> tuple[Tensor, ...]:
@@ -89,6 +85,7 @@ def prefill(
         if lengths.shape != tokens_BT.shape[:1] or not bool(((lengths >= 1) & (lengths <= T)).all()):
             raise ValueError(f"lengths must be one number in 1..{T} for each row, got {lengths.tolist()}")
         cache = cache._replace(start=T - lengths)
+    _check_positions(used + T, cache.start, cfg)
     segment_ids = None
     if cache.start is not None:
         real = (torch.arange(used + T, device=tokens_BT.device) >= cache.start.unsqueeze(-1)).to(torch.int64)
@@ -156,6 +153,7 @@ def _decode(
             raise ValueError(f"cache: full, all of its {size} slots are in use")
         if used >= n_slots:
             raise ValueError(f"n_slots must be above the cache's length {used}, got {n_slots}")
+        _check_positions(used + 1, cache.start, cfg)
     slot_1 = cache.length.reshape(1)
     seen = {w: _seen(cache, n_slots, w) for w in {cfg.window_of(i) for i in range(cfg.n_layers)}}
     query_B1 = torch.ones_like(tokens_B).unsqueeze(-1)
@@ -174,6 +172,17 @@ def _decode(
 
     h_B1D, cache = _run(params, tokens_B.unsqueeze(-1), cache, cfg, ops, slot_1, attend, write)
     return readout(params, h_B1D[:, 0], cfg, ops), cache
+
+
+def _check_positions(n_slots: int, start: Tensor | None, cfg: Config) -> None:
+    """Learned positions end: ValueError where a row in `n_slots` slots is longer than the context."""
+    if cfg.position == "learned":
+        longest = n_slots - (0 if start is None else int(start.min()))
+        if longest > cfg.context_length:
+            raise ValueError(
+                f"cache: a row of {longest} tokens is longer than context_length {cfg.context_length}, where learned "
+                "positions end"
+            )
 
 
 def _seen(cache: KVCache, n_slots: int, window: int | None) -> Int[Tensor, "b s"]:

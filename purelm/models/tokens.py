@@ -16,6 +16,7 @@ def check_tokens(tokens: Tensor, cfg: Config, name: str = "tokens") -> None:
     """
     if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
         raise ValueError(f"{name} must hold integers, got {tokens.dtype}")
+    tokens = tokens.to(torch.int64)  # comparisons of uint16 do not exist everywhere
     bad = (tokens < 0) | (tokens >= cfg.vocab_size)
     if not bool(bad.any()):
         return

@@ -1,0 +1,112 @@
+"""From logits to a distribution and a draw: pure functions of logits (B, V); what is excluded becomes -inf.
+
+Legend: B rows, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from purelm.ops.softmax import log_softmax
+
+__all__ = ["distribution", "forbid", "keep_min_p", "keep_top_k", "keep_top_p", "pick", "temper"]
+
+Logits = Float[Tensor, "b v"]
+
+
+def forbid(logits_BV: Logits, ids: Sequence[int], rows: Tensor | None = None) -> Logits:
+    """-inf for these ids, in the rows where `rows` (B,) is True (all when None)."""
+    if not ids:
+        return logits_BV
+    hit_V = torch.zeros(logits_BV.shape[-1], dtype=torch.bool, device=logits_BV.device)
+    hit_V[torch.tensor(list(ids), device=logits_BV.device)] = True
+    hit = hit_V if rows is None else hit_V & rows.unsqueeze(-1)
+    return torch.where(hit, -torch.inf, logits_BV)
+
+
+def temper(logits_BV: Logits, temperature: float) -> Logits:
+    """logits / temperature; at 0 all but the largest (the first of equals) is -inf: greedy.
+
+    >>> temper(torch.tensor([[1.0, 3.0, 3.0]]), 0.0)
+    tensor([[-inf, 3., -inf]])
+    """
+    if not temperature >= 0.0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if temperature == 0.0:
+        best = torch.zeros_like(logits_BV, dtype=torch.bool)
+        best = best.scatter(-1, logits_BV.argmax(-1, keepdim=True), True)
+        return torch.where(best, logits_BV, -torch.inf)
+    # Without the maximum, a small temperature would overflow to inf.
+    return (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
+
+
+def keep_top_k(logits_BV: Logits, k: int) -> Logits:
+    """Keeps the k largest, and what equals the last of them.
+
+    >>> keep_top_k(torch.tensor([[1.0, 4.0, 3.0, 2.0]]), 2)
+    tensor([[-inf, 4., 3., -inf]])
+    """
+    if k < 1:
+        raise ValueError(f"top_k must be at least 1, got {k}")
+    least = torch.topk(logits_BV, min(k, logits_BV.shape[-1]), -1).values[..., -1:]
+    return torch.where(logits_BV < least, -torch.inf, logits_BV)
+
+
+def keep_top_p(logits_BV: Logits, p: float) -> Logits:
+    """Keeps the fewest most probable tokens whose probabilities sum to at least p; of equals, the first ones.
+
+    Source: nucleus sampling, Holtzman et al. 2019 (arXiv:1904.09751), equation 2.
+    """
+    if not 0.0 < p <= 1.0:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {p}")
+    if p == 1.0:
+        return logits_BV
+    ordered, order = torch.sort(logits_BV, stable=True, dim=-1, descending=True)
+    probability = torch.softmax(ordered.double(), -1)
+    before = probability.cumsum(-1) - probability
+    # The first is kept whatever rounding says.
+    keep = torch.cat([torch.ones_like(before[..., :1], dtype=torch.bool), before[..., 1:] < p], -1)
+    keep = torch.zeros_like(keep).scatter(-1, order, keep)
+    return torch.where(keep, logits_BV, -torch.inf)
+
+
+def keep_min_p(logits_BV: Logits, p: float) -> Logits:
+    """Keeps tokens of at least p times the largest probability (Nguyen et al. 2024, arXiv:2407.01082)."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"min_p must be in 0..1, got {p}")
+    if p == 0.0:
+        return logits_BV
+    # p_i >= p p_max exactly when exp(l_i - l_max) >= p: no sum is needed.
+    ratio = torch.exp((logits_BV - logits_BV.amax(-1, keepdim=True)).double())
+    return torch.where(ratio >= p, logits_BV, -torch.inf)
+
+
+def distribution(
+    logits_BV: Logits,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Logits:
+    """Log-probabilities that are sampled from: temperature, then top_k, top_p and min_p, each on what is left."""
+    x = temper(logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)), temperature)
+    if top_k is not None:
+        x = keep_top_k(x, top_k)
+    if top_p is not None:
+        x = keep_top_p(x, top_p)
+    if min_p is not None:
+        x = keep_min_p(x, min_p)
+    return log_softmax(x)
+
+
+def pick(log_probs_BV: Logits, uniform_B: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
+    """The token where the cumulative probability passes uniform in [0, 1); never one of probability 0.
+
+    One number a row and not one for each token, as Gumbel noise would need; sums are fp64.
+    """
+    cumulative_BV = torch.exp(log_probs_BV.double()).cumsum(-1)
+    target_B1 = uniform_B.double().unsqueeze(-1) * cumulative_BV[..., -1:]
+    return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
