@@ -90,7 +90,7 @@ def _stream(file: IO[bytes], name: str, label: str) -> Stream:
     return Stream(label, name, _guarded(blocks, label))
 
 
-def _read(file: IO[bytes]) -> Iterator[bytes]:
+def _read(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
     while block := file.read(BLOCK_BYTES):
         yield block
 
