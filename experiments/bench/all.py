@@ -1,0 +1,57 @@
+"""Every benchmark that the device can run, one after another, each in a process of its own.
+
+python -m experiments.bench.all [--device cuda] [--data FOLDER] [--json FOLDER]
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from experiments.console import pick_device, program, say
+
+
+@dataclass(frozen=True)
+class Args:
+    """Run all benchmarks of a device."""
+
+    device: str = "cpu"
+    data: Path | None = None
+    """folder of English text for the tokenizer's benchmarks, which are left out without it"""
+    json: Path | None = None
+    """folder for one JSON file a benchmark"""
+
+
+def programs(args: Args) -> list[tuple[str, list[str]]]:
+    """Module and arguments of each."""
+    if args.device != "cpu":
+        return [("train_step", ["--device", args.device])]
+    data = [] if args.data is None else ["--data", str(args.data)]
+    tokenizer = [("tokenizer_encode", data), ("tokenizer_train", data)] if data else []
+    return [
+        *tokenizer,
+        ("import_time", []),
+        ("decode", []),
+        ("train_step", ["--device", "cpu", "--sizes", "3m", "22m", "--steps", "12"]),
+    ]
+
+
+@program
+def main(args: Args) -> None:
+    pick_device(args.device)
+    failed = []
+    if args.device == "cpu" and args.data is None:
+        say("tokenizer benchmarks left out: give --data FOLDER (make bench DATA=FOLDER)")
+    for name, flags in programs(args):
+        print(f"\n## {name}\n", flush=True)
+        json = [] if args.json is None else ["--json", str(args.json / f"{name}.json")]
+        if subprocess.run([sys.executable, "-m", f"experiments.bench.{name}", *flags, *json]).returncode:
+            failed.append(name)
+    if failed:
+        raise ValueError(f"these benchmarks failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

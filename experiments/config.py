@@ -1,0 +1,70 @@
+"""What a training run is made of, as frozen dataclasses; every field is a flag of `experiments.pretrain`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from purelm.models import transformer
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Optimizer and schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: hidden matrices by Muon, the rest by AdamW"""
+    lr: float = 1e-3
+    """peak learning rate"""
+    lr_min_ratio: float = 0.1
+    """final learning rate, as a part of the peak"""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: int = 100
+    decay_ratio: float = 0.2
+    """wsd: the part of the steps spent in the final decay"""
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0
+    """largest global gradient norm; 0: no clipping"""
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Train a Transformer on a token file."""
+
+    run: Path
+    """folder of the run"""
+    train: Path
+    """token file (.bin with .json), or a folder of shards"""
+    heldout: Path | None = None
+    tokenizer: Path | None = None
+    """tokenizer.json, for bytes, samples and `experiments.generate`"""
+    model: transformer.Config = field(default_factory=lambda: transformer.Config(vocab_size=1))
+    """vocab_size 1 means: that of the token file"""
+    optim: Optim = field(default_factory=Optim)
+    steps: int = 1000
+    batch_size: int = 32
+    """sequences in one step"""
+    microbatches: int = 1
+    """parts in which a batch is computed; same result, less memory"""
+    order: Literal["windows", "shuffled"] = "windows"
+    """random windows, or every window once an epoch"""
+    seed: int = 0
+    eval_every: int = 250
+    eval_tokens: int | None = 100_000
+    """held-out tokens of the evaluations on the way; the last one takes all. None: always all"""
+    save_every: int = 500
+    keep_last: int = 2
+    log_every: int = 10
+    device: str = "auto"
+    compute: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU"""
+    attention: Literal["sdpa", "reference"] = "sdpa"
+    compile: Literal["auto", "yes", "no"] = "auto"
+    remat: bool = False
+    """recompute each block in the backward pass"""
+    resume: bool = False
+    tensorboard: bool = False
+    sample: tuple[str, ...] = ()
+    """prompts sampled after training"""

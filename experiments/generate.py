@@ -1,0 +1,139 @@
+"""Continue a prompt with a trained run.
+
+    python -m experiments.generate runs/quickstart --prompt "Once upon a time"
+
+Text appears as it is sampled. The same prompt, seed and settings give the same text.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from experiments.console import pick_device, program, say
+from purelm import checkpoint, random, tree
+from purelm.generate import stream
+from purelm.models import transformer
+from purelm.tokenizer import BPE, decode, encode
+from purelm.tokenizer import load as load_tokenizer
+
+END = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Args:
+    """Continue a prompt with a trained run."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """folder of the run"""
+    prompt: str = ""
+    """empty: start a new document"""
+    n: int = 1
+    """samples"""
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    """0: greedy"""
+    top_k: int | None = None
+    top_p: float | None = 0.95
+    min_p: float | None = None
+    stop: tuple[str, ...] = ()
+    """strings that end the text"""
+    seed: int = 0
+    step: int | None = None
+    """checkpoint; the newest if not given"""
+    device: str = "auto"
+
+
+def load_run(run: Path, step: int | None, device: torch.device) -> tuple[Any, transformer.Config, BPE]:
+    """(params, model config, tokenizer) of a run's checkpoint."""
+    if not run.is_dir():
+        raise ValueError(f"run {run}: no such folder")
+    if not (run / "tokenizer.json").is_file():
+        raise ValueError(f"run {run}: has no tokenizer.json")
+    trees, meta = checkpoint.load(run / "checkpoints", step, only=["params"], device=device)
+    cfg = transformer.config_from_dict(meta["config"]["model"])
+    return trees["params"], cfg, load_tokenizer(run / "tokenizer.json")
+
+
+def text_stream(
+    params: Any, cfg: transformer.Config, bpe: BPE, prompt: str, key: torch.Tensor, **settings: Any
+) -> Iterator[str]:
+    """Pieces of text as they are sampled: only whole characters, nothing of a stop token."""
+    ids_of = {token: i for i, token in bpe.vocab.items()}
+    end = ids_of.get(END.encode())
+    ids = encode(bpe, prompt).tolist()
+    if end is not None:  # documents were trained with the delimiter before them
+        ids = [end, *ids]
+    elif not ids:
+        raise ValueError(f"prompt is empty, and the tokenizer has no {END} to start a document with")
+    keep = ids[-(cfg.context_length - 1) :]
+    if len(keep) < len(ids):
+        say(f"prompt: {len(ids)} tokens; only the last {len(keep)} fit into the context of {cfg.context_length}")
+    stops = () if end is None else (end,)
+    device = tree.leaves(params)[0].device
+    new: list[int] = []
+    shown = 0
+    steps = stream(
+        params,
+        [keep],
+        cfg,
+        key.to(device),
+        stop_ids=stops,
+        decode_fn=lambda tokens: decode(bpe, tokens),
+        **settings,
+    )
+    for step in steps:
+        token = step.tokens[0]
+        if token is None or token in stops:
+            continue
+        new.append(token)
+        text = decode(bpe, new)
+        # A character cut in the middle of its bytes decodes to U+FFFD for now: hold it back.
+        whole = text.rstrip("\ufffd") if step.finish_reasons[0] is None else text
+        yield whole[shown:]
+        shown = max(shown, len(whole))
+
+
+def complete(
+    params: Any, cfg: transformer.Config, bpe: BPE, prompt: str, *, seed: int = 0, max_new_tokens: int = 200
+) -> str:
+    """prompt + its continuation, as runs put it into their report."""
+    pieces = text_stream(
+        params, cfg, bpe, prompt, random.key(seed), max_new_tokens=max_new_tokens, temperature=0.8, top_p=0.95
+    )
+    return prompt + "".join(pieces)
+
+
+@program
+def main(args: Args) -> None:
+    device = pick_device(args.device)
+    params, cfg, bpe = load_run(args.run, args.step, device)
+    for i in range(args.n):
+        if args.n > 1:
+            print(f"--- {i + 1}")
+        print(args.prompt, end="", flush=True)
+        pieces = text_stream(
+            params,
+            cfg,
+            bpe,
+            args.prompt,
+            random.fold_in(random.key(args.seed), i),
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            stop_strings=args.stop,
+        )
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
