@@ -38,6 +38,8 @@ def merges(
     previous: list[int] = []
     following: list[int] = []
     for piece, count in zip(pieces, counts, strict=True):
+        if not piece:
+            continue
         start, end = len(token), len(token) + len(piece)
         token += [byte_ids[value] for value in piece]
         weight += [count] * len(piece)

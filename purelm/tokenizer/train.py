@@ -79,12 +79,14 @@ def train_from_counts(
 ) -> BPE:
     """`train` from pre-token counts: several vocabularies from one count, or counts that were made elsewhere.
 
-    pattern is what the pre-tokens were cut with; it is written into the tokenizer.
+    pattern is what the pre-tokens were cut with; it is written into the tokenizer. Counts below 1 are a ValueError.
 
     >>> train_from_counts({b"low": 3, b" low": 2}, 258).merges
     ((b'o', b'w'), (b'l', b'ow'))
     """
     special_tokens, n_special = _check(vocab_size, special_tokens, tie_break)
+    if min(counts.values(), default=0) < 1:
+        raise ValueError(f"counts: empty, or a count is below 1: {dict(list(counts.items())[:3])}...")
     byte_order = HF_BYTE_ORDER if tie_break == "hf" else bytes(range(256))  # byte_order[id] is the byte
     byte_ids = [byte_order.index(value) for value in range(256)]
     n_bytes = sum(map(len, counts))
