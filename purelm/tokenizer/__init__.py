@@ -1,7 +1,23 @@
 """Byte-level BPE: train, encode, decode, and the file formats of the neighbours."""
 
 from purelm.tokenizer.bpe import BPE, make, token_dtype, vocab_size, with_special_tokens
+from purelm.tokenizer.decode import decode, decode_bytes, decode_with_offsets
+from purelm.tokenizer.encode import encode
 from purelm.tokenizer.patterns import resolve
 from purelm.tokenizer.pretokenize import split
+from purelm.tokenizer.train import train
 
-__all__ = ["BPE", "make", "resolve", "split", "token_dtype", "vocab_size", "with_special_tokens"]
+__all__ = [
+    "BPE",
+    "decode",
+    "decode_bytes",
+    "decode_with_offsets",
+    "encode",
+    "make",
+    "resolve",
+    "split",
+    "token_dtype",
+    "train",
+    "vocab_size",
+    "with_special_tokens",
+]

@@ -25,7 +25,7 @@ _PROPERTIES = (
 
 @lru_cache(maxsize=1)
 def class_table() -> np.ndarray:
-    """uint8 property bits of each code point, shape (0x110000,), read-only; about 0.2 s on the first call, then kept."""
+    """Property bits of each code point, uint8 (0x110000,), read-only; 0.2 s on the first call, then kept."""
     table = np.zeros(0x110000, np.uint8)
     # Surrogates are no characters: leave them out and shift what lies above.
     for low, high in ((0, 0xD800), (0xE000, 0x110000)):

@@ -27,7 +27,11 @@ def split_ends(data: np.ndarray, pattern: str) -> np.ndarray:
         raise ValueError(f"data is {data.dtype} of shape {data.shape}; give uint8 with one axis")
     from purelm.tokenizer import kernels
 
-    # No piece is empty, so len(data) ends are enough; the pages that are never written cost nothing.
-    ends = np.empty(len(data), np.int64)
-    count = kernels.split_ends(np.ascontiguousarray(data), class_table(), *known, ends)
-    return ends[:count].copy()
+    data = np.ascontiguousarray(data)
+    blocks, start = [np.empty(0, np.int64)], 0
+    ends = np.empty(1 << 16, np.int64)
+    while start < len(data):
+        count = kernels.split_some(data, start, len(data), class_table(), *known, ends)
+        blocks.append(ends[:count].copy())
+        start = int(ends[count - 1])
+    return np.concatenate(blocks)

@@ -1,0 +1,98 @@
+"""What encode and decode derive from a BPE, once per BPE object: look-up tables, and memos of pieces already seen.
+
+A pure memo: it never changes a result, only what the next call costs, and goes when the BPE goes.
+"""
+
+import weakref
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from purelm.tokenizer.bpe import BPE, token_dtype
+
+_MEMO: "weakref.WeakKeyDictionary[BPE, dict[str, Any]]" = weakref.WeakKeyDictionary()
+_LOCK = Lock()
+
+
+def once(bpe: BPE, name: str, build: Callable[[BPE], Any]) -> Any:
+    """build(bpe), remembered under `name` as long as `bpe` lives."""
+    try:
+        return _MEMO[bpe][name]
+    except KeyError:
+        value = build(bpe)
+        with _LOCK:
+            return _MEMO.setdefault(bpe, {}).setdefault(name, value)
+
+
+def token_ids(bpe: BPE) -> dict[bytes, int]:
+    """bytes -> id of every token."""
+    return once(bpe, "token_ids", lambda bpe: {token: token_id for token_id, token in bpe.vocab.items()})
+
+
+def ranks(bpe: BPE) -> list[int]:
+    """The rank of each merge: its place, or under ignore_merges that of the first of a run with one result."""
+    if not bpe.ignore_merges:
+        return list(range(len(bpe.merges)))
+    result, previous, rank = [], b"", -1
+    for k, (left, right) in enumerate(bpe.merges):
+        if left + right != previous:
+            previous, rank = left + right, k
+        result.append(rank)
+    return result
+
+
+def pair_merges(bpe: BPE) -> dict[tuple[int, int], int]:
+    """(left id, right id) -> rank << 32 | id of the result, so that the smallest value is the merge that goes first."""
+    return once(bpe, "pair_merges", _pair_merges)
+
+
+def _pair_merges(bpe: BPE) -> dict[tuple[int, int], int]:
+    ids = token_ids(bpe)
+    return {
+        (ids[left], ids[right]): rank << 32 | ids[left + right]
+        for (left, right), rank in zip(bpe.merges, ranks(bpe), strict=True)
+    }
+
+
+def whole_tokens(bpe: BPE) -> dict[bytes, int]:
+    """Under ignore_merges the tokens that a piece can be as a whole (special tokens are not), else none."""
+    return once(bpe, "whole_tokens", _whole_tokens)
+
+
+def _whole_tokens(bpe: BPE) -> dict[bytes, int]:
+    if not bpe.ignore_merges:
+        return {}
+    special = {name.encode() for name in bpe.special_tokens} - {left + right for left, right in bpe.merges}
+    return {token: token_id for token, token_id in token_ids(bpe).items() if len(token) == 1 or token not in special}
+
+
+def byte_ids(bpe: BPE) -> list[int]:
+    """The id of each of the 256 single bytes."""
+    return once(bpe, "byte_ids", lambda bpe: [token_ids(bpe)[bytes([value])] for value in range(256)])
+
+
+def special_ids(bpe: BPE) -> dict[str, int]:
+    """name -> id of every special token."""
+    return once(
+        bpe, "special_ids", lambda bpe: {name: token_ids(bpe)[name.encode()] for name in bpe.special_tokens}
+    )
+
+
+def tokens_by_id(bpe: BPE) -> tuple[np.ndarray, np.ndarray]:
+    """(bytes of each id, object (vocab_size,); their lengths, int64, 0 where the vocabulary has a gap)."""
+    return once(bpe, "tokens_by_id", _tokens_by_id)
+
+
+def _tokens_by_id(bpe: BPE) -> tuple[np.ndarray, np.ndarray]:
+    size = max(bpe.vocab) + 1
+    tokens = np.full(size, b"", object)
+    for token_id, token in bpe.vocab.items():
+        tokens[token_id] = token
+    return tokens, np.fromiter(map(len, tokens), np.int64, size)
+
+
+def dtype(bpe: BPE) -> np.dtype:
+    """`token_dtype(bpe)`, remembered."""
+    return once(bpe, "dtype", token_dtype)
