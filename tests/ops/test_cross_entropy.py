@@ -1,0 +1,144 @@
+"""cross_entropy and linear_cross_entropy against torch.nn.functional, with weights, z-loss, softcap and chunks."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from purelm.ops.cross_entropy import cross_entropy, softcap_logits
+from purelm.ops.linear_cross_entropy import linear_cross_entropy
+
+
+def random_case(shape=(3, 5), V=11, D=4, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(*shape, D, dtype=dtype, generator=g)
+    unembedding = torch.randn(V, D, dtype=dtype, generator=g)
+    targets = torch.randint(0, V, shape, generator=g)
+    weights = torch.rand(shape, dtype=dtype, generator=g) * (torch.rand(shape, generator=g) > 0.3)
+    return hidden, unembedding, targets, weights
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 1, 3)])
+def test_equals_torch(shape):
+    """Oracle: torch.nn.functional.cross_entropy in float64."""
+    h, w, t, _ = random_case(shape)
+    logits = h @ w.T
+    expected = F.cross_entropy(logits.flatten(0, -2), t.flatten(), reduction="none").reshape(shape)
+    loss, nll = cross_entropy(logits, t, reduction="none")
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(loss, nll)
+    torch.testing.assert_close(cross_entropy(logits, t)[0], expected.sum())
+    torch.testing.assert_close(cross_entropy(logits, t, denominator=4.0)[0], expected.sum() / 4)
+    torch.testing.assert_close(cross_entropy(logits, t, denominator=torch.tensor(4.0))[0], expected.sum() / 4)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4, 100])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_linear_with_everything(chunk, reduction):
+    """Oracle: softcap, log-probability and z term written with torch's logsumexp and indexing; gradients too."""
+    h, w, t, weights = random_case()
+    h.requires_grad_(), w.requires_grad_()
+    logits = 3.0 * torch.tanh(h @ w.T / 3.0)
+    log_z = logits.logsumexp(-1)
+    nll = log_z - logits[torch.arange(3)[:, None], torch.arange(5), t]
+    expected = weights * (nll + 0.1 * log_z**2) / 2.5
+    got, got_nll = linear_cross_entropy(
+        h, w, t, weights=weights, denominator=2.5, reduction=reduction, softcap=3.0, z_loss=0.1, chunk=chunk
+    )
+    expected, nll = (x.sum() if reduction == "sum" else x for x in (expected, weights * nll / 2.5))
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got_nll, nll)
+    assert not got_nll.requires_grad
+    g = torch.randn_like(got)
+    for a, b in zip(torch.autograd.grad(got, (h, w), g), torch.autograd.grad(expected, (h, w), g), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@given(st.integers(1, 12), st.integers(1, 14), st.integers(0, 2**31))
+def test_any_split_adds_up(n, chunk, seed):
+    """Law: with the whole's denominator, losses of parts add to the loss of the whole; so do chunks."""
+    h, w, t, weights = random_case((12,), seed=seed)
+    total = weights.sum().clamp(min=0.1)
+
+    def f(part, chunk=None):
+        return linear_cross_entropy(h[part], w, t[part], weights=weights[part], denominator=total, chunk=chunk)[0]
+
+    whole = f(slice(None))
+    torch.testing.assert_close(f(slice(0, n)) + f(slice(n, None)), whole)
+    torch.testing.assert_close(f(slice(None), chunk), whole)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_token_of_weight_0_counts_for_nothing(chunk):
+    """Exact: any target there, -100 too, and an infinite loss there, change neither value nor gradient."""
+    h, w, t, _ = random_case()
+    weights = torch.ones(3, 5, dtype=torch.float64)
+    weights[1, 2:] = 0.0
+    other = torch.where(weights == 0, -100, t)
+    h.requires_grad_()
+    first, second = (linear_cross_entropy(h, w, x, weights=weights, chunk=chunk)[0] for x in (t, other))
+    assert torch.equal(first, second)
+    (g,) = torch.autograd.grad(second, h)
+    assert torch.equal(g[1, 2:], torch.zeros(3, 4, dtype=torch.float64))
+    logits = torch.zeros(2, 3)
+    logits[1, 0] = -torch.inf
+    assert cross_entropy(logits, torch.tensor([0, 0]), weights=torch.tensor([1.0, 0.0]))[0].isfinite()
+
+
+def test_gradcheck():
+    """Oracle: finite differences, and for the chunked form too."""
+    h, w, t, weights = random_case((3,), V=5, D=2)
+    h.requires_grad_(), w.requires_grad_()
+    for chunk in (None, 2):
+        assert torch.autograd.gradcheck(
+            lambda a, b, chunk=chunk: linear_cross_entropy(
+                a, b, t, weights=weights, softcap=2.0, z_loss=0.3, chunk=chunk
+            )[0],
+            (h, w),
+        )
+
+
+def test_extreme_logits():
+    """Oracle: closed form. A confident right answer costs 0, a confident wrong one the gap."""
+    logits = torch.tensor([[1e4, 0.0, -1e4]])
+    assert cross_entropy(logits, torch.tensor([0]))[0] == 0.0
+    assert cross_entropy(logits, torch.tensor([2]))[0] == 2e4
+
+
+def test_bf16_logits_are_summed_in_fp32():
+    """Oracle: torch in float64 on the same bf16 logits; only fp32 rounding is left."""
+    logits = (torch.randn(6, 5000) * 4).bfloat16()
+    t = torch.randint(0, 5000, (6,))
+    loss, _ = cross_entropy(logits, t, reduction="none")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), F.cross_entropy(logits.double(), t, reduction="none"), rtol=1e-6, atol=0)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5), st.floats(0.1, 100))
+def test_softcap_bounds(xs, c):
+    """Law: |softcap(x)| <= c, and None is the identity."""
+    x = torch.tensor(xs, dtype=torch.float64)
+    assert bool((softcap_logits(x, c).abs() <= c).all())
+    assert softcap_logits(x, None) is x
+
+
+def test_chunks_hold_one_chunk_of_logits():
+    """Oracle: the largest tensor saved for backward, and the largest that exists in the forward pass."""
+    h, w, t, _ = random_case((64,), V=50, D=8)
+    h.requires_grad_()
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+        linear_cross_entropy(h, w, t)
+        assert max(sizes) == 64 * 50
+        sizes.clear()
+        linear_cross_entropy(h, w, t, chunk=16)
+        assert max(sizes, default=0) < 16 * 50
+
+
+def test_bad_arguments():
+    h, w, t, _ = random_case()
+    with pytest.raises(ValueError, match="reduction must be"):
+        cross_entropy(h, t.clamp(max=3), reduction="mean")
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        linear_cross_entropy(h, w, t, chunk=0)
