@@ -52,6 +52,7 @@ class _Scalars(NamedTuple):
     root_scale: Tensor  # sqrt(1 - b2^t)
     root_shift: Tensor  # eps_root brought under the uncorrected root
     keep: Tensor  # 1 - lr wd
+    lose: Tensor  # lr wd
 
 
 def adamw(
@@ -73,7 +74,8 @@ def adamw(
         decay_order: weight decay before or after the step of Adam.
         dtype: of the moments; None is fp32, and fp64 for fp64 parameters. Arithmetic is in fp32 or fp64 always.
 
-    The float operations are those of torch.optim.AdamW in its order, so parameters agree to rounding.
+    The float operations and their order are torch.optim.AdamW's, or the course's when eps is uncorrected, so that
+    parameters agree to rounding with either.
 
     >>> optimizer = adamw(betas=(0.9, 0.95), weight_decay=0.1, mask=lambda path, p: p.ndim >= 2)
     >>> params = {"w": torch.ones(2, 2), "b": torch.ones(2)}
@@ -104,7 +106,12 @@ def adamw(
             settle(root_scale, dtype),
             settle(eps_root * correction2, dtype),
             settle(1 - lr_ * weight_decay, dtype),
+            settle(lr_ * weight_decay, dtype),
         )
+
+    def decayed(p: Tensor, s: _Scalars) -> Tensor:
+        # Equal on paper; 1 - lr wd in fp32 is off by up to 3e-8, which adds up over steps.
+        return p * s.keep if eps_placement == "outside" else p - s.lose * p
 
     def update(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
         step = state.step + 1
@@ -125,12 +132,10 @@ def adamw(
             # Where decay enters, the update is the new parameter less the old: the difference is exact when they are
             # within a factor two (Sterbenz), and adding it gives the new parameter to the last bit.
             if rate:
-                u = (p_ * s.keep + u if decay_order == "before" else (p_ + u) * s.keep) - p_
+                u = (decayed(p_, s) + u if decay_order == "before" else decayed(p_ + u, s)) - p_
             return u, m_.to(m.dtype), v_.to(v.dtype)
 
-        updates, m, v = unzip(
-            3, leaf, params, grads, state.m, state.v, weight_decay=weight_decay, mask=mask
-        )
+        updates, m, v = unzip(3, leaf, params, grads, state.m, state.v, weight_decay=weight_decay, mask=mask)
         return updates, AdamWState(step, m, v)
 
     return Optimizer(init, update)

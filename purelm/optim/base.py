@@ -106,9 +106,7 @@ def partitioned(predicate: Mask, yes: Optimizer, no: Optimizer) -> Optimizer:
         p_yes, p_no = split(_chosen(predicate, params), params)
         return PartitionedState(yes.init(p_yes), no.init(p_no))
 
-    def update(
-        grads: Tree, state: PartitionedState, params: Tree, lr: Tensor | float
-    ) -> tuple[Tree, PartitionedState]:
+    def update(grads: Tree, state: PartitionedState, params: Tree, lr: Tensor | float) -> tuple[Tree, PartitionedState]:
         chosen = _chosen(predicate, params)
         (g_yes, g_no), (p_yes, p_no) = split(chosen, grads), split(chosen, params)
         u_yes, s_yes = yes.update(g_yes, state.yes, p_yes, lr)

@@ -14,6 +14,7 @@ def clip(grads: Tree, max_norm: float, eps: float = 1e-6) -> tuple[Tree, Tensor]
     The norm is a 0-d tensor, accumulated in fp32; leaves keep their dtype. A norm of inf or nan makes gradients nan,
     as in torch (test `tree.all_finite` first to skip such a step).
 
+    >>> import torch
     >>> clipped, norm = clip({"w": torch.tensor([3.0, 4.0])}, max_norm=1.0)
     >>> clipped["w"], norm
     (tensor([0.6000, 0.8000]), tensor(5.))

@@ -2,7 +2,7 @@
 
 Chen et al., "Symbolic discovery of optimization algorithms" (2302.06675, Program 1):
 
-    p <- p (1 - lr wd) - lr sign(b1 m + (1 - b1) g),  then  m <- b2 m + (1 - b2) g
+    p <- p - lr (sign(b1 m + (1 - b1) g) + wd p),  then  m <- b2 m + (1 - b2) g
 
 Every element moves by lr: the paper advises an lr 3 to 10 times smaller than AdamW's, and wd as much larger.
 """
@@ -64,19 +64,17 @@ def lion(
         return LionState(first_step(params), moments_like(params, dtype))
 
     def update(grads: Tree, state: LionState, params: Tree, lr: Tensor | float) -> tuple[Tree, LionState]:
-        lr_ = scalar(lr, state.step)
-        of_dtype = per_dtype(lambda d: (settle(-lr_, d), settle(1 - lr_ * weight_decay, d)))
+        neg_lr = per_dtype(lambda d: settle(-scalar(lr, state.step), d))
 
         def leaf(rate: float, p: Tensor, g: Tensor | None, m: Tensor) -> tuple:
             if g is None:
                 return None, m
             wide = compute_dtype(p)
-            neg_lr, keep = of_dtype(wide)
-            p_, g_, m_ = p.to(wide), g.to(wide), m.to(wide)
-            u = torch.sign(torch.lerp(m_, g_, 1 - b1)) * neg_lr
+            g_, m_ = g.to(wide), m.to(wide)
+            d = torch.sign(torch.lerp(m_, g_, 1 - b1))
             if rate:
-                u = p_ * keep + u - p_
-            return u, torch.lerp(m_, g_, 1 - b2).to(m.dtype)
+                d = d + rate * p.to(wide)
+            return d * neg_lr(wide), torch.lerp(m_, g_, 1 - b2).to(m.dtype)
 
         updates, m = unzip(2, leaf, params, grads, state.m, weight_decay=weight_decay, mask=mask)
         return updates, LionState(state.step + 1, m)

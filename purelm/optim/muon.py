@@ -3,7 +3,7 @@
 Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon, 2024):
 
     m <- mu m + (1 - mu) g,  o = orthogonalize((1 - mu) g + mu m)  (Nesterov; else of m)
-    p <- p (1 - lr wd) - lr scale o
+    p <- p - lr (scale o + wd p)
 
 With m as a running mean, as torch.optim.Muon has it; the post's m is 1 / (1 - mu) times ours, which `orthogonalize`
 divides away. scale for a weight (rows, columns) = (out, in): "original" sqrt(max(1, rows / columns)), the post's;
@@ -77,7 +77,7 @@ def orthogonalize(
     y = y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(n_steps):
         gram = y @ y.mT
-        y = a * y + (b * gram + c * gram @ gram) @ y
+        y = _add_product(y, _add_product(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     return y.mT if tall else y
 
 
@@ -118,23 +118,20 @@ def muon(
         return MuonState(first_step(params), moments_like(params, dtype))
 
     def update(grads: Tree, state: MuonState, params: Tree, lr: Tensor | float) -> tuple[Tree, MuonState]:
-        lr_ = scalar(lr, state.step)
-        of_dtype = per_dtype(lambda d: (settle(-lr_, d), settle(1 - lr_ * weight_decay, d)))
+        neg_lr = per_dtype(lambda d: settle(-scalar(lr, state.step), d))
 
         def leaf(rate: float, p: Tensor, g: Tensor | None, m: Tensor) -> tuple:
             if g is None:
                 return None, m
             wide = compute_dtype(p)
-            neg_lr, keep = of_dtype(wide)
             g_ = g.to(wide)
             m_ = torch.lerp(m.to(wide), g_, 1 - momentum)
             d = torch.lerp(g_, m_, momentum) if nesterov else m_
             o = orthogonalize(d, n_steps, coefficients=coefficients, dtype=iteration_dtype, eps=eps)
-            u = o.to(wide) * (neg_lr * _scale(p, update_scale))
+            o = o.to(wide) * _scale(p, update_scale)
             if rate:
-                p_ = p.to(wide)
-                u = p_ * keep + u - p_
-            return u, m_.to(m.dtype)
+                o = o + rate * p.to(wide)
+            return o * neg_lr(wide), m_.to(m.dtype)
 
         updates, m = unzip(2, leaf, params, grads, state.m, weight_decay=weight_decay, mask=mask)
         return updates, MuonState(state.step + 1, m)
@@ -184,6 +181,14 @@ def muon_adamw(
 def hidden_matrix(path: str, leaf: Tensor) -> bool:
     """Muon's part of a Transformer: every matrix but the embeddings and the output head."""
     return leaf.ndim >= 2 and "embeddings" not in path and "lm_head" not in path
+
+
+def _add_product(x: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+    """beta x + alpha left @ right, of stacks too; rounded once, which matters in bf16."""
+    if x.ndim == 2:
+        return torch.addmm(x, left, right, beta=beta, alpha=alpha)
+    stacked = [t.reshape(-1, *t.shape[-2:]) for t in (x, left, right)]
+    return torch.baddbmm(*stacked, beta=beta, alpha=alpha).reshape(x.shape)
 
 
 def _scale(p: Tensor, update_scale: str) -> float:

@@ -31,7 +31,7 @@ class SGDState(NamedTuple):
     """State of `sgd`."""
 
     step: Tensor  # 0-d int64: updates done so far
-    m: Tree  # momentum, in the dtype of the moments; None without momentum
+    m: Tree  # momentum, in the dtype of the moments; () without momentum
 
 
 def sgd(
@@ -61,7 +61,7 @@ def sgd(
         raise ValueError(f"nesterov needs momentum > 0, got momentum={momentum}")
 
     def init(params: Tree) -> SGDState:
-        return SGDState(first_step(params), moments_like(params, dtype) if momentum else None)
+        return SGDState(first_step(params), moments_like(params, dtype) if momentum else ())
 
     def update(grads: Tree, state: SGDState, params: Tree, lr: Tensor | float) -> tuple[Tree, SGDState]:
         neg_lr = per_dtype(lambda d: settle(-scalar(lr, state.step), d))
@@ -83,7 +83,7 @@ def sgd(
 
         decay: dict[str, Any] = {"weight_decay": weight_decay, "mask": mask}
         if not momentum:
-            (updates,), m = unzip(1, plain, params, grads, **decay), None
+            (updates,), m = unzip(1, plain, params, grads, **decay), ()
         else:
             updates, m = unzip(2, with_momentum, params, grads, state.m, **decay)
         return updates, SGDState(state.step + 1, m)

@@ -1,0 +1,153 @@
+"""Schedules. Oracles: the course's formulas and others in Python floats; continuity, range and monotony as laws."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from purelm.optim.schedules import (
+    constant,
+    cosine,
+    cosine_decay,
+    linear,
+    linear_decay,
+    one_minus_sqrt_decay,
+    wsd,
+)
+
+ULP = 2.0**-24  # half an ulp of fp32, relative: values are computed in fp64 and rounded once
+
+
+def test_course_cosine():
+    """Oracle: the course's three cases (4.4), at every step, to the rounding of the result to fp32."""
+    high, low, T_w, T_c = 1.0, 0.1, 7, 21
+    schedule = cosine(high, T_c, n_warmup=T_w, lr_final=low)
+    for t in range(30):
+        if t < T_w:
+            expected = t / T_w * high
+        elif t <= T_c:
+            expected = low + 0.5 * (1 + math.cos((t - T_w) / (T_c - T_w) * math.pi)) * (high - low)
+        else:
+            expected = low
+        assert float(schedule(t)) == pytest.approx(expected, rel=ULP, abs=0)
+
+
+def test_linear_and_constant():
+    """Oracle: straight lines in Python floats."""
+    schedule = linear(2.0, 110, n_warmup=10, lr_final=0.5, lr_initial=1.0)
+    for t in range(130):
+        expected = 1.0 + t / 10 if t < 10 else (2.0 - 1.5 * (t - 10) / 100 if t < 110 else 0.5)
+        assert float(schedule(t)) == pytest.approx(expected, rel=ULP)
+    assert [float(constant(3.0)(t)) for t in (0, 1, 10**9)] == [3.0] * 3
+    assert [float(constant(3.0, n_warmup=4)(t)) for t in range(6)] == [0.0, 0.75, 1.5, 2.25, 3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "decay,expected",
+    [
+        (None, lambda x: 1 - x),
+        (linear_decay, lambda x: 1 - x),
+        (cosine_decay, lambda x: 0.5 * (1 + math.cos(math.pi * x))),
+        (one_minus_sqrt_decay, lambda x: 1 - math.sqrt(x)),
+    ],
+)
+def test_wsd(decay, expected):
+    """Oracle: its three parts in Python floats."""
+    schedule = wsd(3.0, 100, n_warmup=10, n_decay=20, lr_final=1.0, decay=decay)
+    for t in range(120):
+        if t < 10:
+            lr = 0.3 * t
+        elif t < 80:
+            lr = 3.0
+        else:
+            lr = 1.0 + 2.0 * expected(min((t - 80) / 20, 1.0))
+        assert float(schedule(t)) == pytest.approx(lr, rel=ULP, abs=1e-15)
+
+
+def test_zero_lengths():
+    """No warmup starts at the peak; no decay never leaves it; warmup up to the end ends at the peak."""
+    assert float(cosine(2.0, 10)(0)) == 2.0
+    assert float(wsd(2.0, 10, n_decay=0)(10)) == 2.0
+    ends_with_warmup = linear(2.0, 4, n_warmup=4)
+    assert [float(ends_with_warmup(t)) for t in range(6)] == [0.0, 0.5, 1.0, 1.5, 2.0, 0.0]
+    assert float(linear(2.0, 0)(0)) == 2.0
+
+
+MAKERS = [
+    linear,
+    cosine,
+    *[partial(wsd, decay=decay) for decay in (linear_decay, cosine_decay, one_minus_sqrt_decay)],
+]
+
+
+@st.composite
+def schedules(draw):
+    make = draw(st.sampled_from(MAKERS))
+    n_warmup, n_stable, n_decay = (draw(st.integers(0, 50)) for _ in range(3))
+    peak = draw(st.floats(2.0**-10, 8.0))
+    final, initial = (peak * draw(st.floats(0, 1)) for _ in range(2))
+    arguments = {"n_warmup": n_warmup, "lr_final": final, "lr_initial": initial}
+    if isinstance(make, partial):
+        arguments["n_decay"] = n_decay
+    else:
+        n_stable = 0
+    n_steps = n_warmup + n_stable + n_decay
+    return make(peak, n_steps, **arguments), n_warmup, n_warmup + n_stable, n_steps, initial, peak, final
+
+
+@given(schedules())
+def test_laws(drawn):
+    """Laws: the stated end points; between final or initial and peak; rises, stays, falls; no jump in between."""
+    schedule, n_warmup, n_stable, n_steps, initial, peak, final = drawn
+    values = schedule(torch.arange(n_steps + 3)).double()
+    assert values[n_warmup] == torch.tensor(peak, dtype=torch.float32)
+    if n_warmup:
+        assert values[0] == torch.tensor(initial, dtype=torch.float32)
+    assert torch.equal(values[n_warmup : n_stable + 1], values[n_warmup].expand(n_stable - n_warmup + 1))
+    if n_steps > n_stable:
+        assert (values[n_steps:] == torch.tensor(final, dtype=torch.float32)).all()
+    assert (values[: n_warmup + 1].diff() >= 0).all() and (values[n_stable:].diff() <= 0).all()
+    jumps = values.diff().abs()
+    if n_warmup:
+        assert jumps[:n_warmup].max() <= (peak - initial) / n_warmup + 1e-6 * peak
+    if n_steps > n_stable:
+        # The steepest of the decays is 1 - sqrt(x) at its start: sqrt(1 / n); half a cosine is pi / 2 of a line.
+        n = n_steps - n_stable
+        assert jumps[n_stable:n_steps].max() <= (peak - final) * max(math.pi / 2 / n, math.sqrt(1 / n)) + 1e-6 * peak
+
+
+@given(schedules(), st.integers(0, 200))
+def test_int_tensor_and_batch_agree(drawn, step):
+    """Law: the same fp32 number from an int, a 0-d int64 or int32 tensor, a batch, and vmap; 0-d for 0-d."""
+    schedule = drawn[0]
+    lr = schedule(step)
+    assert lr.dtype == torch.float32 and lr.ndim == 0
+    steps = torch.tensor([step, step])
+    for other in (schedule(torch.tensor(step)), schedule(torch.tensor(step, dtype=torch.int32))):
+        assert torch.equal(lr, other)
+    for other in (schedule(steps), torch.vmap(schedule)(steps)):
+        assert torch.equal(lr.expand(2), other)
+
+
+def test_large_steps_are_exact():
+    """fp32 cannot tell 2^24 + 1 from 2^24; the schedule can."""
+    schedule = linear(1.0, 2**25)
+    a, b = schedule(torch.tensor(2**24)), schedule(torch.tensor(2**24 + 1))
+    assert float(a) == 0.5 and float(b) == pytest.approx(0.5 - 2.0**-25, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: cosine(1.0, 10, n_warmup=11), r"n_warmup must be in \[0, n_steps = 10\], got 11"),
+        (lambda: linear(1.0, 10, n_warmup=-1), "n_warmup must be in"),
+        (lambda: wsd(1.0, 10, n_warmup=4, n_decay=7), r"n_decay must be in \[0, n_steps - n_warmup = 6\], got 7"),
+        (lambda: wsd(1.0, 10, n_decay=-1), "n_decay must be in"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
