@@ -11,21 +11,20 @@ a small corpus, so inputs under FAST_BYTES never do; nor does a pattern that has
 
 import importlib.util
 import os
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
-from multiprocessing import get_context
 from typing import NamedTuple
 
 import numpy as np
 
+from purelm.tokenizer.encode import special_matcher
 from purelm.tokenizer.mapped import chunk_spans, decode_chunk, file_bytes, read_span
 from purelm.tokenizer.patterns import family, resolve
 from purelm.tokenizer.pretokenize import split
+from purelm.tokenizer.workers import check_workers, in_processes
 
 # Below this many bytes `regex` (0.07 s a MB) is done before compiled code is loaded (0.7 s; the first time made: 8 s).
 FAST_BYTES = 4 << 20
@@ -65,10 +64,10 @@ def count_pieces(
     total: int | None
     if isinstance(source, str | os.PathLike):
         total = known = file_bytes(source)
-        blocks: Iterator[Block] = _file_blocks(source, pattern, special_tokens)
+        blocks: Iterator[Block] = file_blocks(source, pattern, special_tokens)
     else:
         total = None
-        blocks = _text_blocks(source)
+        blocks = text_blocks(source)
         head = list(islice(blocks, FAST_BYTES // BLOCK_BYTES + 1))
         known = sum(block.end - block.start for block in head)
         blocks = chain(head, blocks)
@@ -81,26 +80,17 @@ def count_pieces(
     return _count_in_processes(blocks, pattern, special_tokens, workers, total, progress)
 
 
-def check_workers(n_workers: int | None) -> int:
-    """The number of workers meant; None is one for each processor that this process may use."""
-    if n_workers is None:
-        return len(os.sched_getaffinity(0))
-    if not isinstance(n_workers, int) or n_workers < 1:
-        raise ValueError(f"n_workers is {n_workers!r}: allowed is an int of at least 1, or None")
-    return n_workers
-
-
 def has_fast_split(pattern: str) -> bool:
     """Whether numba is installed and has a splitter for this pattern (numba itself is not imported)."""
     return family(pattern) is not None and importlib.util.find_spec("numba") is not None
 
 
-def _file_blocks(path: str | os.PathLike, pattern: str, special_tokens: tuple[str, ...]) -> Iterator[Block]:
+def file_blocks(path: str | os.PathLike, pattern: str, special_tokens: tuple[str, ...]) -> Iterator[Block]:
     for start, end in chunk_spans(path, BLOCK_BYTES, pattern, special_tokens):
         yield Block(os.fspath(path), start, end)
 
 
-def _text_blocks(texts: Iterable[str]) -> Iterator[Block]:
+def text_blocks(texts: Iterable[str]) -> Iterator[Block]:
     """Texts gathered to blocks of about BLOCK_BYTES."""
     held: list[bytes] = []
     n_bytes = done = 0
@@ -122,21 +112,16 @@ def _text_blocks(texts: Iterable[str]) -> Iterator[Block]:
         yield Block("texts", done, done + n_bytes, held)
 
 
-def _texts(block: Block) -> list[bytes]:
+def block_texts(block: Block) -> list[bytes]:
     return [read_span(block.name, block.start, block.end)] if block.texts is None else block.texts
 
 
-def special_matcher(special_tokens: Iterable[str]) -> re.Pattern | None:
-    """Matches a special token in text, the longest of those that start at the same place; None without any."""
-    longest_first = sorted(special_tokens, key=lambda name: (-len(name), name))
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-
-def count_block(block: Block, pattern: str, special_tokens: tuple[str, ...]) -> Counter[bytes]:
-    """The pre-tokens of one block by `regex`."""
-    specials = special_matcher(special_tokens)
+def count_block(rules: tuple[str, tuple[str, ...]], block: Block) -> Counter[bytes]:
+    """The pre-tokens of one block by `regex`; rules: pattern and special tokens."""
+    pattern, special_tokens = rules
+    specials = special_matcher(frozenset(special_tokens)) if special_tokens else None
     found: Counter[str] = Counter()
-    for data in _texts(block):
+    for data in block_texts(block):
         text = decode_chunk(data, block.name, block.start)
         for part in [text] if specials is None else specials.split(text):
             found.update(split(part, pattern))
@@ -146,9 +131,7 @@ def count_block(block: Block, pattern: str, special_tokens: tuple[str, ...]) -> 
 def _count_in_processes(blocks, pattern, special_tokens, workers, total, progress) -> Counter[bytes]:
     out: Counter[bytes] = Counter()
     done = 0
-    for block, found in in_processes(
-        partial(count_block, pattern=pattern, special_tokens=special_tokens), blocks, workers
-    ):
+    for block, found in in_processes(count_block, (pattern, special_tokens), blocks, workers):
         out.update(found)
         done += block.end - block.start
         if progress is not None:
@@ -156,51 +139,12 @@ def _count_in_processes(blocks, pattern, special_tokens, workers, total, progres
     return out
 
 
-def in_processes(function, items: Iterable, workers: int) -> Iterator[tuple]:
-    """(item, function(item)) in order, computed ahead by `workers` processes (one: here), few items at a time.
-
-    The processes are spawned, not forked: a fork of a process that has threads (torch's, say) can hang. As everywhere
-    with spawned processes, a script needs `if __name__ == "__main__":` around what it does.
-    """
-    if workers == 1:
-        for item in items:
-            yield item, function(item)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from _ahead(pool, function, items, 2 * workers)
-
-
-def in_threads(function, items: Iterable, workers: int) -> Iterator[tuple]:
-    """(item, function(item)) in order, as `in_processes`, for functions that release the interpreter's lock."""
-    if workers == 1:
-        for item in items:
-            yield item, function(item)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        yield from _ahead(pool, function, items, 2 * workers)
-
-
-def _ahead(pool, function, items: Iterable, window: int) -> Iterator[tuple]:
-    items = iter(items)
-    running = [(item, pool.submit(function, item)) for item in islice(items, window)]
-    try:
-        while running:
-            item, future = running.pop(0)
-            result = future.result()
-            running += [(later, pool.submit(function, later)) for later in islice(items, 1)]
-            yield item, result
-    finally:  # an error here, or a reader that stops: do not start what waits
-        for _, future in running:
-            future.cancel()
-
-
 def _count_in_threads(blocks, pattern, special_tokens, workers, total, progress) -> Counter[bytes]:
     """Each thread has a table of its own and takes the next block when it is free; the tables are added at the end."""
     from purelm.tokenizer import fast_count
     from purelm.tokenizer.fast_split import split_ends
 
-    specials = special_matcher(special_tokens)
-    matcher = None if specials is None else re.compile(specials.pattern.encode("utf-8"))
+    matcher = special_matcher(frozenset(special_tokens), True) if special_tokens else None
     lock = threading.Lock()
     errors: list[tuple[int, BaseException]] = []
     done = 0
@@ -214,7 +158,7 @@ def _count_in_threads(blocks, pattern, special_tokens, workers, total, progress)
             if block is None:
                 return fast_count.counter(table)
             try:
-                for text in _texts(block):
+                for text in block_texts(block):
                     if block.texts is None and not text.isascii():
                         decode_chunk(text, block.name, block.start)
                     data = np.frombuffer(text, np.uint8)

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numba import njit
 
+from purelm.tokenizer.kernels import _PART
+
 # Positions and occurrences (at most 3 a position) are int32.
 MAX_POSITIONS = (2**31 - 1) // 3
 
@@ -27,7 +29,7 @@ MAX_POSITIONS = (2**31 - 1) // 3
 TOKEN, PREV, NEXT, PIECE = 0, 1, 2, 3
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(**_PART)
 def _slot_of(slots, left, right, a, b):
     """Index into slots of pair (a, b), or of the free slot where it belongs."""
     mask = slots.size - 1
@@ -39,7 +41,7 @@ def _slot_of(slots, left, right, a, b):
     return i
 
 
-@njit(cache=True, nogil=True)
+@njit(**_PART)
 def _compare_bytes(bytes_start, arena, s, t):
     """Sign of the lexicographic comparison of tokens s and t; a prefix is smaller."""
     i, i_end = bytes_start[s], bytes_start[s + 1]
@@ -52,7 +54,7 @@ def _compare_bytes(bytes_start, arena, s, t):
     return (i < i_end) - (j < j_end)
 
 
-@njit(cache=True, nogil=True)
+@njit(**_PART)
 def _before(count_x, x, count_y, y, left, right, bytes_start, arena, by_bytes):
     """Whether pair x is to be merged before pair y."""
     if count_x != count_y:
@@ -66,7 +68,7 @@ def _before(count_x, x, count_y, y, left, right, bytes_start, arena, by_bytes):
     return right[x] < right[y]
 
 
-@njit(cache=True, nogil=True)
+@njit(**_PART)
 def _sift_up(i, heap_pair, heap_count, left, right, bytes_start, arena, by_bytes):
     pair, count = heap_pair[i], heap_count[i]
     while i > 0:
@@ -80,7 +82,7 @@ def _sift_up(i, heap_pair, heap_count, left, right, bytes_start, arena, by_bytes
     heap_pair[i], heap_count[i] = pair, count
 
 
-@njit(cache=True, nogil=True)
+@njit(**_PART)
 def _sift_down(i, size, heap_pair, heap_count, left, right, bytes_start, arena, by_bytes):
     pair, count = heap_pair[i], heap_count[i]
     while 2 * i + 1 < size:
