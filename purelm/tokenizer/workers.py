@@ -1,0 +1,70 @@
+"""A function over many items by several workers, its results in order and few of them in memory."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import islice
+from multiprocessing import get_context
+from typing import Any
+
+
+def check_workers(n_workers: int | None) -> int:
+    """The number of workers meant; None is one for each processor that this process may use."""
+    if n_workers is None:
+        return len(os.sched_getaffinity(0))
+    if not isinstance(n_workers, int) or n_workers < 1:
+        raise ValueError(f"n_workers is {n_workers!r}: allowed is an int of at least 1, or None")
+    return n_workers
+
+
+def in_threads(function: Callable[[Any], Any], items: Iterable, workers: int) -> Iterator[tuple[Any, Any]]:
+    """(item, function(item)) in order, for functions that release the interpreter's lock; one worker: no thread."""
+    if workers == 1:
+        for item in items:
+            yield item, function(item)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        yield from _ahead(pool, function, items, 2 * workers)
+
+
+def in_processes(
+    function: Callable[[Any, Any], Any], shared: Any, items: Iterable, workers: int
+) -> Iterator[tuple[Any, Any]]:
+    """(item, function(shared, item)) in order; `shared` is sent to each process once. One worker: no other process.
+
+    The processes are spawned, not forked: a fork of a process that has threads (torch's, say) can hang. As everywhere
+    with spawned processes, a script needs `if __name__ == "__main__":` around what it does.
+    """
+    if workers == 1:
+        for item in items:
+            yield item, function(shared, item)
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_remember, initargs=(function, shared)) as pool:
+        yield from _ahead(pool, _apply, items, 2 * workers)
+
+
+_TASK: list[Any] = []  # in a spawned process only: (function, shared)
+
+
+def _remember(function: Callable, shared: Any) -> None:
+    _TASK[:] = [function, shared]
+
+
+def _apply(item: Any) -> Any:
+    function, shared = _TASK
+    return function(shared, item)
+
+
+def _ahead(pool: Executor, function: Callable, items: Iterable, window: int) -> Iterator[tuple[Any, Any]]:
+    items = iter(items)
+    running = [(item, pool.submit(function, item)) for item in islice(items, window)]
+    try:
+        while running:
+            item, future = running.pop(0)
+            result = future.result()
+            running += [(later, pool.submit(function, later)) for later in islice(items, 1)]
+            yield item, result
+    finally:  # an error here, or a reader that stops: do not start what waits
+        for _, future in running:
+            future.cancel()
