@@ -177,7 +177,9 @@ def test_kill_at_any_instant_leaves_a_loadable_checkpoint(tmp_path):
     """Every complete checkpoint found after SIGKILL is whole and self-consistent (values agree with the manifest)."""
     for i in range(12):
         root = tmp_path / str(i)
-        checkpoint.save(root, 1, {"x": {"v": torch.full((200_000,), -1.0)}, "y": [torch.zeros(200_000)]}, meta={"n": -1})
+        checkpoint.save(
+            root, 1, {"x": {"v": torch.full((200_000,), -1.0)}, "y": [torch.zeros(200_000)]}, meta={"n": -1}
+        )
         process = subprocess.Popen([sys.executable, "-c", SAVER, str(root)], stdout=subprocess.PIPE)
         assert process.stdout.readline() == b"ready\n"
         time.sleep(0.004 * i)

@@ -21,8 +21,8 @@ HEAVY = (
     "pandas",
 )
 EVERYTHING = (
-    "import purelm, purelm.tree, purelm.random, purelm.transforms, purelm.ops, purelm.models.transformer, purelm.optim, "
-    "purelm.train, purelm.checkpoint, purelm.track, purelm.generate, purelm.tokenizer, purelm.data, purelm.accounting, "
+    "import purelm, purelm.tree, purelm.random, purelm.transforms, purelm.ops, purelm.models.transformer, "
+    "purelm.optim, purelm.train, purelm.checkpoint, purelm.track, purelm.generate, purelm.tokenizer, purelm.data, purelm.accounting, "
     "purelm.evals"
 )
 

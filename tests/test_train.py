@@ -47,7 +47,7 @@ F64 = Precision(torch.float64, torch.float64, torch.float64)
 
 def test_equals_torch_adamw_with_clipping_step_by_step():
     optimizer = chain(clip_by_global_norm(0.5), adamw(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1))
-    schedule = schedules.cosine(0.1, 0.01, 3, 12)
+    schedule = schedules.cosine(0.1, 12, n_warmup=3, lr_final=0.01)
     step = make_step(loss_fn, optimizer, schedule, precision=F64)
     state = init_state(init(), optimizer, F64)
     peers = {k: v.clone().requires_grad_() for k, v in init().items()}
@@ -105,7 +105,7 @@ def test_step_writes_to_nothing_it_was_given():
 
 def test_metrics_are_detached_scalars_and_lr_is_that_of_the_step():
     optimizer = sgd()
-    step = make_step(loss_fn, optimizer, schedules.linear(1.0, 0.0, 0, 4), precision=F64)
+    step = make_step(loss_fn, optimizer, schedules.linear(1.0, 4), precision=F64)
     state = init_state(init(), optimizer, F64)
     rates = []
     for i in range(5):
@@ -169,7 +169,7 @@ def test_bad_microbatches():
 @pytest.mark.compile
 def test_compiled_and_donated_equals_eager_without_recompiling():
     optimizer = chain(clip_by_global_norm(1.0), adamw())
-    eager = make_step(loss_fn, optimizer, schedules.cosine(0.1, 0.0, 2, 8), precision=F64)
+    eager = make_step(loss_fn, optimizer, schedules.cosine(0.1, 8, n_warmup=2), precision=F64)
     compiled = jit(eager, donate=0)
     a, b = init_state(init(), optimizer, F64), init_state(init(), optimizer, F64)
     for i in range(5):

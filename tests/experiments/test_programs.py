@@ -1,0 +1,174 @@
+"""The programs end to end at toy size: what they leave behind, resumption to the bit, and errors of one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from purelm import checkpoint, track, tree
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--d-model", "32", "--n-layers", "2", "--n-heads", "2", "--batch-size", "4", "--vocab-size", "400"]
+MODEL = ["--model.d-model", "32", "--model.n-layers", "2", "--model.n-heads", "2", "--model.context-length", "64"]
+
+
+def run(module, *args, ok=True, env=None):
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+    )
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done
+
+
+# No compiler on the path: the programs run eagerly and the test is quick (resolved by shutil.which).
+EAGER = {"PATH": str(Path(sys.executable).parent)}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("programs") / "quick"
+    done = run(
+        "quickstart", "--run", folder, "--stories", 300, "--steps", 12, "--context-length", 64, *SMALL, env=EAGER
+    )
+    return folder, done
+
+
+def test_quickstart_leaves_everything_behind(quick):
+    folder, done = quick
+    for name in ("config.json", "metrics.jsonl", "curves.png", "report.html", "tokenizer.json", "summary.json"):
+        assert (folder / name).stat().st_size > 0, name
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["held-out bits per byte"] > summary["floor of these held-out documents"] > 0
+    rows = track.read_rows(folder / "metrics.jsonl")
+    assert {"step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second"} <= set(rows[0])
+    assert rows[-1]["heldout_bits_per_byte"] == pytest.approx(summary["held-out bits per byte"])
+    assert "above the floor" in done.stdout and "experiments.generate" in done.stdout
+
+
+def test_generate_continues_and_is_reproducible(quick):
+    folder, _ = quick
+    args = ("generate", folder, "--prompt", "One day", "--max-new-tokens", 20)
+    first, second = run(*args), run(*args)
+    assert first.stdout == second.stdout and first.stdout.startswith("One day")
+    assert len(first.stdout) > len("One day\n")
+    assert run(*args, "--seed", 5).stdout != first.stdout
+
+
+def test_quickstart_again_replaces_its_own_run_only(quick, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    done = run("quickstart", "--run", tmp_path, ok=False)
+    assert done.returncode == 2 and "was not made by quickstart" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def pretrain(quick, run_folder, *args, ok=True, env=EAGER):
+    data = quick[0] / "data"
+    return run(
+        *("pretrain", "--run", run_folder, "--train", data / "train.bin", "--heldout", data / "heldout.bin"),
+        *("--tokenizer", quick[0] / "tokenizer.json", "--batch-size", 4, "--log-every", 1, "--eval-every", 3),
+        *("--eval-tokens", 500, "--save-every", 4, "--optim.warmup-steps", 2),
+        *MODEL,
+        *args,
+        ok=ok,
+        env=env,
+    )
+
+
+def same_state(a, b):
+    x, y = (checkpoint.load(p / "checkpoints")[0] for p in (a, b))
+    assert tree.structure(x) == tree.structure(y)
+    return all(torch.equal(i, j) for i, j in zip(tree.leaves(x), tree.leaves(y), strict=True))
+
+
+def without_time(path):
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "mfu")}
+        for row in track.read_rows(path / "metrics.jsonl")
+    ]
+
+
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(quick, tmp_path):
+    pretrain(quick, tmp_path / "whole", "--steps", 400, "--save-every", 40)
+    data = quick[0] / "data"
+    command = [
+        *(sys.executable, "-m", "experiments.pretrain", "--run", tmp_path / "cut", "--train", data / "train.bin"),
+        *("--heldout", data / "heldout.bin", "--tokenizer", quick[0] / "tokenizer.json", "--batch-size", 4),
+        *("--log-every", 1, "--eval-every", 3, "--eval-tokens", 500, "--optim.warmup-steps", 2),
+        *("--steps", 400, "--save-every", 40),
+        *MODEL,
+    ]
+    env = {**os.environ, **EAGER, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([str(c) for c in command], cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while checkpoint.latest(tmp_path / "cut" / "checkpoints") is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = checkpoint.latest(tmp_path / "cut" / "checkpoints")
+    assert reached is not None and reached < 400
+    done = pretrain(quick, tmp_path / "cut", "--steps", 400, "--save-every", 40, "--resume")
+    assert f"resumed from step {reached}" in done.stderr
+    assert same_state(tmp_path / "whole", tmp_path / "cut")
+    assert without_time(tmp_path / "whole") == without_time(tmp_path / "cut")
+
+
+def test_microbatches_and_remat_give_the_same_losses(quick, tmp_path):
+    pretrain(quick, tmp_path / "a", "--steps", 3)
+    pretrain(quick, tmp_path / "b", "--steps", 3, "--microbatches", 2, "--remat")
+    a, b = without_time(tmp_path / "a"), without_time(tmp_path / "b")
+    for x, y in zip(a, b, strict=True):
+        assert x == pytest.approx(y, rel=1e-4)  # fp32, another order of sums
+
+
+@pytest.mark.parametrize(
+    "args,message",
+    [
+        (["--steps", "0"], "must be positive"),
+        (["--model.vocab-size", "17"], "model.vocab_size 17 is below"),
+        (["--resume"], "no complete checkpoint"),
+        (["--device", "cuda:99"], "device"),
+        (["--microbatches", "3"], "4"),
+        (["--train", "/nowhere/train.bin"], "/nowhere/train.bin"),
+        (["--model.context-length", "10000000"], "context"),
+        (["--optim.lr", "1e30", "--optim.clip", "0", "--steps", "30"], "loss is"),
+    ],
+)
+def test_errors_are_one_line(quick, tmp_path, args, message):
+    done = pretrain(quick, tmp_path / "bad", "--steps", 2, *args, ok=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and message in error[0], done.stderr
+
+
+def test_an_existing_run_is_not_overwritten_and_another_config_is_refused(quick, tmp_path):
+    pretrain(quick, tmp_path / "r", "--steps", 2)
+    done = pretrain(quick, tmp_path / "r", "--steps", 2, ok=False)
+    assert "has a checkpoint of step 2" in done.stderr
+    done = pretrain(quick, tmp_path / "r", "--steps", 4, "--resume", "--model.d-model", 64, ok=False)
+    assert "the given config needs" in done.stderr and "Traceback" not in done.stderr
+    done = pretrain(quick, tmp_path / "r", "--steps", 4, "--resume", "--seed", 1, ok=False)
+    assert "seed 1 is not that of the checkpoint" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name,content,message",
+    [
+        ("empty.txt", b"", "empty"),
+        ("latin.txt", b"caf\xe9 au lait\n" * 50, "latin.txt"),
+        ("what.xyz", b"text", "what.xyz"),
+    ],
+)
+def test_quickstart_on_bad_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    done = run("quickstart", "--run", tmp_path / "run", "--data", tmp_path / name, ok=False)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
