@@ -81,12 +81,14 @@ def _add(keys, starts, counts, arena, used, data, ends, start):
                     at = used[1]
                     if at + 8 + length > arena.size:
                         bigger = np.empty(2 * arena.size + 8 + length, np.uint8)
-                        bigger[:at] = arena[:at]
+                        for j in range(at):  # slice assignments would have numba compile their error messages
+                            bigger[j] = arena[j]
                         arena = bigger
                     starts[slot] = at
                     for j in range(8):
                         arena[at + j] = (length >> (8 * j)) & 255
-                    arena[at + 8 : at + 8 + length] = data[start:end]
+                    for j in range(length):
+                        arena[at + 8 + j] = data[start + j]
                     used[1] = at + 8 + length
                 if 2 * used[0] > keys.size:
                     keys, starts, counts = _rehashed(2 * keys.size, keys, starts, counts)

@@ -109,7 +109,8 @@ def _sift_down(i, size, heap_pair, heap_count, left, right, bytes_start, arena, 
 @njit(cache=True, nogil=True)
 def _grown(array, size):
     bigger = np.empty(size, array.dtype)
-    bigger[: array.size] = array
+    for i in range(array.size):  # a slice assignment would have numba compile its error message: 4 s
+        bigger[i] = array[i]
     return bigger
 
 
@@ -230,7 +231,8 @@ def _advance(
                 slots = _rehashed(4 * size, n_pairs, left, right)
             if n_made + 2 > len(made):
                 bigger = np.empty((2 * len(made), 2), np.int32)
-                bigger[:n_made] = made[:n_made]
+                for i in range(n_made):
+                    bigger[i, 0], bigger[i, 1] = made[i, 0], made[i, 1]
                 made = bigger
             w = weight[rows[p, PIECE]]
             rows[p, TOKEN], rows[q, TOKEN] = new, -1
