@@ -1,0 +1,216 @@
+"""Compilation with donation: the storage of consumed arguments receives the results."""
+
+import functools
+import itertools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from purelm import tree
+
+_number = itertools.count()
+
+
+def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_options: Any) -> Callable[..., Any]:
+    """torch.compile(f, **compile_options), with jax's meaning of donation.
+
+    The storage of the positional arguments `donate` (trees of tensors) receives the results: each donated tensor is
+    matched with a result of equal shape, dtype and device, first with itself if f returns it, else in order. The
+    compiled code writes the results in place, so that a train step holds one copy of parameters and optimizer
+    state. Afterwards the donated tensors are empty, and any use of them raises RuntimeError. Results that match
+    nothing are new tensors; arguments that are not donated stay as they are. f must be pure.
+
+    ValueError, with all arguments intact: a donated tensor that matches no result, requires grad, or shares memory
+    with another argument or another part of itself. Tensors that f reaches by closure are not checked.
+    Values that change each call must be tensors: another Python number is another compilation. Within a function
+    that is itself being compiled, jit does nothing.
+
+    >>> step = jit(lambda state, x: ({"w": state["w"] + x}, x.sum()), donate=0)
+    >>> state, total = step(state, x)  # doctest: +SKIP
+    """
+    donate = (donate,) if isinstance(donate, int) else tuple(donate)
+    if len(set(donate)) != len(donate) or any(i < 0 for i in donate):
+        raise ValueError(f"jit: donate is {donate}; distinct positions from 0 are needed")
+    name = getattr(f, "__name__", type(f).__name__)
+
+    def run(args: tuple, kwargs: dict) -> tuple[list[int], Any]:
+        out = f(*args, **kwargs)
+        return _store(args, donate, out) if donate else ([], out)
+
+    compiled = torch.compile(_fresh_code(run, name), **compile_options)
+    donated_type = _donated_type(name)
+
+    @functools.wraps(f, updated=())
+    def jitted(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return f(*args, **kwargs)
+        old = _donated_tensors(args, kwargs, donate) if donate else []
+        with _nested_graph_breaks():
+            unmatched, out = compiled(args, kwargs)
+        if unmatched:
+            raise ValueError(_unmatched_message(args, donate, unmatched))
+        if not old:
+            return out
+        # What compiled code returned for a matched result is the donated tensor itself, which holds the result.
+        alive = {id(x): x.data for x in old}
+        result = optree.tree_map(lambda x: alive.get(id(x), x), out)
+        empty: dict[Any, Tensor] = {}
+        for x in old:
+            kind = (x.dtype, x.device)
+            if kind not in empty:
+                empty[kind] = torch.empty(0, dtype=x.dtype, device=x.device)
+            x.data = empty[kind]
+            x.__class__ = donated_type
+        return result
+
+    return jitted
+
+
+def _store(args: tuple, donate: tuple[int, ...], out: Any) -> tuple[list[int], Any]:
+    """Write the results into the donated tensors; (numbers of donated tensors without a result, results).
+
+    The results have the donated tensor itself where one was matched. If a number is returned, nothing was written.
+    """
+    old = [x for i in donate for x in tree.leaves(args[i]) if isinstance(x, Tensor)]
+    new, treedef = tree.flatten(out)
+    target: list[int | None] = [None] * len(new)
+    free = list(range(len(old)))
+    for same in (_is, _is_like):
+        for k, x in enumerate(new):
+            if target[k] is None and isinstance(x, Tensor):
+                for i in free:
+                    if same(x, old[i]):
+                        target[k] = i
+                        free.remove(i)
+                        break
+    if free:
+        return free, None
+    # A result may be a view of a donated tensor that is about to be overwritten: first copy all, then write.
+    # Compiled, the copies cost nothing: they are fused with the operation that makes the result.
+    results: list[Any] = []
+    for x, slot in zip(new, target, strict=True):
+        keep = not isinstance(x, Tensor) or (slot is not None and x is old[slot])
+        results.append(x if keep else x.detach().clone())
+    for k, slot in enumerate(target):
+        if slot is not None:
+            if results[k] is not old[slot]:
+                old[slot].copy_(results[k])
+            results[k] = old[slot]
+    return [], tree.unflatten(treedef, results)
+
+
+def _is(x: Tensor, old: Tensor) -> bool:
+    return x is old
+
+
+def _is_like(x: Tensor, old: Tensor) -> bool:
+    return x.shape == old.shape and x.dtype == old.dtype and x.device == old.device
+
+
+def _donated_tensors(args: tuple, kwargs: dict, donate: tuple[int, ...]) -> list[Tensor]:
+    """The donated tensors, once it is sure that nothing else lives in their storage."""
+    if max(donate) >= len(args):
+        raise ValueError(f"jit: donate is {donate}, but {len(args)} positional arguments came")
+    donated = [x for i in donate for x in optree.tree_leaves(args[i]) if isinstance(x, Tensor)]
+    others = [x for i, arg in enumerate(args) if i not in donate for x in optree.tree_leaves(arg)]
+    others += optree.tree_leaves(kwargs)
+    owner: dict[int, list[Tensor]] = {}
+    for x in donated:
+        if x.requires_grad:
+            raise ValueError("jit: a donated tensor requires grad; donate detached tensors")
+        if x.numel():
+            owner.setdefault(x.untyped_storage().data_ptr(), []).append(x)
+    if len(owner) < len(donated):
+        for group in owner.values():
+            for a, b in itertools.combinations(group, 2):
+                if _overlap(a, b):
+                    raise ValueError(_alias_message(args, kwargs, a, b))
+    for y in others:
+        if isinstance(y, Tensor) and y.numel() and y.layout == torch.strided:
+            for x in owner.get(y.untyped_storage().data_ptr(), ()):
+                if _overlap(x, y):
+                    raise ValueError(_alias_message(args, kwargs, x, y))
+    return donated
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the stretches of memory from first to last element meet (so interleaved views count as meeting)."""
+    begin_a, begin_b = a.data_ptr(), b.data_ptr()
+    return begin_a < begin_b + _extent(b) and begin_b < begin_a + _extent(a)
+
+
+def _extent(x: Tensor) -> int:
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (last + 1) * x.element_size()
+
+
+def _alias_message(args: tuple, kwargs: dict, a: Tensor, b: Tensor) -> str:
+    everything = {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
+    names = []
+    tree.map_with_path(lambda path, x: names.append(path) if x is a or x is b else None, everything)
+    return (
+        f"jit: arguments {' and '.join(names)} share memory (paths begin with the argument), and one is donated: "
+        "it would be overwritten under the other; clone it first"
+    )
+
+
+def _unmatched_message(args: tuple, donate: tuple[int, ...], unmatched: list[int]) -> str:
+    found: list[str] = []
+
+    def describe(path: str, x: Any) -> None:
+        if isinstance(x, Tensor):
+            found.append(f"{path} {tuple(x.shape)} {x.dtype}")
+
+    tree.map_with_path(describe, {str(i): args[i] for i in donate})
+    names = ", ".join(found[i] for i in unmatched)
+    return f"jit: donated tensors match no result in shape, dtype and device (donate less): {names}"
+
+
+def _donated_type(name: str) -> type[Tensor]:
+    message = f"this tensor was donated to jit({name}) and holds nothing now: use the result of that call"
+
+    class Donated(Tensor):
+        """What a donated tensor becomes: every use raises, only repr tells what it was."""
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            raise RuntimeError(message)
+
+        def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+            return f"<donated to jit({name})>"
+
+        __str__ = __repr__
+
+        def __format__(self, spec: str) -> str:
+            return repr(self)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            raise RuntimeError(message)
+
+    return Donated
+
+
+def _fresh_code(function: Any, name: str) -> Callable[..., Any]:
+    """The same function on a code object of its own.
+
+    torch.compile keeps its compiled versions, their limit and what it learnt about dynamic shapes by code object
+    (by its name and line, even): without this all functions given to jit would share them.
+    """
+    code = function.__code__.replace(co_name=f"jit_{name}_{next(_number)}".replace("<", "").replace(">", ""))
+    fresh = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
+    return functools.update_wrapper(fresh, function, assigned=("__doc__", "__module__"), updated=())
+
+
+def _nested_graph_breaks() -> Any:
+    """While compiling: a break inside f ends the graph there only, and the next one reaches to the end of `run`.
+
+    Otherwise f's own last graph would return its results, and a second copy of the state would exist until `run`
+    had stored them.
+    """
+    from torch._dynamo import config  # imported late: it takes as long as torch itself
+
+    return config.patch(nested_graph_breaks=True)

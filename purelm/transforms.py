@@ -1,0 +1,231 @@
+"""Transformations of pure functions: gradients, compilation with donation, rematerialisation, accumulation.
+
+Each takes a function of trees and returns one; none changes its arguments (`jit` consumes what it was told to).
+`value_and_grad` is first-order reverse mode through torch.autograd. For forward mode, per-sample gradients and
+higher derivatives apply torch.func to the same functions.
+
+Inside torch.compile, `value_and_grad` and `accumulate` end a graph: the differentiated function becomes a forward
+and a backward graph, with torch's partitioner between them, and what follows another. Dynamo can trace
+torch.autograd.grad into one graph from torch 2.13 on, but that one has no partitioner: for a small Transformer it
+took 2.6 times as long to compile and ran 4 % slower.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from purelm import tree
+from purelm._between import between_graphs, not_traced
+from purelm._donate import jit
+
+__all__ = ["accumulate", "grad", "jit", "remat", "save_matmuls", "value_and_grad"]
+
+
+def value_and_grad(
+    f: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    """The function that returns f's value and its gradient with respect to the arguments `argnums`.
+
+    f returns a 0-d floating tensor, or (that, aux) if has_aux; the result is (value, grads), or
+    ((value, aux), grads). grads has the structure of the argument (a tuple of such for a tuple of argnums): zeros
+    for a floating leaf that the value does not depend on, None for a leaf that is not floating. f sees detached
+    leaves (no data is copied): the arguments keep their own requires_grad and .grad, and a tensor that stands in
+    two places has a gradient for each. Value, aux and gradients are detached.
+
+    >>> loss = lambda params, x: ((params["w"] * x) ** 2).sum()
+    >>> value_and_grad(loss)({"w": torch.tensor([1.0, 2.0])}, torch.tensor([3.0, 1.0]))
+    (tensor(13.), {'w': tensor([18.,  4.])})
+    """
+    numbers = _argument_numbers(argnums)
+
+    def body(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        flat, treedef = optree.tree_flatten(_differentiated(args, numbers))
+        at = [k for k, x in enumerate(flat) if tree.is_floating(x)]
+        inputs = [_fresh_leaf(flat[k]) for k in at]
+        for k, x in zip(at, inputs, strict=True):
+            flat[k] = x
+        new_args = list(args)
+        for i, arg in zip(numbers, treedef.unflatten(flat), strict=True):
+            new_args[i] = arg
+
+        with torch.enable_grad():
+            value, aux = _value_and_aux(call(f, *new_args, **kwargs), has_aux)
+        grads: list[Any] = [None] * len(flat)
+        if value.requires_grad:
+            found = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+        else:
+            found = tuple(torch.zeros_like(x) for x in inputs)
+        for k, g in zip(at, found, strict=True):
+            grads[k] = g.detach()
+        by_argument = treedef.unflatten(grads)
+        value = value.detach()
+        return (value, aux) if has_aux else value, by_argument[0] if isinstance(argnums, int) else by_argument
+
+    return between_graphs(body, like=f)
+
+
+def grad(f: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable[..., Any]:
+    """The function that returns f's gradient, or (gradient, aux) if has_aux; otherwise as `value_and_grad`.
+
+    >>> grad(lambda x: (x**3).sum())(torch.tensor([1.0, 2.0]))
+    tensor([ 3., 12.])
+    """
+    both = value_and_grad(f, argnums, has_aux)
+
+    def body(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out, grads = call(both, *args, **kwargs)
+        return (grads, out[1]) if has_aux else grads
+
+    return between_graphs(body, like=f)
+
+
+def remat(f: Callable[..., Any], policy: Callable[[Any], bool] | None = None) -> Callable[..., Any]:
+    """f with the same values and gradients, whose intermediate results are computed again in the backward pass.
+
+    Kept are f's arguments, and the results of operators for which policy(op) is true, op being an OpOverload such
+    as torch.ops.aten.mm.default (`save_matmuls` is a policy). f must be pure; the global generator's state is not
+    restored, since nothing here draws from it. Not under torch.func, which has no hooks for saved tensors: leave
+    remat out there. Chen et al., "Training deep nets with sublinear memory cost" (2016).
+
+    >>> block = remat(lambda w, x: torch.tanh(x @ w))
+    """
+
+    def rematerialised(*args: Any, **kwargs: Any) -> Any:
+        from torch.utils.checkpoint import checkpoint
+
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if policy is not None:
+            options["context_fn"] = functools.partial(_selective_contexts, policy)
+        return checkpoint(f, *args, **options, **kwargs)
+
+    return rematerialised
+
+
+def save_matmuls(op: Any) -> bool:
+    """A policy of `remat`: keep the results of matrix products and of attention, compute the rest again."""
+    return op in _matmuls()
+
+
+def accumulate(f: Callable[..., Any], n_microbatches: int) -> Callable[..., Any]:
+    """The function (params, batch) -> sum of f(params, microbatch) over n_microbatches equal parts of the batch.
+
+    Leaves of the batch that have an axis are cut on axis 0, 0-d leaves are passed on whole. Everything that f
+    returns (a tree of tensors: value, metrics, gradients) is summed. That equals f(params, batch) when f divides by
+    a denominator of the whole batch, such as batch["denominator"]; means over each part would come out n times too
+    large. One microbatch's activations are alive at a time.
+
+    >>> double = accumulate(lambda params, batch: (params * batch["x"]).sum(), 2)
+    >>> double(torch.tensor(2.0), {"x": torch.tensor([1.0, 2.0, 3.0, 4.0])})
+    tensor(20.)
+    """
+    if not isinstance(n_microbatches, int) or n_microbatches < 1:
+        raise ValueError(f"accumulate: n_microbatches is {n_microbatches!r}; an int of at least 1 is needed")
+
+    def body(call: Callable[..., Any], params: Any, batch: Any) -> Any:
+        pieces = _split_batch(batch, n_microbatches)
+        total, treedef = tree.flatten(call(f, params, pieces[0]))
+        for piece in pieces[1:]:
+            part, other = tree.flatten(call(f, params, piece))
+            if other != treedef:
+                raise ValueError("accumulate: f's results differ in structure between microbatches")
+            for i in range(len(total)):
+                # One leaf at a time, so that two trees of gradients are held and not three.
+                total[i] = total[i] + part[i]
+                part[i] = None
+        return tree.unflatten(treedef, total)
+
+    return between_graphs(body, like=f)
+
+
+def _argument_numbers(argnums: int | tuple[int, ...]) -> tuple[int, ...]:
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if not numbers or len(set(numbers)) != len(numbers) or min(numbers) < 0:
+        raise ValueError(f"value_and_grad: argnums is {argnums!r}; distinct positions from 0 are needed")
+    return numbers
+
+
+def _differentiated(args: tuple, numbers: tuple[int, ...]) -> tuple:
+    """The arguments to differentiate, each of which has a floating leaf."""
+    if max(numbers) >= len(args):
+        raise ValueError(f"value_and_grad: argnums has {max(numbers)}, but {len(args)} positional arguments came")
+    for i in numbers:
+        if not any(tree.is_floating(x) for x in optree.tree_leaves(args[i])):
+            raise ValueError(f"value_and_grad: argument {i} has no floating tensor to differentiate")
+    return tuple(args[i] for i in numbers)
+
+
+def _fresh_leaf(x: Tensor) -> Tensor:
+    """A leaf of a new graph with x's data."""
+    if x.grad_fn is not None and torch.is_grad_enabled():
+        raise ValueError(
+            "value_and_grad: a differentiated argument is itself the result of a differentiated computation, which "
+            "would be cut off; detach it, or use torch.func.grad for higher derivatives"
+        )
+    return x.detach().requires_grad_()
+
+
+def _value_and_aux(out: Any, has_aux: bool) -> tuple[Tensor, Any]:
+    aux = None
+    if has_aux:
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise ValueError(f"value_and_grad: has_aux needs f to return (value, aux); it returned {type(out)}")
+        out, aux = out
+        aux = optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux)
+    if not isinstance(out, Tensor):
+        raise ValueError(f"value_and_grad: f returned {type(out)}; a 0-d floating tensor is needed")
+    if out.ndim != 0 or not out.dtype.is_floating_point:
+        raise ValueError(
+            f"value_and_grad: f returned shape {tuple(out.shape)} and {out.dtype}; a 0-d floating tensor is needed"
+        )
+    return out, aux
+
+
+def _split_batch(batch: Any, n: int) -> list[Any]:
+    if n == 1:
+        return [batch]
+    sizes: dict[str, int] = {}
+    tree.map_with_path(lambda path, x: sizes.update({path: x.shape[0]}) if x.ndim else None, batch)
+    if not sizes or len(set(sizes.values())) != 1 or min(sizes.values()) % n:
+        raise ValueError(
+            f"accumulate: sizes of axis 0 are {sizes}; they must be equal and divisible by n_microbatches {n}"
+        )
+    size = next(iter(sizes.values())) // n
+
+    def piece(i: int) -> Any:
+        return tree.map(lambda x: x[i * size : (i + 1) * size] if x.ndim else x, batch)
+
+    return [piece(i) for i in range(n)]
+
+
+def _selective_contexts(policy: Callable[[Any], bool]) -> Any:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def decide(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if policy(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(decide)
+
+
+@functools.cache
+def _matmuls() -> frozenset[Any]:
+    aten = torch.ops.aten
+    return frozenset(
+        [
+            aten.mm.default,
+            aten.bmm.default,
+            aten.addmm.default,
+            aten.baddbmm.default,
+            aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_flash_attention_for_cpu.default,
+            aten._scaled_dot_product_efficient_attention.default,
+            aten._scaled_dot_product_cudnn_attention.default,
+        ]
+    )
+
+
+for _transform in (value_and_grad, grad, accumulate):
+    not_traced(_transform)  # they may be called inside a compiled function too
