@@ -180,6 +180,7 @@ def test_compiled_and_donated_equals_eager_without_recompiling():
             b, mb = compiled(b, make_batch(i))
         finally:
             torch._dynamo.config.error_on_recompile = False
-        torch.testing.assert_close(mb["loss"], ma["loss"], rtol=1e-9, atol=0)
+        # The learning rate and the clipping norm are float32 (6e-8), rounded differently by fused code.
+        torch.testing.assert_close(mb["loss"], ma["loss"], rtol=1e-6, atol=0)
     for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
