@@ -46,13 +46,13 @@ def _rules(pattern: str, special_tokens: tuple[str, ...]):
     parts += [b"(?=" + re.escape(token) + b")" for token in encoded]
     texts = [r"(?<![\s\x00-\x20]) "] if spaces else []
     texts += [f"(?={regex.escape(name)})" for name in special_tokens]
-    straddlers = tuple(name for name in special_tokens if _can_straddle(name, special_tokens, spaces))
+    straddlers = tuple(name for name in special_tokens if can_straddle(name, special_tokens, spaces))
     forward = re.compile(b"|".join(parts)) if parts else None
     backward = regex.compile("(?r)" + "|".join(texts)) if texts else None
     return forward, backward, tuple(name.encode("utf-8") for name in straddlers), straddlers
 
 
-def _can_straddle(name: str, special_tokens: tuple[str, ...], spaces: bool) -> bool:
+def can_straddle(name: str, special_tokens: tuple[str, ...], spaces: bool) -> bool:
     """Whether a cut (before a space, before a special) can fall inside `name`."""
     if spaces and " " in name[1:]:
         return True

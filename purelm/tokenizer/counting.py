@@ -90,8 +90,8 @@ def file_blocks(path: str | os.PathLike, pattern: str, special_tokens: tuple[str
         yield Block(os.fspath(path), start, end)
 
 
-def text_blocks(texts: Iterable[str]) -> Iterator[Block]:
-    """Texts gathered to blocks of about BLOCK_BYTES."""
+def text_blocks(texts: Iterable[str], what: str = "text") -> Iterator[Block]:
+    """Texts gathered to blocks of about BLOCK_BYTES; what: their name in errors."""
     held: list[bytes] = []
     n_bytes = done = 0
     for number, text in enumerate(texts):
@@ -99,10 +99,10 @@ def text_blocks(texts: Iterable[str]) -> Iterator[Block]:
             held.append(text.encode("utf-8"))
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"text {number} holds a lone surrogate at character {error.start}, which UTF-8 cannot hold"
+                f"{what} {number} holds a lone surrogate at character {error.start}, which UTF-8 cannot hold"
             ) from None
         except AttributeError:
-            raise ValueError(f"text {number} is {type(text).__name__}: an iterable of str is expected") from None
+            raise ValueError(f"{what} {number} is {type(text).__name__}: an iterable of str is expected") from None
         n_bytes += len(held[-1])
         if n_bytes >= BLOCK_BYTES:
             yield Block("texts", done, done + n_bytes, held)
