@@ -1,5 +1,6 @@
 """Encoding of a stream of text in constant memory, with exactly the ids of the whole text."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -13,6 +14,7 @@ from purelm.tokenizer.pretokenize import split
 BLOCK_CHARS = 1 << 12  # encoded at a time: enough that the call does not count, little beside a process
 LONG_STREAM_CHARS = 8_000_000  # from where "auto" takes the engine of `encode`
 MAX_HELD_CHARS = 1 << 26
+SURROGATE = re.compile("[\ud800-\udfff]")
 _KEPT = 2048  # pieces in each half of the memo; 0.4 MB in all
 
 
@@ -47,6 +49,12 @@ def _ids(bpe: BPE, texts: Iterable[str], engine: str, max_held: int) -> Iterator
     encode_small = _small_encoder(bpe)
     n_encoded = 0
     for block in _safe_blocks(bpe, texts, max_held):
+        surrogate = None if block.isascii() else SURROGATE.search(block)
+        if surrogate:
+            raise ValueError(
+                f"text has a lone surrogate, U+{ord(surrogate.group()):04X}, at character "
+                f"{n_encoded + surrogate.start()} of the stream: it has no UTF-8 form"
+            )
         if engine == "python" or (engine == "auto" and n_encoded < LONG_STREAM_CHARS):
             ids = encode_small(block)
         else:
