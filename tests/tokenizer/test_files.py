@@ -1,0 +1,264 @@
+"""encode_file and encode_documents. Oracle: `encode` of the whole text by the Python reference."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from purelm.data.tokens import open_tokens
+from purelm.tokenizer import files, make
+from purelm.tokenizer.encode import encode
+from purelm.tokenizer.files import encode_documents, encode_file
+from purelm.tokenizer.formats import fingerprint
+
+EOT = "<|endoftext|>"
+ENGINES = ["python", "numba"]
+
+
+def tokenizer(special_tokens=(EOT,), pattern: str = "gpt2"):
+    merges = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the"), (b" ", b" "), (b"\n", b"\n"), (b"a", b"n"), (b"an", b"d")]
+    vocab = {i: bytes([i]) for i in range(256)} | {256 + i: a + b for i, (a, b) in enumerate(merges)}
+    return make(vocab, merges, special_tokens, pattern)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request):
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(files, "CHUNK_BYTES", 2000)
+
+
+def text_of(shared_data) -> str:
+    text = (shared_data / "text" / "tinystories-2MiB.txt").read_text()[:60_000]
+    return text + "\r\n caf\u00e9 \u4e2d\u6587\u3000x\u2028 y  " + EOT + EOT + "\ufeff end"
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_encode_file_equals_encode_of_the_whole_text(tmp_path, shared_data, engine, n_workers):
+    bpe, text = tokenizer(), text_of(shared_data)
+    (tmp_path / "text.txt").write_bytes(text.encode())
+    calls = []
+    found = encode_file(
+        bpe,
+        tmp_path / "text.txt",
+        tmp_path / "out.bin",
+        n_workers=n_workers,
+        engine=engine,
+        progress=lambda *call: calls.append(call),
+    )
+    expected = encode(bpe, text, engine="python")
+    assert np.array_equal(found.tokens, expected) and found.tokens.dtype == expected.dtype
+    assert (found.n_tokens, found.vocab_size) == (len(expected), 264)
+    assert found.tokenizer_sha256 == fingerprint(bpe)
+    assert found.n_bytes == len(text.replace(EOT, "").encode())  # special tokens are no text
+    size = len(text.encode())
+    assert calls[-1] == (size, size) and len(calls) > 20 and calls == sorted(calls)
+    again = open_tokens(tmp_path / "out.bin")
+    assert np.array_equal(again.tokens, expected) and again.n_bytes == found.n_bytes
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.bin", "out.json", "text.txt"]
+
+
+@pytest.mark.parametrize("pattern", ["cl100k", "o200k", r"\w+|\W+"])
+def test_other_patterns_and_specials(tmp_path, shared_data, pattern):
+    """Also a pattern that only special tokens may be cut at, and specials that overlap or hold spaces."""
+    bpe = tokenizer((EOT, "a girl", " was a", EOT + EOT), pattern)
+    text = text_of(shared_data)
+    (tmp_path / "text.txt").write_bytes(text.encode())
+    found = encode_file(bpe, tmp_path / "text.txt", tmp_path / "out.bin", n_workers=1, engine="auto")
+    assert np.array_equal(found.tokens, encode(bpe, text, engine="python"))
+    assert found.n_bytes == len(re.sub(f"({re.escape(EOT)})+|a girl| was a", "", text).encode())
+
+
+def test_engines_chosen(tmp_path, monkeypatch):
+    """auto: small input is not made to wait for compiled code, large input takes it."""
+    pytest.importorskip("numba")
+    bpe = tokenizer()
+    monkeypatch.delitem(sys.modules, "purelm.tokenizer.kernels", raising=False)
+    assert files._plan(bpe, "auto", None, 1000) == (False, 1)
+    assert files._plan(bpe, "auto", 2, 10**9) == (True, 2)
+    assert files._plan(bpe, "python", None, 10**10)[0] is False
+    assert files._plan(tokenizer(pattern=r"\w+|\W+"), "auto", 2, 10**9) == (False, 2)
+    assert files._plan(tokenizer(pattern=r"\w+|\W+"), "auto", None, 1000) == (False, 1)
+
+
+def test_several_files(tmp_path, engine):
+    bpe = tokenizer()
+    texts = ["the end", "and the", "", " the"]
+    paths = []
+    for i, text in enumerate(texts):
+        paths.append(tmp_path / f"{i}.txt")
+        paths[-1].write_text(text)
+    found = encode_file(bpe, paths, tmp_path / "out.bin", between=EOT, engine=engine)
+    assert np.array_equal(found.tokens, encode(bpe, EOT.join(texts)))
+    assert found.n_bytes == len("".join(texts))
+    found = encode_file(bpe, paths, tmp_path / "out.bin", engine=engine)
+    assert found.tokens.tolist() == [i for text in texts for i in encode(bpe, text).tolist()]
+
+
+DOCUMENTS = st.lists(
+    st.lists(st.sampled_from(["a", "the", " ", "\n", "<|endof", "text|>", EOT, "<|", "\u00e9", "and and", "aa", "b"]))
+    .map("".join)
+)  # fmt: skip
+
+
+@given(documents=DOCUMENTS, special_tokens=st.sampled_from([(EOT,), (EOT, EOT + "a"), (EOT, "b<|"), ("aa", EOT)]))
+def test_encode_documents_on_any_documents(tmp_path_factory, documents, special_tokens):
+    """Specials that overlap the delimiter keep documents apart all the same."""
+    bpe = tokenizer(special_tokens)
+    out = tmp_path_factory.mktemp("documents") / "out.bin"
+    for eot in {EOT, special_tokens[0]}:
+        end = [next(i for i, token in bpe.vocab.items() if token == eot.encode())]
+        expected = [i for text in documents for i in encode(bpe, text, engine="python").tolist() + end]
+        assert encode_documents(bpe, documents, out, eot=eot, engine="python").tokens[:].tolist() == expected
+
+
+def test_encode_documents(tmp_path, shared_data, engine):
+    bpe = tokenizer()
+    documents = text_of(shared_data).split(EOT)
+    expected = encode(bpe, EOT.join([*documents, ""]), engine="python")
+    n_bytes = sum(len(text.encode()) for text in documents)
+    for n_workers in (1, 2):
+        out = tmp_path / "out.bin"
+        found = encode_documents(bpe, iter(documents), out, engine=engine, n_workers=n_workers)
+        assert np.array_equal(found.tokens, expected) and found.n_bytes == n_bytes
+    found = encode_documents(bpe, documents, tmp_path / "out.bin", eot=None, engine=engine)
+    assert found.tokens[:].tolist() == [i for text in documents for i in encode(bpe, text).tolist()]
+    assert found.n_bytes == n_bytes
+    assert encode_documents(bpe, [], tmp_path / "out.bin").n_tokens == 0
+
+
+def test_documents_are_read_a_little_ahead(tmp_path, monkeypatch):
+    """Memory: reading keeps within some blocks of what is written."""
+    monkeypatch.setattr(files, "FAST_BYTES", 1000)
+    monkeypatch.setattr("purelm.tokenizer.counting.BLOCK_BYTES", 1000)
+    n_read, lead = 0, []
+
+    def documents():
+        nonlocal n_read
+        for _ in range(3000):
+            n_read += 1
+            yield "the end of it"
+
+    def progress(done, _):
+        lead.append(n_read - done // 13)
+
+    encode_documents(tokenizer(), documents(), tmp_path / "out.bin", n_workers=1, progress=progress)
+    assert n_read == 3000 and max(lead) < 400
+
+
+def test_empty_file(tmp_path, engine):
+    (tmp_path / "empty.txt").write_bytes(b"")
+    found = encode_file(tokenizer(), tmp_path / "empty.txt", tmp_path / "out.bin", engine=engine)
+    assert (found.n_tokens, found.n_bytes) == (0, 0)
+
+
+def test_bad_input(tmp_path, engine):
+    bpe = tokenizer()
+    good, bad, out = tmp_path / "good.txt", tmp_path / "bad.txt", tmp_path / "out.bin"
+    good.write_text("the end")
+    data = b"the end\nand the\n" * 2000
+    bad.write_bytes(data[:9000] + b"\xff" + data[9001:])
+    encode_file(bpe, good, out, engine=engine)
+    before = out.read_bytes(), (tmp_path / "out.json").read_bytes()
+    line = 1 + data[:9000].count(b"\n")
+    for n_workers in (1, 2):
+        with pytest.raises(ValueError, match=rf"bad\.txt: not UTF-8 at byte 9000, line {line}: b'\\xff"):
+            encode_file(bpe, [good, bad], out, engine=engine, n_workers=n_workers)
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
+        encode_file(bpe, tmp_path / "absent.txt", out, engine=engine)
+    with pytest.raises(ValueError, match="document 3 holds a lone surrogate at character 1"):
+        encode_documents(bpe, ["a", "b", "c", "d\ud800"], out, engine=engine)
+    with pytest.raises(ValueError, match="document 1 is bytes"):
+        encode_documents(bpe, ["a", b"b"], out, engine=engine)  # type: ignore[list-item]
+    # What was there before is untouched, and nothing lies about.
+    assert (out.read_bytes(), (tmp_path / "out.json").read_bytes()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "good.txt", "out.bin", "out.json"]
+
+
+def test_bad_arguments(tmp_path):
+    bpe = tokenizer()
+    path = tmp_path / "a.txt"
+    path.write_text("a")
+    with pytest.raises(ValueError, match=r"a token file is named NAME\.bin"):
+        encode_file(bpe, path, tmp_path / "out.txt")
+    with pytest.raises(ValueError, match="between is '<s>', no special token"):
+        encode_file(bpe, [path, path], tmp_path / "out.bin", between="<s>")
+    with pytest.raises(ValueError, match="eot is '<s>', no special token"):
+        encode_documents(bpe, ["a"], tmp_path / "out.bin", eot="<s>")
+    with pytest.raises(ValueError, match="engine is 'x'"):
+        encode_file(bpe, path, tmp_path / "out.bin", engine="x")
+    with pytest.raises(ValueError, match="n_workers is 0"):
+        encode_file(bpe, path, tmp_path / "out.bin", n_workers=0)
+    with pytest.raises(ValueError, match="documents is one str"):
+        encode_documents(bpe, "text", tmp_path / "out.bin")
+    pytest.importorskip("numba")
+    with pytest.raises(ValueError, match="no compiled splitter"):
+        encode_file(tokenizer(pattern=r"\w+|\W+"), path, tmp_path / "out.bin", engine="numba")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt"]
+
+
+KILLED = """
+import os, signal, sys
+from purelm.tokenizer import files, make
+files.CHUNK_BYTES = 1000
+bpe = make({i: bytes([i]) for i in range(256)})
+def progress(done, total):
+    if done > total // 2:
+        os.kill(os.getpid(), int(sys.argv[3]))
+files.encode_file(bpe, sys.argv[1], sys.argv[2], engine="python", progress=progress)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_kill_leaves_no_half_file(tmp_path, number):
+    """Killed half-way: without an earlier file there is none under the name, with one it is still the old one."""
+    path, out = tmp_path / "a.txt", tmp_path / "out.bin"
+    path.write_text("word " * 5000)
+    for earlier in (False, True):
+        if earlier:
+            encode_file(tokenizer(), path, out)
+            before = out.read_bytes()
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(path), str(out), str(int(number))], capture_output=True, text=True
+        )
+        assert done.returncode in (-number, 1), done.stderr
+        assert out.exists() == (tmp_path / "out.json").exists() == earlier
+        if earlier:
+            assert out.read_bytes() == before == open_tokens(out).tokens.tobytes()
+
+
+def test_two_threads_overlap(tmp_path):
+    """Two workers take less wall time than CPU time where two processors are free: the lock is really released."""
+    pytest.importorskip("numba")
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two processors")
+    bpe = tokenizer()
+    path = tmp_path / "a.txt"
+    rng = np.random.default_rng(0)
+    words = ["".join(chr(97 + i) for i in rng.integers(0, 26, rng.integers(1, 9))) for _ in range(5000)]
+    path.write_text(" ".join(words[i] for i in rng.integers(0, 5000, 1_500_000)))
+    files.CHUNK_BYTES = 1 << 20  # undone by the fixture
+    encode_file(bpe, path, tmp_path / "out.bin", n_workers=2, engine="numba")
+    ratios = []
+    for _ in range(5):
+        wall, cpu = time.perf_counter(), time.process_time()
+        encode_file(bpe, path, tmp_path / "out.bin", n_workers=2, engine="numba")
+        ratios.append((time.process_time() - cpu) / (time.perf_counter() - wall))
+        if ratios[-1] > 1.2:
+            return
+    # A busy machine gives a process no second processor, whatever it asks for: then this says nothing.
+    if os.getloadavg()[0] > 1.5:
+        pytest.skip(f"the machine is busy: {ratios}")
+    raise AssertionError(f"CPU seconds per wall second {ratios}")
