@@ -32,6 +32,7 @@ from purelm.models.layers import (
 )
 from purelm.models.tokens import check_tokens
 from purelm.ops import REFERENCE, Ops
+from purelm.ops.precision import accumulator
 
 __all__ = [
     "BlockFn",
@@ -151,7 +152,7 @@ def loss(
     if weights is None:
         n_targets = torch.full((), float(targets.numel()), dtype=torch.float32, device=targets.device)
     else:
-        n_targets = weights.sum(dtype=torch.float32)
+        n_targets = weights.sum(dtype=accumulator(weights.dtype))
     denominator = batch.get("denominator")
     if denominator is None:
         denominator = torch.where(n_targets == 0.0, 1.0, n_targets)

@@ -1,0 +1,183 @@
+"""Laws of the model: causality, windows, packing, padding, batch rows, purity, per-sample gradients."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from purelm import random, tree
+from purelm.models import transformer
+from purelm.models.layers import segment_positions
+from purelm.models.transformer import Config, apply, hidden
+from purelm.ops import REFERENCE
+from purelm.ops.sdpa import sdpa_attention
+
+CFG = Config(vocab_size=29, context_length=16, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=40)
+PARAMS = transformer.init(random.key(0), CFG, dtype=torch.float64)
+
+
+def influence(cfg, attention=REFERENCE.attention, T=9):
+    """(T, T) bool: whether any logit at position t has a gradient towards the embedding of token s."""
+    params = transformer.init(random.key(0), cfg)
+    x = torch.randn(1, T, cfg.d_model, requires_grad=True)
+    ops = REFERENCE._replace(embedding=lambda ids, w: x, attention=attention)
+    logits = apply(params, torch.zeros(1, T, dtype=torch.int64), cfg, ops=ops)
+    rows = [torch.autograd.grad(logits[0, t].square().sum(), x, retain_graph=True)[0] for t in range(T)]
+    return torch.stack([(row[0] != 0).any(-1) for row in rows])
+
+
+@pytest.mark.parametrize("attention", [REFERENCE.attention, sdpa_attention])
+def test_the_future_has_exactly_no_influence(attention):
+    """Exact: the gradient is zero for s > t, and is not for s <= t."""
+    assert torch.equal(influence(CFG, attention), torch.ones(9, 9).tril().bool())
+
+
+@pytest.mark.parametrize(
+    ("window", "reach"), [(2, 4), ((2, 0), 2), ((3, 1), 4), (0, 0)], ids=str
+)
+def test_windows_add_up_over_layers(window, reach):
+    """Exact: two layers reach as far back as their windows together, and no further."""
+    at = torch.arange(9)
+    distance = at[:, None] - at
+    assert torch.equal(influence(replace(CFG, window=window)), (distance >= 0) & (distance <= reach))
+
+
+def test_bidirectional_sees_both_sides():
+    """Exact: everything without a window, both sides equally with one."""
+    assert bool(influence(replace(CFG, causal=False)).all())
+    at = torch.arange(9)
+    seen = influence(replace(CFG, causal=False, window=1))
+    assert torch.equal(seen, (at[:, None] - at).abs() <= 2)
+
+
+DOCUMENTS = st.lists(st.lists(st.integers(0, 28), min_size=1, max_size=7), min_size=1, max_size=4)
+
+
+@given(DOCUMENTS, st.sampled_from(["rope", "learned", "none"]))
+def test_packed_equals_separate(documents, position):
+    """Law: documents in one row, told apart by segment ids, give what each gives alone; padding changes nothing."""
+    cfg = replace(CFG, position=position, context_length=32)
+    params = transformer.init(random.key(0), cfg, dtype=torch.float64)
+    row = [t for d in documents for t in d] + [7, 7]
+    ids = [i + 1 for i, d in enumerate(documents) for _ in d] + [0, 0]
+    packed = apply(params, torch.tensor([row]), cfg, segment_ids=torch.tensor([ids]))[0]
+    at = 0
+    for d in documents:
+        alone = apply(params, torch.tensor([d]), cfg)[0]
+        torch.testing.assert_close(packed[at : at + len(d)], alone, rtol=1e-9, atol=1e-9)
+        at += len(d)
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**31))
+def test_rows_do_not_see_each_other(B, T, seed):
+    """Law: a row of a batch is the row alone; what comes after a position changes nothing before it."""
+    tokens = torch.randint(0, 29, (B, T), generator=torch.Generator().manual_seed(seed))
+    logits = apply(PARAMS, tokens, CFG)
+    for b in range(B):
+        torch.testing.assert_close(logits[b : b + 1], apply(PARAMS, tokens[b : b + 1], CFG))
+    torch.testing.assert_close(logits[:, : T // 2 + 1], apply(PARAMS, tokens[:, : T // 2 + 1], CFG))
+
+
+def test_segment_positions():
+    """Oracle: counting by hand; an id that comes again begins again."""
+    ids = torch.tensor([[3, 3, 3, 1, 1, 3], [0, 1, 1, 1, 0, 0]])
+    assert segment_positions(ids).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 0, 1]]
+
+
+def test_positions_matter_and_without_them_order_does_not():
+    """Law: with position "none" the last logits do not depend on the order of the tokens before; else they do."""
+    a, b = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[3, 1, 2, 4]])
+    cfg = replace(CFG, position="none", n_layers=1)  # deeper, a causal mask alone tells positions
+    params = transformer.init(random.key(0), cfg, dtype=torch.float64)
+    torch.testing.assert_close(apply(params, a, cfg)[:, -1], apply(params, b, cfg)[:, -1])
+    assert not torch.allclose(apply(PARAMS, a, CFG)[:, -1], apply(PARAMS, b, CFG)[:, -1])
+
+
+def test_rope_is_relative():
+    """Law: the same document further back in a packed row, so at other positions, has the same logits."""
+    d = torch.tensor([[5, 6, 7, 8]])
+    behind = torch.cat([torch.tensor([[1, 2, 3]]), d], 1)
+    ids = torch.tensor([[1, 1, 1, 2, 2, 2, 2]])
+    torch.testing.assert_close(apply(PARAMS, behind, CFG, segment_ids=ids)[:, 3:], apply(PARAMS, d, CFG))
+
+
+def test_pure():
+    """Exact: no argument changes, the global generator is not read, and twice the same gives the same bits."""
+    tokens = torch.tensor([[1, 2, 3]])
+    before = tree.map(torch.clone, PARAMS)
+    state = torch.random.get_rng_state()
+    first, second = apply(PARAMS, tokens, CFG), apply(PARAMS, tokens, CFG)
+    transformer.init(random.key(1), CFG)
+    assert torch.equal(first, second)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(before), tree.leaves(PARAMS), strict=True))
+
+
+def test_per_sample_gradients_by_vmap():
+    """Oracle: a loop with torch.autograd.grad."""
+    tokens = torch.randint(0, 29, (3, 7))
+
+    def f(params, row):
+        batch = {"tokens": row[None, :-1], "targets": row[None, 1:]}
+        return transformer.loss(params, batch, CFG)[0]
+
+    got = tree.leaves(torch.func.vmap(torch.func.grad(f), (None, 0))(PARAMS, tokens))
+    params = tree.map(lambda x: x.clone().requires_grad_(), PARAMS)
+    for b in range(3):
+        for x, y in zip(got, torch.autograd.grad(f(params, tokens[b]), tree.leaves(params)), strict=True):
+            torch.testing.assert_close(x[b], y)
+
+
+def test_wrap_block():
+    """Law: torch's checkpoint around each block gives the same loss and gradients; the wrapper sees every block."""
+    from torch.utils.checkpoint import checkpoint
+
+    cfg = replace(CFG, window=(2, None, 2), n_layers=3)
+    params = tree.map(lambda x: x.requires_grad_(), transformer.init(random.key(0), cfg, dtype=torch.float64))
+    batch = {"tokens": torch.randint(0, 29, (2, 6)), "targets": torch.randint(0, 29, (2, 6))}
+    calls = []
+
+    def remat(f):
+        def wrapped(block_params, x, ctx):
+            calls.append(block_params)
+            return checkpoint(f, block_params, x, ctx, use_reentrant=False)
+
+        return wrapped
+
+    plain, _ = transformer.loss(params, batch, cfg)
+    wrapped, _ = transformer.loss(params, batch, cfg, wrap_block=remat)
+    assert [id(c) for c in calls[:3]] == [id(p) for p in params["layers"]]
+    assert torch.equal(plain, wrapped)
+    leaves = tree.leaves(params)
+    for a, b in zip(torch.autograd.grad(plain, leaves), torch.autograd.grad(wrapped, leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_hidden_and_unembedding():
+    """Law: logits are the hidden states times the unembedding."""
+    tokens = torch.tensor([[1, 2, 3]])
+    for cfg in (CFG, replace(CFG, tie_embeddings=True)):
+        params = transformer.init(random.key(0), cfg, dtype=torch.float64)
+        h = hidden(params, tokens, cfg)
+        torch.testing.assert_close(apply(params, tokens, cfg), h @ transformer.unembedding(params, cfg).T)
+
+
+def test_learned_positions_end():
+    cfg = replace(CFG, position="learned")
+    params = transformer.init(random.key(0), cfg)
+    with pytest.raises(ValueError, match="tokens_BT must have at most context_length 16 positions, got 17"):
+        apply(params, torch.zeros(1, 17, dtype=torch.int64), cfg)
+
+
+def test_check_tokens():
+    """The first bad id and where it stands; any integer dtype."""
+    transformer.check_tokens(torch.tensor([[0, 28]], dtype=torch.uint16), CFG)
+    transformer.check_tokens(torch.zeros(0, dtype=torch.int64), CFG)
+    with pytest.raises(ValueError, match=r"tokens: id 29 at position \(1, 2\) is outside the vocabulary \(0..28\)"):
+        transformer.check_tokens(torch.tensor([[0, 1, 2], [3, 4, 29]]), CFG)
+    with pytest.raises(ValueError, match="targets: id -1 at position 0 is outside the vocabulary"):
+        transformer.check_tokens(torch.tensor([-1, 99]), CFG, "targets")
+    with pytest.raises(ValueError, match=r"tokens must hold integers, got torch.float32"):
+        transformer.check_tokens(torch.zeros(2), CFG)
