@@ -1,0 +1,136 @@
+"""Train a byte-level BPE tokenizer and say what it learned.
+
+    python -m experiments.train_tokenizer --input corpus.txt --vocab-size 10000 --out runs/tok/tokenizer.json
+    python -m experiments.train_tokenizer --input hub:roneneldan/TinyStories --vocab-size 10000 --out runs/tok.json
+
+The input is a .txt file (mapped and counted by all processors), .jsonl, .zip, .gz, .zst, a folder of these, or
+hub:OWNER/NAME. The output is Hugging Face's tokenizer.json, or a .tiktoken file, by its ending.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from experiments.console import program, progress_bar, say
+from purelm.data import DELIMITER, documents
+from purelm.tokenizer import BPE, encode, save
+from purelm.tokenizer.counting import count_pieces
+from purelm.tokenizer.patterns import resolve
+from purelm.tokenizer.train import train_from_counts
+
+SAMPLE_PIECES = 50_000  # over which bytes per token is computed
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train a byte-level BPE tokenizer."""
+
+    input: str
+    """text file, archive, folder or hub:OWNER/NAME"""
+    vocab_size: int
+    """bytes, merges and special tokens together"""
+    out: Path = Path("runs/tokenizer/tokenizer.json")
+    """.json (Hugging Face) or .tiktoken"""
+    special_tokens: tuple[str, ...] = (DELIMITER,)
+    pattern: str = "gpt2"
+    """gpt2, cl100k, o200k, another known name, or a regular expression"""
+    tie_break: Literal["course", "hf"] = "course"
+    n_workers: int | None = None
+    """all processors if not given"""
+    field: str = "text"
+    """of JSON lines and hub records"""
+    encoding: tuple[str, ...] = ("utf-8",)
+    """of text files and JSON lines; of several the first that fits, document by document"""
+    max_bytes: int | None = None
+    """of text to read, for inputs other than one .txt file"""
+
+
+@contextmanager
+def bar(description: str, total: int | None) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress function (done, total) for one stage; without a known total it counts MB."""
+    with progress_bar(description, total or 0, "bytes" if total else "") as update:
+        yield lambda done, _: update(done, "" if total else f"{done / 1e6:,.0f} MB")
+
+
+def limited(texts: Iterator[str], max_bytes: int | None) -> Iterator[str]:
+    """`texts` until so many bytes were given; the last one is whole."""
+    n_bytes = 0
+    for text in texts:
+        yield text
+        n_bytes += len(text.encode("utf-8"))
+        if max_bytes is not None and n_bytes >= max_bytes:
+            return
+
+
+def is_text_file(source: str, encoding: tuple[str, ...]) -> bool:
+    """Whether source is a single UTF-8 .txt file, which is mapped instead of read document by document."""
+    is_txt = not source.startswith("hub:") and Path(source).suffix == ".txt" and Path(source).is_file()
+    return is_txt and [name.lower() for name in encoding] in (["utf-8"], ["utf8"])
+
+
+def bytes_per_token(bpe: BPE, counts: Counter[bytes]) -> float:
+    """Of the training text; over its most frequent pieces where there are very many."""
+    most_common = counts.most_common(SAMPLE_PIECES)
+    n_bytes = sum(len(piece) * count for piece, count in most_common)
+    n_tokens = sum(len(encode(bpe, piece.decode("utf-8"), None)) * count for piece, count in most_common)
+    return n_bytes / n_tokens
+
+
+def shown(token: bytes) -> str:
+    return repr(token.decode("utf-8", "replace"))
+
+
+@program
+def main(args: Args) -> None:
+    if args.out.suffix not in (".json", ".tiktoken"):
+        raise ValueError(f"out {args.out}: the name must end in .json or .tiktoken")
+    if args.max_bytes is not None and is_text_file(args.input, args.encoding):
+        raise ValueError("max-bytes: not for one .txt file, which is read whole")
+    pattern = resolve(args.pattern)
+    # A bad vocabulary size is said before the corpus is counted.
+    train_from_counts({b" ": 1}, args.vocab_size, args.special_tokens, pattern, args.tie_break)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    if is_text_file(args.input, args.encoding):
+        with bar("counting", Path(args.input).stat().st_size) as progress:
+            counts = count_pieces(
+                args.input, pattern, args.special_tokens, n_workers=args.n_workers, progress=progress
+            )
+    else:
+        texts = limited(documents(args.input, field=args.field, encoding=args.encoding), args.max_bytes)
+        with bar("counting", None) as progress:
+            counts = count_pieces(texts, pattern, args.special_tokens, n_workers=args.n_workers, progress=progress)
+    if not counts:
+        raise ValueError(f"{args.input}: no text to train on")
+    counted = time.perf_counter()
+    with progress_bar("merging", args.vocab_size - 256 - len(args.special_tokens), "merges") as update:
+        bpe = train_from_counts(
+            counts,
+            args.vocab_size,
+            args.special_tokens,
+            pattern,
+            args.tie_break,
+            lambda _, done, total: update(done),
+        )
+    merged = time.perf_counter()
+    save(bpe, args.out)
+    n_bytes = sum(len(piece) * count for piece, count in counts.items())
+    learned = sorted((left + right for left, right in bpe.merges), key=len, reverse=True)
+    if len(bpe.vocab) < args.vocab_size:
+        say(f"the corpus has no more pairs to merge: {len(bpe.vocab):,} ids instead of {args.vocab_size:,}")
+    say(f"{n_bytes:,} bytes, {sum(counts.values()):,} pre-tokens, {len(counts):,} distinct")
+    parts = f"256 bytes, {len(bpe.merges):,} merges, {len(bpe.special_tokens)} special tokens"
+    say(f"vocabulary {len(bpe.vocab):,}: {parts}")
+    say(f"{bytes_per_token(bpe, counts):.3f} bytes per token on the training text")
+    say("longest tokens: " + ", ".join(map(shown, learned[:10])))
+    say(f"{counted - start:.1f} s counting, {merged - counted:.1f} s merging; wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
