@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from purelm import tree
+from purelm import _tree_traced, tree
 
 _number = itertools.count()
 
@@ -48,93 +48,98 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
     def jitted(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return f(*args, **kwargs)
-        old = _donated_tensors(args, kwargs, donate) if donate else []
+        if not donate:
+            with _nested_graph_breaks():
+                return compiled(args, kwargs)[1]
+        old, treedef = optree.tree_flatten(_donated(args, donate))
+        _check_memory(old, args, kwargs, donate)
+        # Compiled code works on aliases and returns them where it stored a result. After it, the old ones go.
+        aliases = treedef.unflatten([x.data if isinstance(x, Tensor) else x for x in old])
+        new_args = list(args)
+        for i, arg in zip(donate, aliases, strict=True):
+            new_args[i] = arg
         with _nested_graph_breaks():
-            unmatched, out = compiled(args, kwargs)
+            unmatched, out = compiled(tuple(new_args), kwargs)
         if unmatched:
             raise ValueError(_unmatched_message(args, donate, unmatched))
-        if not old:
-            return out
-        # What compiled code returned for a matched result is the donated tensor itself, which holds the result.
-        alive = {id(x): x.data for x in old}
-        result = optree.tree_map(lambda x: alive.get(id(x), x), out)
         empty: dict[Any, Tensor] = {}
         for x in old:
-            kind = (x.dtype, x.device)
-            if kind not in empty:
-                empty[kind] = torch.empty(0, dtype=x.dtype, device=x.device)
-            x.data = empty[kind]
-            x.__class__ = donated_type
-        return result
+            if isinstance(x, Tensor):
+                kind = (x.dtype, x.device)
+                if kind not in empty:
+                    empty[kind] = torch.empty(0, dtype=x.dtype, device=x.device)
+                x.data = empty[kind]
+                x.__class__ = donated_type
+        return out
 
     return jitted
+
+
+def _donated(args: tuple, donate: tuple[int, ...]) -> tuple:
+    if max(donate) >= len(args):
+        raise ValueError(f"jit: donate is {donate}, but {len(args)} positional arguments came")
+    return tuple(args[i] for i in donate)
 
 
 def _store(args: tuple, donate: tuple[int, ...], out: Any) -> tuple[list[int], Any]:
     """Write the results into the donated tensors; (numbers of donated tensors without a result, results).
 
     The results have the donated tensor itself where one was matched. If a number is returned, nothing was written.
+    Written for dynamo, which traces it: few operations a leaf, and linear when results come in the donated order.
     """
-    old = [x for i in donate for x in tree.leaves(args[i]) if isinstance(x, Tensor)]
-    new, treedef = tree.flatten(out)
-    target: list[int | None] = [None] * len(new)
-    free = list(range(len(old)))
-    for same in (_is, _is_like):
-        for k, x in enumerate(new):
-            if target[k] is None and isinstance(x, Tensor):
-                for i in free:
-                    if same(x, old[i]):
-                        target[k] = i
-                        free.remove(i)
-                        break
+    old: list[Any] = []
+    new: list[Any] = []
+    for i in donate:
+        _tree_traced.map(old.append, args[i])
+    _tree_traced.map(new.append, out)
+    free = [i for i, x in enumerate(old) if isinstance(x, Tensor)]
+    slots: list[int | None] = []
+    for x in new:
+        found = None
+        if isinstance(x, Tensor):
+            for position, i in enumerate(free):
+                y = old[i]
+                if x is y or (x.dtype == y.dtype and x.shape == y.shape and x.device == y.device):
+                    found = position
+                    break
+        slots.append(None if found is None else free.pop(found))
     if free:
         return free, None
     # A result may be a view of a donated tensor that is about to be overwritten: first copy all, then write.
     # Compiled, the copies cost nothing: they are fused with the operation that makes the result.
-    results: list[Any] = []
-    for x, slot in zip(new, target, strict=True):
-        keep = not isinstance(x, Tensor) or (slot is not None and x is old[slot])
-        results.append(x if keep else x.detach().clone())
-    for k, slot in enumerate(target):
+    for k, x in enumerate(new):
+        slot = slots[k]
+        if isinstance(x, Tensor) and (slot is None or x is not old[slot]):
+            new[k] = x.detach().clone()
+    for k, slot in enumerate(slots):
         if slot is not None:
-            if results[k] is not old[slot]:
-                old[slot].copy_(results[k])
-            results[k] = old[slot]
-    return [], tree.unflatten(treedef, results)
+            if new[k] is not old[slot]:
+                old[slot].copy_(new[k])
+            new[k] = old[slot]
+    # partial(next, iterator)(leaf) is the iterator's next item; a lambda would be one more call to trace for each.
+    return [], _tree_traced.map(functools.partial(next, iter(new)), out)
 
 
-def _is(x: Tensor, old: Tensor) -> bool:
-    return x is old
-
-
-def _is_like(x: Tensor, old: Tensor) -> bool:
-    return x.shape == old.shape and x.dtype == old.dtype and x.device == old.device
-
-
-def _donated_tensors(args: tuple, kwargs: dict, donate: tuple[int, ...]) -> list[Tensor]:
-    """The donated tensors, once it is sure that nothing else lives in their storage."""
-    if max(donate) >= len(args):
-        raise ValueError(f"jit: donate is {donate}, but {len(args)} positional arguments came")
-    donated = [x for i in donate for x in optree.tree_leaves(args[i]) if isinstance(x, Tensor)]
+def _check_memory(old: list[Any], args: tuple, kwargs: dict, donate: tuple[int, ...]) -> None:
+    """ValueError unless nothing but one donated tensor lives in each donated tensor's memory."""
+    donated = [x for x in old if isinstance(x, Tensor) and x.numel()]
+    if any(x.requires_grad for x in donated):
+        raise ValueError("jit: a donated tensor requires grad; donate detached tensors")
+    storages = [x.untyped_storage().data_ptr() for x in donated]
     others = [x for i, arg in enumerate(args) if i not in donate for x in optree.tree_leaves(arg)]
     others += optree.tree_leaves(kwargs)
-    owner: dict[int, list[Tensor]] = {}
-    for x in donated:
-        if x.requires_grad:
-            raise ValueError("jit: a donated tensor requires grad; donate detached tensors")
-        if x.numel():
-            owner.setdefault(x.untyped_storage().data_ptr(), []).append(x)
-    if len(owner) < len(donated):
-        for group in owner.values():
-            for a, b in itertools.combinations(group, 2):
-                if _overlap(a, b):
-                    raise ValueError(_alias_message(args, kwargs, a, b))
-    for y in others:
-        if isinstance(y, Tensor) and y.numel() and y.layout == torch.strided:
-            for x in owner.get(y.untyped_storage().data_ptr(), ()):
-                if _overlap(x, y):
-                    raise ValueError(_alias_message(args, kwargs, x, y))
-    return donated
+    unique = set(storages)
+    suspects = [y for y in others if isinstance(y, Tensor) and y.numel() and _storage(y) in unique]
+    if len(unique) == len(storages) and not suspects:
+        return
+    for i, x in enumerate(donated):
+        for y in donated[:i] + suspects:
+            if _storage(x) == _storage(y) and _overlap(x, y):
+                raise ValueError(_alias_message(args, kwargs, x, y))
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr() if x.layout == torch.strided else 0
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
@@ -162,8 +167,7 @@ def _unmatched_message(args: tuple, donate: tuple[int, ...], unmatched: list[int
     found: list[str] = []
 
     def describe(path: str, x: Any) -> None:
-        if isinstance(x, Tensor):
-            found.append(f"{path} {tuple(x.shape)} {x.dtype}")
+        found.append(f"{path} {tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else path)
 
     tree.map_with_path(describe, {str(i): args[i] for i in donate})
     names = ", ".join(found[i] for i in unmatched)

@@ -2,7 +2,7 @@
 
 Dict keys are visited in sorted order. None is an absent leaf: it is kept where it stands and has no leaves.
 Nothing here changes its arguments; tensors that need no change are returned as they are, not copied.
-Inside torch.compile the same walks run in plain Python (`_tree_traced`): traced twice as fast as optree's.
+Inside torch.compile the walks are those of `_tree_traced`, which dynamo traces faster than optree's.
 """
 
 from collections.abc import Callable, Iterable
@@ -66,7 +66,7 @@ def structure(tree: Tree) -> TreeDef:
 def leaves(tree: Tree) -> list[Any]:
     """The leaves in order."""
     if torch.compiler.is_compiling():
-        return _tree_traced.flatten(tree)[0]
+        return _tree_traced.leaves(tree)
     return optree.tree_leaves(tree)
 
 
@@ -91,7 +91,7 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     {'w': 11, 'b': None}
     """
     if torch.compiler.is_compiling():
-        return _tree_traced.walk(lambda path, *xs: f(*xs), "", tree, rest)
+        return _tree_traced.map(f, tree, *rest)
     flat, treedef = optree.tree_flatten(tree)
     if not rest:
         return treedef.unflatten([f(x) for x in flat])
