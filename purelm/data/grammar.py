@@ -1,0 +1,497 @@
+"""Probabilistic grammars whose texts each have exactly one derivation, so that entropy is a sum and not an estimate.
+
+A grammar is plain data. *Picks* are lists of weighted templates, drawn anew at each mention. *Variables* are lists of
+weighted records of strings (a name with its pronouns, say), drawn at their first mention in a text and the same ever
+after. A template is text with `[pick]` and `{variable}` or `{variable.form}` in it. The law of a pick depends on
+nothing; the law of a variable depends on nothing, or on the value of one parent variable mentioned before it.
+
+Why each text has one derivation. Read a text from the left along the grammar. At a first mention, the strings
+that may stand there are prefix-free: none is the beginning of another, so at most one of them begins the rest of the
+text, and it names the value. A later mention is a known string. At a pick, lay any two alternatives side by side. They
+may begin alike, with the same letters, mentions and picks, which a reader reads in the same way for both. Where they
+part, write out what may stand there, picks as all their alternatives and mentions as all their values: always the
+letters come to differ before either alternative ends. So at most one alternative fits the text, and by induction over
+the reading the derivation is determined. Since no alternative begins another, no text of the grammar begins another
+either: a reader also knows where a text ends. `build` checks these conditions and refuses a grammar that fails them.
+
+Why the entropy is a sum. log p(text) is the sum of the logs of the choices on its one derivation. A choice's law is
+that of its pick, or of its variable given the parent; reaching it depends on picks alone, and picks are independent of
+variables. So by linearity E[-log p] is the sum, over places in the grammar, of the probability of reaching the place
+times the entropy of its law (for a variable with a parent: conditional entropy under the parent's own marginal).
+Expected bytes are the same sum with lengths in place of entropies.
+"""
+
+import itertools
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["Choice", "Entropy", "Grammar", "Variable", "build", "derive", "entropy", "every_text", "parse", "render"]
+
+WORD = 2**32  # draws are integers below it
+_ITEM = re.compile(r"\[(\w+)\]|\{(\w+)(?:\.(\w+))?\}")
+
+
+class Variable(NamedTuple):
+    """A list of records, one drawn at the first mention. Forms are looked up by name; "" is the plain one."""
+
+    values: Sequence[Mapping[str, str]]
+    weights: Sequence[float]  # in any unit; with a parent: unused
+    parent: str | None = None
+    table: Sequence[Sequence[float]] = ()  # weights for each value of the parent; 0 is impossible
+
+
+class Mention(NamedTuple):
+    variable: str
+    form: str
+
+
+class Pick(NamedTuple):
+    name: str
+
+
+Item = str | Mention | Pick
+Items = tuple[Item, ...]
+
+
+class Choice(NamedTuple):
+    """One step of a derivation."""
+
+    name: str  # of the pick or variable
+    chosen: int  # number of the alternative or value
+    log_prob: float  # nats
+
+
+class Entropy(NamedTuple):
+    """Closed form of what one document costs the best possible predictor, and how long it is."""
+
+    nats_per_document: float
+    bytes_per_document: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The floor: expected bits over expected bytes, delimiters between documents not counted."""
+        return self.nats_per_document / math.log(2) / self.bytes_per_document
+
+
+class _Law(NamedTuple):
+    log_probs: tuple[float, ...]
+    thresholds: tuple[int, ...]  # of draws below WORD: value i for thresholds[i - 1] <= draw < thresholds[i]
+
+
+@dataclass(frozen=True, eq=False)
+class Grammar:
+    """A checked grammar, from `build`. The last three fields are made of the others."""
+
+    variables: Mapping[str, Variable]
+    picks: Mapping[str, Sequence[tuple[float, str]]]
+    start: str
+    templates: Mapping[str, tuple[Items, ...]]  # of each pick
+    laws: Mapping[str, tuple[_Law, ...]]  # of each pick and variable: one law, or one for each value of the parent
+    max_choices: int  # in one document
+
+
+def build(
+    variables: Mapping[str, Variable], picks: Mapping[str, Sequence[tuple[float, str]]], start: str
+) -> Grammar:
+    """Check a grammar and make it ready.
+
+    Raises ValueError naming the pick or variable: an unknown name or form, a pick inside itself, a weight that is
+    not positive, a variable mentioned where only some alternatives before have drawn it, a parent drawn after its
+    child, and alternatives that a reader could not tell apart (see the head of this file).
+    """
+    for name, variable in variables.items():
+        rows = variable.table if variable.parent else (variable.weights,)
+        if variable.parent and variable.parent not in variables:
+            raise ValueError(f"variable {name}: parent {variable.parent!r} is unknown")
+        n_rows = len(variables[variable.parent].values) if variable.parent else 1
+        if len(rows) != n_rows or any(len(row) != len(variable.values) for row in rows):
+            raise ValueError(f"variable {name}: weights must be {n_rows} rows of {len(variable.values)}")
+        if any(min(row) < 0 or max(row) <= 0 for row in rows) or (not variable.parent and min(rows[0]) <= 0):
+            raise ValueError(f"variable {name}: weights must be positive (in a parent's table 0 is allowed)")
+    for name, alternatives in picks.items():
+        if not alternatives or min(weight for weight, _ in alternatives) <= 0:
+            raise ValueError(f"pick {name}: at least one alternative is needed, and weights must be positive")
+        if name in variables:
+            raise ValueError(f"{name} is the name of a pick and of a variable")
+    templates = {name: tuple(_items(text, name) for _, text in value) for name, value in picks.items()}
+    laws: dict[str, tuple[_Law, ...]] = {
+        name: (_law([weight for weight, _ in value]),) for name, value in picks.items()
+    }
+    for name, variable in variables.items():
+        laws[name] = tuple(map(_law, variable.table if variable.parent else (variable.weights,)))
+    grammar = Grammar(variables, picks, start, templates, laws, 0)
+    _check(grammar)
+    return Grammar(variables, picks, start, templates, laws, _max_choices(grammar))
+
+
+# --- texts
+
+
+def render(grammar: Grammar, draws: Sequence[int]) -> str:
+    """The text that a row of integers below 2**32 chooses: one for each choice, in order of reading."""
+    out: list[str] = []
+    _render(grammar, grammar.start, iter(draws), {}, out.append, None)
+    return "".join(out)
+
+
+def derive(grammar: Grammar, draws: Sequence[int]) -> tuple[str, list[Choice]]:
+    """`render`, with the choices made."""
+    out: list[str] = []
+    choices: list[Choice] = []
+    _render(grammar, grammar.start, iter(draws), {}, out.append, choices)
+    return "".join(out), choices
+
+
+def _render(grammar, name, draws, known, write, choices) -> None:
+    # The inner loop of sampling: plain, with one dict look-up an item.
+    (law,) = grammar.laws[name]
+    index = bisect_right(law.thresholds, next(draws))
+    if choices is not None:
+        choices.append(Choice(name, index, law.log_probs[index]))
+    for item in grammar.templates[name][index]:
+        kind = item.__class__
+        if kind is str:
+            write(item)
+        elif kind is Pick:
+            _render(grammar, item[0], draws, known, write, choices)
+        else:
+            variable, form = item
+            if variable not in known:
+                law = _law_of(grammar, variable, known)
+                at = bisect_right(law.thresholds, next(draws))
+                known[variable] = at
+                if choices is not None:
+                    choices.append(Choice(variable, at, law.log_probs[at]))
+            write(grammar.variables[variable].values[known[variable]][form])
+
+
+def parse(grammar: Grammar, text: str) -> list[Choice]:
+    """The choices of the one derivation of `text`, in order of reading; ValueError where there is none."""
+    reader = _Reader(grammar, text)
+    found = reader.derivations()
+    if not found:
+        at = reader.furthest
+        raise ValueError(
+            f"text: not of this grammar from character {at} on: {text[max(0, at - 20) : at]!r} is followed by "
+            f"{text[at : at + 20]!r}"
+        )
+    assert len(found) == 1, "build lets no ambiguous grammar through"
+    return found[0]
+
+
+class _Reader:
+    """All derivations of a text, by trying every alternative: it relies on none of the conditions for there being
+    one, so that finding one is evidence for them."""
+
+    def __init__(self, grammar: Grammar, text: str):
+        self.grammar, self.text = grammar, text
+        self.furthest = 0  # character up to which some derivation fits, about
+
+    def derivations(self) -> list[list[Choice]]:
+        whole = self._pick(Pick(self.grammar.start), 0, {}, ())
+        return [_unlink(choices) for end, _, choices in whole if end == len(self.text)]
+
+    def _items(self, items: Items, at: int, known: dict[str, int], choices: tuple):
+        self.furthest = max(self.furthest, at)
+        for i, item in enumerate(items):
+            if isinstance(item, str):  # the only way on: no branch
+                if not self.text.startswith(item, at):
+                    return
+                at += len(item)
+            else:
+                ways = (self._pick if isinstance(item, Pick) else self._mention)(item, at, known, choices)  # type: ignore[arg-type]
+                for end, now, after in ways:
+                    yield from self._items(items[i + 1 :], end, now, after)
+                return
+        self.furthest = max(self.furthest, at)
+        yield at, known, choices
+
+    def _pick(self, item: Pick, at: int, known: dict[str, int], choices: tuple):
+        (law,) = self.grammar.laws[item.name]
+        for chosen, items in enumerate(self.grammar.templates[item.name]):
+            if not items or items[0].__class__ is not str or self.text.startswith(items[0], at):
+                yield from self._items(items, at, known, (choices, Choice(item.name, chosen, law.log_probs[chosen])))
+
+    def _mention(self, item: Mention, at: int, known: dict[str, int], choices: tuple):
+        values = self.grammar.variables[item.variable].values
+        if item.variable in known:
+            text = values[known[item.variable]][item.form]
+            if self.text.startswith(text, at):
+                yield at + len(text), known, choices
+            return
+        law = _law_of(self.grammar, item.variable, known)
+        for chosen, value in enumerate(values):
+            text = value[item.form]
+            if self.text.startswith(text, at) and law.log_probs[chosen] > -math.inf:
+                choice = Choice(item.variable, chosen, law.log_probs[chosen])
+                yield at + len(text), known | {item.variable: chosen}, (choices, choice)
+
+
+def _unlink(choices: tuple) -> list[Choice]:
+    """The linked list (rest, choice) as a list: branches of the reader share what they have in common."""
+    out = []
+    while choices:
+        choices, choice = choices
+        out.append(choice)
+    return out[::-1]
+
+
+def every_text(grammar: Grammar) -> Iterator[tuple[str, float]]:
+    """Every derivation of a grammar, as its text and log-probability: for small grammars."""
+    for text, _, log_prob in _expand(grammar, (Pick(grammar.start),), {}):
+        yield text, log_prob
+
+
+def _expand(grammar: Grammar, items: Items, known: dict[str, int]) -> Iterator[tuple[str, dict[str, int], float]]:
+    if not items:
+        yield "", known, 0.0
+        return
+    for head, now, log_prob in _heads(grammar, items[0], known):
+        for tail, end, more in _expand(grammar, items[1:], now):
+            yield head + tail, end, log_prob + more
+
+
+def _heads(grammar: Grammar, item: Item, known: dict[str, int]) -> Iterator[tuple[str, dict[str, int], float]]:
+    if isinstance(item, str):
+        yield item, known, 0.0
+    elif isinstance(item, Pick):
+        (law,) = grammar.laws[item.name]
+        for chosen, inner in enumerate(grammar.templates[item.name]):
+            for text, now, log_prob in _expand(grammar, inner, known):
+                yield text, now, log_prob + law.log_probs[chosen]
+    elif item.variable in known:
+        yield grammar.variables[item.variable].values[known[item.variable]][item.form], known, 0.0
+    else:
+        for chosen, log_prob in enumerate(_law_of(grammar, item.variable, known).log_probs):
+            if log_prob > -math.inf:
+                text = grammar.variables[item.variable].values[chosen][item.form]
+                yield text, known | {item.variable: chosen}, log_prob
+
+
+# --- expectations
+
+
+def entropy(grammar: Grammar) -> Entropy:
+    """Expected nats and expected bytes of a document, exactly: the sums at the head of this file."""
+    marginals = {name: _marginal(grammar, name) for name in grammar.variables}
+    drawn_nats = {}
+    for name, variable in grammar.variables.items():
+        over = marginals[variable.parent] if variable.parent else [1.0]
+        laws = grammar.laws[name]
+        drawn_nats[name] = sum(p * _law_entropy(law) for p, law in zip(over, laws, strict=True))
+
+    def items_cost(items: Items, known: set[str]) -> tuple[float, float]:
+        nats, n_bytes = 0.0, 0.0
+        for item in items:
+            if isinstance(item, str):
+                n_bytes += len(item.encode())
+            elif isinstance(item, Pick):
+                inner = pick_cost(item.name, known)
+                nats, n_bytes = nats + inner[0], n_bytes + inner[1]
+            else:
+                if item.variable not in known:
+                    nats += drawn_nats[item.variable]
+                    known.add(item.variable)
+                values = grammar.variables[item.variable].values
+                pairs = zip(marginals[item.variable], values, strict=True)
+                n_bytes += sum(p * len(value[item.form].encode()) for p, value in pairs if p)
+        return nats, n_bytes
+
+    def pick_cost(name: str, known: set[str]) -> tuple[float, float]:
+        (law,) = grammar.laws[name]
+        nats, n_bytes = _law_entropy(law), 0.0
+        before = frozenset(known)
+        for log_p, items in zip(law.log_probs, grammar.templates[name], strict=True):
+            inside = set(before)
+            inner = items_cost(items, inside)
+            nats, n_bytes = nats + math.exp(log_p) * inner[0], n_bytes + math.exp(log_p) * inner[1]
+            known |= inside  # build has seen that what some alternatives leave out is not mentioned again
+        return nats, n_bytes
+
+    return Entropy(*pick_cost(grammar.start, set()))
+
+
+def _marginal(grammar: Grammar, name: str) -> list[float]:
+    parent = grammar.variables[name].parent
+    over = _marginal(grammar, parent) if parent else [1.0]
+    sums = [0.0] * len(grammar.variables[name].values)
+    for p, law in zip(over, grammar.laws[name], strict=True):
+        for i, log_p in enumerate(law.log_probs):
+            sums[i] += p * math.exp(log_p)
+    return sums
+
+
+def _law(weights: Sequence[float]) -> _Law:
+    total = math.fsum(weights)
+    log_probs = tuple(math.log(w / total) if w else -math.inf for w in weights)
+    # Rounding moves a probability by at most 2**-32. The last positive value takes the end.
+    thresholds = [round(math.fsum(weights[: i + 1]) / total * WORD) for i in range(len(weights))]
+    return _Law(log_probs, tuple(thresholds))
+
+
+def _law_of(grammar: Grammar, variable: str, known: Mapping[str, int]) -> _Law:
+    parent = grammar.variables[variable].parent
+    return grammar.laws[variable][known[parent] if parent else 0]
+
+
+def _law_entropy(law: _Law) -> float:
+    return -math.fsum(math.exp(log_p) * log_p for log_p in law.log_probs if log_p > -math.inf)
+
+
+# --- what build checks
+
+
+def _items(template: str, name: str) -> Items:
+    items: list[Item] = []
+    at = 0
+    for match in _ITEM.finditer(template):
+        if match.start() > at:
+            items.append(template[at : match.start()])
+        pick, variable, form = match.groups()
+        items.append(Pick(pick) if pick else Mention(variable, form or ""))
+        at = match.end()
+    if at < len(template):
+        items.append(template[at:])
+    for item in items:
+        if isinstance(item, str) and re.search(r"[\[\]{}]", item):
+            raise ValueError(f"pick {name}: a bracket without its partner in {template!r}")
+    return tuple(items)
+
+
+def _check(grammar: Grammar) -> None:
+    """Walk the grammar as a reader does, with what is surely and what is perhaps drawn so far, and check each place."""
+    first: set[Mention] = set()
+    compared: set[tuple[str, frozenset[str]]] = set()
+
+    def walk(name: str, sure: frozenset[str], maybe: frozenset[str], inside: tuple[str, ...]):
+        if name not in grammar.templates:
+            raise ValueError(f"pick {inside[-1] if inside else 'start'}: [{name}] is unknown")
+        if name in inside:
+            raise ValueError(f"pick {name} is inside itself: {' > '.join((*inside, name))}")
+        results = []
+        for items in grammar.templates[name]:
+            now, some = sure, maybe
+            for item in items:
+                if isinstance(item, Pick):
+                    now, some = walk(item.name, now, some, (*inside, name))
+                elif isinstance(item, Mention):
+                    if item.variable not in now:
+                        _check_first(grammar, item, name, now, some)
+                        first.add(item)
+                    now, some = now | {item.variable}, some | {item.variable}
+            results.append((now, some))
+        if (name, sure) not in compared:
+            compared.add((name, sure))
+            _check_apart(grammar, name, sure)
+        return frozenset.intersection(*(s for s, _ in results)), frozenset.union(*(m for _, m in results))
+
+    for name, templates in grammar.templates.items():
+        for item in itertools.chain(*templates):
+            if isinstance(item, Mention):
+                if item.variable not in grammar.variables:
+                    raise ValueError(f"pick {name}: {{{item.variable}}} is unknown")
+                if any(item.form not in value for value in grammar.variables[item.variable].values):
+                    raise ValueError(f"pick {name}: {item.variable} has no form {item.form!r} in some value")
+    walk(grammar.start, frozenset(), frozenset(), ())
+    for item in sorted(first):
+        variable = grammar.variables[item.variable]
+        for row in variable.table if variable.parent else (variable.weights,):
+            texts = sorted(v[item.form] for v, weight in zip(variable.values, row, strict=True) if weight)
+            for a, b in itertools.pairwise(texts):  # sorted: a prefix stands right before what it begins
+                if b.startswith(a):
+                    raise ValueError(f"variable {item.variable}: {a!r} is the beginning of {b!r} at a first mention")
+
+
+def _check_first(grammar: Grammar, item: Mention, name: str, sure: frozenset[str], maybe: frozenset[str]) -> None:
+    if item.variable in maybe:
+        raise ValueError(f"pick {name}: {item.variable} is drawn by some alternatives before, and not by others")
+    parent = grammar.variables[item.variable].parent
+    if parent and parent not in sure:
+        raise ValueError(f"pick {name}: {item.variable} is mentioned before its parent {parent}")
+
+
+def _check_apart(grammar: Grammar, name: str, known: frozenset[str]) -> None:
+    alternatives = grammar.templates[name]
+    for i, j in itertools.combinations(range(len(alternatives)), 2):
+        if not _apart(grammar, alternatives[i], alternatives[j], known, {}):
+            one, other = grammar.picks[name][i][1], grammar.picks[name][j][1]
+            raise ValueError(f"pick {name}: a reader could not tell {one!r} from {other!r}")
+
+
+def _apart(grammar: Grammar, a: Items, b: Items, known: frozenset[str], values: Mapping[str, int]) -> bool:
+    """Whether no text of `a` is, or begins, a text of `b` or the other way round, decided on their first difference.
+
+    Variables in `known` have one value for both, in `values` where it has been settled; others may differ.
+    """
+    while a and b:
+        x, y = _settled(grammar, a[0], values), _settled(grammar, b[0], values)
+        if isinstance(x, str) and isinstance(y, str):
+            n = min(len(x), len(y))
+            if x[:n] != y[:n]:
+                return True
+            a = ((x[n:],) if x[n:] else ()) + a[1:]
+            b = ((y[n:],) if y[n:] else ()) + b[1:]
+        elif x == y:  # the same strings in both, and prefix-free: so the same value, or the same alternative
+            known |= _surely_drawn(grammar, (x,))
+            a, b = a[1:], b[1:]
+        elif isinstance(x, Pick):
+            return all(_apart(grammar, inner + a[1:], b, known, values) for inner in grammar.templates[x.name])
+        elif isinstance(y, Pick):
+            return all(_apart(grammar, a, inner + b[1:], known, values) for inner in grammar.templates[y.name])
+        elif isinstance(x, Mention):
+            return all(
+                _apart(grammar, (text, *a[1:]), b, known, now)
+                for text, now in _readings(grammar, x, known, values)
+            )
+        else:
+            a, b = b, a
+    return False
+
+
+def _settled(grammar: Grammar, item: Item, values: Mapping[str, int]) -> Item:
+    if isinstance(item, Mention) and item.variable in values:
+        return grammar.variables[item.variable].values[values[item.variable]][item.form]
+    return item
+
+
+def _readings(
+    grammar: Grammar, item: Mention, known: frozenset[str], values: Mapping[str, int]
+) -> Iterator[tuple[str, Mapping[str, int]]]:
+    """The strings that may stand for a mention, each with the values that are settled by it."""
+    variable = grammar.variables[item.variable]
+    children = [
+        (other.table, values[name])
+        for name, other in grammar.variables.items()
+        if other.parent == item.variable and name in values
+    ]
+    for i, value in enumerate(variable.values):
+        if variable.parent and variable.parent in values and not variable.table[values[variable.parent]][i]:
+            continue
+        if item.variable not in known:
+            yield value[item.form], values
+        elif all(table[i][child] for table, child in children):
+            yield value[item.form], {**values, item.variable: i}
+
+
+def _surely_drawn(grammar: Grammar, items: Items) -> frozenset[str]:
+    """The variables that every text of `items` mentions."""
+    found = frozenset(item.variable for item in items if isinstance(item, Mention))
+    for item in items:
+        if isinstance(item, Pick):
+            found |= frozenset.intersection(*(_surely_drawn(grammar, inner) for inner in grammar.templates[item.name]))
+    return found
+
+
+def _max_choices(grammar: Grammar) -> int:
+    """A bound on the choices in a document: every variable once, and the longest way through the picks."""
+
+    def longest(name: str) -> int:
+        return 1 + max(
+            sum(longest(item.name) for item in items if isinstance(item, Pick)) for items in grammar.templates[name]
+        )
+
+    return len(grammar.variables) + longest(grammar.start)

@@ -1,0 +1,82 @@
+"""The synthetic source: short children's stories from a grammar, of known entropy. The default corpus.
+
+A document costs the best possible predictor `entropy().nats_per_document` on average, end of document included (no
+story is the beginning of another, so where one ends is certain). A model's bits per byte on held-out documents
+therefore has a floor that is known: `entropy().bits_per_byte` for the source, `floor_bits_per_byte(documents)` for
+the documents at hand. The grammar is in stories.py, the argument for uniqueness and the sums in grammar.py.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import cache
+
+from purelm import random
+from purelm.data import grammar as grammars
+from purelm.data import stories
+from purelm.data.grammar import Choice, Entropy, Grammar
+from purelm.random import Key
+
+__all__ = ["entropy", "floor_bits_per_byte", "log_prob", "parse", "sample", "story_grammar"]
+
+BLOCK = 256  # documents whose random bits are drawn together; part of the definition of document i
+
+
+@cache
+def story_grammar() -> Grammar:
+    """The checked grammar of stories.py (0.2 s, once a process)."""
+    return grammars.build(stories.VARIABLES, stories.PICKS, stories.START)
+
+
+def sample(
+    key: Key | int, n: int | None = None, *, start: int = 0, grammar: Grammar | None = None
+) -> Iterator[str]:
+    """Documents start, start + 1, ..., start + n - 1 of the endless corpus of `key`; without end where n is None.
+
+    Document i is a function of (key, i) alone. An int stands for `random.key` of it.
+
+    >>> next(sample(0)).count("\\n")
+    2
+    """
+    if start < 0 or (n is not None and n < 0):
+        raise ValueError(f"start={start}, n={n}: allowed is 0 or more")
+    return _sample(random.key(key) if isinstance(key, int) else key.cpu(), n, start, grammar or story_grammar())
+
+
+def _sample(key: Key, n: int | None, start: int, grammar: Grammar) -> Iterator[str]:
+    stop = math.inf if n is None else start + n
+    block, skip = divmod(start, BLOCK)
+    while block * BLOCK < stop:
+        draws = random.bits(random.fold_in(key, block), (BLOCK, grammar.max_choices)).tolist()
+        end = BLOCK if stop == math.inf else min(BLOCK, int(stop) - block * BLOCK)
+        for row in draws[skip:end]:
+            yield grammars.render(grammar, row)
+        block, skip = block + 1, 0
+
+
+def parse(text: str, grammar: Grammar | None = None) -> list[Choice]:
+    """The choices that make `text`; ValueError saying from where on it is not of the grammar."""
+    return grammars.parse(grammar or story_grammar(), text)
+
+
+def log_prob(text: str, grammar: Grammar | None = None) -> float:
+    """Exact log-probability of a document, in nats; ValueError where it is not of the grammar."""
+    return math.fsum(choice.log_prob for choice in parse(text, grammar))
+
+
+def entropy(grammar: Grammar | None = None) -> Entropy:
+    """Expected nats and bytes of a document in closed form, and their ratio, the floor in bits per byte."""
+    return grammars.entropy(grammar or story_grammar())
+
+
+def floor_bits_per_byte(documents: Iterable[str], grammar: Grammar | None = None) -> float:
+    """What the source itself, as a model, gets on these documents: -sum of log2 p over the sum of their bytes.
+
+    The floor of a finite held-out set, without the sampling noise of comparing it with the expectation.
+    """
+    bits, n_bytes = 0.0, 0
+    for text in documents:
+        bits -= log_prob(text, grammar) / math.log(2)
+        n_bytes += len(text.encode())
+    if not n_bytes:
+        raise ValueError("documents: empty")
+    return bits / n_bytes
