@@ -1,8 +1,27 @@
-"""Byte-level BPE: train, encode, decode, and the file formats of the neighbours."""
+"""Byte-level BPE: train, encode, decode, and the file formats of the neighbours.
+
+A tokenizer is a value, `BPE(vocab, merges, special_tokens, pattern)`; all else is functions of it:
+
+    bpe = train("corpus.txt", 10_000, ["<|endoftext|>"])       # or load("tokenizer.json"), or make(vocab, merges, ...)
+    ids = encode(bpe, "Once upon a time")                       # numpy, uint16 or uint32
+    text = decode(bpe, ids)
+    save(bpe, "tokenizer.json")                                 # Hugging Face's format
+    encode_file(bpe, "corpus.txt", "corpus.bin")                # in parallel, to a token file of purelm.data
+
+The course's class, function by function:
+
+    train_bpe(path, vocab_size, special_tokens)                 bpe = train(...); bpe.vocab, list(bpe.merges)
+    Tokenizer(vocab, merges, special_tokens)                    bpe = make(vocab, merges, special_tokens or ())
+    Tokenizer.from_files(vocab_path, merges_path, specials)     with_special_tokens(load_gpt2(...), specials)
+    tokenizer.encode(text)                                      encode(bpe, text).tolist()
+    tokenizer.encode_iterable(texts)                            encode_iterable(bpe, texts)
+    tokenizer.decode(ids)                                       decode(bpe, ids)
+"""
 
 from purelm.tokenizer.bpe import BPE, make, token_dtype, vocab_size, with_special_tokens
 from purelm.tokenizer.decode import decode, decode_bytes, decode_with_offsets
 from purelm.tokenizer.encode import encode
+from purelm.tokenizer.files import encode_documents, encode_file
 from purelm.tokenizer.formats import (
     fingerprint,
     load,
@@ -14,6 +33,7 @@ from purelm.tokenizer.formats import (
 )
 from purelm.tokenizer.patterns import resolve
 from purelm.tokenizer.pretokenize import split
+from purelm.tokenizer.stream import encode_iterable
 from purelm.tokenizer.train import train
 
 __all__ = [
@@ -22,6 +42,9 @@ __all__ = [
     "decode_bytes",
     "decode_with_offsets",
     "encode",
+    "encode_documents",
+    "encode_file",
+    "encode_iterable",
     "fingerprint",
     "load",
     "load_gpt2",

@@ -90,16 +90,15 @@ def _replaced_starts(data: bytes) -> np.ndarray:
 def _checked(bpe: BPE, ids) -> np.ndarray:
     """`ids` as an integer array, every one of them a token."""
     array = np.asarray(ids if hasattr(ids, "__array__") or isinstance(ids, list | tuple) else list(ids))
-    if array.size == 0:
-        array = array.astype(np.int64).reshape(-1)
+    if array.shape == (0,):
+        array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"ids is {array.dtype} of shape {array.shape}; give integers with one axis")
     _, lengths = tables.tokens_by_id(bpe)
+    if array.size == 0 or (array.min() >= 0 and array.max() < len(lengths) and lengths[array].all()):
+        return array
     outside = (array < 0) | (array >= len(lengths))
-    if not outside.any():
-        outside = lengths[array] == 0
-        if not outside.any():
-            return array
+    outside |= lengths[np.where(outside, 0, array)] == 0
     index = int(np.argmax(outside))
     raise ValueError(
         f"ids[{index}] is {int(array[index])}, which is no token: the vocabulary has {len(bpe.vocab)} ids, "

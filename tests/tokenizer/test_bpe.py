@@ -1,0 +1,82 @@
+"""BPE, make and with_special_tokens. Oracles: the definition, and the text of each error."""
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+
+from purelm.tokenizer import BPE, make, token_dtype, vocab_size, with_special_tokens
+from purelm.tokenizer.patterns import GPT2
+
+BYTES = {value: bytes([value]) for value in range(256)}
+
+
+def test_make_keeps_what_it_is_given_and_changes_nothing():
+    """The parts come back as given; the argument's dict stays as it was (purity)."""
+    vocab = BYTES | {1000: b"ab"}
+    before = dict(vocab)
+    bpe = make(vocab, [(b"a", b"b")], ["<x>"], "gpt2")
+    assert vocab == before
+    assert bpe.vocab == before | {1001: b"<x>"}
+    assert bpe.merges == ((b"a", b"b"),) and bpe.special_tokens == ("<x>",) and bpe.pattern == GPT2
+    assert vocab_size(bpe) == 1002
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        bpe.pattern = "x"
+
+
+def test_special_tokens_are_appended_in_order_or_found():
+    """Absent names get the next ids in their order; a name that the vocab has keeps its id."""
+    bpe = make(BYTES | {300: b"<b>"}, [], ["<a>", "<b>", "<c>"])
+    assert [bpe.vocab[i] for i in (300, 301, 302)] == [b"<b>", b"<a>", b"<c>"]
+    fixed = make(BYTES, [], {"<a>": 500, "<b>": 256})
+    assert (fixed.vocab[500], fixed.vocab[256]) == (b"<a>", b"<b>")
+    more = with_special_tokens(fixed, ["<b>", "<c>"])
+    assert more.vocab[501] == b"<c>" and more.special_tokens == ("<a>", "<b>", "<c>")
+    assert 501 not in fixed.vocab
+    assert with_special_tokens(fixed, {"<c>": 400}).vocab[400] == b"<c>"
+
+
+@pytest.mark.parametrize("n, dtype", [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_dtype_holds_the_largest_id(n, dtype):
+    """uint16 holds 65,536 ids, not one more."""
+    assert token_dtype(make(BYTES | {n - 1: b"ab"}, [(b"a", b"b")])) == dtype
+
+
+def test_bpe_goes_through_pickle():
+    """Workers get it by pickle: the fields come back equal."""
+    bpe = make(BYTES | {256: b"ab"}, [(b"a", b"b")], ["<x>"])
+    copy = pickle.loads(pickle.dumps(bpe))
+    assert isinstance(copy, BPE) and dataclasses.astuple(copy) == dataclasses.astuple(bpe)
+
+
+@pytest.mark.parametrize(
+    "vocab, merges, special, pattern, message",
+    [
+        ({i: t for i, t in BYTES.items() if i not in (7, 9)}, [], [], "gpt2", r"2 of the 256 single bytes .*\\x07"),
+        (BYTES | {256: b"a"}, [], [], "gpt2", "ids 97 and 256 are both b'a'"),
+        (BYTES | {-1: b"ab"}, [], [], "gpt2", "the id -1 is not an int"),
+        (BYTES | {2**31: b"ab"}, [], [], "gpt2", "is not an int in"),
+        (BYTES | {"7": b"ab"}, [], [], "gpt2", "the id '7'"),
+        (BYTES | {256: b""}, [], [], "gpt2", "not empty"),
+        (BYTES | {256: "ab"}, [], [], "gpt2", "is 'ab'; a token is bytes"),
+        (BYTES, [(b"a", b"b")], [], "gpt2", "the result of merge 0.*b'ab'"),
+        (BYTES | {256: b"abc"}, [(b"ab", b"c")], [], "gpt2", "the left part of merge 0"),
+        (BYTES | {256: b"abc"}, [(b"a", b"bc")], [], "gpt2", "the right part of merge 0"),
+        (BYTES | {256: b"ab"}, [(b"a", b"b")] * 2, [], "gpt2", "listed twice, as merge 0 and merge 1"),
+        (BYTES, [], ["<x>", "<x>"], "gpt2", "'<x>' is listed twice"),
+        (BYTES, [], [""], "gpt2", "at least one character"),
+        (BYTES, [], "<x>", "gpt2", "give a sequence of strings"),
+        (BYTES, [], ["\ud800"], "gpt2", "lone surrogate"),
+        (BYTES, [], {"<x>": 5}, "gpt2", r"to have id 5, which is b'\\x05'"),
+        (BYTES, [], {"a": 300}, "gpt2", "to have id 300, but the vocab has it as 97"),
+        (BYTES, [], {"<x>": -3}, "gpt2", "the id -3"),
+        (BYTES, [], [], "gtp2", "pattern is 'gtp2'.*gpt2, .*o200k"),
+        (BYTES, [], [], "(", "not a regular expression"),
+        (BYTES, [], [], "", "give a regular expression"),
+    ],
+)
+def test_make_names_what_is_wrong(vocab, merges, special, pattern, message):
+    """Each fault gives one ValueError that names it."""
+    with pytest.raises(ValueError, match=message):
+        make(vocab, merges, special, pattern)

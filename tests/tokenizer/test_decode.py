@@ -1,0 +1,157 @@
+"""Decoding. Oracles: the round trip, bytes.decode, tiktoken, and offsets counted character by character."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from purelm.tokenizer import decode, decode_bytes, decode_with_offsets, encode, make
+
+BYTES = {value: bytes([value]) for value in range(256)}
+TEXT = st.text(st.sampled_from("ab c\n\u00e9\u4e2d\U0001f600\u0301\ufffd\x00") | st.characters(codec="utf-8"))
+
+
+@given(text=TEXT, seed=st.integers(0, 5))
+def test_round_trip(random_bpe, text, seed):
+    """Law: decode(encode(text)) == text, both engines, special tokens or not."""
+    bpe = random_bpe(seed, special_tokens=["<|endoftext|>", "b c"], pattern=["gpt2", "cl100k", "o200k"][seed % 3])
+    text = text + "<|endoftext|>" + text
+    for allowed in ("all", None):
+        ids = encode(bpe, text, allowed, engine="python")
+        assert decode(bpe, ids) == text and decode_bytes(bpe, ids.tolist()) == text.encode()
+        pytest.importorskip("numba")
+        assert decode(bpe, encode(bpe, text, allowed, engine="numba")) == text
+
+
+@given(ids=st.lists(st.integers(0, 255)), errors=st.sampled_from(["replace", "ignore", "backslashreplace"]))
+def test_bytes_that_are_no_text(ids, errors):
+    """Oracle: bytes.decode."""
+    bpe = make(BYTES, [])
+    assert decode(bpe, ids, errors) == bytes(ids).decode("utf-8", errors)
+    assert decode_bytes(bpe, ids) == bytes(ids)
+
+
+def test_long_arrays_go_by_blocks(random_bpe):
+    """Oracle: joining the tokens of the vocab; lengths around the block of 4,096."""
+    bpe = random_bpe(2)
+    rng = random.Random(2)
+    known = sorted(bpe.vocab)
+    for n in (0, 1, 4095, 4096, 4097, 20_000):
+        ids = rng.choices(known, k=n)
+        assert decode_bytes(bpe, ids) == b"".join(map(bpe.vocab.__getitem__, ids))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "o200k_base"])
+def test_tiktoken_decodes_the_same(published, tiktoken_of, name):
+    """Oracle: tiktoken, on random ids (mostly no valid text) and on text with its offsets."""
+    bpe = published(name)
+    encoding = tiktoken_of(bpe)
+    rng = random.Random(3)
+    ids = rng.choices([i for i in bpe.vocab if i < 50_000], k=30_000)
+    assert decode(bpe, ids) == encoding.decode(ids)
+    for _ in range(300):
+        text = "".join(rng.choices(["ab", " ", "\u00e9", "\u4e2d\u6587", "\U0001f600", "\u0301", "\ufffd"], k=12))
+        ids = encode(bpe, text)
+        expected = encoding.decode_with_offsets(ids.tolist())
+        for errors in ("strict", "replace"):
+            ours = decode_with_offsets(bpe, ids, errors)
+            assert (ours[0], ours[1].tolist()) == expected
+
+
+def slow_offsets(tokens):
+    """Text and offsets with replacement, plainly: which character of the text each byte went into."""
+    data = b"".join(tokens)
+    owner, text = [], ""
+    k = 0
+    while k < len(data):
+        for n in (1, 2, 3, 4):
+            try:
+                text += data[k : k + n].decode()
+                break
+            except UnicodeDecodeError as error:
+                if k + n >= len(data) or n == 4 or error.reason != "unexpected end of data":
+                    n = error.end if error.reason != "unexpected end of data" else len(data) - k
+                    text += "\ufffd"
+                    break
+        owner += [len(text) - 1] * n
+        k += n
+    starts = np.cumsum([0, *map(len, tokens)])
+    return text, [owner[start] for start in starts[:-1]]
+
+
+@given(
+    tokens=st.lists(
+        st.sampled_from([b"a", b"\xc3", b"\xa9", b"\xe4\xb8", b"\xad", b"\xf0\x9f", b"\x98\x80", b"\xff", b"\x80b"]),
+        max_size=12,
+    )
+)
+def test_offsets_count_replacements_as_characters(tokens):
+    """Oracle: the character that the token's first byte went into, found byte by byte."""
+    extra = {256: b"\xe4\xb8", 257: b"\xf0\x9f", 258: b"\x98\x80", 259: b"\x80b"}
+    bpe = make(BYTES | extra, [(token[:1], token[1:]) for token in extra.values()])
+    ids = {token: i for i, token in bpe.vocab.items()}
+    text, offsets = decode_with_offsets(bpe, [ids[token] for token in tokens], "replace")
+    assert (text, offsets.tolist()) == slow_offsets(tokens)
+    assert text == b"".join(tokens).decode("utf-8", "replace")
+
+
+def test_offsets_of_a_long_broken_text():
+    """Oracle: Python's decoder on prefixes: windows of 4,096 bytes that cut characters leave no trace."""
+    bpe = make(BYTES, [])
+    rng = random.Random(4)
+    for data in ("\u4e2d" * 3000, "\U0001f600a" * 2000):
+        broken = bytearray(data.encode())
+        for _ in range(5):
+            broken[rng.randrange(len(broken))] = 0xFF
+        text, offsets = decode_with_offsets(bpe, list(broken), "replace")
+        assert text == broken.decode("utf-8", "replace")
+        for k in (0, 1, 4094, 4095, 4096, 4097, 4098, len(broken) - 1):
+            while k > 0 and broken[k] & 0xC0 == 0x80:
+                k -= 1
+            assert offsets[k] == len(broken[:k].decode("utf-8", "replace"))
+
+
+def test_ids_come_in_many_kinds():
+    """Lists, arrays of each integer type, tensors, ranges, generators; nothing at all is the empty text."""
+    bpe = make(BYTES, [])
+    ids = [104, 105]
+    kinds = [ids, tuple(ids), iter(ids), torch.tensor(ids), np.array(ids, np.uint8), np.array(ids, np.uint64)]
+    assert [decode(bpe, kind) for kind in kinds] == ["hi"] * len(kinds)
+    assert decode(bpe, range(97, 100)) == "abc"
+    assert decode(bpe, []) == decode(bpe, np.empty(0, np.uint16)) == "" == decode(bpe, torch.empty(0))
+    text, offsets = decode_with_offsets(bpe, [])
+    assert text == "" and offsets.shape == (0,) and offsets.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ([65, 300, 400], r"ids\[1\] is 300, which is no token: the vocabulary has 257 ids, the largest is 310"),
+        ([65, 65, 311], r"ids\[2\] is 311"),
+        ([-1], r"ids\[0\] is -1"),
+        ([2**40], r"ids\[0\] is 1099511627776"),
+        ([1.0], "ids is float64"),
+        ([[1, 2]], r"ids is int64 of shape \(1, 2\)"),
+        ([True], "ids is bool"),
+    ],
+)
+def test_bad_ids_are_named(ids, message):
+    """The first id outside the vocabulary and its index, gaps included; what are no integers."""
+    bpe = make(BYTES | {310: b"ab"}, [(b"a", b"b")])
+    for function in (decode, decode_bytes, decode_with_offsets):
+        with pytest.raises(ValueError, match=message):
+            function(bpe, ids)
+
+
+def test_strict_errors():
+    """bytes that are no UTF-8 raise a ValueError where that is asked for; offsets know two ways only."""
+    bpe = make(BYTES, [])
+    with pytest.raises(ValueError, match="invalid start byte"):
+        decode(bpe, [255], "strict")
+    with pytest.raises(ValueError, match="invalid start byte"):
+        decode_with_offsets(bpe, [255])
+    with pytest.raises(ValueError, match='errors is \'ignore\'; allowed: "strict", "replace"'):
+        decode_with_offsets(bpe, [65], "ignore")
