@@ -22,7 +22,8 @@ def clip(grads: Tree, max_norm: float, eps: float = 1e-6) -> tuple[Tree, Tensor]
     check_range("max_norm", max_norm, 0.0, float("inf"))
     norm = tree.global_norm(grads)
     factor = (max_norm / (norm + eps)).clamp(max=1.0)
-    return tree.map(lambda g: g * factor.to(g.dtype), grads), norm
+    # Multiplied in the norm's dtype: a factor in bf16 would be off by up to 0.4 %, above max_norm at times.
+    return tree.map(lambda g: (g.to(factor.dtype) * factor).to(g.dtype), grads), norm
 
 
 def clip_by_global_norm(max_norm: float, eps: float = 1e-6) -> Optimizer:

@@ -144,14 +144,15 @@ def test_add_weight_decay():
     grads = {"w": torch.full((2, 2), 2.0, dtype=torch.bfloat16), "b": torch.ones(2), "n": None}
     optimizer = add_weight_decay(0.5, is_matrix)
     updates, state = optimizer.update(grads, optimizer.init(params), params, 0.1)
-    assert torch.equal(updates["w"], torch.full((2, 2), 2.5, dtype=torch.bfloat16))
+    assert updates["w"].dtype == torch.bfloat16 and torch.equal(updates["w"], torch.full((2, 2), 2.5).bfloat16())
     assert updates["b"] is grads["b"] and updates["n"] is None and state == ()
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.1, 1.0, 100.0])
-def test_clip_equals_torch(max_norm):
+@pytest.mark.parametrize("scale", [1.0, 1e-7])  # the second: where eps = 1e-6 counts
+def test_clip_equals_torch(max_norm, scale):
     """Oracle: torch.nn.utils.clip_grad_norm_, norm included; 2 ulp for another order of summation."""
-    grads = model(1)
+    grads, max_norm = tree.map(lambda g: g * scale, model(1)), max_norm * scale
     leaves = [g.clone().requires_grad_() for g in tree.leaves(grads)]
     for x in leaves:
         x.grad = x.detach().clone()
@@ -184,7 +185,10 @@ def test_clip_laws(values, max_norm):
 
 
 def test_clip_keeps_dtypes_and_shows_bad_gradients():
-    """bf16 stays bf16 with an fp32 norm; inf and nan are not hidden."""
+    """bf16 stays bf16 with an fp32 norm and factor (oracle: clip in fp32); inf and nan are not hidden."""
+    narrow = tree.cast(model(1), torch.bfloat16)
+    exact, _ = clip(tree.cast(narrow, torch.float32), 1.0)
+    assert equal(clip(narrow, 1.0)[0], tree.cast(exact, torch.bfloat16))
     clipped, norm = clip({"a": torch.full((4,), 256.0, dtype=torch.bfloat16)}, 1.0)
     assert clipped["a"].dtype == torch.bfloat16 and norm.dtype == torch.float32 and float(norm) == 512.0
     clipped, norm = clip({"a": torch.tensor([1.0, float("inf")])}, 1.0)
