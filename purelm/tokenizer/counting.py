@@ -11,6 +11,7 @@ a small corpus, so inputs under FAST_BYTES never do; nor does a pattern that has
 
 import importlib.util
 import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -82,7 +83,7 @@ def count_pieces(
 
 def has_fast_split(pattern: str) -> bool:
     """Whether numba is installed and has a splitter for this pattern (numba itself is not imported)."""
-    return family(pattern) is not None and importlib.util.find_spec("numba") is not None
+    return family(pattern) is not None and sys.byteorder == "little" and importlib.util.find_spec("numba") is not None
 
 
 def file_blocks(path: str | os.PathLike, pattern: str, special_tokens: tuple[str, ...]) -> Iterator[Block]:
@@ -142,9 +143,8 @@ def _count_in_processes(blocks, pattern, special_tokens, workers, total, progres
 def _count_in_threads(blocks, pattern, special_tokens, workers, total, progress) -> Counter[bytes]:
     """Each thread has a table of its own and takes the next block when it is free; the tables are added at the end."""
     from purelm.tokenizer import fast_count
-    from purelm.tokenizer.fast_split import split_ends
 
-    matcher = special_matcher(frozenset(special_tokens), True) if special_tokens else None
+    add_block = _block_adder(pattern, special_tokens)
     lock = threading.Lock()
     errors: list[tuple[int, BaseException]] = []
     done = 0
@@ -158,17 +158,7 @@ def _count_in_threads(blocks, pattern, special_tokens, workers, total, progress)
             if block is None:
                 return fast_count.counter(table)
             try:
-                for text in block_texts(block):
-                    if block.texts is None and not text.isascii():
-                        decode_chunk(text, block.name, block.start)
-                    data = np.frombuffer(text, np.uint8)
-                    start = 0
-                    for match in matcher.finditer(text) if matcher is not None else ():
-                        part = data[start : match.start()]
-                        table = fast_count.add(table, part, split_ends(part, pattern))
-                        start = match.end()
-                    part = data[start:]
-                    table = fast_count.add(table, part, split_ends(part, pattern))
+                table = add_block(table, block)
                 with lock:
                     done += block.end - block.start
                     if progress is not None:
@@ -193,4 +183,40 @@ def _count_in_threads(blocks, pattern, special_tokens, workers, total, progress)
     out = tables[0]
     for table in tables[1:]:
         out.update(table)
+    for name in special_tokens:  # see _block_adder
+        out.pop(name.encode("utf-8"), None)
     return out
+
+
+def _block_adder(pattern: str, special_tokens: tuple[str, ...]):
+    """add_block(table, block) -> table, by compiled code.
+
+    A special token is counted as a piece of its own, which is taken out of the sum: what lies between special tokens
+    holds none of them whole, so no other piece is equal to one.
+    """
+    from purelm.tokenizer import fast_count, kernels
+    from purelm.tokenizer.classes import class_table
+
+    matcher = special_matcher(frozenset(special_tokens), True) if special_tokens else None
+    known, classes = family(pattern), class_table()
+    assert known is not None
+
+    def add_block(table: tuple, block: Block) -> tuple:
+        texts = block_texts(block)
+        if block.texts is None and not texts[0].isascii():
+            decode_chunk(texts[0], block.name, block.start)  # is it UTF-8?
+        joined = b"".join(texts)
+        data, words = fast_count.padded(joined)
+        ends = np.empty(len(joined), np.int64)  # no piece is empty; pages that are not written cost nothing
+        n_ends = start = stop = 0
+        for text in texts:
+            stop += len(text)
+            for match in matcher.finditer(joined, start, stop) if matcher is not None else ():
+                n_ends += kernels.split_some(data, start, match.start(), classes, *known, ends[n_ends:])
+                start = ends[n_ends] = match.end()
+                n_ends += 1
+            n_ends += kernels.split_some(data, start, stop, classes, *known, ends[n_ends:])
+            start = stop
+        return fast_count.add(table, data, words, ends[:n_ends])
+
+    return add_block

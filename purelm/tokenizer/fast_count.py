@@ -2,7 +2,9 @@
 
 A slot's key is the piece itself where it has at most 7 bytes (packed, the length in the top byte), so one comparison
 of 64 bits decides; a longer piece has a 63-bit hash as its key (top bit set) and is compared with its bytes, which lie
-in `arena`. A free slot has key 0. This module imports numba: import it inside functions only.
+in `arena`. A free slot has key 0. Little-endian machines only.
+
+This module imports numba: import it inside functions only.
 """
 
 from collections import Counter
@@ -10,78 +12,73 @@ from collections import Counter
 import numpy as np
 from numba import njit
 
-_SHORT = 7  # bytes that fit in a key beside their length
-
 
 @njit(cache=True, nogil=True)
-def _rehashed(size, keys, starts, counts):
+def _rehashed(size, slots, starts):
     """The same entries in tables of `size` slots (a power of 2)."""
-    new_keys, new_starts = np.zeros(size, np.uint64), np.empty(size, np.int64)
-    new_counts = np.empty(size, np.int64)
+    new_slots, new_starts = np.zeros((size, 2), np.uint64), np.empty(size, np.int64)
     mask = np.uint64(size - 1)
-    for old in range(keys.size):
-        key = keys[old]
+    for old in range(len(slots)):
+        key = slots[old, 0]
         if key == 0:
             continue
         mixed = key * np.uint64(0x9E3779B97F4A7C15)
         slot = (mixed ^ (mixed >> np.uint64(32))) & mask
-        while new_keys[slot] != 0:
+        while new_slots[slot, 0] != 0:
             slot = (slot + np.uint64(1)) & mask
-        new_keys[slot], new_starts[slot], new_counts[slot] = key, starts[old], counts[old]
-    return new_keys, new_starts, new_counts
+        new_slots[slot, 0], new_slots[slot, 1], new_starts[slot] = key, slots[old, 1], starts[old]
+    return new_slots, new_starts
 
 
 @njit(cache=True, nogil=True)
-def _add(keys, starts, counts, arena, used, data, ends, start):
+def _add(slots, starts, arena, used, data, words, ends, start):
     """Count the pieces data[start:ends[0]], data[ends[0]:ends[1]], ...; returns the arrays, replaced where they grew.
 
-    used: int64 (2,) entries and arena bytes in use, updated in place. A long piece lies in the arena as 8 bytes of
-    length (little-endian) and its bytes.
+    words: the uint64 (little-endian) that starts at each byte of data. used: int64 (2,) entries and arena bytes in
+    use, updated in place. A long piece lies in the arena as 8 bytes of length and its bytes.
     """
-    mask = np.uint64(keys.size - 1)
+    mask = np.uint64(len(slots) - 1)
     for i in range(ends.size):
         end = ends[i]
         length = end - start
         if length <= 7:
-            key = np.uint64(length) << np.uint64(56)
-            for j in range(length):
-                key |= np.uint64(data[start + j]) << np.uint64(8 * j)
+            low = (np.uint64(1) << np.uint64(8 * length)) - np.uint64(1)
+            key = words[start] & low | np.uint64(length) << np.uint64(56)
         else:
-            key = np.uint64(0xCBF29CE484222325)  # FNV-1a
-            for j in range(start, end):
-                key = (key ^ np.uint64(data[j])) * np.uint64(0x100000001B3)
+            key = np.uint64(length)
+            for j in range(start, end - 7, 8):
+                key = (key ^ words[j]) * np.uint64(0xFF51AFD7ED558CCD)  # as MurmurHash3's finaliser
+                key ^= key >> np.uint64(32)
+            key = (key ^ words[end - 8]) * np.uint64(0xC4CEB9FE1A85EC53)
             key |= np.uint64(1) << np.uint64(63)
         mixed = key * np.uint64(0x9E3779B97F4A7C15)
         slot = (mixed ^ (mixed >> np.uint64(32))) & mask
         while True:
-            found = keys[slot]
+            found = slots[slot, 0]
             if found == key:
                 if length <= 7:
-                    counts[slot] += 1
+                    slots[slot, 1] += np.uint64(1)
                     break
                 at = starts[slot]
-                same = True
                 stored = np.int64(0)
                 for j in range(8):
                     stored |= np.int64(arena[at + j]) << np.int64(8 * j)
-                if stored == length:
-                    for j in range(length):
-                        if arena[at + 8 + j] != data[start + j]:
-                            same = False
-                            break
-                else:
-                    same = False
+                same = stored == length
+                j = 0
+                while same and j < length:
+                    same = arena[at + 8 + j] == data[start + j]
+                    j += 1
                 if same:
-                    counts[slot] += 1
+                    slots[slot, 1] += np.uint64(1)
                     break
             elif found == 0:
-                keys[slot], counts[slot] = key, 1
+                slots[slot, 0], slots[slot, 1] = key, 1
                 used[0] += 1
                 if length > 7:
                     at = used[1]
                     if at + 8 + length > arena.size:
                         bigger = np.empty(2 * arena.size + 8 + length, np.uint8)
-                        for j in range(at):  # slice assignments would have numba compile their error messages
+                        for j in range(at):  # a slice assignment would have numba compile its error message
                             bigger[j] = arena[j]
                         arena = bigger
                     starts[slot] = at
@@ -90,49 +87,53 @@ def _add(keys, starts, counts, arena, used, data, ends, start):
                     for j in range(length):
                         arena[at + 8 + j] = data[start + j]
                     used[1] = at + 8 + length
-                if 2 * used[0] > keys.size:
-                    keys, starts, counts = _rehashed(2 * keys.size, keys, starts, counts)
-                    mask = np.uint64(keys.size - 1)
+                if 2 * used[0] > len(slots):
+                    slots, starts = _rehashed(2 * len(slots), slots, starts)
+                    mask = np.uint64(len(slots) - 1)
                 break
             slot = (slot + np.uint64(1)) & mask
         start = end
-    return keys, starts, counts, arena
+    return slots, starts, arena
 
 
 def empty_table() -> tuple:
     """A table without entries, for `add`."""
     size = 1 << 16
     return (
-        np.zeros(size, np.uint64),
-        np.empty(size, np.int64),
-        np.empty(size, np.int64),
+        np.zeros((size, 2), np.uint64),  # key, count: in one cache line
+        np.empty(size, np.int64),  # where a long piece lies in the arena
         np.empty(1 << 16, np.uint8),
         np.zeros(2, np.int64),
     )
 
 
-def add(table: tuple, data: np.ndarray, ends: np.ndarray, start: int = 0) -> tuple:
-    """The table after counting the pieces of `data` (uint8) that begin at `start` and end at `ends` (int64).
+def padded(text: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """(bytes of text as uint8, the uint64 that starts at each byte; the last ones read zeros behind the text)."""
+    buffer = text + bytes(8)
+    return np.frombuffer(buffer, np.uint8)[: len(text)], np.ndarray((len(text) + 1,), np.uint64, buffer, strides=(1,))
+
+
+def add(table: tuple, data: np.ndarray, words: np.ndarray, ends: np.ndarray, start: int = 0) -> tuple:
+    """The table after counting the pieces of a text (see `padded`) that begin at `start` and end at `ends` (int64).
 
     The table given is used up (its arrays are written to).
     """
     *arrays, used = table
-    return (*_add(*arrays, used, data, ends, start), used)
+    return (*_add(*arrays, used, data, words, ends, start), used)
 
 
 def counter(table: tuple) -> Counter[bytes]:
     """The entries of a table: piece -> how often it was added."""
-    keys, starts, counts, arena, _ = table
-    occupied = np.flatnonzero(keys)
-    heap = arena.tobytes()
+    slots, starts, arena, _ = table
+    keys, counts = slots[:, 0], slots[:, 1]
     out: Counter[bytes] = Counter()
-    columns = (keys[occupied].tolist(), starts[occupied].tolist(), counts[occupied].tolist())
-    for key, at, count in zip(*columns, strict=True):
-        length = key >> 56
-        if length <= _SHORT:
-            piece = (key & (1 << 56) - 1).to_bytes(_SHORT, "little")[:length]
-        else:
-            length = int.from_bytes(heap[at : at + 8], "little")
-            piece = heap[at + 8 : at + 8 + length]
-        out[piece] = count
+    short = np.flatnonzero((keys != 0) & (keys >> np.uint64(63) == 0))
+    raw = keys[short].tobytes()
+    ends = (8 * np.arange(len(short)) + (keys[short] >> np.uint64(56)).astype(np.int64)).tolist()
+    pieces = [raw[at:end] for at, end in zip(range(0, len(raw), 8), ends, strict=True)]
+    out.update(dict(zip(pieces, counts[short].tolist(), strict=True)))
+    long = np.flatnonzero(keys >> np.uint64(63))
+    raw = arena.tobytes()
+    for at, count in zip(starts[long].tolist(), counts[long].tolist(), strict=True):
+        out[raw[at + 8 : at + 8 + int.from_bytes(raw[at : at + 8], "little")]] = count
     return out

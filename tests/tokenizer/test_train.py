@@ -312,7 +312,7 @@ def test_compiled_table_equals_counter(blocks):
     table = fast_count.empty_table()
     for block in blocks:
         ends = np.cumsum([0, *map(len, block)])[1:].astype(np.int64)
-        table = fast_count.add(table, np.frombuffer(b"".join(block), np.uint8), ends)
+        table = fast_count.add(table, *fast_count.padded(b"".join(block)), ends)
     assert fast_count.counter(table) == Counter(piece for block in blocks for piece in block)
 
 
@@ -322,14 +322,15 @@ def test_compiled_table_compares_bytes_and_not_hashes(monkeypatch):
     fast_count = pytest.importorskip("purelm.tokenizer.fast_count")
 
     def add(table, piece):
-        return fast_count.add(table, np.frombuffer(piece, np.uint8), np.array([len(piece)]))
+        return fast_count.add(table, *fast_count.padded(piece), np.array([len(piece)]))
 
     table = add(fast_count.empty_table(), b"first piece!")
     other = add(fast_count.empty_table(), b"other piece!")
-    slot, other_slot = int(np.flatnonzero(table[0])[0]), int(np.flatnonzero(other[0])[0])
-    for array in table[:3]:  # put the first piece where the other one's search begins, under the other one's key
-        array[other_slot] = array[slot]
-    table[0][slot], table[0][other_slot] = 0, other[0][other_slot]
+    slot, other_slot = int(np.flatnonzero(table[0][:, 0])[0]), int(np.flatnonzero(other[0][:, 0])[0])
+    # Put the first piece where the other one's search begins, under the other one's key.
+    table[0][other_slot] = other[0][other_slot, 0], table[0][slot, 1]
+    table[1][other_slot] = table[1][slot]
+    table[0][slot] = 0
     table = add(add(table, b"other piece!"), b"other piece?")
     assert fast_count.counter(table) == {b"first piece!": 1, b"other piece!": 1, b"other piece?": 1}
 
@@ -340,7 +341,7 @@ def test_compiled_table_grows():
     rng = random.Random(1)
     block = [rng.randbytes(rng.choice([3, 6, 9, 20])) for _ in range(60_000)] * 2
     ends = np.cumsum([len(piece) for piece in block])
-    table = fast_count.add(fast_count.empty_table(), np.frombuffer(b"".join(block), np.uint8), ends)
+    table = fast_count.add(fast_count.empty_table(), *fast_count.padded(b"".join(block)), ends)
     assert fast_count.counter(table) == Counter(block)
 
 
