@@ -1,5 +1,12 @@
-"""Compilation with donation: the storage of consumed arguments receives the results."""
+"""Compilation with donation: the storage of consumed arguments receives the results.
 
+A function whose graph breaks in a nested frame, as a train step's does around the gradient, must have its last graph
+reach to the store of the results, or a second copy of the state exists for a moment. `in_stages` says where to cut,
+and each stage is compiled by itself; that works on every version of torch. For other functions dynamo's nested graph
+breaks do it from torch 2.13 on (those of 2.11 resume with the wrong module's names).
+"""
+
+import contextlib
 import functools
 import itertools
 import types
@@ -12,7 +19,31 @@ from torch import Tensor
 
 from purelm import _tree_traced, tree
 
+__all__ = ["in_stages", "jit"]
+
 _number = itertools.count()
+
+
+def in_stages(*stages: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    """The function (state, x) -> last(state, ...(second(state, first(state, x)))), which `jit` compiles stage by stage.
+
+    Every stage sees the same state; only the last may consume it. A stage marked with torch.compiler.disable stays
+    plain Python (a collective, say).
+
+    >>> f = in_stages(lambda state, x: x + 1, lambda state, y: state * y)
+    >>> f(3, 4)
+    15
+    """
+    if not stages:
+        raise ValueError("in_stages: at least one stage is needed")
+
+    def staged(state: Any, x: Any) -> Any:
+        for stage in stages:
+            x = stage(state, x)
+        return x
+
+    staged.stages = stages  # type: ignore[attr-defined]
+    return staged
 
 
 def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_options: Any) -> Callable[..., Any]:
@@ -35,6 +66,11 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
     donate = (donate,) if isinstance(donate, int) else tuple(donate)
     if len(set(donate)) != len(donate) or any(i < 0 for i in donate):
         raise ValueError(f"jit: donate is {donate}; distinct positions from 0 are needed")
+    stages = getattr(f, "stages", ())
+    if len(stages) > 1 and set(donate) <= {0}:
+        plain = [getattr(stage, "_torchdynamo_disable", False) for stage in stages[:-1]]
+        first = [s if p else jit(s, **compile_options) for s, p in zip(stages, plain, strict=False)]
+        return in_stages(*first, jit(stages[-1], donate, **compile_options))
     name = getattr(f, "__name__", type(f).__name__)
 
     def run(args: tuple, kwargs: dict) -> tuple[list[int], Any]:
@@ -209,12 +245,18 @@ def _fresh_code(function: Any, name: str) -> Callable[..., Any]:
     return functools.update_wrapper(fresh, function, assigned=("__doc__", "__module__"), updated=())
 
 
+def _torch_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
 def _nested_graph_breaks() -> Any:
     """While compiling: a break inside f ends the graph there only, and the next one reaches to the end of `run`.
 
     Otherwise f's own last graph would return its results, and a second copy of the state would exist until `run`
-    had stored them.
+    had stored them. Before torch 2.13 that second copy is there, unless f is cut by `in_stages`.
     """
+    if _torch_version() < (2, 13):
+        return contextlib.nullcontext()
     from torch._dynamo import config  # imported late: it takes as long as torch itself
 
     return config.patch(nested_graph_breaks=True)

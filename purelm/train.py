@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from purelm import tree
+from purelm._between import not_traced
 from purelm.optim import Optimizer, apply_updates
-from purelm.transforms import accumulate, value_and_grad
+from purelm.transforms import accumulate, in_stages, value_and_grad
 
 __all__ = ["FULL", "MIXED", "Precision", "TrainState", "init_state", "make_step", "with_denominator"]
 
@@ -84,7 +85,8 @@ def make_step(
         loss_fn: (params, batch) -> (scalar, metrics); with microbatches > 1 both must be additive over them, as every
             loss here is that divides by batch["denominator"] (added when it is missing: `with_denominator`).
         schedule: 0-d step -> 0-d learning rate; the first update sees step 0.
-        reduce: gradient tree -> gradient tree; data parallelism enters here (average over ranks).
+        reduce: gradient tree -> gradient tree; data parallelism enters here (average over ranks). It runs between two
+            compiled graphs.
         microbatches: the batch axis is cut in this many equal parts; same result, activations of one part at a time.
         precision: parameters are cast to `compute` inside the differentiated function, so gradients arrive in the
             masters' dtype; they are cast to `reduce` before `reduce` sees them.
@@ -102,12 +104,19 @@ def make_step(
     if microbatches > 1:
         gradient = accumulate(gradient, microbatches)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Tensor]]:
+    def gradients(state: TrainState, batch: Any) -> tuple[Any, dict[str, Tensor]]:
         (loss, metrics), grads = gradient(state.params, with_denominator(batch))
-        grads = reduce(tree.cast(grads, precision.reduce))
+        return tree.cast(grads, precision.reduce), {**metrics, "loss": loss}
+
+    def reduced(state: TrainState, found: tuple[Any, dict[str, Tensor]]) -> tuple[Any, dict[str, Tensor]]:
+        return reduce(found[0]), found[1]
+
+    def update(state: TrainState, found: tuple[Any, dict[str, Tensor]]) -> tuple[TrainState, dict[str, Tensor]]:
+        grads, metrics = found
         lr = schedule(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, lr)
         new = TrainState(apply_updates(state.params, updates), opt_state, state.step + 1)
-        return new, {**metrics, "loss": loss, "lr": lr, "grad_norm": tree.global_norm(grads)}
+        return new, {**metrics, "lr": lr, "grad_norm": tree.global_norm(grads)}
 
-    return step
+    # Cut where graphs end anyway; a reduction over processes runs between two of them, as it is.
+    return in_stages(gradients, update) if reduce is identity else in_stages(gradients, not_traced(reduced), update)

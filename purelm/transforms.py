@@ -20,9 +20,9 @@ from torch import Tensor
 
 from purelm import tree
 from purelm._between import between_graphs, not_traced
-from purelm._donate import jit
+from purelm._donate import in_stages, jit
 
-__all__ = ["accumulate", "grad", "jit", "remat", "save_matmuls", "value_and_grad"]
+__all__ = ["accumulate", "grad", "in_stages", "jit", "remat", "save_matmuls", "value_and_grad"]
 
 
 def value_and_grad(
