@@ -24,12 +24,13 @@ def permuted(key: Key, n: int, index: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     (l, r) = (x div b, x mod b); round i adds F_i(other half) to one half, mod a or mod b in turn, where F_i is
     Threefry under the i-th key split from `key`. Each round can be undone, so the whole is a bijection of 0..ab-1.
     Where the result is n or more it is enciphered again until it is below n: following the cycle of a bijection
-    from inside 0..n-1 back into it is a bijection of 0..n-1 (Black and Rogaway 2002, section 4, "cycle walking";
-    the pair construction is their section 5). ab - n <= sqrt n, so this is rare. For n up to 4,096 the order is
-    `random.permutation`.
+    from inside 0..n-1 back into it is a bijection of 0..n-1. Both are of Black and Rogaway, "Ciphers with arbitrary
+    finite domains" (2002): the generalised Feistel cipher and cycle walking. ab - n is at most about sqrt n, so
+    walking is rare. For n up to 4,096 the order is `random.permutation`.
 
     Raises ValueError for n < 1 or an index outside 0..n-1.
 
+    >>> import torch
     >>> permuted(random.key(0), 5, torch.arange(5)).sort().values
     tensor([0, 1, 2, 3, 4])
     """

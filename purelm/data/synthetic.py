@@ -3,7 +3,8 @@
 A document costs the best possible predictor `entropy().nats_per_document` on average, end of document included (no
 story is the beginning of another, so where one ends is certain). A model's bits per byte on held-out documents
 therefore has a floor that is known: `entropy().bits_per_byte` for the source, `floor_bits_per_byte(documents)` for
-the documents at hand. The grammar is in stories.py, the argument for uniqueness and the sums in grammar.py.
+the documents at hand. The grammar is in stories.py, the argument for uniqueness and the sums in grammar.py,
+its check in grammar_build.py.
 """
 
 import math
@@ -14,6 +15,7 @@ from purelm import random
 from purelm.data import grammar as grammars
 from purelm.data import stories
 from purelm.data.grammar import Choice, Entropy, Grammar
+from purelm.data.grammar_build import build
 from purelm.random import Key
 
 __all__ = ["entropy", "floor_bits_per_byte", "log_prob", "parse", "sample", "story_grammar"]
@@ -24,7 +26,7 @@ BLOCK = 256  # documents whose random bits are drawn together; part of the defin
 @cache
 def story_grammar() -> Grammar:
     """The checked grammar of stories.py (0.2 s, once a process)."""
-    return grammars.build(stories.VARIABLES, stories.PICKS, stories.START)
+    return build(stories.VARIABLES, stories.PICKS, stories.START)
 
 
 def sample(

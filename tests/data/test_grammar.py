@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purelm import random
-from purelm.data.grammar import Variable, _Reader, build, derive, entropy, every_text, parse, render
+from purelm.data.grammar import Variable, _Reader, derive, entropy, every_text, parse, render
+from purelm.data.grammar_build import build
 
 CHILD = Variable(({"": "girl", "he": "she", "He": "She"}, {"": "boy", "he": "he", "He": "He"}), (2, 1))
 NAME = Variable(tuple({"": n} for n in ("Ann", "Bob", "Eve", "Dan")), (), "child", ((3, 0, 1, 0), (0, 2, 0, 5)))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from purelm import random
 from purelm.data import grammar as grammars
 from purelm.data import stories
-from purelm.data.grammar import Variable, build, derive, every_text
+from purelm.data.grammar import Variable, derive, every_text
+from purelm.data.grammar_build import build
 from purelm.data.synthetic import entropy, floor_bits_per_byte, log_prob, parse, sample, story_grammar
 
 
