@@ -19,10 +19,20 @@ def decode_bytes(bpe: BPE, ids: np.ndarray | Iterable[SupportsIndex]) -> bytes:
 
     Raises ValueError that names the first id outside the vocabulary and its index.
     """
-    checked = _checked(bpe, ids)
+    return _join(bpe, _integers(ids))
+
+
+def _join(bpe: BPE, ids: np.ndarray) -> bytes:
     tokens, _ = tables.tokens_by_id(bpe)
-    blocks = (checked[start : start + _BLOCK] for start in range(0, len(checked), _BLOCK))
-    return b"".join([b"".join(tokens[block].tolist()) for block in blocks])
+    # For the narrow types, which are those of encode, nothing need be looked for: take refuses what is too large.
+    narrow = ids.dtype in (np.uint8, np.uint16, np.uint32) or len(ids) == 0
+    try:  # and join refuses the None of a gap
+        if narrow or (ids.min() >= 0 and ids.max() < len(tokens)):
+            blocks = (ids[start : start + _BLOCK] for start in range(0, len(ids), _BLOCK))
+            return b"".join([b"".join(tokens.take(block).tolist()) for block in blocks])
+    except (IndexError, TypeError):
+        pass
+    raise ValueError(_what_is_outside(bpe, ids))
 
 
 def decode(bpe: BPE, ids: np.ndarray | Iterable[SupportsIndex], errors: str = "replace") -> str:
@@ -55,8 +65,8 @@ def decode_with_offsets(
     """
     if errors not in ("strict", "replace"):
         raise ValueError(f'errors is {errors!r}; allowed: "strict", "replace"')
-    checked = _checked(bpe, ids)
-    data = decode_bytes(bpe, checked)
+    checked = _integers(ids)
+    data = _join(bpe, checked)
     text = data.decode("utf-8", errors)
     _, lengths = tables.tokens_by_id(bpe)
     ends = np.cumsum(lengths[checked])
@@ -87,20 +97,22 @@ def _replaced_starts(data: bytes) -> np.ndarray:
     return starts
 
 
-def _checked(bpe: BPE, ids) -> np.ndarray:
-    """`ids` as an integer array, every one of them a token."""
+def _integers(ids) -> np.ndarray:
+    """`ids` as an array of integers with one axis."""
     array = np.asarray(ids if hasattr(ids, "__array__") or isinstance(ids, list | tuple) else list(ids))
     if array.shape == (0,):
         array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"ids is {array.dtype} of shape {array.shape}; give integers with one axis")
+    return array
+
+
+def _what_is_outside(bpe: BPE, ids: np.ndarray) -> str:
     _, lengths = tables.tokens_by_id(bpe)
-    if array.size == 0 or (array.min() >= 0 and array.max() < len(lengths) and lengths[array].all()):
-        return array
-    outside = (array < 0) | (array >= len(lengths))
-    outside |= lengths[np.where(outside, 0, array)] == 0
+    outside = (ids < 0) | (ids >= len(lengths))
+    outside |= lengths[np.where(outside, 0, ids)] == 0
     index = int(np.argmax(outside))
-    raise ValueError(
-        f"ids[{index}] is {int(array[index])}, which is no token: the vocabulary has {len(bpe.vocab)} ids, "
+    return (
+        f"ids[{index}] is {int(ids[index])}, which is no token: the vocabulary has {len(bpe.vocab)} ids, "
         f"the largest is {len(lengths) - 1}"
     )

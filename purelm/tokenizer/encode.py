@@ -30,7 +30,7 @@ _ENOUGH = 8_000_000  # characters by which loading the compiled code has paid fo
 _BLOCK = 1 << 15  # characters that are split at a time: whole texts of ASCII are rare, such stretches are not
 _LONGEST_KEPT = 64  # characters of a piece in the memo
 _MOST_KEPT = 1 << 18  # pieces in the memo, about 50 MB; then it starts anew
-_TINY = 64  # characters below which calling compiled code costs more than it saves
+_TINY = 128  # characters below which calling compiled code costs more than it saves
 
 
 def encode(

@@ -81,16 +81,16 @@ def special_ids(bpe: BPE) -> dict[str, int]:
 
 
 def tokens_by_id(bpe: BPE) -> tuple[np.ndarray, np.ndarray]:
-    """(bytes of each id, object (vocab_size,); their lengths, int64, 0 where the vocabulary has a gap)."""
+    """(bytes of each id, object (vocab_size,); their lengths, int64); None and 0 where the vocabulary has a gap."""
     return once(bpe, "tokens_by_id", _tokens_by_id)
 
 
 def _tokens_by_id(bpe: BPE) -> tuple[np.ndarray, np.ndarray]:
     size = max(bpe.vocab) + 1
-    tokens = np.full(size, b"", object)
+    tokens = np.full(size, None, object)
     for token_id, token in bpe.vocab.items():
         tokens[token_id] = token
-    return tokens, np.fromiter(map(len, tokens), np.int64, size)
+    return tokens, np.fromiter((len(token or b"") for token in tokens), np.int64, size)
 
 
 def dtype(bpe: BPE) -> np.dtype:
