@@ -24,7 +24,6 @@ from purelm.sampling import distribution, forbid, pick
 __all__ = ["Generation", "Step", "generate", "stream"]
 
 STOP_ID, STOP_STRING, LENGTH = "stop_id", "stop_string", "length"
-SLOTS = 64  # slots attended to grow in steps of this, so that a compiled op sees few shapes
 
 Prompts = Sequence[Sequence[int] | Tensor] | Tensor
 Decode = Callable[[list[int]], str]
@@ -241,8 +240,7 @@ def _logits(
             # A finished row goes on as a row of one token, so that its position never leaves the context.
             is_open = torch.tensor(open_rows, device=weight.device)
             cache = cache._replace(start=torch.where(is_open, cache.start, cache.length))
-        n_slots = min(size, -(-(used + 1) // SLOTS) * SLOTS)
-        logits_BV, cache = decode_(params, next_B, cache, cfg, ops=ops, n_slots=n_slots)
+        logits_BV, cache = decode_(params, next_B, cache, cfg, ops=ops, used=used)
 
 
 def _stop_end(decode_fn: Decode, ids: list[int], stop_strings: Sequence[str]) -> int | None:

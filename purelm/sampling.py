@@ -38,6 +38,8 @@ def temper(logits_BV: Logits, temperature: float) -> Logits:
         best = torch.zeros_like(logits_BV, dtype=torch.bool)
         best = best.scatter(-1, logits_BV.argmax(-1, keepdim=True), True)
         return torch.where(best, logits_BV, -torch.inf)
+    if temperature == 1.0:
+        return logits_BV
     # Without the maximum, a small temperature would overflow to inf.
     return (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
 

@@ -108,19 +108,20 @@ def decode(
     cfg: Config,
     *,
     ops: Ops = REFERENCE,
-    n_slots: int | None = None,
+    used: int | None = None,
 ) -> tuple[Float[Tensor, "b v"], KVCache]:
-    """Reads one token a row; logits of the next. Compiles once for all lengths (cache.length is a tensor).
+    """Reads one token a row; logits of the next.
+
+    Under torch.compile all slots are attended to, with a mask, so that one graph serves every length.
 
     Args:
-        n_slots: only the first n_slots slots are attended to, so that a large cache costs no more than what is in
-            use; the caller sees to it that length < n_slots. All when None.
+        used: cache.length, for a caller who knows it: only those slots are read then, with no wait for the device.
+            In eager mode on a CPU it is looked up when None.
     Returns:
         (logits_BV, cache); the cache that was given is unchanged (`decode_` writes into it and saves the copy).
-        A full cache is a ValueError; where its length lies on a GPU, or under torch.compile, it is an index error of
-        the write instead, because a check would wait for the device.
+        A full cache is a ValueError; where its length is not known, it is an index error of the write.
     """
-    return _decode(params, tokens_B, cache, cfg, ops, n_slots, torch.Tensor.index_copy)
+    return _decode(params, tokens_B, cache, cfg, ops, used, torch.Tensor.index_copy)
 
 
 def decode_(
@@ -130,70 +131,75 @@ def decode_(
     cfg: Config,
     *,
     ops: Ops = REFERENCE,
-    n_slots: int | None = None,
+    used: int | None = None,
 ) -> tuple[Float[Tensor, "b v"], KVCache]:
     """`decode`, writing into the cache's memory; without gradients.
 
     The cache that was given keeps its length, beyond which the new keys lie.
     """
     with torch.no_grad():
-        return _decode(params, tokens_B, cache, cfg, ops, n_slots, torch.Tensor.index_copy_)
+        return _decode(params, tokens_B, cache, cfg, ops, used, torch.Tensor.index_copy_)
 
 
 def _decode(
-    params: Params, tokens_B: Tensor, cache: KVCache, cfg: Config, ops: Ops, n_slots: int | None, write: Write
+    params: Params, tokens_B: Tensor, cache: KVCache, cfg: Config, ops: Ops, used: int | None, write: Write
 ) -> tuple[Tensor, KVCache]:
     size = cache.k[0].shape[1]
-    n_slots = size if n_slots is None else n_slots
-    if not 1 <= n_slots <= size:
-        raise ValueError(f"n_slots must be in 1..{size}, the cache's size, got {n_slots}")
     if not torch.compiler.is_compiling() and cache.length.device.type == "cpu":
-        used = int(cache.length)
-        if used >= size:
-            raise ValueError(f"cache: full, all of its {size} slots are in use")
-        if used >= n_slots:
-            raise ValueError(f"n_slots must be above the cache's length {used}, got {n_slots}")
+        length = int(cache.length)
+        if used not in (None, length):
+            raise ValueError(f"used must be the cache's length {length}, got {used}")
+        used = length
         _check_positions(used + 1, cache.start, cfg)
-    slot_1 = cache.length.reshape(1)
-    seen = {w: _seen(cache, n_slots, w) for w in {cfg.window_of(i) for i in range(cfg.n_layers)}}
-    query_B1 = torch.ones_like(tokens_B).unsqueeze(-1)
+    if used is not None and used >= size:
+        raise ValueError(f"cache: full, all of its {size} slots are in use")
+
+    reads = {w: _reads(cache, used, w) for w in {cfg.window_of(i) for i in range(cfg.n_layers)}}
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # One query that stands after all that is seen: the mask says everything, causality and window add nothing.
+        slots, seen_BS = reads[cfg.window_of(layer)]
+        # One query that stands after all that it sees: neither causality nor a window adds anything.
         return ops.attention(
             q,
-            k[:, :n_slots].to(q.dtype),
-            v[:, :n_slots].to(q.dtype),
+            k[:, slots].to(q.dtype),
+            v[:, slots].to(q.dtype),
             causal=False,
-            segment_ids=(query_B1, seen[cfg.window_of(layer)]),
+            segment_ids=None if seen_BS is None else (torch.ones_like(seen_BS[:, :1]), seen_BS),
             scale=cfg.attention_scale,
             softcap=cfg.attention_softcap,
         )
 
-    h_B1D, cache = _run(params, tokens_B.unsqueeze(-1), cache, cfg, ops, slot_1, attend, write)
+    h_B1D, cache = _run(params, tokens_B.unsqueeze(-1), cache, cfg, ops, cache.length.reshape(1), attend, write)
     return readout(params, h_B1D[:, 0], cfg, ops), cache
+
+
+def _reads(cache: KVCache, used: int | None, window: int | None) -> tuple[slice, Int[Tensor, "b s"] | None]:
+    """The slots that the next token reads, and 1 for those of them that it sees, else 0 (None: all of them)."""
+    size, device = cache.k[0].shape[1], cache.length.device
+    seen = None
+    if used is None:
+        slots = slice(0, size)
+        slot_S = torch.arange(size, device=device)
+        seen = slot_S <= cache.length
+        if window is not None:
+            seen = seen & (slot_S >= cache.length - window)
+    else:
+        slots = slice(0 if window is None else max(0, used - window), used + 1)
+    if cache.start is not None:
+        begun = torch.arange(slots.start, slots.stop, device=device) >= cache.start.unsqueeze(-1)
+        seen = begun if seen is None else seen & begun
+    return slots, None if seen is None else seen.to(torch.int64).expand(cache.k[0].shape[0], -1)
 
 
 def _check_positions(n_slots: int, start: Tensor | None, cfg: Config) -> None:
     """Learned positions end: ValueError where a row in `n_slots` slots is longer than the context."""
-    if cfg.position == "learned":
+    if cfg.position == "learned" and (start is None or start.device.type == "cpu"):
         longest = n_slots - (0 if start is None else int(start.min()))
         if longest > cfg.context_length:
             raise ValueError(
                 f"cache: a row of {longest} tokens is longer than context_length {cfg.context_length}, where learned "
                 "positions end"
             )
-
-
-def _seen(cache: KVCache, n_slots: int, window: int | None) -> Int[Tensor, "b s"]:
-    """1 for the slots that the next token sees, its own included, else 0."""
-    slot_S = torch.arange(n_slots, device=cache.length.device)
-    seen = slot_S <= cache.length
-    if window is not None:
-        seen = seen & (slot_S >= cache.length - window)
-    if cache.start is not None:
-        seen = seen & (slot_S >= cache.start.unsqueeze(-1))
-    return seen.to(torch.int64).expand(cache.k[0].shape[0], n_slots)
 
 
 def _run(
