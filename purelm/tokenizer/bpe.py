@@ -76,8 +76,8 @@ def make(
 
 
 def _check_entry(token_id, token) -> None:
-    if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool) or not 0 <= token_id < 2**31:
-        raise ValueError(f"vocab: the id {token_id!r} is not an int in [0, 2**31)")
+    if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool) or not 0 <= token_id < 2**24:
+        raise ValueError(f"vocab: the id {token_id!r} is not an int in [0, 2**24); embeddings have a row for each id")
     if not isinstance(token, bytes) or not token:
         raise ValueError(f"vocab: id {token_id} is {token!r}; a token is bytes and not empty")
 

@@ -128,6 +128,8 @@ def _use_numba(bpe: BPE, text: str, engine: str) -> bool:
     if engine == "python":
         return False
     if engine == "numba":
+        if not _has_numba():
+            raise ImportError("engine='numba' needs numba, which is not installed: pip install 'purelm[fast]'")
         return True
     if engine != "auto":
         raise ValueError(f'engine is {engine!r}; allowed: "auto", "python", "numba"')
@@ -142,11 +144,12 @@ def _use_numba(bpe: BPE, text: str, engine: str) -> bool:
 
 
 def _can_compile(bpe: BPE) -> bool:
-    return (
-        family(bpe.pattern) is not None
-        and sys.byteorder == "little"
-        and importlib.util.find_spec("numba") is not None
-    )
+    # The compiled loops read words of 8 bytes, whose first byte must be the lowest.
+    return family(bpe.pattern) is not None and sys.byteorder == "little" and _has_numba()
+
+
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 # ---- The engine in plain Python ----

@@ -22,11 +22,21 @@ _NOT_PREFIX = LETTER | NUMBER | NEWLINE  # a character with none of these is [^\
 # one come without it, the code is as right and slower. forceinline: LLVM inlines the matchers.
 _UNCOUNTED = {"_nrt": False} if hasattr(DefaultOptions, "_nrt") else {}
 _PART = {**_UNCOUNTED, "forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-_LOOP = {**_UNCOUNTED, "nogil": True, "cache": True}
+_LOOP = {**_UNCOUNTED, "nogil": True}
+
+
+def _loop(function):
+    """Compile for calls from Python, without the GIL; kept on disk where numba finds a folder that it may write to."""
+    try:
+        return njit(cache=True, **_LOOP)(function)
+    except RuntimeError:  # a read-only installation and home: compiled anew in each process
+        return njit(**_LOOP)(function)
+
+
 _NONE = np.uint64(0xFFFFFFFFFFFFFFFF)  # no merge
 
 
-@njit(**_LOOP)
+@_loop
 def _wide(data, i, n, table):
     """As `_char` beyond ASCII, packed: property bits | length << 8."""
     b = np.int64(data[i])
@@ -245,7 +255,7 @@ def piece_end(data, i, n, table, family, digits):
     return _cl100k_end(data, i, n, table, digits, family == 1)
 
 
-@njit(**_LOOP)
+@_loop
 def split_some(data, i, n, table, family, digits, ends):
     """Write the ends of the pieces of data[i:n] into `ends` until it is full or the text is done; their number."""
     count = 0
@@ -281,7 +291,7 @@ def _merge_of(left, right, pairs):
         slot = (slot + np.uint64(1)) & mask
 
 
-@njit(**_LOOP)
+@_loop
 def fill_pairs(pairs, left, right, merges):
     """Insert all merges into the empty table `pairs`; of equal pairs the first stays."""
     mask = np.uint64(len(pairs) - 1)
@@ -295,7 +305,7 @@ def fill_pairs(pairs, left, right, merges):
             pairs[slot, 1] = merges[k]
 
 
-@njit(**_LOOP)
+@_loop
 def merge_short(data, start, end, byte_ids, pairs, places, values):
     """Merge data[start:end] in places[0] by scanning for the first merge; the number of ids. Quadratic: short only."""
     n = end - start
@@ -356,7 +366,7 @@ def _push(heap, size, item):
 IDS, AFTER, BEFORE = 0, 1, 2
 
 
-@njit(**_LOOP)
+@_loop
 def merge_long(data, start, end, byte_ids, pairs, out, n_out, places, values, heap):
     """Merge data[start:end] into out[n_out:] by a heap of (rank, place); the new n_out. O(n log n).
 
@@ -450,7 +460,7 @@ def _hash_bytes(data, start, end):
     return h ^ (h >> np.uint64(32))
 
 
-@njit(**_LOOP)
+@_loop
 def fill_whole(whole, whole_bytes, ends, token_ids):
     """Insert the tokens whole_bytes[ends[k - 1]:ends[k]] into the empty table: hash, place, length << 32 | id + 1."""
     mask = np.uint64(len(whole) - 1)
@@ -466,7 +476,7 @@ def fill_whole(whole, whole_bytes, ends, token_ids):
         start = ends[t]
 
 
-@njit(**_LOOP)
+@_loop
 def find_whole(data, start, end, whole, whole_bytes):
     """The id of the token data[start:end], or -1."""
     mask = np.uint64(len(whole) - 1)
@@ -484,7 +494,7 @@ def find_whole(data, start, end, whole, whole_bytes):
     return -1
 
 
-@njit(**_LOOP)
+@_loop
 def rehash(old, new):
     """Insert every slot of `old` into the larger empty table `new`."""
     mask = np.uint64(len(new) - 1)
@@ -500,7 +510,7 @@ def rehash(old, new):
                 new[slot, c] = old[k, c]
 
 
-@njit(**_LOOP)
+@_loop
 def encode_some(
     data, words, spans, progress, ends, table, family, digits, byte_ids, pairs, whole, whole_bytes,
     slots, memo_bytes, memo_ids, places, values, heap, out,

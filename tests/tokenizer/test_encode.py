@@ -308,6 +308,30 @@ def test_small_inputs_do_not_wait_for_machine_code():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_without_numba(random_bpe, monkeypatch):
+    """Where numba is not installed "auto" is Python, also for long texts, and asking for numba names the extra."""
+    module = sys.modules["purelm.tokenizer.encode"]
+    monkeypatch.setattr(module, "_has_numba", lambda: False)
+    monkeypatch.setattr(module, "_ENOUGH", 10)
+    bpe = random_bpe(10)
+    text = "abc abc " * 100
+    ids = encode(bpe, text)
+    assert ids.tolist() == naive(bpe, text) and len(tables.once(bpe, "memo", None)) > 0
+    with pytest.raises(ImportError, match=r"purelm\[fast\]"):
+        encode(bpe, text, engine="numba")
+
+
+def test_auto_takes_the_compiled_code_when_it_pays(random_bpe, monkeypatch):
+    """Long texts go to the compiled engine (it leaves a memo of its own behind), short ones to Python."""
+    pytest.importorskip("numba")
+    bpe = random_bpe(12)
+    encode(bpe, "abc", engine="auto")
+    assert "memos" not in tables._MEMO[bpe] and "memo" in tables._MEMO[bpe]
+    monkeypatch.setattr(sys.modules["purelm.tokenizer.encode"], "_ENOUGH", 1000)
+    encode(bpe, "abc " * 300)
+    assert len(tables._MEMO[bpe]["memos"]) == 1
+
+
 # ---- Against the neighbours, on the published vocabularies ----
 
 
