@@ -269,7 +269,6 @@ def _advance(
                 last[right_of[x, 2]] += 1
                 made[n_made, 0], made[n_made, 1] = right_of[x, 2], p
                 n_made += 1
-        count[pair] = 0  # for (a, a) the overlapping occurrences were counted too
         if n_where + n_made > where.size:
             where = _grown(where, n_where + n_made + where.size // 2)
         for new_pair in range(first_new, n_pairs):

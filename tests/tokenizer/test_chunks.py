@@ -110,7 +110,7 @@ def test_the_rule_is_not_assumed_for_an_unknown_pattern():
 
 
 @given(
-    text=st.lists(st.sampled_from([*ALPHABET, "<a b>", "<a ", "b>", "<s>"])).map("".join),
+    text=st.lists(st.sampled_from([*ALPHABET, *["<a b>", "<a ", "b>", "<s>", "x"] * 8])).map("".join),
     pattern=st.sampled_from([*PATTERNS, r"\w+|\W+"]),
     special_tokens=st.sampled_from([(), ("<s>",), ("<a b>", "<s>"), ("a b", "b> <")]),
     cut_at=st.integers(0, 200),
@@ -132,6 +132,8 @@ def test_last_cut_finds_the_last_place():
     assert last_cut("x y <a b", "gpt2", ("<a b>",)) == 3
     assert last_cut("x y <a c ", "gpt2", ("<a b>",)) == 3
     assert last_cut("x y <a c ddd", "gpt2", ("<a b>",)) == 8
+    # The space within a whole special is no cut; the special's start is one.
+    assert last_cut("xx<a b>ddddd", "gpt2", ("<a b>",)) == 2
 
 
 def test_file_chunks(tmp_path, shared_data):
