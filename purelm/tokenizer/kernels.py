@@ -14,7 +14,6 @@ from numba.core.options import DefaultOptions
 
 from purelm.tokenizer.classes import LETTER, LOWER, NEWLINE, NUMBER, SPACE, UPPER
 
-WORD = UPPER | LOWER
 _SOLID = LETTER | NUMBER | SPACE  # a character with none of these is [^\s\p{L}\p{N}]
 _NOT_PREFIX = LETTER | NUMBER | NEWLINE  # a character with none of these is [^\r\n\p{L}\p{N}]
 # _nrt=False: no counting of references to the arrays that one function hands another. Nothing here makes or keeps an

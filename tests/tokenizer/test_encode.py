@@ -193,6 +193,27 @@ def test_wrong_arguments(engine):
 # ---- Long texts: blocks, the memo, threads ----
 
 
+@pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "o200k", "cl100k_v1", "qwen"])
+def test_blocks_are_cut_where_no_piece_is(pattern):
+    """Oracle: the reference splitter on the whole text; every place where either engine would cut, all white space."""
+    from purelm.tokenizer import fast_encode
+
+    spaces = [*"\t\n\x0b\x0c\r \x1c\x1f\x85\xa0\u1680\u2000\u2005\u200a\u2028\u2029\u202f\u205f\u3000"]
+    rng = random.Random(pattern)
+    n_cuts = 0
+    for _ in range(4000):
+        text = "".join(rng.choice([*spaces, " ", " "] if rng.random() < 0.6 else SIGNS) for _ in range(12))
+        data, pieces = text.encode(), split(text, pattern)
+        cuts = [match.start() for match in fast_encode._SAFE.finditer(data)]
+        parts = [data[a:b].decode() for a, b in pairwise([0, *cuts, len(data)])]
+        assert [piece for part in parts for piece in split(part, pattern)] == pieces
+        cuts = [match.start() for match in sys.modules["purelm.tokenizer.encode"]._SAFE.finditer(text)]
+        parts = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
+        assert [piece for part in parts for piece in split(part, pattern)] == pieces
+        n_cuts += len(cuts)
+    assert n_cuts > 1000
+
+
 def test_long_texts_are_cut_into_blocks_without_a_trace(random_bpe, engine, monkeypatch):
     """Oracle: the naive BPE; blocks of a few characters, with specials, runs of white space and no spaces at all."""
     from purelm.tokenizer import encode as _  # noqa: F401
