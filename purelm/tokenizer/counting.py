@@ -6,7 +6,7 @@ workers, because addition does not care about order.
 
 Two ways, with equal results: `regex`, in processes where there is much to do, and numba's splitter and hash table, in
 threads (the compiled loops release the interpreter's lock). Compiling or loading the latter takes longer than counting
-a small corpus, so inputs under FAST_BYTES never do; nor does a pattern that has no compiled splitter.
+a small corpus, so inputs under FAST_BYTES never do; nor do patterns without a compiled splitter.
 """
 
 import importlib.util

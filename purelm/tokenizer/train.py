@@ -48,7 +48,9 @@ def train(
         tie_break: among pairs of equal count, "course" takes the lexicographically greater pair of byte strings, "hf"
             the smaller pair of ids, as Hugging Face's trainer does. Under "course" byte b has id b; under "hf" the
             bytes have GPT-2's order, and with it ids and merges (not the place of the specials) equal Hugging Face's.
-        n_workers: for counting; None for as many as there are processors. The result does not depend on it.
+        n_workers: for counting; None for as many as there are processors and the input is worth. The result does not
+            depend on it. The workers are threads; without numba, processes, for which a script needs its
+            `if __name__ == "__main__":`.
         progress: called as progress("count", bytes done, bytes in all or None) and progress("merge", done, wanted).
 
     Raises ValueError for an empty corpus, a vocab_size that is too small, a file that is not UTF-8 (naming byte and

@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import itertools
 import json
+import os
 import random
 import re
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -362,6 +364,35 @@ def test_bytes_are_taken_as_they_are(tmp_path):
     path = tmp_path / "dos.txt"
     path.write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
     assert count_pieces(path) == Counter({b"\xef\xbb\xbf": 1, b"a": 1, b"\r": 1, b"\n": 1, b"b": 1, b"\r\n": 1})
+
+
+def test_without_numba(tmp_path, shared_data):
+    """A process in which numba cannot be imported: large inputs (thresholds lowered) take the Python ways, in two
+    processes where asked; oracle: this process."""
+    path = tmp_path / "text.txt"
+    path.write_text(stories(shared_data, 100_000))
+    program = """
+import importlib, sys
+sys.modules["numba"] = None
+from purelm.tokenizer import counting, files, encode
+train = importlib.import_module("purelm.tokenizer.train")
+counting.FAST_BYTES = train.FAST_BYTES = files.FAST_BYTES = 1
+counting.BLOCK_BYTES = files.CHUNK_BYTES = 20_000
+if __name__ == "__main__":
+    bpe = train.train(sys.argv[1], 600, ["<|endoftext|>"], n_workers=2)
+    print(bpe.merges)
+    tokens = files.encode_file(bpe, sys.argv[1], sys.argv[2], n_workers=2)
+    text = open(sys.argv[1], newline="").read()
+    assert tokens.tokens[:].tolist() == encode(bpe, text).tolist()
+    assert "purelm.tokenizer.kernels" not in sys.modules
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py"), str(path), str(tmp_path / "out.bin")],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == str(train(path, 600, [EOT]).merges)
 
 
 # Bad input
