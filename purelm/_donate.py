@@ -42,7 +42,7 @@ def in_stages(*stages: Callable[..., Any]) -> Callable[[Any, Any], Any]:
             x = stage(state, x)
         return x
 
-    staged.stages = stages  # type: ignore[attr-defined]
+    staged.stages_of_purelm = stages  # type: ignore[attr-defined]
     return staged
 
 
@@ -66,7 +66,7 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
     donate = (donate,) if isinstance(donate, int) else tuple(donate)
     if len(set(donate)) != len(donate) or any(i < 0 for i in donate):
         raise ValueError(f"jit: donate is {donate}; distinct positions from 0 are needed")
-    stages = getattr(f, "stages", ())
+    stages: tuple[Any, ...] = getattr(f, "stages_of_purelm", ())
     if len(stages) > 1 and set(donate) <= {0}:
         plain = [getattr(stage, "_torchdynamo_disable", False) for stage in stages[:-1]]
         first = [s if p else jit(s, **compile_options) for s, p in zip(stages, plain, strict=False)]
@@ -158,24 +158,30 @@ def _store(args: tuple, donate: tuple[int, ...], out: Any) -> tuple[list[int], A
 
 def _check_memory(old: list[Any], args: tuple, kwargs: dict, donate: tuple[int, ...]) -> None:
     """ValueError unless nothing but one donated tensor lives in each donated tensor's memory."""
-    donated = [x for x in old if isinstance(x, Tensor) and x.numel()]
-    if any(x.requires_grad for x in donated):
-        raise ValueError("jit: a donated tensor requires grad; donate detached tensors")
-    storages = [x.untyped_storage().data_ptr() for x in donated]
+    donated, storages = [], []
+    for x in old:
+        if isinstance(x, Tensor):
+            if x.requires_grad:
+                raise ValueError("jit: a donated tensor requires grad; donate detached tensors")
+            storage = _storage(x)
+            if storage:
+                donated.append(x)
+                storages.append(storage)
+    unique = set(storages)
     others = [x for i, arg in enumerate(args) if i not in donate for x in optree.tree_leaves(arg)]
     others += optree.tree_leaves(kwargs)
-    unique = set(storages)
-    suspects = [y for y in others if isinstance(y, Tensor) and y.numel() and _storage(y) in unique]
+    suspects = [y for y in others if isinstance(y, Tensor) and _storage(y) in unique]
     if len(unique) == len(storages) and not suspects:
         return
     for i, x in enumerate(donated):
         for y in donated[:i] + suspects:
-            if _storage(x) == _storage(y) and _overlap(x, y):
+            if storages[i] == _storage(y) and _overlap(x, y):
                 raise ValueError(_alias_message(args, kwargs, x, y))
 
 
 def _storage(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr() if x.layout == torch.strided else 0
+    """Address of the tensor's storage, 0 for one without memory."""
+    return x.untyped_storage().data_ptr() if x.layout == torch.strided and x.numel() else 0
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
