@@ -93,6 +93,19 @@ def test_engines_chosen(tmp_path, monkeypatch):
     assert files._plan(tokenizer(pattern=r"\w+|\W+"), "auto", None, 1000) == (False, 1)
 
 
+@pytest.mark.parametrize("ids", [(0, 1), (0, 258), (258, 259), (1, 130)])
+def test_bytes_of_special_tokens_do_not_count_as_text(tmp_path, ids):
+    """Wherever the special tokens' ids lie: before, behind or among the others."""
+    free = (i for i in range(300) if i not in ids)
+    bpe = make({next(free): bytes([value]) for value in range(256)}, (), dict(zip(("<a>", "<bb>"), ids, strict=True)))
+    texts = ["x<a>y\u00e9", "<bb><a>", "z"]
+    (tmp_path / "a.txt").write_text("".join(texts))
+    assert encode_file(bpe, tmp_path / "a.txt", tmp_path / "out.bin").n_bytes == 5
+    for eot in ("<a>", "<bb>", None):
+        found = encode_documents(bpe, texts, tmp_path / "out.bin", eot=eot)
+        assert (found.n_bytes, found.n_tokens) == (5, 8 + (3 if eot else 0))
+
+
 def test_several_files(tmp_path, engine):
     bpe = tokenizer()
     texts = ["the end", "and the", "", " the"]
