@@ -154,6 +154,8 @@ def test_evaluation_counts_each_target_once(n, length, batch, data):
         later = b["targets"][mask] > length
         assert bool((position[later] >= length - stride).all())
     assert counted == list(range(1, n))
+    last = batches[-1]["targets"][(n_windows := -(-max(0, n - 1 - length) // stride)) % batch]
+    assert n_windows == 0 or last.tolist() == list(range(n - length, n))  # moved back to end at the last token
 
 
 def test_rows_once_an_epoch():

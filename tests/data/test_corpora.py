@@ -314,6 +314,14 @@ def test_documents_held_out(tmp_path_factory, texts, fraction, seed):
     assert read(again.train_path) == train[::-1] and read(again.heldout_path) == heldout[::-1]
 
 
+def test_copies_with_other_white_space_stay_together(tmp_path):
+    """Copies that differ in outer white space alone are on one side."""
+    texts = [outer + f"story {i}" + outer for i in range(100) for outer in ("", "\n", " \n")]
+    prepared = prepare(texts, tmp_path, heldout_fraction=0.5)
+    train, heldout = ({text.strip() for text in read(path)} for path in (prepared.train_path, prepared.heldout_path))
+    assert not train & heldout and len(heldout) == 50
+
+
 def test_many_documents(tmp_path, monkeypatch):
     """Oracle: the binomial. Beyond the first look each document is held out by its own hash, within 5 sigma."""
     texts = [f"story {i % 20_000}" for i in range(21_000)]

@@ -124,11 +124,16 @@ def test_draws_at_the_ends_of_their_range():
         # First mentions on both sides may have different values: "she" of the girl, "she" of another's plain form.
         ({"s": [(1, "{x}!"), (1, "{x.he}!")]},
          {"x": Variable(({"": "a", "he": "b"}, {"": "b", "he": "c"}), (1, 1))}, "could not tell"),
+        # What is alike before it says nothing about x.
+        ({"s": [(1, "[w]{x}!"), (1, "[w]{x.he}!")], "w": [(1, "-")]},
+         {"x": Variable(({"": "a", "he": "b"}, {"": "b", "he": "c"}), (1, 1))}, "could not tell"),
         # The same, but x is known before the pick: then the forms of one value are compared, and differ.
         ({"s": [(1, "{x}: [t]")], "t": [(1, "{x}!"), (1, "{x.he}!")]},
          {"x": Variable(({"": "a", "he": "b"}, {"": "b", "he": "c"}), (1, 1))}, None),
         # A child's value is never its parent's here, so they cannot be mixed up; as independents they could.
         ({"s": [(1, "{child}{name}{friend}: [t]")], "t": [(1, "{name}"), (1, "{friend}")]},
+         {"child": CHILD, "name": NAME, "friend": FRIEND}, None),
+        ({"s": [(1, "{child}{name}{friend}: [t]")], "t": [(1, "{friend}"), (1, "{name}")]},
          {"child": CHILD, "name": NAME, "friend": FRIEND}, None),
         ({"s": [(1, "{x}{y}: [t]")], "t": [(1, "{x}"), (1, "{y}")]},
          {"x": CHILD, "y": CHILD}, "could not tell"),
