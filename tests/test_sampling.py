@@ -61,6 +61,12 @@ def test_top_p(row, p):
     assert run(keep_top_p, row, 1.0) == row
 
 
+def test_top_p_among_equals():
+    """Exact: a sum that reaches p is enough, and of equals the first are kept."""
+    assert run(keep_top_p, [0.0, 0.0], 0.5) == [0.0, -INF]
+    assert run(keep_top_p, [0.0] * 4096, 0.25) == [0.0] * 1024 + [-INF] * 3072
+
+
 @given(ROWS, st.floats(0.01, 1.0))
 def test_min_p(row, p):
     """Oracle: compare with the largest probability, in plain Python; p = 1 keeps what equals the largest."""
@@ -81,8 +87,8 @@ def test_temperature(row, t):
 
 
 def test_tiny_temperature_is_greedy():
-    """Closed form: dividing by 1e-30 alone would overflow."""
-    log_probs = distribution(torch.tensor([[1.0, 3.0, 2.0]]), temperature=1e-30)
+    """Closed form: dividing by 1e-37 alone would overflow."""
+    log_probs = distribution(torch.tensor([[100.0, 300.0, 200.0]]), temperature=1e-37)
     assert torch.equal(log_probs.exp(), torch.tensor([[0.0, 1.0, 0.0]]))
 
 

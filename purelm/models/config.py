@@ -58,10 +58,6 @@ class Config:
     mixer: str | tuple[str, ...] = "attention"  # what mixes positions; a tuple is a pattern over the layers
 
     def __post_init__(self) -> None:
-        if isinstance(self.window, list):  # what JSON makes of a tuple
-            object.__setattr__(self, "window", tuple(self.window))
-        if isinstance(self.mixer, list):
-            object.__setattr__(self, "mixer", tuple(self.mixer))
         for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads"):
             _check_size(name, getattr(self, name))
         for name in ("n_kv_heads", "head_dim", "d_ff"):
@@ -135,14 +131,15 @@ def config_from_dict(fields: Mapping[str, Any]) -> Config:
     >>> config_from_dict(dataclasses.asdict(cfg)) == cfg
     True
     """
-    known = {f.name for f in dataclasses.fields(Config)}
-    unknown = sorted(set(fields) - known)
+    known = {f.name: f for f in dataclasses.fields(Config)}
+    unknown = sorted(set(fields) - set(known))
     if unknown:
         raise ValueError(f"Config has no fields {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    fields = dict(fields)
-    if isinstance(fields.get("rope_scaling"), Mapping):
-        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-    try:
-        return Config(**fields)
-    except TypeError as error:  # a field that has no default is missing
-        raise ValueError(f"Config: {error}") from None
+    absent = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
+    if absent:
+        raise ValueError(f"Config needs fields {', '.join(absent)}, got only {', '.join(sorted(fields))}")
+    # JSON makes lists of tuples.
+    given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+    if isinstance(given.get("rope_scaling"), Mapping):
+        given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
+    return Config(**given)

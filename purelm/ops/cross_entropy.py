@@ -21,9 +21,21 @@ def token_losses(
     wide = softcap_logits(logits.to(accumulator(logits.dtype)), softcap)
     # logsumexp keeps only its input for backward; exp, sum and log written one by one would keep a second (.., V).
     log_z = torch.logsumexp(wide, -1)
-    nll = log_z - wide.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    nll = log_z - _at_targets(wide, targets)
     loss = nll if z_loss == 0.0 else nll + z_loss * log_z.square()
     return loss, nll.detach()
+
+
+def _at_targets(logits: Float[Tensor, "*batch v"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """logits[..., targets].
+
+    Gather's backward fills a (.., V) of zeros and scatters into it. Compiled code does without: a comparison with the
+    index is fused into the passes that logsumexp makes anyway, forward and backward.
+    """
+    if not torch.compiler.is_compiling():
+        return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    index_V = torch.arange(logits.shape[-1], device=logits.device)
+    return torch.where(index_V == targets.unsqueeze(-1), logits, 0.0).sum(-1)
 
 
 def reduce_tokens(

@@ -89,8 +89,7 @@ def frequencies(
     s = scaling.factor
     if scaling.kind in ("ntk", "dynamic_ntk"):
         if scaling.kind == "dynamic_ntk":
-            longer = (length or 0) / _original(scaling)
-            s = max(1.0, s * longer - (s - 1.0)) if longer > 1.0 else 1.0
+            s = max(1.0, s * (length or 0) / _original(scaling) - (s - 1.0))
         # With one pair there is no slower one to slow: the exponent K/(K-2) has no meaning and w_0 = 1 stays.
         return (theta * s ** (head_dim / (head_dim - 2)) if head_dim > 2 else theta) ** exponent
     w = theta**exponent

@@ -26,7 +26,6 @@ def test_resolved_sizes():
     ("change", "message"),
     [
         (dict(vocab_size=0), "Config.vocab_size must be a positive int, got 0"),
-        (dict(n_layers=1.5), "Config.n_layers must be a positive int, got 1.5"),
         (dict(d_ff=-1), "Config.d_ff must be a positive int, got -1"),
         (dict(norm="batch"), "Config.norm must be one of rms, layer, none, got 'batch'"),
         (dict(norm_position="middle"), "Config.norm_position must be one of pre, post, output, sandwich"),
@@ -34,7 +33,7 @@ def test_resolved_sizes():
         (dict(rope_layout="x"), "Config.rope_layout must be one of interleaved, half, got 'x'"),
         (dict(ffn="relu"), "Config.ffn must be one of swiglu, geglu, silu, gelu, relu2, got 'relu'"),
         (dict(qk_norm="yes"), "Config.qk_norm must be one of none, head, full, got 'yes'"),
-        (dict(biases=True), "Config.biases must be one of none, qkv, all, got True"),
+        (dict(biases="yes"), "Config.biases must be one of none, qkv, all, got 'yes'"),
         (dict(mixer="delta"), "Config.mixer must be one of attention, got 'delta'"),
         (dict(mixer=("attention", "gated_delta")), "Config.mixer must be one of attention, got 'gated_delta'"),
         (dict(mixer=()), "Config.mixer must name at least one"),
@@ -56,6 +55,11 @@ def test_each_bad_value_is_named(change, message):
         Config(**{**BASE, **change})
 
 
+def test_a_size_that_is_no_int(unchecked):
+    with pytest.raises(ValueError, match=r"Config.n_layers must be a positive int, got 1.5"):
+        Config(**{**BASE, "n_layers": 1.5})
+
+
 @pytest.mark.parametrize(
     "change",
     [{}, dict(window=(3, None), mixer=("attention",)), dict(rope_scaling=RopeScaling("yarn", 4.0, 64, truncate=False))],
@@ -72,5 +76,5 @@ def test_round_trip_through_json(change):
 def test_fields_of_another_config_are_named():
     with pytest.raises(ValueError, match="Config has no fields depth; it has "):
         config_from_dict({**BASE, "depth": 3})
-    with pytest.raises(ValueError, match="missing 1 required positional argument: 'd_model'"):
+    with pytest.raises(ValueError, match="Config needs fields d_model, got only context_length, "):
         config_from_dict({k: v for k, v in BASE.items() if k != "d_model"})

@@ -101,6 +101,7 @@ def test_segments(attend, window, causal):
     compare(attend, qkv(), causal=causal, window=window, segment_ids=ids)
     kv_ids = torch.tensor([[0, 1, 1, 2, 2, 2, 5], [9, 9, 9, 9, 9, 9, 9]])
     compare(attend, qkv(S=7), causal=causal, window=window, segment_ids=(ids, kv_ids))
+    compare(attend, qkv(), causal=causal, window=window, segment_ids=(ids, kv_ids[:, :5]))
 
 
 @BOTH
@@ -163,6 +164,14 @@ def test_bf16(attend):
     o = attend(q, k, v)
     assert o.dtype == torch.bfloat16
     assert (o.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
+
+
+def test_between_the_products_all_is_fp32():
+    """Exact: the same steps spelled out, scores widened before they are scaled."""
+    q, k, v = (x.detach().bfloat16() for x in qkv(T=9, S=9, H=2, G=2))
+    qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
+    p = torch.softmax((qh @ kh.mT).float() * 0.37, -1).bfloat16()
+    assert torch.equal(attention(q, k, v, causal=False, scale=0.37), (p @ vh).transpose(1, 2))
 
 
 @BOTH
