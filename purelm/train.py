@@ -66,7 +66,7 @@ def with_denominator(batch: Any) -> Any:
     if weights is None:
         total = torch.full((), float(targets.numel()), dtype=torch.float32, device=targets.device)
     else:
-        total = weights.sum(dtype=torch.float32)
+        total = weights.sum(dtype=torch.promote_types(weights.dtype, torch.float32))
     return {**batch, "denominator": total}
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from purelm import tree
 from purelm.optim import adamw, chain, clip_by_global_norm, schedules, sgd
 from purelm.train import FULL, MIXED, Precision, init_state, make_step, with_denominator
-from purelm.transforms import jit
+from purelm.transforms import in_stages, jit
 
 V, D = 7, 5
 
@@ -184,3 +184,37 @@ def test_compiled_and_donated_equals_eager_without_recompiling():
         torch.testing.assert_close(mb["loss"], ma["loss"], rtol=1e-6, atol=0)
     for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=4), st.integers(-3, 3))
+def test_in_stages_is_composition(factors, x):
+    stages = [lambda state, y, f=f: y * f + state for f in factors]
+    expected = x
+    for f in factors:
+        expected = expected * f + 5
+    assert in_stages(*stages)(5, x) == expected
+    with pytest.raises(ValueError, match="at least one stage"):
+        in_stages()
+
+
+@pytest.mark.compile
+def test_a_reduction_stays_plain_python_between_compiled_stages():
+    """It sees real tensors at every step (a traced one would be called once, with fake ones)."""
+    seen = []
+
+    def reduce(grads):
+        assert not torch.compiler.is_compiling()
+        seen.append(float(tree.leaves(grads)[0].sum()))
+        return tree.map(lambda g: 2 * g, grads)
+
+    optimizer = sgd()
+    plain = make_step(loss_fn, optimizer, schedules.constant(0.1), reduce=reduce, precision=F64)
+    compiled = jit(plain, donate=0)
+    a, b = init_state(init(), optimizer, F64), init_state(init(), optimizer, F64)
+    for i in range(3):
+        a, _ = plain(a, make_batch(i))
+        b, _ = compiled(b, make_batch(i))
+    assert len(seen) == 6
+    assert seen[0::2] == pytest.approx(seen[1::2], rel=1e-9)
+    for x, y in zip(tree.leaves(a.params), tree.leaves(b.params), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-7)  # lr * gradient: lr is float32
