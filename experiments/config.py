@@ -15,6 +15,8 @@ class Optim:
     """muon: hidden matrices by Muon, the rest by AdamW"""
     lr: float = 1e-3
     """peak learning rate"""
+    adamw_lr_ratio: float = 0.5
+    """muon: AdamW's learning rate for the other parameters, as a part of lr"""
     lr_min_ratio: float = 0.1
     """final learning rate, as a part of the peak"""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from purelm.transforms import jit, remat
 
 from experiments.config import Optim, Pretrain
 from experiments.console import can_compile, pick_device, progress_bar, say
@@ -25,6 +24,7 @@ from purelm.optim import Optimizer, adamw, chain, clip_by_global_norm, is_matrix
 from purelm.tokenizer import BPE, fingerprint
 from purelm.tokenizer import load as load_tokenizer
 from purelm.train import FULL, MIXED, TrainState, init_state, make_step
+from purelm.transforms import jit, remat
 
 
 class Result(NamedTuple):
@@ -52,7 +52,9 @@ def resolve_model(cfg: Pretrain, vocab_size: int | None) -> transformer.Config:
 def make_optimizer(optim: Optim) -> Optimizer:
     betas = (optim.beta1, optim.beta2)
     if optim.name == "muon":
-        core = muon_adamw(betas=betas, eps=optim.eps, weight_decay=optim.weight_decay)
+        core = muon_adamw(
+            betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, adamw_lr_scale=optim.adamw_lr_ratio
+        )
     else:
         core = adamw(betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, mask=is_matrix)
     return chain(clip_by_global_norm(optim.clip), core) if optim.clip > 0 else core
@@ -146,6 +148,7 @@ def setup(cfg: Pretrain) -> Setup:
     sizes = token_bytes(bpe) if bpe is not None else None
 
     def evaluate(params: Any, limit: int | None) -> Score | None:
+        """Windows overlap by half: each counted token but the first has at least half a context before it."""
         if heldout is None:
             return None
         part = heldout.tokens[: limit + 1] if limit is not None else heldout.tokens[:]
@@ -154,7 +157,8 @@ def setup(cfg: Pretrain) -> Setup:
         else:  # the first token is context only: nothing predicts it
             n_bytes = int(sizes[torch.from_numpy(part[1:].astype("int64"))].sum())
         params = tree.cast(params, precision.compute)
-        windows = eval_windows(part, min(cfg.batch_size, 16), model.context_length, device=device)
+        size = model.context_length
+        windows = eval_windows(part, min(cfg.batch_size, 16), size, device=device, stride=max(size // 2, 1))
         return score(lambda p, b: transformer.loss(p, b, model, ops=ops), params, windows, n_bytes, device=device)
 
     params = tree.to(transformer.init(init_key, model), device)

@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from purelm.data.prepare import Prepared, prepare
 
 from experiments.config import Optim, Pretrain
 from experiments.console import program, say
 from experiments.generate import END, complete
 from experiments.loop import finish, start, summarise, train
 from purelm import track
-from purelm.data import synthetic
-from purelm.evals import bits_per_byte
+from purelm.data import Prepared, prepare, synthetic
 from purelm.models import transformer
-from purelm.tokenizer import encode_file, save
+from purelm.tokenizer import save
 from purelm.tokenizer import train as train_tokenizer
+from purelm.tokenizer.files import encode_file
 
 MARK = "quickstart.json"  # tells a folder of ours, which may be written again, from another's
 
@@ -44,9 +43,9 @@ class Quickstart:
     """how many built-in stories to generate"""
     max_bytes: int = 100_000_000
     """of the user's text"""
-    vocab_size: int = 1024
-    steps: int = 1500
-    batch_size: int = 12
+    vocab_size: int = 2048
+    steps: int = 1200
+    batch_size: int = 8
     context_length: int = 256
     d_model: int = 192
     n_layers: int = 4
@@ -86,12 +85,10 @@ def corpus(cfg: Quickstart, folder: Path) -> Prepared:
 
 def source_floor(heldout: Path) -> dict[str, float]:
     """Bits per byte that the best possible model needs: expected over the grammar, and on these very documents."""
-    documents = [d for d in heldout.read_text(encoding="utf-8").split(END) if d]
-    nats = -sum(synthetic.log_prob(d) for d in documents)
-    entropy = synthetic.entropy()
+    held = [d for d in heldout.read_text(encoding="utf-8").split(END) if d]
     return {
-        "entropy of the source, bits per byte": entropy.bits_per_byte,
-        "floor of these held-out documents": bits_per_byte(nats, sum(len(d.encode()) for d in documents)),
+        "entropy of the source, bits per byte": synthetic.entropy().bits_per_byte,
+        "floor of these held-out documents": synthetic.floor_bits_per_byte(held),
     }
 
 
@@ -104,7 +101,7 @@ def main(cfg: Quickstart) -> None:
         prepared = corpus(cfg, data)
         say(f"      {prepared.n_documents:,} documents, {prepared.n_bytes:,} bytes")
     with phase(2, f"tokenizer: byte-level BPE, {cfg.vocab_size:,} ids"):
-        bpe = train_tokenizer(prepared.train_path, cfg.vocab_size, special_tokens=(END,))
+        bpe = train_tokenizer(Path(prepared.train_path), cfg.vocab_size, special_tokens=(END,))
         save(bpe, cfg.run / "tokenizer.json")
     with phase(3, "token files"):
         train_file = encode_file(bpe, prepared.train_path, data / "train.bin")
@@ -140,7 +137,7 @@ def main(cfg: Quickstart) -> None:
         summary: dict[str, Any] = summarise(job, ready.model, result)
         floor = None
         if cfg.data is None:
-            floors = source_floor(prepared.heldout_path)
+            floors = source_floor(Path(prepared.heldout_path))
             floor = floors["floor of these held-out documents"]
             assert result.score is not None
             summary |= {**floors, "above the floor": f"{100 * (result.score.bits_per_byte / floor - 1):.1f} %"}
