@@ -42,7 +42,9 @@ class Pretrain:
     heldout: Path | None = None
     tokenizer: Path | None = None
     """tokenizer.json, for bytes, samples and `experiments.generate`"""
-    model: transformer.Config = field(default_factory=lambda: transformer.Config(vocab_size=1))
+    model: transformer.Config = field(
+        default_factory=lambda: transformer.Config(vocab_size=1, context_length=256, d_model=256, n_layers=4, n_heads=4)
+    )
     """vocab_size 1 means: that of the token file"""
     optim: Optim = field(default_factory=Optim)
     steps: int = 1000

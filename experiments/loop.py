@@ -321,7 +321,7 @@ def finish(
     )
     track.write_json(cfg.run / "summary.json", summary)
     for name, value in summary.items():
-        print(f"{name:34} {f'{value:,.4f}' if isinstance(value, float) else f'{value:,}'}")
+        print(f"{name:34} {track.show(value)}")
     for prompt, text in samples:
         print(f"\n--- {prompt!r}\n{text}")
     print(f"\n{cfg.run}: config.json, metrics.jsonl, curves.png, report.html, checkpoints/")

@@ -17,6 +17,7 @@ __all__ = [
     "jsonl_sink",
     "plot_curves",
     "read_rows",
+    "show",
     "tensorboard_sink",
     "truncate_rows",
     "wandb_sink",
@@ -161,10 +162,14 @@ _STYLE = (
 )
 
 
-def _table(pairs: Iterable[tuple[str, Any]]) -> str:
-    def show(value: Any) -> str:
-        return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+def show(value: Any) -> str:
+    """A value as people read it: 4 significant digits, thousands separated."""
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.1f}"
+    return f"{value:,}" if type(value) is int else str(value)
 
+
+def _table(pairs: Iterable[tuple[str, Any]]) -> str:
     cells = "".join(f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(show(v))}</td></tr>" for k, v in pairs)
     return f"<table>{cells}</table>"
 

@@ -37,6 +37,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Module(nn.Module):
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, cfg: Config, d_ff: int):
         super().__init__()
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)

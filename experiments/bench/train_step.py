@@ -82,7 +82,7 @@ def pure_step(cfg: transformer.Config, device: torch.device) -> Callable[[dict],
 
 def module_step(cfg: transformer.Config, device: torch.device) -> Callable[[dict], torch.Tensor]:
     torch.manual_seed(0)
-    model = Module(cfg, cfg.d_ff).to(device)
+    model = Module(cfg, cfg.ff_width).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     compiled = torch.compile(model)
     mixed = device.type == "cuda"
