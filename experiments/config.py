@@ -66,6 +66,8 @@ class Pretrain:
     """auto: bf16 on a GPU, fp32 on a CPU"""
     attention: Literal["sdpa", "reference"] = "sdpa"
     compile: Literal["auto", "yes", "no"] = "auto"
+    deterministic: bool = True
+    """the same bits in every run on one machine, and after --resume; without it some kernels add in any order"""
     remat: bool = False
     """recompute each block in the backward pass"""
     resume: bool = False

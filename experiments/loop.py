@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -111,8 +112,18 @@ class Setup(NamedTuple):
     device: torch.device
 
 
+def make_deterministic() -> None:
+    """Ask torch for kernels that add in a fixed order (compiled code otherwise uses atomics, on a CPU too)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said before its first call
+    torch.use_deterministic_algorithms(True)
+    # A debugging aid that costs a pass over each buffer.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def setup(cfg: Pretrain) -> Setup:
     device = pick_device(cfg.device)
+    if cfg.deterministic:
+        make_deterministic()
     tokens = open_tokens(cfg.train)
     model = resolve_model(cfg, tokens.vocab_size)
     check_ids(tokens, model.vocab_size)

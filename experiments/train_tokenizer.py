@@ -99,9 +99,7 @@ def main(args: Args) -> None:
     start = time.perf_counter()
     if is_text_file(args.input, args.encoding):
         with bar("counting", Path(args.input).stat().st_size) as progress:
-            counts = count_pieces(
-                args.input, pattern, args.special_tokens, n_workers=args.n_workers, progress=progress
-            )
+            counts = count_pieces(args.input, pattern, args.special_tokens, n_workers=args.n_workers, progress=progress)
     else:
         texts = limited(documents(args.input, field=args.field, encoding=args.encoding), args.max_bytes)
         with bar("counting", None) as progress:

@@ -105,9 +105,7 @@ def last_token(params: Any, cfg: transformer.Config, tokens: torch.Tensor, devic
     with torch.no_grad():
         cache = transformer.init_cache(cfg, 1, n, device=device)
         _, cache = transformer.prefill(params, tokens[:, :-1], cache, cfg, ops=OPS)
-        return seconds(
-            lambda: transformer.decode_(params, tokens[:, -1], cache, cfg, ops=OPS, used=n - 1), device
-        )
+        return seconds(lambda: transformer.decode_(params, tokens[:, -1], cache, cfg, ops=OPS, used=n - 1), device)
 
 
 @program

@@ -3,9 +3,10 @@
 import math
 
 import torch
-from purelm.models.transformer import Config
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from purelm.models.transformer import Config
 
 
 class Block(nn.Module):

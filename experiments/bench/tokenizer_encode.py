@@ -146,9 +146,7 @@ def encode_rows(bpe: tokenizer.BPE, documents: list[str], rounds: int, name: str
         for peer in against:
             peer_value = megabytes / seconds[peer] if peer in seconds else None
             value = megabytes / seconds[what]
-            rows.append(
-                row(f"encode, {what}", value, "MB/s", peer=peer, peer_value=peer_value, packages=PACKAGES)
-            )
+            rows.append(row(f"encode, {what}", value, "MB/s", peer=peer, peer_value=peer_value, packages=PACKAGES))
     if engines[0] == "numba":
         rows.append(thread_row(bpe, documents, megabytes))
     return rows

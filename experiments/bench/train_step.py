@@ -19,8 +19,6 @@ from pathlib import Path
 
 import torch
 import tyro
-from purelm.ops.sdpa import sdpa_attention
-from purelm.transforms import jit
 
 from experiments.bench.module_baseline import Module
 from experiments.bench.report import publish, row
@@ -28,8 +26,10 @@ from experiments.console import pick_device, program, say
 from purelm import random, tree
 from purelm.models import transformer
 from purelm.ops import REFERENCE
+from purelm.ops.sdpa import sdpa_attention
 from purelm.optim import adamw, schedules
 from purelm.train import FULL, MIXED, init_state, make_step
+from purelm.transforms import jit
 
 # vocab, d_model, layers, heads, d_ff, context, batch on a GPU, batch on a CPU
 SIZES = {
