@@ -13,8 +13,8 @@ from torch import Tensor
 
 from purelm.models.config import Config
 from purelm.ops import Ops
-from purelm.ops.cross_entropy import softcap_logits
 from purelm.ops.rope import rope_tables
+from purelm.ops.softcap import soft_cap
 
 __all__ = [
     "Attend",
@@ -81,7 +81,7 @@ def unembedding(params: Params, cfg: Config) -> Float[Tensor, "v d"]:
 
 def readout(params: Params, h: Float[Tensor, "*b d"], cfg: Config, ops: Ops) -> Float[Tensor, "*b v"]:
     """Logits of final states."""
-    return softcap_logits(ops.linear(h, unembedding(params, cfg)), cfg.logit_softcap)
+    return soft_cap(ops.linear(h, unembedding(params, cfg)), cfg.logit_softcap)
 
 
 def norm(params: Params | None, x: Tensor, cfg: Config, ops: Ops) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from purelm.ops.cross_entropy import softcap_logits
 from purelm.ops.masks import Segments, Window, visible
 from purelm.ops.precision import accumulator
+from purelm.ops.softcap import soft_cap
 from purelm.ops.softmax import softmax
 
 __all__ = ["attention", "check_heads"]
@@ -67,7 +67,7 @@ def attention(
     # The R query heads of one key/value head are stacked along time: one product serves them all.
     q_BGMK = q_BTHK.reshape(B, T, G, R, K).permute(0, 2, 3, 1, 4).reshape(B, G, R * T, K)
     s_BGRTS = (q_BGMK @ k_BSGK.permute(0, 2, 3, 1)).reshape(B, G, R, T, S).to(accumulator(q_BTHK.dtype))
-    s_BGRTS = softcap_logits(s_BGRTS * (1.0 / math.sqrt(K) if scale is None else scale), softcap)
+    s_BGRTS = soft_cap(s_BGRTS * (1.0 / math.sqrt(K) if scale is None else scale), softcap)
     mask = visible(T, S, causal=causal, window=window, segment_ids=segment_ids, device=q_BTHK.device)
     if mask is not None:
         mask = mask if mask.ndim == 2 else mask.unsqueeze(1).unsqueeze(1)

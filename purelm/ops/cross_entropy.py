@@ -5,20 +5,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from purelm.ops.precision import accumulator
+from purelm.ops.softcap import soft_cap
 
-__all__ = ["cross_entropy", "reduce_tokens", "softcap_logits", "token_losses"]
-
-
-def softcap_logits(logits: Float[Tensor, "*shape"], softcap: float | None) -> Float[Tensor, "*shape"]:
-    """c tanh(logits / c), which bounds them to (-c, c) (Gemma 2, arXiv:2408.00118, section 2); None changes nothing."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+__all__ = ["cross_entropy", "reduce_tokens", "token_losses"]
 
 
 def token_losses(
     logits: Float[Tensor, "*batch v"], targets: Int[Tensor, "*batch"], softcap: float | None, z_loss: float
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """Per token: nll + z_loss log(Z)^2, and the detached nll alone. Computed and returned in fp32."""
-    wide = softcap_logits(logits.to(accumulator(logits.dtype)), softcap)
+    wide = soft_cap(logits.to(accumulator(logits.dtype)), softcap)
     # logsumexp keeps only its input for backward; exp, sum and log written one by one would keep a second (.., V).
     log_z = torch.logsumexp(wide, -1)
     nll = log_z - _at_targets(wide, targets)
@@ -71,7 +67,7 @@ def cross_entropy(
         denominator: what the sum is divided by, 1 when absent. A mean over any split into microbatches or ranks is
             right when each part divides by the whole's count.
         reduction: "sum", or "none" for the summands.
-        softcap: bounds the logits first, as `softcap_logits`.
+        softcap: bounds the logits first, as `purelm.ops.softcap`.
         z_loss: coefficient that keeps log Z near 0 (PaLM, arXiv:2204.02311, section 5: 1e-4).
     Returns:
         (loss, nll): the loss, and the same without the z term, detached. Both fp32 (fp64 for fp64 logits).

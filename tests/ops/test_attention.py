@@ -139,9 +139,10 @@ def test_softcap_and_scale():
     compare(sdpa_attention, qkv(), scale=2.0)
 
 
-def test_equals_torch():
+@pytest.mark.parametrize("T", [1, 7, 123])
+def test_equals_torch(T):
     """Oracle: F.scaled_dot_product_attention itself, no loop."""
-    q, k, v = qkv(H=3, G=3)
+    q, k, v = qkv(H=3, G=3, T=T, S=T)
     theirs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
     torch.testing.assert_close(attention(q, k, v), theirs.transpose(1, 2))
 
