@@ -8,8 +8,6 @@ breaks do it from torch 2.13 on (those of 2.11 resume with the wrong module's na
 
 import contextlib
 import functools
-import itertools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +16,9 @@ import torch
 from torch import Tensor
 
 from purelm import _tree_traced, tree
+from purelm._between import own_cache
 
 __all__ = ["in_stages", "jit"]
-
-_number = itertools.count()
 
 
 def in_stages(*stages: Callable[..., Any]) -> Callable[[Any, Any], Any]:
@@ -77,7 +74,7 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
         out = f(*args, **kwargs)
         return _store(args, donate, out) if donate else ([], out)
 
-    compiled = torch.compile(_fresh_code(run, name), **compile_options)
+    compiled = torch.compile(own_cache(run, name), **compile_options)
     donated_type = _donated_type(name)
 
     @functools.wraps(f, updated=())
@@ -128,25 +125,29 @@ def _store(args: tuple, donate: tuple[int, ...], out: Any) -> tuple[list[int], A
     for i in donate:
         _tree_traced.map(old.append, args[i])
     _tree_traced.map(new.append, out)
-    free = [i for i, x in enumerate(old) if isinstance(x, Tensor)]
+    place: dict[Any, int] = {}
+    for i, x in enumerate(old):
+        if isinstance(x, Tensor):
+            place[x] = i  # by identity
+    # A donated tensor that is a result stays where it is, wherever it comes in the results.
     slots: list[int | None] = []
     for x in new:
-        found = None
-        if isinstance(x, Tensor):
+        slots.append(place.pop(x, None) if isinstance(x, Tensor) else None)
+    free = list(place.values())
+    for k, x in enumerate(new):
+        if isinstance(x, Tensor) and slots[k] is None:
             for position, i in enumerate(free):
                 y = old[i]
-                if x is y or (x.dtype == y.dtype and x.shape == y.shape and x.device == y.device):
-                    found = position
+                if x.dtype == y.dtype and x.shape == y.shape and x.device == y.device:
+                    slots[k] = free.pop(position)
                     break
-        slots.append(None if found is None else free.pop(found))
     if free:
         return free, None
-    # A result may be a view of a donated tensor that is about to be overwritten: first copy all, then write.
-    # Compiled, the copies cost nothing: they are fused with the operation that makes the result.
+    # A result may be a view or a copy of a donated tensor that is about to be overwritten: read all before writing.
     for k, x in enumerate(new):
         slot = slots[k]
         if isinstance(x, Tensor) and (slot is None or x is not old[slot]):
-            new[k] = x.detach().clone()
+            new[k] = _read(x.detach())
     for k, slot in enumerate(slots):
         if slot is not None:
             if new[k] is not old[slot]:
@@ -154,6 +155,17 @@ def _store(args: tuple, donate: tuple[int, ...], out: Any) -> tuple[list[int], A
             new[k] = old[slot]
     # partial(next, iterator)(leaf) is the iterator's next item; a lambda would be one more call to trace for each.
     return [], _tree_traced.map(functools.partial(next, iter(new)), out)
+
+
+def _read(x: Tensor) -> Tensor:
+    """A copy of x that inductor really makes, fused with what makes x or reads it.
+
+    It takes clone() for nothing, even where x is overwritten before the clone is read (2.11 and 2.13 compile
+    x, y = b.clone(), a.clone(); a.copy_(x); b.copy_(y) to a swap that loses a). Its graph passes do not look through
+    where; the C++ or Triton compiler, which sees the constant, does.
+    """
+    always = torch.ones((), dtype=torch.bool, device=x.device)
+    return torch.where(always, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def _check_memory(old: list[Any], args: tuple, kwargs: dict, donate: tuple[int, ...]) -> None:
@@ -238,17 +250,6 @@ def _donated_type(name: str) -> type[Tensor]:
             raise RuntimeError(message)
 
     return Donated
-
-
-def _fresh_code(function: Any, name: str) -> Callable[..., Any]:
-    """The same function on a code object of its own.
-
-    torch.compile keeps its compiled versions, their limit and what it learnt about dynamic shapes by code object
-    (by its name and line, even): without this all functions given to jit would share them.
-    """
-    code = function.__code__.replace(co_name=f"jit_{name}_{next(_number)}".replace("<", "").replace(">", ""))
-    fresh = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
-    return functools.update_wrapper(fresh, function, assigned=("__doc__", "__module__"), updated=())
 
 
 def _torch_version() -> tuple[int, ...]:

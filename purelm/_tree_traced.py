@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import optree
+import torch
 from torch import Tensor
 
 
@@ -48,16 +49,30 @@ def leaves(tree: Any) -> list[Any]:
 
 
 def map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """As tree.map. Dynamo has a short way for optree.tree_map, except for NamedTuples."""
-    if is_tuple(tree):
-        for other in rest:
-            if type(other) is not type(tree) or len(other) != len(tree):
-                raise ValueError(_mismatch("", tree, other))
+    """As tree.map: dynamo has a short way for optree.tree_map over dicts, lists and plain tuples.
+
+    It traces a map of 300 leaves in 0.1 s, and `walk` in 0.5 to 2 s. The long way that it takes at NamedTuples fails
+    where f returns constants only, hence their own branch here.
+    """
+    if not torch.compiler.is_compiling():  # a frame that dynamo gave up
+        return walk(lambda path, *xs: f(*xs), "", tree, rest)
+    children = list(tree.values()) if type(tree) is dict else tree if type(tree) is list or is_tuple(tree) else ()
+    plain = not is_tuple(tree)
+    for child in children:
+        plain = plain and not isinstance(child, tuple)
+    if plain:
+        return optree.tree_map(f, tree, *rest)
+    for other in rest:
+        if type(other) is not type(tree) or len(other) != len(tree):
+            raise ValueError(_mismatch("", tree, other))
+    keys = list(tree) if type(tree) is dict else range(len(tree))
+    items = []
+    for k in keys:
         parts = []
-        for i in range(len(tree)):
-            parts.append(map(f, tree[i], *[r[i] for r in rest]) if rest else map(f, tree[i]))
-        return _like_sequence(tree, parts)
-    return optree.tree_map(f, tree, *rest)
+        for other in rest:
+            parts.append(other[k])
+        items.append(map(f, tree[k], *parts))
+    return dict(zip(keys, items, strict=True)) if type(tree) is dict else _like_sequence(tree, items)
 
 
 def walk(f: Callable[..., Any], path: str, tree: Any, rest: tuple[Any, ...]) -> Any:
@@ -182,7 +197,7 @@ def _like_dict(node: dict, done: dict) -> dict:
 def _like_sequence(node: Any, parts: list[Any]) -> Any:
     if type(node) is list:
         return parts
-    return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
+    return tuple(parts) if type(node) is tuple else type(node)(*parts)
 
 
 def _describe(x: Any) -> str:

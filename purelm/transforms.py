@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from purelm import tree
-from purelm._between import between_graphs, not_traced
+from purelm._between import between_graphs, not_traced, own_cache
 from purelm._donate import in_stages, jit
 
 __all__ = ["accumulate", "grad", "in_stages", "jit", "remat", "save_matmuls", "value_and_grad"]
 
 
+@not_traced
 def value_and_grad(
     f: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
 ) -> Callable[..., tuple[Any, Any]]:
@@ -41,6 +42,7 @@ def value_and_grad(
     (tensor(13.), {'w': tensor([18.,  4.])})
     """
     numbers = _argument_numbers(argnums)
+    function = own_cache(f)
 
     def body(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         flat, treedef = optree.tree_flatten(_differentiated(args, numbers))
@@ -53,7 +55,7 @@ def value_and_grad(
             new_args[i] = arg
 
         with torch.enable_grad():
-            value, aux = _value_and_aux(call(f, *new_args, **kwargs), has_aux)
+            value, aux = _value_and_aux(call(function, *new_args, **kwargs), has_aux)
         grads: list[Any] = [None] * len(flat)
         if value.requires_grad:
             found = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
@@ -68,6 +70,7 @@ def value_and_grad(
     return between_graphs(body, like=f)
 
 
+@not_traced
 def grad(f: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable[..., Any]:
     """The function that returns f's gradient, or (gradient, aux) if has_aux; otherwise as `value_and_grad`.
 
@@ -110,6 +113,7 @@ def save_matmuls(op: Any) -> bool:
     return op in _matmuls()
 
 
+@not_traced
 def accumulate(f: Callable[..., Any], n_microbatches: int) -> Callable[..., Any]:
     """The function (params, batch) -> sum of f(params, microbatch) over n_microbatches equal parts of the batch.
 
@@ -124,12 +128,13 @@ def accumulate(f: Callable[..., Any], n_microbatches: int) -> Callable[..., Any]
     """
     if not isinstance(n_microbatches, int) or n_microbatches < 1:
         raise ValueError(f"accumulate: n_microbatches is {n_microbatches!r}; an int of at least 1 is needed")
+    function = own_cache(f)
 
     def body(call: Callable[..., Any], params: Any, batch: Any) -> Any:
         pieces = _split_batch(batch, n_microbatches)
-        total, treedef = tree.flatten(call(f, params, pieces[0]))
+        total, treedef = tree.flatten(call(function, params, pieces[0]))
         for piece in pieces[1:]:
-            part, other = tree.flatten(call(f, params, piece))
+            part, other = tree.flatten(call(function, params, piece))
             if other != treedef:
                 raise ValueError("accumulate: f's results differ in structure between microbatches")
             for i in range(len(total)):
@@ -225,7 +230,3 @@ def _matmuls() -> frozenset[Any]:
             aten._scaled_dot_product_cudnn_attention.default,
         ]
     )
-
-
-for _transform in (value_and_grad, grad, accumulate):
-    not_traced(_transform)  # they may be called inside a compiled function too

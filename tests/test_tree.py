@@ -349,3 +349,26 @@ def test_compiled_map_still_names_the_path():
 
     with pytest.raises(ValueError, match="differ at x: list of 2 against list of 1"):
         f({"x": [torch.zeros(1), torch.zeros(1)]}, {"x": [torch.zeros(1)]})
+
+
+@pytest.mark.compile
+def test_frames_that_dynamo_gives_up_walk_trees_too():
+    """Oracle: eager mode. A break inside a loop makes dynamo run the frame as it is, and compile what it calls."""
+
+    def f(t, compiled):
+        for _ in range(2):
+            if compiled:
+                torch._dynamo.graph_break()
+            leaves, treedef = tree.flatten(t)
+            same = tree.structure(t) == treedef
+            dims = tree.map(lambda x: x.ndim, t)
+            yes, no = tree.partition(lambda path, x: path == "b", t)
+            nothing = tree.map(lambda x, y: None, t, dims)
+            t = tree.map(lambda x, y: x + y, tree.unflatten(treedef, leaves), tree.combine(yes, no))
+        return t, same, dims, nothing, tree.paths(t), tree.n_params(t)
+
+    t = {"b": torch.ones(2), "a": [torch.zeros(3)], "c": {"d": Pair(torch.ones(1), {"e": torch.ones(2)})}}
+    eager, compiled = f(t, False), torch.compile(f, backend="eager")(t, True)
+    assert tree.structure(eager) == tree.structure(compiled)
+    for x, y in zip(tree.leaves(eager), tree.leaves(compiled), strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
