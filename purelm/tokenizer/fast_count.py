@@ -10,10 +10,11 @@ This module imports numba: import it inside functions only.
 from collections import Counter
 
 import numpy as np
-from numba import njit
+
+from purelm.tokenizer.compiled import loop
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _rehashed(size, slots, starts):
     """The same entries in tables of `size` slots (a power of 2)."""
     new_slots, new_starts = np.zeros((size, 2), np.uint64), np.empty(size, np.int64)
@@ -30,7 +31,7 @@ def _rehashed(size, slots, starts):
     return new_slots, new_starts
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _add(slots, starts, arena, used, data, words, ends, start):
     """Count the pieces data[start:ends[0]], data[ends[0]:ends[1]], ...; returns the arrays, replaced where they grew.
 

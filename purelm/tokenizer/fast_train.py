@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numba import njit
 
+from purelm.tokenizer.compiled import loop
 from purelm.tokenizer.kernels import _PART
 
 # Positions and occurrences (at most 3 a position) are int32.
@@ -106,7 +107,7 @@ def _sift_down(i, size, heap_pair, heap_count, left, right, bytes_start, arena, 
     heap_pair[i], heap_count[i] = pair, count
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _grown(array, size):
     bigger = np.empty(size, array.dtype)
     for i in range(array.size):  # a slice assignment would have numba compile its error message: 4 s
@@ -114,7 +115,7 @@ def _grown(array, size):
     return bigger
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _rehashed(size, n_pairs, left, right):
     slots = np.full(size, -1, np.int32)
     for pair in range(n_pairs):
@@ -122,7 +123,7 @@ def _rehashed(size, n_pairs, left, right):
     return slots
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _start(data, lengths, byte_ids, weight, bytes_start, arena, by_bytes):
     """The flat rows, the table of byte pairs and the heap. bytes_start has room for all tokens."""
     n = data.size
@@ -176,7 +177,7 @@ def _start(data, lengths, byte_ids, weight, bytes_start, arena, by_bytes):
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@loop
 def _advance(
     rows, weight, slots, left, right, count, first, last, where,
     heap_pair, heap_count, bytes_start, arena, sizes, by_bytes, out_left, out_right,
