@@ -144,6 +144,37 @@ def test_per_sample_gradients_by_vmap():
             torch.testing.assert_close(x[b], y)
 
 
+def test_many_models_by_vmap():
+    """Oracle: a loop over models whose parameters are stacked."""
+    models = [transformer.init(random.key(i), CFG, dtype=torch.float64) for i in range(3)]
+    stacked = tree.map(lambda *xs: torch.stack(xs), *models)
+    batch = {"tokens": torch.tensor([[1, 2, 3]]), "targets": torch.tensor([[2, 3, 4]])}
+    got = torch.func.vmap(lambda p: transformer.loss(p, batch, CFG)[0])(stacked)
+    torch.testing.assert_close(got, torch.stack([transformer.loss(p, batch, CFG)[0] for p in models]))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's table of forward formulas
+def test_jvp():
+    """Oracle: <gradient, direction>; and forward over reverse, the Hessian times a direction, by differences."""
+    batch = {"tokens": torch.tensor([[1, 2, 3]]), "targets": torch.tensor([[2, 3, 4]])}
+    direction = transformer.init(random.key(9), CFG, dtype=torch.float64)
+
+    def f(params):
+        return transformer.loss(params, batch, CFG, z_loss=0.1)[0]
+
+    def dot(a, b):
+        return sum((x * y).sum() for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
+
+    gradient = torch.func.grad(f)
+    _, slope = torch.func.jvp(f, (PARAMS,), (direction,))
+    torch.testing.assert_close(slope, dot(gradient(PARAMS), direction))
+    _, hessian_direction = torch.func.jvp(gradient, (PARAMS,), (direction,))
+    step = 1e-5
+    after, before = (gradient(tree.map(lambda p, d, s=s: p + s * d, PARAMS, direction)) for s in (step, -step))
+    for h, a, b in zip(tree.leaves(hessian_direction), tree.leaves(after), tree.leaves(before), strict=True):
+        torch.testing.assert_close(h, (a - b) / (2 * step), rtol=1e-4, atol=1e-7)
+
+
 def test_wrap_block():
     """Law: torch's checkpoint around each block gives the same loss and gradients; the wrapper sees every block."""
     from torch.utils.checkpoint import checkpoint
