@@ -213,6 +213,9 @@ def _run(
     write: Write,
 ) -> tuple[Tensor, KVCache]:
     """Final states of tokens that stand in `slots_T`, and the cache with them."""
+    n_rows = cache.k[0].shape[0]
+    if tokens_BT.shape[0] != n_rows:
+        raise ValueError(f"tokens must have the {n_rows} rows of the cache, got {tokens_BT.shape[0]}")
     positions = slots_T
     if cache.start is not None:
         positions = (slots_T - cache.start.unsqueeze(-1)).clamp(min=0)

@@ -159,6 +159,10 @@ def test_bad_arguments():
     _, cache = prefill(PARAMS, TOKENS[:, :4], empty(CFG), CFG)
     with pytest.raises(ValueError, match="used must be the cache's length 4, got 3"):
         decode(PARAMS, TOKENS[:, 4], cache, CFG, used=3)
+    with pytest.raises(ValueError, match="tokens must have the 2 rows of the cache, got 1"):
+        decode(PARAMS, TOKENS[:1, 4], cache, CFG)
+    with pytest.raises(ValueError, match="tokens must have the 2 rows of the cache, got 1"):
+        prefill(PARAMS, TOKENS[:1, :4], cache, CFG)
     with pytest.raises(ValueError, match="lengths must be None unless the cache is empty"):
         prefill(PARAMS, TOKENS[:, :4], cache, CFG, lengths=torch.tensor([1, 2]))
     for lengths in (torch.tensor([0, 4]), torch.tensor([5, 4])):
