@@ -292,16 +292,15 @@ def _merge_of(left, right, pairs):
 
 @_loop
 def fill_pairs(pairs, left, right, merges):
-    """Insert all merges into the empty table `pairs`; of equal pairs the first stays."""
+    """Insert all merges, of different pairs, into the empty table `pairs`."""
     mask = np.uint64(len(pairs) - 1)
     for k in range(len(left)):
         key = (np.uint64(left[k]) << np.uint64(32) | np.uint64(right[k])) + np.uint64(1)
         slot = _mix(key, key) & mask
-        while pairs[slot, 0] != 0 and pairs[slot, 0] != key:
+        while pairs[slot, 0] != 0:
             slot = (slot + np.uint64(1)) & mask
-        if pairs[slot, 0] == 0:
-            pairs[slot, 0] = key
-            pairs[slot, 1] = merges[k]
+        pairs[slot, 0] = key
+        pairs[slot, 1] = merges[k]
 
 
 @_loop

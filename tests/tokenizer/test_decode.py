@@ -101,14 +101,12 @@ def test_offsets_count_replacements_as_characters(tokens):
 def test_offsets_of_a_long_broken_text():
     """Oracle: Python's decoder on prefixes: windows of 4,096 bytes that cut characters leave no trace."""
     bpe = make(BYTES, [])
-    rng = random.Random(4)
     for data in ("\u4e2d" * 3000, "\U0001f600a" * 2000):
         broken = bytearray(data.encode())
-        for _ in range(5):
-            broken[rng.randrange(len(broken))] = 0xFF
+        broken[9] = broken[8000] = 0xFF  # far apart: the windows between them end inside characters
         text, offsets = decode_with_offsets(bpe, list(broken), "replace")
         assert text == broken.decode("utf-8", "replace")
-        for k in (0, 1, 4094, 4095, 4096, 4097, 4098, len(broken) - 1):
+        for k in range(0, len(broken), 97):
             while k > 0 and broken[k] & 0xC0 == 0x80:
                 k -= 1
             assert offsets[k] == len(broken[:k].decode("utf-8", "replace"))

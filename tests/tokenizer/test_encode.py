@@ -119,6 +119,29 @@ def test_both_merge_loops_of_python(random_bpe, seed):
         assert _merge_long(ids[:], merges) == _merge_short(ids[:], merges)
 
 
+@pytest.mark.parametrize("letters", ["a", "ab"])
+def test_tokens_that_many_merges_make(random_bpe, letters):
+    """Oracle: the scanning loop, for the queue and the compiled heap. Powers of one letter: each token comes from many
+    merges, so that equal neighbours appear in any order and the leftmost must still go first."""
+    for seed in range(25):
+        bpe = random_bpe(seed, n_merges=30, letters=letters)
+        merges, byte_ids = tables.pair_merges(bpe), tables.byte_ids(bpe)
+        text = "".join(random.Random(seed).choices(letters, k=200 + seed))
+        ids = [byte_ids[value] for value in text.encode()]
+        expected = _merge_short(ids[:], merges)
+        assert _merge_long(ids[:], merges) == expected
+        pytest.importorskip("numba")
+        assert encode(bpe, text, engine="numba").tolist() == expected
+
+
+def test_merges_of_one_result_share_a_rank_under_ignore_merges():
+    """By hand: a run in the list is one rank; the same result further on is another; without the flag all differ."""
+    vocab = BYTES | {256: b"ab", 257: b"bc", 258: b"abc", 259: b"xy"}
+    merges = [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c"), (b"a", b"bc"), (b"x", b"y")]
+    assert tables.ranks(make(vocab, merges, ignore_merges=True)) == [0, 1, 2, 2, 4]
+    assert tables.ranks(make(vocab, merges)) == [0, 1, 2, 3, 4]
+
+
 def test_dtype_and_ownership(engine):
     """uint16 while all ids fit, else uint32; the array belongs to the caller, who may write to it."""
     for largest, dtype in ((2**16 - 1, np.uint16), (2**16, np.uint32)):
