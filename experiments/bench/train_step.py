@@ -3,12 +3,13 @@
     python -m experiments.bench.train_step [--device cuda] [--sizes 22m 134m] [--json FILE]
 
 Both run the same maths: forward, backward, AdamW, fp32 masters; bf16 compute on a GPU, fp32 on a CPU; SDPA attention.
-Times are medians over interleaved rounds in one process (the machine's drift hits both alike); memory is measured
-for each in a process of its own, after compilation: torch's peak on a GPU, the peak resident set on a CPU.
+Times are medians over interleaved rounds in one process (the machine's drift hits both alike). Memory is the peak
+of steps after compilation: on a GPU by torch's allocator, less what the other variant holds; on a CPU the peak
+resident set of a process for each.
 """
 
 import gc
-import json
+import os
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import tyro
@@ -115,29 +117,47 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def time_both(size: str, device: torch.device, steps: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+class Measured(NamedTuple):
+    """What was read off both variants, by name."""
+
+    seconds: dict[str, list[float]]  # of each step
+    first_seconds: dict[str, float]  # of the first three steps, compilation included
+    peak_bytes: dict[str, int]  # on a GPU; empty on a CPU
+
+
+def measure_both(size: str, device: torch.device, steps: int) -> Measured:
     cfg, batch_size = shapes(size, device)
     data = batches(cfg, batch_size, device)
-    runs = {name: make(cfg, device) for name, make in VARIANTS.items()}
-    first = {}
-    for name, run in runs.items():
+    runs, first, held = {}, {}, {}
+    cuda = device.type == "cuda"
+    for name, make in VARIANTS.items():
+        before = torch.cuda.memory_allocated() if cuda else 0
         start = time.perf_counter()
+        runs[name] = make(cfg, device)
         for i in range(3):
-            run(data[i])
+            runs[name](data[i])
         synchronize(device)
         first[name] = time.perf_counter() - start
-    times: dict[str, list[float]] = {name: [] for name in runs}
+        gc.collect()
+        held[name] = torch.cuda.memory_allocated() - before if cuda else 0
     # On a GPU several steps form one reading, so that the host's launches overlap with the device as in training.
-    inner = 5 if device.type == "cuda" else 1
+    inner = 5 if cuda else 1
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    peaks: dict[str, int] = {}
     for i in range(max(steps // inner, 3)):
         for name in sorted(runs, reverse=bool(i % 2)):
             synchronize(device)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                others = torch.cuda.memory_allocated() - held[name]
             start = time.perf_counter()
             for j in range(inner):
                 runs[name](data[(i + j) % len(data)])
             synchronize(device)
             times[name].append((time.perf_counter() - start) / inner)
-    return times, first
+            if cuda:
+                peaks[name] = torch.cuda.max_memory_allocated() - others
+    return Measured(times, first, peaks)
 
 
 def resident_peak(reset: bool = False) -> int:
@@ -149,32 +169,35 @@ def resident_peak(reset: bool = False) -> int:
     return int(text.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def measure_memory(variant: str, size: str, device: torch.device) -> int:
-    """Peak bytes over three steps after compilation."""
+def resident_growth(variant: str, size: str) -> int:
+    """Peak resident bytes of three compiled steps on the CPU, over what the process held before."""
+    device = torch.device("cpu")
     cfg, batch_size = shapes(size, device)
     data = batches(cfg, batch_size, device)
-    if device.type == "cpu":
-        base = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    base = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     run = VARIANTS[variant](cfg, device)
     for i in range(3):
         run(data[i])
     gc.collect()
-    synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        resident_peak(reset=True)
+    resident_peak(reset=True)
     for i in range(3):
         run(data[i])
-    synchronize(device)
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak() - base
+    return resident_peak() - base
+
+
+def resident_in_own_process(variant: str, size: str) -> int:
+    command = [sys.executable, "-m", "experiments.bench.train_step", "--device", "cpu"]
+    done = subprocess.run([*command, "--sizes", size, "--memory-of", variant], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ValueError(f"memory of {variant} at {size}: {done.stderr[-2000:]}")
+    return int(done.stdout.split()[-1])
 
 
 @program
 def main(args: Args) -> None:
     device = pick_device(args.device)
     if args.memory_of is not None:
-        print(json.dumps(measure_memory(args.memory_of, args.sizes[0], device)))
+        print(resident_growth(args.memory_of, args.sizes[0]))
         return
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     rows = []
@@ -182,24 +205,19 @@ def main(args: Args) -> None:
         cfg, batch_size = shapes(size, device)
         n_params = tree.n_params(transformer.init(random.key(0), cfg))
         say(f"{size}: {n_params:,} parameters, {batch_size} x {cfg.context_length} tokens")
-        times, first = time_both(size, device, args.steps)
+        measured = measure_both(size, device, args.steps)
+        times = measured.seconds
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         ms = {k: 1e3 * statistics.median(v) for k, v in times.items()}
         spread = {k: 1e3 * (max(v) - min(v)) for k, v in times.items()}
         say("  ms/step (max - min): " + ", ".join(f"{k} {ms[k]:.2f} ({spread[k]:.2f})" for k in ms))
-        say("  first three steps, s: " + ", ".join(f"{k} {v:.1f}" for k, v in first.items()))
+        say("  first three steps, s: " + ", ".join(f"{k} {v:.1f}" for k, v in measured.first_seconds.items()))
         peer = "nn.Module + torch.compile + fused AdamW"
         rows.append(row(f"{size}: step", ms["purelm"], "ms", peer=peer, peer_value=ms["module"], device=name))
-        memory = {}
-        for variant in VARIANTS:
-            command = [sys.executable, "-m", "experiments.bench.train_step", "--device", str(device)]
-            command += ["--sizes", size, "--memory-of", variant]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise ValueError(f"memory of {variant} at {size}: {done.stderr[-2000:]}")
-            memory[variant] = int(done.stdout.split()[-1]) / 2**20
+        peaks = measured.peak_bytes or {name: resident_in_own_process(name, size) for name in VARIANTS}
+        memory = {name: peak / 2**20 for name, peak in peaks.items()}
         rows.append(
             row(f"{size}: peak memory", memory["purelm"], "MiB", peer=peer, peer_value=memory["module"], device=name)
         )
