@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from purelm import random
@@ -157,16 +157,27 @@ def test_text_after_the_stop_string_is_cut(monkeypatch):
     assert out.texts == ["one two\n\n"]
 
 
-def test_stop_strings_before_min_new_tokens_do_not_count(monkeypatch):
-    """An occurrence that was complete before min_new_tokens neither stops nor cuts; a later one does."""
-    script(monkeypatch, [2, 1, 1, 1, 2, 1])
+@pytest.mark.parametrize(
+    ("ids", "min_new_tokens", "n"),
+    [
+        ([2, 1, 1, 1, 2, 1], 3, 5),  # too early, and again later
+        ([1, 2, 2, 1], 3, 3),  # the third token is in time, the second is not
+        ([1, 1, 2, 1, 1], 4, 5),  # complete before the fourth token: not the fourth's doing
+    ],
+)
+def test_stop_strings_before_min_new_tokens_do_not_count(monkeypatch, ids, min_new_tokens, n):
+    """By hand: an occurrence that was complete before min_new_tokens neither stops nor cuts; a later one does."""
+    script(monkeypatch, ids)
     out = generate(
-        PARAMS, [[0]], CFG, KEY, max_new_tokens=6, min_new_tokens=3, stop_strings=["c"], decode_fn=decode_fn
-    )
-    assert out.tokens[0].tolist() == [2, 1, 1, 1, 2]
-    assert out.texts == ["cbbbc"]
+        PARAMS, [[0]], CFG, KEY, max_new_tokens=len(ids), min_new_tokens=min_new_tokens, stop_strings=["c"],
+        decode_fn=decode_fn,
+    )  # fmt: skip
+    assert out.tokens[0].tolist() == ids[:n]
+    assert out.texts == [decode_fn(ids[:n])]
 
 
+@example(list("b" + "a" * 20 + "b"), "a" * 20 + "b")
+@example(["a", *[""] * 20, "b"], "ab")
 @given(st.lists(st.text("ab", max_size=3), max_size=40), st.text("ab", min_size=1, max_size=12))
 def test_stop_string_found_at_once(pieces, stop):
     """Oracle: str.find. Whatever window of tokens (some are empty) is decoded, generation stops at the token that
@@ -244,7 +255,16 @@ def test_no_gradient_and_no_global_generator():
     """Exact: parameters that require gradients do not make a graph; the global generator is not read."""
     params = {**PARAMS, "lm_head": {"weight": PARAMS["lm_head"]["weight"].clone().requires_grad_()}}
     state = torch.random.get_rng_state()
-    out = generate(params, [[1]], CFG, KEY, max_new_tokens=3)
+    needs = []
+
+    def spy(x, w, b=None):
+        y = transformer.REFERENCE.linear(x, w, b)
+        needs.append(y.requires_grad)
+        return y
+
+    ops = transformer.REFERENCE._replace(linear=spy)
+    out = generate(params, [[1]], CFG, KEY, max_new_tokens=3, ops=ops)
+    assert not any(needs)
     assert not out.logprobs[0].requires_grad
     assert torch.equal(state, torch.random.get_rng_state())
 
