@@ -279,6 +279,8 @@ def train(cfg: Pretrain, ready: Setup) -> Result:
                 if cfg.heldout and cfg.eval_every and done % cfg.eval_every == 0:
                     emit(eval_row(ready.evaluate(state.params, cfg.eval_tokens), done))
                 if cfg.save_every and done % cfg.save_every == 0:
+                    if pending is not None:  # its row must be on disk: a run resumed from here will not write it
+                        text, pending = log(*pending), None
                     save(cfg, ready.model, state, done, clock.total())
         if pending is not None:
             update(cfg.steps, log(*pending))

@@ -43,14 +43,16 @@ class Quickstart:
     """how many built-in stories to generate"""
     max_bytes: int = 100_000_000
     """of the user's text"""
-    vocab_size: int = 2048
-    steps: int = 1200
-    batch_size: int = 8
+    vocab_size: int = 1024
+    steps: int = 850
+    batch_size: int = 12
     context_length: int = 256
     d_model: int = 192
     n_layers: int = 4
     n_heads: int = 6
-    optim: Optim = field(default_factory=lambda: Optim(name="muon", lr=6e-3, lr_min_ratio=0.0, warmup_steps=50))
+    optim: Optim = field(
+        default_factory=lambda: Optim(name="muon", lr=1e-2, adamw_lr_ratio=1.0, lr_min_ratio=0.0, warmup_steps=50)
+    )
     seed: int = 0
     device: str = "auto"
     prompt: str | None = None
