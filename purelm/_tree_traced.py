@@ -17,12 +17,17 @@ import torch
 from torch import Tensor
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Structure:
     """Form of a tree: the same containers with the leaf's number at each leaf."""
 
     index_tree: Any
     n_leaves: int
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and _same_form(self.index_tree, other.index_tree)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def flatten(tree: Any) -> tuple[list[Any], Structure]:
@@ -169,6 +174,25 @@ def _collect(tree: Any, found: list[Any]) -> None:
             found.append(child)
         else:
             _collect(child, found)
+
+
+def _same_form(a: Any, b: Any) -> bool:
+    """Whether two trees of numbers have the same containers (written out, for dynamo compares no nested dicts)."""
+    if is_dict(a):
+        if type(a) is not type(b) or len(a) != len(b):
+            return False
+        for k in a:
+            if k not in b or not _same_form(a[k], b[k]):
+                return False
+        return True
+    if is_tuple(a) or type(a) is list:
+        if type(a) is not type(b) or len(a) != len(b):
+            return False
+        for i, x in enumerate(a):
+            if not _same_form(x, b[i]):
+                return False
+        return True
+    return type(a) is type(b)
 
 
 def _is_leaf(x: Any) -> bool:
