@@ -219,10 +219,11 @@ def randint(
         raise ValueError(f"randint: [{low}, {high}) must lie in [-2**62, 2**62]")
     span = high - low
     if n_bits == 32 and -(2**31) <= low and high <= 2**31:
-        # Two words a value: (word1 * 2**32 + word2) mod span, with jax's uint32 arithmetic, which wraps.
+        # Two words a value: (word1 * 2**32 + word2) mod span. jax's uint32 arithmetic wraps in the square only, which
+        # makes the factor 0 for spans above 2**16; below, nothing reaches 2**32.
         first, second = (bits(k, shape, index=index) for k in split(key))
         factor = (2**16 % span) ** 2 % 2**32 % span
-        return low + (((first % span) * factor & WORD) + second % span & WORD) % span
+        return low + ((first % span) * factor + second % span) % span
 
     def long(k: Key) -> Tensor:
         return draw(k, shape, index, lambda a, b: (a.to(torch.int64) << 32) | unsigned(b), torch.int64)
