@@ -57,7 +57,12 @@ class Pretrain:
     seed: int = 0
     eval_every: int = 250
     eval_tokens: int | None = 100_000
-    """held-out tokens of the evaluations on the way; the last one takes all. None: always all"""
+    """held-out tokens of the evaluations on the way; None: all"""
+    last_eval_tokens: int | None = None
+    """held-out tokens of the last evaluation; None: all"""
+    eval_stride: int | None = None
+    """new tokens in each window of an evaluation: all but these of the context length are there to be seen first.
+    None: half of the context length"""
     save_every: int = 500
     keep_last: int = 2
     log_every: int = 10

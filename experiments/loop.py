@@ -159,7 +159,7 @@ def setup(cfg: Pretrain) -> Setup:
     sizes = token_bytes(bpe) if bpe is not None else None
 
     def evaluate(params: Any, limit: int | None) -> Score | None:
-        """Windows overlap by half: each counted token but the first has at least half a context before it."""
+        """Windows overlap: each counted token but the first has context_length - stride tokens or more before it."""
         if heldout is None:
             return None
         part = heldout.tokens[: limit + 1] if limit is not None else heldout.tokens[:]
@@ -169,7 +169,8 @@ def setup(cfg: Pretrain) -> Setup:
             n_bytes = int(sizes[torch.from_numpy(part[1:].astype("int64"))].sum())
         params = tree.cast(params, precision.compute)
         size = model.context_length
-        windows = eval_windows(part, min(cfg.batch_size, 16), size, device=device, stride=max(size // 2, 1))
+        stride = max(size // 2, 1) if cfg.eval_stride is None else cfg.eval_stride
+        windows = eval_windows(part, min(cfg.batch_size, 16), size, device=device, stride=stride)
         return score(lambda p, b: transformer.loss(p, b, model, ops=ops), params, windows, n_bytes, device=device)
 
     params = tree.to(transformer.init(init_key, model), device)
@@ -286,7 +287,7 @@ def train(cfg: Pretrain, ready: Setup) -> Result:
             update(cfg.steps, log(*pending))
     seconds = clock.total()
     save(cfg, ready.model, state, cfg.steps, seconds)
-    result = ready.evaluate(state.params, None)
+    result = ready.evaluate(state.params, cfg.last_eval_tokens)
     if result is not None:
         emit(eval_row(result, cfg.steps))
     return Result(state, result, seconds, (cfg.steps - first) * tokens_per_step)
@@ -349,6 +350,9 @@ def start(cfg: Pretrain) -> Setup:
     there = checkpoint.latest(cfg.run / "checkpoints")
     if there is not None and not cfg.resume:
         raise ValueError(f"run {cfg.run} has a checkpoint of step {there}: give --resume, or another --run")
+    stride, context_length = cfg.eval_stride, cfg.model.context_length
+    if stride is not None and not 1 <= stride <= context_length:
+        raise ValueError(f"eval_stride is {stride}: allowed is 1 to model.context_length, {context_length}")
     ready = setup(cfg)
     cfg.run.mkdir(parents=True, exist_ok=True)
     if cfg.tokenizer is not None and cfg.tokenizer.resolve() != (cfg.run / "tokenizer.json").resolve():

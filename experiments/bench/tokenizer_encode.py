@@ -8,8 +8,8 @@ tokenizer.json; by default r50k_base.tiktoken, GPT-2's, in FOLDER or in a folder
 32,000 tokens that is trained on the documents. They take turns, results are dropped at once, the best round counts.
 
 "warm": the pieces were met before. "cold": a new tokenizer each round, with its tables still to make and nothing
-remembered; the machine code is loaded in both. tiktoken and tokenizers are measured warm. "two threads" is wall time
-against one thread of purelm; "first call" is the wall time of the first compiled call in a new process.
+remembered; the machine code is loaded in both. tiktoken and tokenizers are measured warm. "two workers" is the wall
+time of `encode_file` against one worker; "first call" that of the first compiled call in a new process.
 """
 
 import dataclasses
@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from experiments.bench.report import publish, row
 from experiments.bench.tokenizer_train import END, texts
 from experiments.console import program, say
 from purelm import tokenizer
+from purelm.tokenizer.files import encode_file
 
 PACKAGES = ("purelm", "numba", "numpy", "regex", "tiktoken", "tokenizers")
 WORST = {
@@ -148,29 +148,29 @@ def encode_rows(bpe: tokenizer.BPE, documents: list[str], rounds: int, name: str
             value = megabytes / seconds[what]
             rows.append(row(f"encode, {what}", value, "MB/s", peer=peer, peer_value=peer_value, packages=PACKAGES))
     if engines[0] == "numba":
-        rows.append(thread_row(bpe, documents, megabytes))
+        rows.append(workers_row(bpe, documents))
     return rows
 
 
-def thread_row(bpe: tokenizer.BPE, documents: list[str], megabytes: float) -> dict:
-    """Two threads on halves of the documents, wall time."""
-
-    def run(part: list[str]) -> None:
-        for text in part:
-            tokenizer.encode(bpe, text, None, engine="numba")
-
+def workers_row(bpe: tokenizer.BPE, documents: list[str]) -> dict:
+    """`encode_file` of some 100 MB with two workers and with one, wall time."""
+    text = END.join(documents).encode()
     wall = {1: float("inf"), 2: float("inf")}
-    for _ in range(5):
-        for n in wall:
-            with ThreadPoolExecutor(n) as pool:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.txt"
+        n_copies = -(-100_000_000 // len(text))
+        path.write_bytes(END.encode().join([text] * n_copies))
+        megabytes = path.stat().st_size / 1e6
+        for _ in range(3):
+            for n in wall:
                 start = time.perf_counter()
-                list(pool.map(run, [documents[k::n] for k in range(n)]))
+                encode_file(bpe, path, Path(folder) / f"{n}.bin", n_workers=n, engine="numba")
                 wall[n] = min(wall[n], time.perf_counter() - start)
     return row(
-        "encode, numba, two threads, wall",
+        "encode_file, numba, two workers, wall",
         megabytes / wall[2],
         "MB/s",
-        peer="one thread",
+        peer="one worker",
         peer_value=megabytes / wall[1],
         packages=PACKAGES,
     )

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 
-from purelm.tokenizer import huggingface
+from purelm.tokenizer import huggingface, tables
 from purelm.tokenizer.alphabet import from_unicode, read_text, to_unicode, write_atomic
 from purelm.tokenizer.bpe import BPE, make
 from purelm.tokenizer.patterns import CL100K, GPT2, O200K
@@ -207,6 +207,10 @@ def fingerprint(bpe: BPE) -> str:
 
     The order of the special tokens and of the vocab's entries decides nothing and is left out.
     """
+    return tables.once(bpe, "fingerprint", _fingerprint)
+
+
+def _fingerprint(bpe: BPE) -> str:
     digest = hashlib.sha256(b"purelm BPE 1\n")
     special = sorted(bpe.special_tokens)
     header = [bpe.pattern, special, bool(bpe.ignore_merges), len(bpe.vocab), len(bpe.merges)]

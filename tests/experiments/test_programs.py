@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from purelm import checkpoint, track, tree
+from purelm.data import open_tokens
+from purelm.models import transformer
+from purelm.models.config import config_from_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--d-model", "32", "--n-layers", "2", "--n-heads", "2", "--batch-size", "4", "--vocab-size", "400"]
@@ -130,12 +133,28 @@ def test_microbatches_and_remat_give_the_same_losses(quick, tmp_path):
         assert x == pytest.approx(y, rel=1e-4)  # fp32, another order of sums
 
 
+def test_the_last_evaluation_sees_what_eval_stride_and_last_eval_tokens_say(quick, tmp_path):
+    """Oracle: windows cut by hand, 64 targets of the first and the last 16 of each other one."""
+    pretrain(quick, tmp_path, "--steps", 3, "--eval-stride", 16, "--last-eval-tokens", 64 + 5 * 16)
+    state, meta = checkpoint.load(tmp_path / "checkpoints")
+    cfg = config_from_dict(meta["config"]["model"])
+    ids = torch.from_numpy(open_tokens(quick[0] / "data" / "heldout.bin").tokens[:200].astype("int64"))
+    nll = []
+    for start in range(0, 6 * 16, 16):
+        logits = transformer.apply(state["params"], ids[start : start + 64][None], cfg)[0]
+        of_window = torch.nn.functional.cross_entropy(logits, ids[start + 1 : start + 65], reduction="none")
+        nll.append(of_window if start == 0 else of_window[-16:])
+    row = track.read_rows(tmp_path / "metrics.jsonl")[-1]
+    assert row["heldout_loss"] == pytest.approx(float(torch.cat(nll).double().mean()), rel=1e-5)  # fp32
+
+
 @pytest.mark.parametrize(
     "args,message",
     [
         (["--steps", "0"], "must be positive"),
         (["--model.vocab-size", "17"], "model.vocab_size 17 is below"),
         (["--resume"], "no complete checkpoint"),
+        (["--eval-stride", "0"], "eval_stride is 0: allowed is 1 to"),
         (["--device", "cuda:99"], "device"),
         (["--microbatches", "3"], "4"),
         (["--train", "/nowhere/train.bin"], "/nowhere/train.bin"),
