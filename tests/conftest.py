@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: its kernels then run on the CPU, step by step
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from hypothesis import HealthCheck, settings
 
 # Timings of a shared machine are no property of the code: no deadline. Derandomised so that a red run can be repeated.
