@@ -24,7 +24,7 @@ __all__ = ["backward_function", "device_of", "interpreted"]
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1, set before triton's import)."""
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1, set before its import)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
