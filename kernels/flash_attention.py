@@ -1,0 +1,308 @@
+"""Flash attention: exact attention without the (T, S) matrix of scores, as an op that every transform accepts.
+
+    from purelm.kernels.flash_attention import flash_attention
+    o_BTHE = flash_attention(q_BTHK, k_BSGK, v_BSGK, causal=True)
+
+Dao 2023, "FlashAttention-2" (arXiv:2307.08691). Forward, with s = scale q k^T over the keys that a query sees:
+
+    lse = log sum exp s,  p = exp(s - lse),  o = p v
+
+Backward, from do and dlse, with delta = rowsum(o do) - dlse:
+
+    ds = p (do v^T - delta),  dq = scale ds k,  dk = scale ds^T q,  dv = p^T do
+
+p is formed again from lse, the only thing saved besides inputs and output. On CUDA these are the Triton kernels of
+flash_attention_triton.py, elsewhere the tiled torch code of flash_attention_reference.py. Both are deterministic.
+Legend: B batch, T query positions, S key positions, H query heads, G key/value heads, K and E head dims.
+"""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from purelm.kernels.flash_attention_reference import tiled_backward, tiled_forward
+from purelm.kernels.recipe import backward_function
+from purelm.ops.attention import check_heads
+from purelm.ops.masks import Segments, Window, segment_pair, span
+from purelm.ops.precision import accumulator
+
+__all__ = [
+    "bidirectional_flash_attention",
+    "flash_attention",
+    "flash_attention_reference",
+    "segment_ids_from_cu_seqlens",
+]
+
+Precision = Literal["ieee", "tf32x3", "tf32"]
+MAX_HEAD_DIM = 256
+
+
+def flash_attention(
+    q_BTHK: Float[Tensor, "b t h k"],
+    k_BSGK: Float[Tensor, "b s g k"],
+    v_BSGK: Float[Tensor, "b s g e"],
+    *,
+    causal: bool = True,
+    window: Window = None,
+    segment_ids: Segments = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Int[Tensor, " n"] | None = None,
+    sinks: Float[Tensor, " h"] | None = None,
+    return_lse: bool = False,
+    precision: Precision = "tf32x3",
+) -> Any:
+    """o = softmax(scale q k^T) v over the keys that a query sees: `purelm.ops.attention.attention`, and more.
+
+    Args:
+        causal, window, segment_ids, scale, softcap: as there. Tiles whose segment ids cannot meet (their ranges from
+            smallest to largest are apart) are skipped, so documents packed one after another cost what they are.
+        cu_seqlens: instead of segment_ids: the ends of documents packed into one row, [0, n1, n1 + n2, ..., T], the
+            same for queries and keys; B must be 1.
+        sinks: a learned score for each query head, which takes its share of the softmax and gives no value.
+        return_lse: also return lse_BHT, the natural log of the sum of exp of a query's scores (and sink), fp32,
+            -inf for a query that sees nothing. It is differentiable, so partial attentions can be merged.
+        precision: of products of fp32 on a GPU: "ieee", "tf32x3" (near fp32, on the tensor cores) or "tf32".
+
+    On CUDA: fp32, bf16 or fp16, the same for q, k and v, and head dims up to 256. Not for double backward and jvp.
+    """
+    if cu_seqlens is not None:
+        if segment_ids is not None:
+            raise ValueError("give segment_ids or cu_seqlens, not both")
+        if q_BTHK.shape[0] != 1 or q_BTHK.shape[1] != k_BSGK.shape[1]:
+            raise ValueError(
+                f"cu_seqlens needs batch 1 and as many queries as keys, got q {tuple(q_BTHK.shape)} and "
+                f"k {tuple(k_BSGK.shape)}"
+            )
+        segment_ids = segment_ids_from_cu_seqlens(cu_seqlens, q_BTHK.shape[1])
+    args = _arguments(q_BTHK, k_BSGK, v_BSGK, causal, window, segment_ids, scale, softcap, sinks, precision)
+    o, lse = _FlashAttention.apply(q_BTHK, k_BSGK, v_BSGK, *args)
+    return (o, lse) if return_lse else o
+
+
+def flash_attention_reference(
+    q_BTHK: Float[Tensor, "b t h k"],
+    k_BSGK: Float[Tensor, "b s g k"],
+    v_BSGK: Float[Tensor, "b s g e"],
+    *,
+    causal: bool = True,
+    window: Window = None,
+    segment_ids: Segments = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " h"] | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`flash_attention` by the tiled torch code, on any device and in any dtype: what to read, and to check by."""
+    args = _arguments(q_BTHK, k_BSGK, v_BSGK, causal, window, segment_ids, scale, softcap, sinks, None)
+    o, lse = _Tiled.apply(q_BTHK, k_BSGK, v_BSGK, *args[:-1])
+    return (o, lse) if return_lse else o
+
+
+def bidirectional_flash_attention(
+    q_BTHK: Float[Tensor, "b t h k"],
+    k_BSGK: Float[Tensor, "b s g k"],
+    v_BSGK: Float[Tensor, "b s g e"],
+    *,
+    lengths: Int[Tensor, " b"] | None = None,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, "b t h e"]:
+    """Every position sees every other: the attention of encoders, classifiers and regressors.
+
+    lengths: the number of true positions of each row, whose others are padding on the right: it is seen by none, and
+    its own outputs are zeros.
+    """
+    segments: Segments = None
+    if lengths is not None:
+        here, there = (torch.arange(x.shape[1], device=x.device) < lengths[:, None] for x in (q_BTHK, k_BSGK))
+        segments = (torch.where(here, 1, 0), torch.where(there, 1, -1))
+    return flash_attention(
+        q_BTHK, k_BSGK, v_BSGK, causal=False, window=window, segment_ids=segments, scale=scale, softcap=softcap
+    )
+
+
+def segment_ids_from_cu_seqlens(cu_seqlens: Int[Tensor, " n"], length: int) -> Int[Tensor, "1 t"]:
+    """The number of the document at each position of a packed row.
+
+    >>> segment_ids_from_cu_seqlens(torch.tensor([0, 2, 5]), 5)
+    tensor([[0, 0, 1, 1, 1]])
+    """
+    at = torch.arange(length, device=cu_seqlens.device)
+    return (torch.searchsorted(cu_seqlens.long(), at, right=True) - 1).unsqueeze(0)
+
+
+def _arguments(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: Window, segment_ids: Segments, scale: float | None,
+    softcap: float | None, sinks: Tensor | None, precision: str | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Checked arguments of the ops after q, k and v."""
+    check_heads(q, k, v)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if precision not in (None, "ieee", "tf32x3", "tf32"):
+        raise ValueError(f'precision must be "ieee", "tf32x3" or "tf32", got {precision!r}')
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0 or None, got {softcap}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"scale must be above 0, got {scale}: scale q yourself, or use purelm.ops.attention")
+    if sinks is not None and sinks.shape != (q.shape[2],):
+        raise ValueError(f"sinks must have one score a query head, ({q.shape[2]},), got {tuple(sinks.shape)}")
+    if q.is_cuda and precision is not None:
+        if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"flash_attention on CUDA takes fp32, bf16 or fp16, got {q.dtype}: use flash_attention_reference"
+            )
+        if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+            raise ValueError(
+                f"flash_attention on CUDA takes head dims up to {MAX_HEAD_DIM}, got {q.shape[-1]} and {v.shape[-1]}: "
+                "use purelm.ops.attention"
+            )
+    left, right = span(q.shape[1], k.shape[1], causal, window)
+    pair = segment_pair(segment_ids, q.shape[1], k.shape[1])
+    ids = (None, None) if pair is None else tuple(x.to(torch.int32).expand(q.shape[0], -1) for x in pair)
+    return (*ids, sinks, left, right, scale, softcap, precision)
+
+
+# --- custom ops
+
+
+@torch.library.custom_op("purelm::flash_attention_fwd", mutates_args=(), device_types="cuda")
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, q_ids: Tensor | None, kv_ids: Tensor | None, sinks: Tensor | None,
+    left: int | None, right: int | None, scale: float, softcap: float | None, precision: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from purelm.kernels import flash_attention_triton as kernels
+
+    request = kernels.Request(left, right, scale, softcap, precision)
+    return kernels.forward(q, k, v, _pair(q_ids, kv_ids), sinks, request)
+
+
+@_forward_op.register_kernel("cpu")
+def _(q, k, v, q_ids, kv_ids, sinks, left, right, scale, softcap, precision):
+    return tiled_forward(q, k, v, _pair(q_ids, kv_ids), sinks, left, right, scale, softcap)
+
+
+@_forward_op.register_fake
+def _(q, k, v, q_ids, kv_ids, sinks, left, right, scale, softcap, precision):
+    B, T, H, _ = q.shape
+    return q.new_empty(B, T, H, v.shape[-1]), q.new_empty(B, H, T, dtype=accumulator(q.dtype))
+
+
+@torch.library.custom_op("purelm::flash_attention_bwd", mutates_args=(), device_types="cuda")
+def _backward_op(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, q_ids: Tensor | None,
+    kv_ids: Tensor | None, left: int | None, right: int | None, scale: float, softcap: float | None, precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from purelm.kernels import flash_attention_triton as kernels
+
+    request = kernels.Request(left, right, scale, softcap, precision)
+    return kernels.backward(do, dlse, q, k, v, o, lse, _pair(q_ids, kv_ids), request)
+
+
+@_backward_op.register_kernel("cpu")
+def _(do, dlse, q, k, v, o, lse, q_ids, kv_ids, left, right, scale, softcap, precision):
+    return tiled_backward(do, dlse, q, k, v, o, lse, _pair(q_ids, kv_ids), left, right, scale, softcap)
+
+
+@_backward_op.register_fake
+def _(do, dlse, q, k, v, o, lse, q_ids, kv_ids, left, right, scale, softcap, precision):
+    return (*(x.new_empty(x.shape) for x in (q, k, v)), lse.new_empty(lse.shape))
+
+
+def _pair(q_ids: Tensor | None, kv_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if q_ids is None or kv_ids is None else (q_ids.contiguous(), kv_ids.contiguous())
+
+
+# --- autograd and vmap
+
+
+def _fold(info: Any, dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """Each tensor with its mapped axis folded into its first one; an unmapped one is repeated for every sample."""
+    out = []
+    for x, dim in zip(tensors, dims, strict=True):
+        if x is None:
+            out.append(None)
+            continue
+        x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        out.append(x.flatten(0, 1))
+    return out
+
+
+def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
+    n = 9  # tensors; the rest are numbers
+    folded = _fold(info, in_dims[:n], args[:n])
+    grads = _backward(*folded, *args[n:])
+    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in grads), (0, 0, 0, 0)
+
+
+_backward = backward_function("flash_attention", _backward_op, _vmap_backward)
+_NO_GRADS = (None,) * 8  # of ids, limits and numbers
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, v, q_ids, kv_ids, sinks, left, right, scale, softcap, precision):
+        return _forward_op(q, k, v, q_ids, kv_ids, sinks, left, right, scale, softcap, precision)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, q_ids, kv_ids, sinks, *numbers = inputs
+        ctx.save_for_backward(q, k, v, *output, q_ids, kv_ids, sinks)
+        ctx.numbers = numbers
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k, v, o, lse, q_ids, kv_ids, sinks = ctx.saved_tensors
+        if do is None and dlse is None:
+            return None, None, None, *_NO_GRADS
+        do = torch.zeros_like(o) if do is None else do
+        dq, dk, dv, delta = _backward(do, dlse, q, k, v, o, lse, q_ids, kv_ids, *ctx.numbers)
+        return dq, dk, dv, None, None, _sink_gradient(sinks, lse, delta), *_NO_GRADS[3:]
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        if in_dims[5] is not None:  # sinks of each sample: their heads cannot share a launch
+            rows = [_sample(i, in_dims, args) for i in range(info.batch_size)]
+            outs = [_FlashAttention.apply(*row) for row in rows]
+            return tuple(torch.stack(x) for x in zip(*outs, strict=True)), (0, 0)
+        o, lse = _FlashAttention.apply(*_fold(info, in_dims[:5], args[:5]), *args[5:])
+        return (o.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
+
+
+def _sample(i: int, in_dims: Any, args: tuple[Any, ...]) -> list[Any]:
+    return [x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)]
+
+
+def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
+    if sinks is None:
+        return None
+    share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+    return -(share * delta).sum((0, 2)).to(sinks.dtype)
+
+
+class _Tiled(torch.autograd.Function):
+    """The same with torch code on every device."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q, k, v, q_ids, kv_ids, sinks, left, right, scale, softcap):
+        return tiled_forward(q, k, v, _pair(q_ids, kv_ids), sinks, left, right, scale, softcap)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, q_ids, kv_ids, sinks, *numbers = inputs
+        ctx.save_for_backward(q, k, v, *output, q_ids, kv_ids, sinks)
+        ctx.numbers = numbers
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k, v, o, lse, q_ids, kv_ids, sinks = ctx.saved_tensors
+        dq, dk, dv, delta = tiled_backward(do, dlse, q, k, v, o, lse, _pair(q_ids, kv_ids), *ctx.numbers)
+        return dq, dk, dv, None, None, _sink_gradient(sinks, lse, delta), None, None, None, None

@@ -1,0 +1,61 @@
+"""Tile sizes of flash attention: those of flash_attention_table.py, which is measured and shipped, so that no first
+call tunes; or safe ones."""
+
+import warnings
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from purelm.kernels.flash_attention_table import TABLE
+
+__all__ = ["PASSES", "Blocks", "choose", "fallback"]
+
+PASSES = ("forward", "backward_q", "backward_kv")
+
+
+class Blocks(NamedTuple):
+    """How a pass is cut."""
+
+    m: int  # queries of a tile
+    n: int  # keys of a tile
+    n_warps: int
+    n_stages: int  # tiles that are loaded ahead, and the one in use
+
+
+def choose(which: str, D: int, E: int, dtype: torch.dtype, causal: bool, device: torch.device) -> Blocks:
+    """Tiles for one of PASSES. D and E: head dims padded to a power of two; causal: whether the right is cut off."""
+    if device.type != "cuda":  # the interpreter
+        return Blocks(16, 16, 4, 1)
+    width, size = max(D, E), dtype.itemsize
+    arch = architecture(device)
+    found = TABLE.get((arch, which, width, size, causal))
+    if found is None:
+        _say_once(arch, width, size)
+        return fallback(which, width, size)
+    return Blocks(*found)
+
+
+def fallback(which: str, width: int, size: int) -> Blocks:
+    """Tiles that fit the shared memory of any GPU from Ampere on."""
+    if width * size <= 128:
+        return Blocks(64, 64, 4, 2)
+    if width * size <= 256:
+        return Blocks(64, 64, 4, 2) if which == "forward" else Blocks(32, 64, 4, 2)
+    return Blocks(32, 32, 4, 1) if width * size <= 512 else Blocks(16, 16, 4, 1)
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """sm90 and the like: hopper, compute capability 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+@cache
+def _say_once(arch: str, width: int, size: int) -> None:
+    warnings.warn(
+        f"flash_attention: tiles for {arch}, head dim {width}, {8 * size} bits were never measured: safe ones are "
+        "used. `python -m experiments.tune_kernels` measures them",
+        stacklevel=4,
+    )
