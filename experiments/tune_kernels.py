@@ -8,7 +8,6 @@ architectures, head dims and dtypes stay.
 """
 
 import json
-import pprint
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -140,7 +139,8 @@ def write_table(found: dict[Case, list[tuple[float, Blocks]]], arch: str) -> Non
     for (which, D, dtype, causal), times in found.items():
         new[(arch, which, D, DTYPES[dtype].itemsize, causal)] = tuple(times[0][1])
     path = Path(__file__).resolve().parents[1] / "kernels" / "flash_attention_table.py"
-    path.write_text(HEADER + pprint.pformat(dict(sorted(new.items())), width=110) + "\n")
+    lines = "".join(f"    {key!r}: {tuple(value)!r},\n" for key, value in sorted(new.items())).replace("'", '"')
+    path.write_text(HEADER + "{\n" + lines + "}\n")
     say(f"wrote {path}")
 
 

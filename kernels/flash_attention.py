@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from purelm.kernels.flash_attention_reference import tiled_backward, tiled_forward
-from purelm.kernels.recipe import backward_function
+from purelm.kernels.recipe import applier, backward_function
 from purelm.ops.attention import check_heads
 from purelm.ops.masks import Segments, Window, segment_pair, span
 from purelm.ops.precision import accumulator
@@ -78,7 +78,7 @@ def flash_attention(
             )
         segment_ids = segment_ids_from_cu_seqlens(cu_seqlens, q_BTHK.shape[1])
     args = _arguments(q_BTHK, k_BSGK, v_BSGK, causal, window, segment_ids, scale, softcap, sinks, precision)
-    o, lse = _FlashAttention.apply(q_BTHK, k_BSGK, v_BSGK, *args)
+    o, lse = _apply(q_BTHK, k_BSGK, v_BSGK, *args)
     return (o, lse) if return_lse else o
 
 
@@ -273,6 +273,9 @@ class _FlashAttention(torch.autograd.Function):
             return tuple(torch.stack(x) for x in zip(*outs, strict=True)), (0, 0)
         o, lse = _FlashAttention.apply(*_fold(info, in_dims[:5], args[:5]), *args[5:])
         return (o.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
+
+
+_apply = applier(_FlashAttention)
 
 
 def _sample(i: int, in_dims: Any, args: tuple[Any, ...]) -> list[Any]:

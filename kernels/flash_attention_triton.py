@@ -10,6 +10,7 @@ multiples of 16 bytes, through pointers and masks. Scores are in units of log 2,
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from purelm.kernels.flash_attention_tuned import Blocks, choose
+from purelm.kernels.launch import all_aligned, current_device, launch
 from purelm.kernels.recipe import device_of, interpreted
 
 __all__ = ["Request", "backward", "forward"]
@@ -447,20 +449,27 @@ def forward(
     if not S:
         at_most = torch.full_like(lse, -torch.inf) if sinks is None else sinks.float()[None, :, None].expand_as(lse)
         return o.zero_(), at_most.contiguous()
-    args = _Arguments(q_BTHK, k_BSGK, v_BSGK, request)
-    blocks = blocks or choose("forward", args.D, args.E, q_BTHK.dtype, request.right is not None, q_BTHK.device)
-    BM, BN = blocks.m, blocks.n
-    tma = args.tma and _aligned(o)
-    q, k, v = args.q, args.k, args.v
-    lo, hi = _tile_ranges(segments, BM, BN, of_keys=False)
-    with device_of(q):
-        _forward[(triton.cdiv(T, BM) * B * H,)](
-            _tile(q, BM, args.D, tma), _tile(k, BN, args.D, tma), _tile(v, BN, args.E, tma), _tile(o, BM, args.E, tma),
-            lse, _or(sinks, lse), *_ids(segments, lse), _or(lo, lse), _or(hi, lse),
-            *_strides(q), *_strides(k), *_strides(v), *_strides(o), B, H, H // G, T, S, q.shape[-1], E,
-            args.heads_at_once(H // G), *args.limits, *args.scales, SINK=sinks is not None, SEG=segments is not None,
-            TMA=tma, **args.constants, **_launch(blocks),
+    causal = request.right is not None
+    blocks = blocks or choose("forward", *_padded(q_BTHK, v_BSGK), q_BTHK.dtype, causal, q_BTHK.device)
+    lo, hi = _tile_ranges(segments, blocks.m, blocks.n, of_keys=False)
+    q, k, v = map(_rows, (q_BTHK, k_BSGK, v_BSGK))
+    tensors = [x for x in (q, k, v, o, lse, sinks, *(segments or ()), lo, hi) if x is not None]
+
+    def plan() -> tuple[int, Any, Any, Any]:
+        args = _Arguments(q, k, v, request)
+        D, E, tma = args.D, args.E, args.tma and _aligned(o)
+        given = (
+            _tile(q, blocks.m, D, tma), _tile(k, blocks.n, D, tma), _tile(v, blocks.n, E, tma),
+            _tile(o, blocks.m, E, tma), lse, _or(sinks, lse), *_ids(segments, lse), _or(lo, lse), _or(hi, lse),
+            *_strides(q), *_strides(k), *_strides(v), *_strides(o), B, H, H // G, T, S, q.shape[-1], v.shape[-1],
+            args.heads_at_once(H // G), *args.limits, *args.scales,
         )  # fmt: skip
+        constants = {"SINK": sinks is not None, "SEG": segments is not None, "TMA": tma, **args.constants}
+        return _cdiv(T, blocks.m) * B * H, given, *_constants(constants, blocks)
+
+    with device_of(q):
+        key = (_layout(q, k, v), sinks is None, segments is None, request, blocks, all_aligned(tensors))
+        launch(key, _forward, tensors, plan)
     return o, lse
 
 
@@ -485,43 +494,56 @@ def backward(
     only_q and only_kv launch one of the two passes, to time it: what it does not compute is left as it is.
     """
     B, T, H, _ = q_BTHK.shape
-    S, G, E = v_BSGK.shape[1:]
+    S, G = k_BSGK.shape[1:3]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BTHK, k_BSGK, v_BSGK))
     delta = torch.zeros_like(lse_BHT) if not S else torch.empty_like(lse_BHT)
     if not delta.numel() or not S:
         return dq.zero_(), dk.zero_(), dv.zero_(), delta
-    args = _Arguments(q_BTHK, k_BSGK, v_BSGK, request)
     causal = request.right is not None
-    blocks_q = blocks_q or choose("backward_q", args.D, args.E, q_BTHK.dtype, causal, q_BTHK.device)
-    blocks_kv = blocks_kv or choose("backward_kv", args.D, args.E, q_BTHK.dtype, causal, q_BTHK.device)
-    q, k, v, o, do = args.q, args.k, args.v, _rows(o_BTHE), _rows(do_BTHE)
-    tma = args.tma and all(map(_aligned, (o, do, dq, dk, dv)))
-    if not tma:  # one of them is read by pointers: all are
-        o, do = o.contiguous(), do.contiguous()
-    D, R = args.D, H // G
+    padded = _padded(q_BTHK, v_BSGK)
+    blocks_q = blocks_q or choose("backward_q", *padded, q_BTHK.dtype, causal, q_BTHK.device)
+    blocks_kv = blocks_kv or choose("backward_kv", *padded, q_BTHK.dtype, causal, q_BTHK.device)
+    q, k, v, o, do = map(_rows, (q_BTHK, k_BSGK, v_BSGK, o_BTHE, do_BTHE))
     dlse = None if dlse_BHT is None else dlse_BHT.to(torch.float32).contiguous()
-    shared = {"SEG": segments is not None, "TMA": tma, **args.constants}
+    R = H // G
+
+    def plan(blocks: Blocks, lo: Tensor | None, hi: Tensor | None, of_keys: bool) -> tuple[int, Any, Any, Any]:
+        args = _Arguments(q, k, v, request)
+        D, E, BM, BN = args.D, args.E, blocks.m, blocks.n
+        tma = args.tma and all(map(_aligned, (o, do, dq, dk, dv)))
+        numbers = (R, T, S, q.shape[-1], v.shape[-1])
+        ids = (*_ids(segments, delta), _or(lo, delta), _or(hi, delta))
+        constants = {"SEG": segments is not None, "TMA": tma, **args.constants}
+        inputs = (_tile(q, BM, D, tma), _tile(k, BN, D, tma), _tile(v, BN, E, tma))
+        ends = (*args.limits, *args.scales, request.scale)
+        if of_keys:
+            given = (
+                *inputs, _tile(do, BM, E, tma), lse_BHT, delta, _tile(dk, BN, D, tma), _tile(dv, BN, E, tma), *ids,
+                *_strides(q), *_strides(k), *_strides(v), *_strides(do), *_strides(dk), *_strides(dv), B, H, G,
+                *numbers, max(args.heads_at_once(R) // R, 1), *ends,
+            )  # fmt: skip
+            return _cdiv(S, BN) * B * G, given, *_constants(constants, blocks)
+        given = (
+            *inputs, _tile(o, BM, E, tma), _tile(do, BM, E, tma), lse_BHT, _or(dlse, delta), delta,
+            _tile(dq, BM, D, tma), *ids, *_strides(q), *_strides(k), *_strides(v), *_strides(o), *_strides(do),
+            *_strides(dq), B, H, *numbers, args.heads_at_once(R), *ends,
+        )  # fmt: skip
+        return _cdiv(T, BM) * B * H, given, *_constants(constants | {"HAS_DLSE": dlse is not None}, blocks)
+
+    key = (_layout(q, k, v), _layout(o, do), segments is None, dlse is None, request)
     with device_of(q):
         if not only_kv:
-            BM, BN = blocks_q.m, blocks_q.n
-            lo, hi = _tile_ranges(segments, BM, BN, of_keys=False)
-            _backward_q[(triton.cdiv(T, BM) * B * H,)](
-                _tile(q, BM, D, tma), _tile(k, BN, D, tma), _tile(v, BN, args.E, tma), _tile(o, BM, args.E, tma),
-                _tile(do, BM, args.E, tma), lse_BHT, _or(dlse, delta), delta, _tile(dq, BM, D, tma),
-                *_ids(segments, delta), _or(lo, delta), _or(hi, delta), *_strides(q), *_strides(k), *_strides(v),
-                *_strides(o), *_strides(do), *_strides(dq), B, H, R, T, S, q.shape[-1], E, args.heads_at_once(R),
-                *args.limits, *args.scales, request.scale, HAS_DLSE=dlse is not None, **shared, **_launch(blocks_q),
-            )  # fmt: skip
+            lo, hi = _tile_ranges(segments, blocks_q.m, blocks_q.n, of_keys=False)
+            optional = (dlse, *(segments or ()), lo, hi)
+            tensors = [q, k, v, o, do, lse_BHT, delta, dq, *(x for x in optional if x is not None)]
+            every = partial(plan, blocks_q, lo, hi, False)
+            launch((key, blocks_q, all_aligned(tensors)), _backward_q, tensors, every)
         if not only_q:
-            BM, BN = blocks_kv.m, blocks_kv.n
-            lo, hi = _tile_ranges(segments, BM, BN, of_keys=True)
-            _backward_kv[(triton.cdiv(S, BN) * B * G,)](
-                _tile(q, BM, D, tma), _tile(k, BN, D, tma), _tile(v, BN, args.E, tma), _tile(do, BM, args.E, tma),
-                lse_BHT, delta, _tile(dk, BN, D, tma), _tile(dv, BN, args.E, tma), *_ids(segments, delta),
-                _or(lo, delta), _or(hi, delta), *_strides(q), *_strides(k), *_strides(v), *_strides(do), *_strides(dk),
-                *_strides(dv), B, H, G, R, T, S, q.shape[-1], E, max(args.heads_at_once(R) // R, 1), *args.limits,
-                *args.scales, request.scale, **shared, **_launch(blocks_kv),
-            )  # fmt: skip
+            lo, hi = _tile_ranges(segments, blocks_kv.m, blocks_kv.n, of_keys=True)
+            optional = (*(segments or ()), lo, hi)
+            tensors = [q, k, v, do, lse_BHT, delta, dk, dv, *(x for x in optional if x is not None)]
+            every = partial(plan, blocks_kv, lo, hi, True)
+            launch((key, blocks_kv, all_aligned(tensors)), _backward_kv, tensors, every)
     return dq, dk, dv, delta
 
 
@@ -529,9 +551,9 @@ class _Arguments:
     """What all three launches share."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, request: Request):
-        self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
-        self.tma = all(map(_aligned, (self.q, self.k, self.v)))
-        self.D, self.E = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (q, v))
+        self.k, self.v = k, v
+        self.tma = all(map(_aligned, (q, k, v)))
+        self.D, self.E = _padded(q, v)
         self.limits = (request.left or 0, request.right or 0)
         capped = request.softcap is not None
         cap = request.softcap or 1.0
@@ -550,6 +572,21 @@ class _Arguments:
         """Query heads whose keys and values fit the cache together, in whole groups that share them."""
         one = self.k[0, :, 0].numel() * self.k.element_size() + self.v[0, :, 0].numel() * self.v.element_size()
         return max(1, L2_BYTES // max(one, 1)) * n_shared
+
+
+def _padded(q: Tensor, v: Tensor) -> tuple[int, int]:
+    """Head dims as the kernels see them."""
+    return max(16, triton.next_power_of_2(q.shape[-1])), max(16, triton.next_power_of_2(v.shape[-1]))
+
+
+def _layout(*tensors: Tensor) -> tuple[Any, ...]:
+    """All but the addresses."""
+    first = tensors[0]
+    return (*((x.shape, x.stride()) for x in tensors), first.dtype, current_device(first))
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -588,8 +625,9 @@ def _ids(segments: tuple[Tensor, Tensor] | None, unused: Tensor) -> tuple[Tensor
     return (unused, unused) if segments is None else segments
 
 
-def _launch(blocks: Blocks) -> dict[str, int]:
-    return {"BM": blocks.m, "BN": blocks.n, "num_warps": blocks.n_warps, "num_stages": blocks.n_stages}
+def _constants(constants: dict[str, Any], blocks: Blocks) -> tuple[dict[str, Any], dict[str, int]]:
+    options = {"num_warps": blocks.n_warps, "num_stages": blocks.n_stages}
+    return {"BM": blocks.m, "BN": blocks.n, **constants}, options
 
 
 def _tile_ranges(

@@ -5,7 +5,8 @@ An op of this package is made of, in order:
 1. `torch.library.custom_op("purelm::NAME_fwd", mutates_args=(), device_types="cuda")`, which imports NAME_triton (so
    triton is loaded at the first call on a GPU, never on import) and launches; `register_kernel("cpu")`, the reference
    of purelm.ops; `register_fake`, with the exact strides and dtypes. The same for `purelm::NAME_bwd`.
-2. A `torch.autograd.Function` with `setup_context` and `vmap`, whose backward calls `backward_function(...)`.
+2. A `torch.autograd.Function` with `setup_context` and `vmap`, called through `applier`, whose backward calls
+   `backward_function(...)`.
 
 Why two layers. A custom op's own autograd registration has no `setup_context`, which torch.func needs; and dynamo drops
 a Function's backward inside torch.func.grad, silently, unless what it calls has an Autograd key, as custom ops do: then
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["backward_function", "device_of", "interpreted"]
+__all__ = ["applier", "backward_function", "device_of", "interpreted"]
 
 
 def interpreted() -> bool:
@@ -33,11 +34,39 @@ def device_of(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def _transformed() -> bool:
+    """Inside torch.func's transforms, or while compiling: where a Function must have the new form."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+
+
+def applier(function: Any) -> Callable[..., Any]:
+    """`function.apply`, for a Function with `setup_context`; in plain eager code in the old form.
+
+    torch binds the arguments of the new form by their signature at each call: 30 us, as much as a short kernel.
+    """
+
+    class Plain(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = function.forward(*inputs)
+            function.setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return function.backward(ctx, *grads)
+
+    def apply(*inputs: Any) -> Any:
+        return function.apply(*inputs) if _transformed() else Plain.apply(*inputs)
+
+    return apply
+
+
 def backward_function(name: str, op: Callable[..., Any], vmap: Callable[..., Any]) -> Callable[..., Any]:
     """The backward op as a Function that says so when it is differentiated, instead of giving zeros.
 
-    `vmap(info, in_dims, *args) -> (outputs, out_dims)` is its batching rule. While compiling it is the op itself,
-    which dynamo can trace; compiled code refuses double backward on its own.
+    `vmap(info, in_dims, *args) -> (outputs, out_dims)` is its batching rule. It is the op itself while compiling,
+    which dynamo can trace (compiled code refuses double backward on its own), and where no graph is recorded.
     """
 
     class Backward(torch.autograd.Function):
@@ -56,6 +85,8 @@ def backward_function(name: str, op: Callable[..., Any], vmap: Callable[..., Any
     Backward.vmap = staticmethod(vmap)  # type: ignore[assignment]
 
     def call(*args: Any) -> Any:
-        return op(*args) if torch.compiler.is_compiling() else Backward.apply(*args)
+        if torch.compiler.is_compiling() or not (_transformed() or torch.is_grad_enabled()):
+            return op(*args)
+        return Backward.apply(*args)
 
     return call
