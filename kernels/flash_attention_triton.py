@@ -10,7 +10,6 @@ multiples of 16 bytes, through pointers and masks. Scores are in units of log 2,
 """
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from purelm.kernels.flash_attention_tuned import Blocks, choose
-from purelm.kernels.launch import all_aligned, current_device, launch
-from purelm.kernels.recipe import device_of, interpreted
+from purelm.kernels.launch import all_aligned, device_number, device_of, launch, relaunch
+from purelm.kernels.recipe import interpreted
 
 __all__ = ["Request", "backward", "forward"]
 
@@ -43,26 +42,26 @@ class Request(NamedTuple):
 
 
 @triton.jit
-def _load(X, b, h, row, sb, st, sh, n_rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
-    """Rows row.. of x[b, :, h, :], zeros beyond its edges."""
+def _load(X, b, h, row, n_rows, n_heads, width, ROWS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
+    """Rows row.. of x[b, :, h, :], zeros beyond its edges; by pointers x must be dense."""
     if TMA:
         x = X.load([b, h, row, 0]).reshape([ROWS, WIDTH])
     else:
         rows = row + tl.arange(0, ROWS)
         cols = tl.arange(0, WIDTH)
-        at = b.to(tl.int64) * sb + h.to(tl.int64) * sh + rows.to(tl.int64)[:, None] * st + cols[None, :]
+        at = ((b.to(tl.int64) * n_rows + rows)[:, None] * n_heads + h) * width + cols[None, :]
         x = tl.load(X + at, mask=(rows < n_rows)[:, None] & (cols < width)[None, :], other=0.0)
     return x
 
 
 @triton.jit
-def _store(X, x, b, h, row, sb, st, sh, n_rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
+def _store(X, x, b, h, row, n_rows, n_heads, width, ROWS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
     if TMA:
         X.store([b, h, row, 0], x.reshape([1, 1, ROWS, WIDTH]))
     else:
         rows = row + tl.arange(0, ROWS)
         cols = tl.arange(0, WIDTH)
-        at = b.to(tl.int64) * sb + h.to(tl.int64) * sh + rows.to(tl.int64)[:, None] * st + cols[None, :]
+        at = ((b.to(tl.int64) * n_rows + rows)[:, None] * n_heads + h) * width + cols[None, :]
         tl.store(X + at, x, mask=(rows < n_rows)[:, None] & (cols < width)[None, :])
 
 
@@ -164,14 +163,14 @@ def _query_range(n0, T, S, left, right, LO, HI, at, BM: tl.constexpr, BN: tl.con
 
 
 @triton.jit
-def _attend(acc, l, m, q, K, V, kb, kt, kh, vb, vt, vh, b, g, first, last, q_at, q_seg, KV_SEG, T, S, k_width, v_width,
+def _attend(acc, l, m, q, K, V, b, g, G, first, last, q_at, q_seg, KV_SEG, T, S, k_width, v_width,
             left, right, scale, cap, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr, LEFT: tl.constexpr,
             RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr,
             PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Online softmax over the tiles first..last of keys. scale is in units of log 2; with CAP, cap is too."""
     for j in tl.range(first, last):
         n0 = j * BN
-        k = _load(K, b, g, n0, kb, kt, kh, S, k_width, BN, D, TMA)
+        k = _load(K, b, g, n0, S, G, k_width, BN, D, TMA)
         s = _dot(q, tl.trans(k), PRECISION, UPCAST)
         if CAP:
             s = cap * _tanh(s * scale)
@@ -198,16 +197,15 @@ def _attend(acc, l, m, q, K, V, kb, kt, kh, vb, vt, vh, b, g, first, last, q_at,
             alpha = tl.exp2(m - m_new)
         l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        v = _load(V, b, g, n0, vb, vt, vh, S, v_width, BN, E, TMA)
+        v = _load(V, b, g, n0, S, G, v_width, BN, E, TMA)
         acc = _dot_add(p.to(v.dtype), v, acc, PRECISION, UPCAST)
         m = m_new
     return acc, l, m
 
 
 @triton.jit
-def _forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, qb, qt, qh, kb, kt, kh, vb, vt, vh, ob, ot, oh, B, H, R, T,
-             S, k_width, v_width, heads_at_once, left, right, scale, cap, BM: tl.constexpr, BN: tl.constexpr,
-             D: tl.constexpr, E: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr,
+def _forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, B, H, R, T, S, k_width, v_width, heads_at_once,
+             left, right, scale, cap, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr,
              CAP: tl.constexpr, SINK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
              UPCAST: tl.constexpr):  # fmt: skip
     n_tiles = tl.cdiv(T, BM)
@@ -216,11 +214,12 @@ def _forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, qb, qt, qh, kb, kt, 
         tile = n_tiles - 1 - tile  # the longest rows first: the end of the grid is then short ones
     b = head // H
     h = head % H
+    G = H // R
     g = h // R
     m0 = tile * BM
     rows = m0 + tl.arange(0, BM)
     q_at = rows + (S - T)
-    q = _load(Q, b, h, m0, qb, qt, qh, T, k_width, BM, D, TMA)
+    q = _load(Q, b, h, m0, T, H, k_width, BM, D, TMA)
     q_seg = rows
     if SEG:
         q_seg = tl.load(Q_SEG + b.to(tl.int64) * T + rows, mask=rows < T, other=0)
@@ -229,14 +228,14 @@ def _forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, qb, qt, qh, kb, kt, 
     acc = tl.zeros([BM, E], tl.float32)
     lo, a, z, hi = _key_range(m0, T, S, left, right, LO, HI, b * n_tiles + tile, BM, BN, LEFT, RIGHT, SEG)
     if LEFT or SEG:
-        acc, l, m = _attend(acc, l, m, q, K, V, kb, kt, kh, vb, vt, vh, b, g, lo, a, q_at, q_seg, KV_SEG, T, S,
+        acc, l, m = _attend(acc, l, m, q, K, V, b, g, G, lo, a, q_at, q_seg, KV_SEG, T, S,
                             k_width, v_width, left, right, scale, cap, BN, D, E, LEFT, RIGHT, SEG, CAP, True, TMA,
                             PRECISION, UPCAST)  # fmt: skip
     if not SEG:
-        acc, l, m = _attend(acc, l, m, q, K, V, kb, kt, kh, vb, vt, vh, b, g, a, z, q_at, q_seg, KV_SEG, T, S,
+        acc, l, m = _attend(acc, l, m, q, K, V, b, g, G, a, z, q_at, q_seg, KV_SEG, T, S,
                             k_width, v_width, left, right, scale, cap, BN, D, E, LEFT, RIGHT, SEG, CAP, False, TMA,
                             PRECISION, UPCAST)  # fmt: skip
-        acc, l, m = _attend(acc, l, m, q, K, V, kb, kt, kh, vb, vt, vh, b, g, z, hi, q_at, q_seg, KV_SEG, T, S,
+        acc, l, m = _attend(acc, l, m, q, K, V, b, g, G, z, hi, q_at, q_seg, KV_SEG, T, S,
                             k_width, v_width, left, right, scale, cap, BN, D, E, LEFT, RIGHT, SEG, CAP, True, TMA,
                             PRECISION, UPCAST)  # fmt: skip
     if SINK:  # one more key, of this score and without a value
@@ -255,21 +254,21 @@ def _forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, qb, qt, qh, kb, kt, 
         o = acc.to(O.dtype)
     else:
         o = acc.to(O.dtype.element_ty)
-    _store(O, o, b, h, m0, ob, ot, oh, T, v_width, BM, E, TMA)
+    _store(O, o, b, h, m0, T, H, v_width, BM, E, TMA)
 
 
 # --- backward
 
 
 @triton.jit
-def _collect_q(dq, q, do, lse, delta, K, V, kb, kt, kh, vb, vt, vh, b, g, first, last, q_at, q_seg, KV_SEG, T, S,
+def _collect_q(dq, q, do, lse, delta, K, V, b, g, G, first, last, q_at, q_seg, KV_SEG, T, S,
                k_width, v_width, left, right, scale, cap, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
                LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
                TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """dq += ds k over the tiles first..last of keys, ds = p (do v^T - delta)."""
     for j in tl.range(first, last):
         n0 = j * BN
-        k = _load(K, b, g, n0, kb, kt, kh, S, k_width, BN, D, TMA)
+        k = _load(K, b, g, n0, S, G, k_width, BN, D, TMA)
         s = _dot(q, tl.trans(k), PRECISION, UPCAST)
         if CAP:
             t = _tanh(s * scale)
@@ -283,7 +282,7 @@ def _collect_q(dq, q, do, lse, delta, K, V, kb, kt, kh, vb, vt, vh, b, g, first,
                 kv_seg = tl.load(KV_SEG + b.to(tl.int64) * S + k_at, mask=k_at < S, other=0)[None, :]
             seen = _seen(q_at[:, None], k_at[None, :], left, right, q_seg[:, None], kv_seg, S, LEFT, RIGHT, SEG)
             p = tl.where(seen, p, 0.0)
-        v = _load(V, b, g, n0, vb, vt, vh, S, v_width, BN, E, TMA)
+        v = _load(V, b, g, n0, S, G, v_width, BN, E, TMA)
         dp = _dot(do, tl.trans(v), PRECISION, UPCAST)
         ds = p * (dp - delta[:, None])
         if CAP:
@@ -293,9 +292,8 @@ def _collect_q(dq, q, do, lse, delta, K, V, kb, kt, kh, vb, vt, vh, b, g, first,
 
 
 @triton.jit
-def _backward_q(Q, K, V, O, DO, LSE, DLSE, DELTA, DQ, Q_SEG, KV_SEG, LO, HI, qb, qt, qh, kb, kt, kh, vb, vt, vh, ob,
-                ot, oh, gb, gt, gh, db, dt, dh, B, H, R, T, S, k_width, v_width, heads_at_once, left, right, scale,
-                cap, out_scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+def _backward_q(Q, K, V, O, DO, LSE, DLSE, DELTA, DQ, Q_SEG, KV_SEG, LO, HI, B, H, R, T, S, k_width, v_width,
+                heads_at_once, left, right, scale, cap, out_scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
                 LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr,
                 HAS_DLSE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
                 UPCAST: tl.constexpr):  # fmt: skip
@@ -305,33 +303,34 @@ def _backward_q(Q, K, V, O, DO, LSE, DLSE, DELTA, DQ, Q_SEG, KV_SEG, LO, HI, qb,
         tile = n_tiles - 1 - tile
     b = head // H
     h = head % H
+    G = H // R
     g = h // R
     m0 = tile * BM
     rows = m0 + tl.arange(0, BM)
     at = head.to(tl.int64) * T + rows
     q_at = rows + (S - T)
-    o = _load(O, b, h, m0, ob, ot, oh, T, v_width, BM, E, TMA)
-    do = _load(DO, b, h, m0, gb, gt, gh, T, v_width, BM, E, TMA)
+    o = _load(O, b, h, m0, T, H, v_width, BM, E, TMA)
+    do = _load(DO, b, h, m0, T, H, v_width, BM, E, TMA)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if HAS_DLSE:
         delta = delta - tl.load(DLSE + at, mask=rows < T, other=0.0)
     tl.store(DELTA + at, delta, mask=rows < T)
     lse = tl.load(LSE + at, mask=rows < T, other=float("inf")) * 1.4426950408889634
-    q = _load(Q, b, h, m0, qb, qt, qh, T, k_width, BM, D, TMA)
+    q = _load(Q, b, h, m0, T, H, k_width, BM, D, TMA)
     q_seg = rows
     if SEG:
         q_seg = tl.load(Q_SEG + b.to(tl.int64) * T + rows, mask=rows < T, other=0)
     dq = tl.zeros([BM, D], tl.float32)
     lo, a, z, hi = _key_range(m0, T, S, left, right, LO, HI, b * n_tiles + tile, BM, BN, LEFT, RIGHT, SEG)
     if LEFT or SEG:
-        dq = _collect_q(dq, q, do, lse, delta, K, V, kb, kt, kh, vb, vt, vh, b, g, lo, a, q_at, q_seg, KV_SEG, T, S,
+        dq = _collect_q(dq, q, do, lse, delta, K, V, b, g, G, lo, a, q_at, q_seg, KV_SEG, T, S,
                         k_width, v_width, left, right, scale, cap, BN, D, E, LEFT, RIGHT, SEG, CAP, True, TMA,
                         PRECISION, UPCAST)  # fmt: skip
     if not SEG:
-        dq = _collect_q(dq, q, do, lse, delta, K, V, kb, kt, kh, vb, vt, vh, b, g, a, z, q_at, q_seg, KV_SEG, T, S,
+        dq = _collect_q(dq, q, do, lse, delta, K, V, b, g, G, a, z, q_at, q_seg, KV_SEG, T, S,
                         k_width, v_width, left, right, scale, cap, BN, D, E, LEFT, RIGHT, SEG, CAP, False, TMA,
                         PRECISION, UPCAST)  # fmt: skip
-        dq = _collect_q(dq, q, do, lse, delta, K, V, kb, kt, kh, vb, vt, vh, b, g, z, hi, q_at, q_seg, KV_SEG, T, S,
+        dq = _collect_q(dq, q, do, lse, delta, K, V, b, g, G, z, hi, q_at, q_seg, KV_SEG, T, S,
                         k_width, v_width, left, right, scale, cap, BN, D, E, LEFT, RIGHT, SEG, CAP, True, TMA,
                         PRECISION, UPCAST)  # fmt: skip
     dq = dq * out_scale
@@ -339,11 +338,11 @@ def _backward_q(Q, K, V, O, DO, LSE, DLSE, DELTA, DQ, Q_SEG, KV_SEG, LO, HI, qb,
         dq = dq.to(DQ.dtype)
     else:
         dq = dq.to(DQ.dtype.element_ty)
-    _store(DQ, dq, b, h, m0, db, dt, dh, T, k_width, BM, D, TMA)
+    _store(DQ, dq, b, h, m0, T, H, k_width, BM, D, TMA)
 
 
 @triton.jit
-def _collect_kv(dk, dv, k, v, Q, DO, LSE, DELTA, qb, qt, qh, gb, gt, gh, b, h, head, first, last, k_at, kv_seg, Q_SEG,
+def _collect_kv(dk, dv, k, v, Q, DO, LSE, DELTA, b, h, head, H, first, last, k_at, kv_seg, Q_SEG,
                 T, S, k_width, v_width, left, right, scale, cap, BM: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
                 LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
                 TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
@@ -355,7 +354,7 @@ def _collect_kv(dk, dv, k, v, Q, DO, LSE, DELTA, qb, qt, qh, gb, gt, gh, b, h, h
         m0 = i * BM
         rows = m0 + tl.arange(0, BM)
         at = head.to(tl.int64) * T + rows
-        q = _load(Q, b, h, m0, qb, qt, qh, T, k_width, BM, D, TMA)
+        q = _load(Q, b, h, m0, T, H, k_width, BM, D, TMA)
         lse = tl.load(LSE + at, mask=rows < T, other=float("inf")) * 1.4426950408889634
         s = _dot(k, tl.trans(q), PRECISION, UPCAST)
         if CAP:
@@ -370,7 +369,7 @@ def _collect_kv(dk, dv, k, v, Q, DO, LSE, DELTA, qb, qt, qh, gb, gt, gh, b, h, h
                 q_seg = tl.load(Q_SEG + b.to(tl.int64) * T + rows, mask=rows < T, other=0)[None, :]
             seen = _seen(q_at[None, :], k_at[:, None], left, right, q_seg, kv_seg[:, None], S, LEFT, RIGHT, SEG)
             p = tl.where(seen, p, 0.0)
-        do = _load(DO, b, h, m0, gb, gt, gh, T, v_width, BM, E, TMA)
+        do = _load(DO, b, h, m0, T, H, v_width, BM, E, TMA)
         dv = _dot_add(p.to(do.dtype), do, dv, PRECISION, UPCAST)
         dp = _dot(v, tl.trans(do), PRECISION, UPCAST)
         delta = tl.load(DELTA + at, mask=rows < T, other=0.0)
@@ -382,19 +381,19 @@ def _collect_kv(dk, dv, k, v, Q, DO, LSE, DELTA, qb, qt, qh, gb, gt, gh, b, h, h
 
 
 @triton.jit
-def _backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, KV_SEG, LO, HI, qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt,
-                 gh, dkb, dkt, dkh, dvb, dvt, dvh, B, H, G, R, T, S, k_width, v_width, heads_at_once, left, right,
-                 scale, cap, out_scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+def _backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, KV_SEG, LO, HI, B, H, R, T, S, k_width, v_width,
+                 heads_at_once, left, right, scale, cap, out_scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
                  LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr, TMA: tl.constexpr,
                  PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     n_tiles = tl.cdiv(S, BN)
+    G = H // R
     tile, group = _place(tl.program_id(0), n_tiles, B * G, heads_at_once)
     b = group // G
     g = group % G
     n0 = tile * BN
     k_at = n0 + tl.arange(0, BN)
-    k = _load(K, b, g, n0, kb, kt, kh, S, k_width, BN, D, TMA)
-    v = _load(V, b, g, n0, vb, vt, vh, S, v_width, BN, E, TMA)
+    k = _load(K, b, g, n0, S, G, k_width, BN, D, TMA)
+    v = _load(V, b, g, n0, S, G, v_width, BN, E, TMA)
     kv_seg = k_at
     if SEG:
         kv_seg = tl.load(KV_SEG + b.to(tl.int64) * S + k_at, mask=k_at < S, other=0)
@@ -405,15 +404,15 @@ def _backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, KV_SEG, LO, HI, qb, qt,
         h = g * R + r
         head = b * H + h
         if RIGHT or SEG:
-            dk, dv = _collect_kv(dk, dv, k, v, Q, DO, LSE, DELTA, qb, qt, qh, gb, gt, gh, b, h, head, lo, a, k_at,
+            dk, dv = _collect_kv(dk, dv, k, v, Q, DO, LSE, DELTA, b, h, head, H, lo, a, k_at,
                                  kv_seg, Q_SEG, T, S, k_width, v_width, left, right, scale, cap, BM, D, E, LEFT,
                                  RIGHT, SEG, CAP, True, TMA, PRECISION, UPCAST)  # fmt: skip
         if not SEG:
-            dk, dv = _collect_kv(dk, dv, k, v, Q, DO, LSE, DELTA, qb, qt, qh, gb, gt, gh, b, h, head, a, z, k_at,
+            dk, dv = _collect_kv(dk, dv, k, v, Q, DO, LSE, DELTA, b, h, head, H, a, z, k_at,
                                  kv_seg, Q_SEG, T, S, k_width, v_width, left, right, scale, cap, BM, D, E, LEFT,
                                  RIGHT, SEG, CAP, False, TMA, PRECISION, UPCAST)  # fmt: skip
             if LEFT:
-                dk, dv = _collect_kv(dk, dv, k, v, Q, DO, LSE, DELTA, qb, qt, qh, gb, gt, gh, b, h, head, z, hi, k_at,
+                dk, dv = _collect_kv(dk, dv, k, v, Q, DO, LSE, DELTA, b, h, head, H, z, hi, k_at,
                                      kv_seg, Q_SEG, T, S, k_width, v_width, left, right, scale, cap, BM, D, E, LEFT,
                                      RIGHT, SEG, CAP, True, TMA, PRECISION, UPCAST)  # fmt: skip
     dk = dk * out_scale
@@ -423,8 +422,8 @@ def _backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, KV_SEG, LO, HI, qb, qt,
     else:
         dk = dk.to(DK.dtype.element_ty)
         dv = dv.to(DV.dtype.element_ty)
-    _store(DK, dk, b, g, n0, dkb, dkt, dkh, S, k_width, BN, D, TMA)
-    _store(DV, dv, b, g, n0, dvb, dvt, dvh, S, v_width, BN, E, TMA)
+    _store(DK, dk, b, g, n0, S, G, k_width, BN, D, TMA)
+    _store(DV, dv, b, g, n0, S, G, v_width, BN, E, TMA)
 
 
 # --- launchers
@@ -449,27 +448,24 @@ def forward(
     if not S:
         at_most = torch.full_like(lse, -torch.inf) if sinks is None else sinks.float()[None, :, None].expand_as(lse)
         return o.zero_(), at_most.contiguous()
-    causal = request.right is not None
-    blocks = blocks or choose("forward", *_padded(q_BTHK, v_BSGK), q_BTHK.dtype, causal, q_BTHK.device)
-    lo, hi = _tile_ranges(segments, blocks.m, blocks.n, of_keys=False)
-    q, k, v = map(_rows, (q_BTHK, k_BSGK, v_BSGK))
-    tensors = [x for x in (q, k, v, o, lse, sinks, *(segments or ()), lo, hi) if x is not None]
-
-    def plan() -> tuple[int, Any, Any, Any]:
-        args = _Arguments(q, k, v, request)
-        D, E, tma = args.D, args.E, args.tma and _aligned(o)
-        given = (
+    blocks, lo, hi = _cut("forward", blocks, q_BTHK, v_BSGK, segments, request)
+    optional = (sinks, *(segments or ()), lo, hi)
+    tensors = [q_BTHK, k_BSGK, v_BSGK, o, lse, *(x for x in optional if x is not None)]
+    key = ("forward", _layout(*tensors[:3]), sinks is None, segments is None, request, blocks, all_aligned(tensors))
+    with device_of(o):
+        if relaunch(key, tensors):
+            return o, lse
+        blocks = blocks or _chosen("forward", q_BTHK, v_BSGK, request)
+        tma, (q, k, v) = _prepared(q_BTHK, k_BSGK, v_BSGK)
+        D, E, limits, scales, constants = _common(q, v, request)
+        args = (
             _tile(q, blocks.m, D, tma), _tile(k, blocks.n, D, tma), _tile(v, blocks.n, E, tma),
             _tile(o, blocks.m, E, tma), lse, _or(sinks, lse), *_ids(segments, lse), _or(lo, lse), _or(hi, lse),
-            *_strides(q), *_strides(k), *_strides(v), *_strides(o), B, H, H // G, T, S, q.shape[-1], v.shape[-1],
-            args.heads_at_once(H // G), *args.limits, *args.scales,
+            B, H, H // G, T, S, q.shape[-1], v.shape[-1], _heads_at_once(k, v, H // G), *limits, *scales,
         )  # fmt: skip
-        constants = {"SINK": sinks is not None, "SEG": segments is not None, "TMA": tma, **args.constants}
-        return _cdiv(T, blocks.m) * B * H, given, *_constants(constants, blocks)
-
-    with device_of(q):
-        key = (_layout(q, k, v), sinks is None, segments is None, request, blocks, all_aligned(tensors))
-        launch(key, _forward, tensors, plan)
+        constants |= {"SINK": sinks is not None, "SEG": segments is not None, "TMA": tma}
+        n = triton.cdiv(T, blocks.m) * B * H
+        launch(key, tensors, _forward, n, args, *_constants(constants, blocks))
     return o, lse
 
 
@@ -499,79 +495,87 @@ def backward(
     delta = torch.zeros_like(lse_BHT) if not S else torch.empty_like(lse_BHT)
     if not delta.numel() or not S:
         return dq.zero_(), dk.zero_(), dv.zero_(), delta
-    causal = request.right is not None
-    padded = _padded(q_BTHK, v_BSGK)
-    blocks_q = blocks_q or choose("backward_q", *padded, q_BTHK.dtype, causal, q_BTHK.device)
-    blocks_kv = blocks_kv or choose("backward_kv", *padded, q_BTHK.dtype, causal, q_BTHK.device)
-    q, k, v, o, do = map(_rows, (q_BTHK, k_BSGK, v_BSGK, o_BTHE, do_BTHE))
     dlse = None if dlse_BHT is None else dlse_BHT.to(torch.float32).contiguous()
-    R = H // G
-
-    def plan(blocks: Blocks, lo: Tensor | None, hi: Tensor | None, of_keys: bool) -> tuple[int, Any, Any, Any]:
-        args = _Arguments(q, k, v, request)
-        D, E, BM, BN = args.D, args.E, blocks.m, blocks.n
-        tma = args.tma and all(map(_aligned, (o, do, dq, dk, dv)))
-        numbers = (R, T, S, q.shape[-1], v.shape[-1])
-        ids = (*_ids(segments, delta), _or(lo, delta), _or(hi, delta))
-        constants = {"SEG": segments is not None, "TMA": tma, **args.constants}
-        inputs = (_tile(q, BM, D, tma), _tile(k, BN, D, tma), _tile(v, BN, E, tma))
-        ends = (*args.limits, *args.scales, request.scale)
-        if of_keys:
-            given = (
-                *inputs, _tile(do, BM, E, tma), lse_BHT, delta, _tile(dk, BN, D, tma), _tile(dv, BN, E, tma), *ids,
-                *_strides(q), *_strides(k), *_strides(v), *_strides(do), *_strides(dk), *_strides(dv), B, H, G,
-                *numbers, max(args.heads_at_once(R) // R, 1), *ends,
-            )  # fmt: skip
-            return _cdiv(S, BN) * B * G, given, *_constants(constants, blocks)
-        given = (
-            *inputs, _tile(o, BM, E, tma), _tile(do, BM, E, tma), lse_BHT, _or(dlse, delta), delta,
-            _tile(dq, BM, D, tma), *ids, *_strides(q), *_strides(k), *_strides(v), *_strides(o), *_strides(do),
-            *_strides(dq), B, H, *numbers, args.heads_at_once(R), *ends,
-        )  # fmt: skip
-        return _cdiv(T, BM) * B * H, given, *_constants(constants | {"HAS_DLSE": dlse is not None}, blocks)
-
-    key = (_layout(q, k, v), _layout(o, do), segments is None, dlse is None, request)
-    with device_of(q):
+    inputs = [do_BTHE, q_BTHK, k_BSGK, v_BSGK, o_BTHE, lse_BHT]
+    shared = (_layout(do_BTHE, q_BTHK, k_BSGK, v_BSGK, o_BTHE), segments is None, dlse is None, request)
+    with device_of(delta):
         if not only_kv:
-            lo, hi = _tile_ranges(segments, blocks_q.m, blocks_q.n, of_keys=False)
+            blocks_q, lo, hi = _cut("backward_q", blocks_q, q_BTHK, v_BSGK, segments, request)
             optional = (dlse, *(segments or ()), lo, hi)
-            tensors = [q, k, v, o, do, lse_BHT, delta, dq, *(x for x in optional if x is not None)]
-            every = partial(plan, blocks_q, lo, hi, False)
-            launch((key, blocks_q, all_aligned(tensors)), _backward_q, tensors, every)
+            tensors = [*inputs, dq, delta, *(x for x in optional if x is not None)]
+            key = ("backward_q", shared, blocks_q, all_aligned(tensors))
+            if not relaunch(key, tensors):
+                blocks_q = blocks_q or _chosen("backward_q", q_BTHK, v_BSGK, request)
+                m, n = blocks_q.m, blocks_q.n
+                tma, (do, q, k, v, o) = _prepared(*inputs[:5])
+                D, E, limits, scales, constants = _common(q, v, request)
+                args = (
+                    _tile(q, m, D, tma), _tile(k, n, D, tma), _tile(v, n, E, tma), _tile(o, m, E, tma),
+                    _tile(do, m, E, tma), lse_BHT, _or(dlse, delta), delta, _tile(dq, m, D, tma),
+                    *_ids(segments, delta), _or(lo, delta), _or(hi, delta), B, H, H // G, T, S, q.shape[-1],
+                    v.shape[-1], _heads_at_once(k, v, H // G), *limits, *scales, request.scale,
+                )  # fmt: skip
+                constants |= {"SEG": segments is not None, "HAS_DLSE": dlse is not None, "TMA": tma}
+                n_programs = triton.cdiv(T, m) * B * H
+                launch(key, tensors, _backward_q, n_programs, args, *_constants(constants, blocks_q))
         if not only_q:
-            lo, hi = _tile_ranges(segments, blocks_kv.m, blocks_kv.n, of_keys=True)
+            blocks_kv, lo, hi = _cut("backward_kv", blocks_kv, q_BTHK, v_BSGK, segments, request)
             optional = (*(segments or ()), lo, hi)
-            tensors = [q, k, v, do, lse_BHT, delta, dk, dv, *(x for x in optional if x is not None)]
-            every = partial(plan, blocks_kv, lo, hi, True)
-            launch((key, blocks_kv, all_aligned(tensors)), _backward_kv, tensors, every)
+            tensors = [*inputs[:4], lse_BHT, delta, dk, dv, *(x for x in optional if x is not None)]
+            key = ("backward_kv", shared, blocks_kv, all_aligned(tensors))
+            if not relaunch(key, tensors):
+                blocks_kv = blocks_kv or _chosen("backward_kv", q_BTHK, v_BSGK, request)
+                m, n = blocks_kv.m, blocks_kv.n
+                tma, (do, q, k, v) = _prepared(*inputs[:4])
+                D, E, limits, scales, constants = _common(q, v, request)
+                args = (
+                    _tile(q, m, D, tma), _tile(k, n, D, tma), _tile(v, n, E, tma), _tile(do, m, E, tma), lse_BHT,
+                    delta, _tile(dk, n, D, tma), _tile(dv, n, E, tma), *_ids(segments, delta), _or(lo, delta),
+                    _or(hi, delta), B, H, H // G, T, S, q.shape[-1], v.shape[-1],
+                    max(_heads_at_once(k, v, H // G) * G // H, 1), *limits, *scales, request.scale,
+                )  # fmt: skip
+                constants |= {"SEG": segments is not None, "TMA": tma}
+                n_programs = triton.cdiv(S, n) * B * G
+                launch(key, tensors, _backward_kv, n_programs, args, *_constants(constants, blocks_kv))
     return dq, dk, dv, delta
 
 
-class _Arguments:
-    """What all three launches share."""
+def _common(q: Tensor, v: Tensor, request: Request) -> tuple[int, int, tuple, tuple, dict[str, Any]]:
+    """(D, E, window limits, scales, constants) of every launch."""
+    D, E = _padded(q, v)
+    capped = request.softcap is not None
+    cap = request.softcap or 1.0
+    constants: dict[str, Any] = {
+        "D": D,
+        "E": E,
+        "LEFT": request.left is not None,
+        "RIGHT": request.right is not None,
+        "CAP": capped,
+        "PRECISION": request.precision if q.dtype == torch.float32 else "tf32",  # 16 bits do not look at it
+        "UPCAST": interpreted(),
+    }
+    scales = (request.scale / cap if capped else request.scale * LOG2E, cap * LOG2E)
+    return D, E, (request.left or 0, request.right or 0), scales, constants
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, request: Request):
-        self.k, self.v = k, v
-        self.tma = all(map(_aligned, (q, k, v)))
-        self.D, self.E = _padded(q, v)
-        self.limits = (request.left or 0, request.right or 0)
-        capped = request.softcap is not None
-        cap = request.softcap or 1.0
-        self.scales = (request.scale / cap if capped else request.scale * LOG2E, cap * LOG2E)
-        self.constants: dict[str, Any] = {
-            "D": self.D,
-            "E": self.E,
-            "LEFT": request.left is not None,
-            "RIGHT": request.right is not None,
-            "CAP": capped,
-            "PRECISION": request.precision if q.dtype == torch.float32 else "tf32",  # unused by 16 bits
-            "UPCAST": interpreted(),
-        }
 
-    def heads_at_once(self, n_shared: int) -> int:
-        """Query heads whose keys and values fit the cache together, in whole groups that share them."""
-        one = self.k[0, :, 0].numel() * self.k.element_size() + self.v[0, :, 0].numel() * self.v.element_size()
-        return max(1, L2_BYTES // max(one, 1)) * n_shared
+def _cut(
+    which: str, blocks: Blocks | None, q: Tensor, v: Tensor, segments: tuple[Tensor, Tensor] | None, request: Request
+) -> tuple[Blocks | None, Tensor | None, Tensor | None]:
+    """(blocks, lo, hi): with segments the tiles of the other side that a tile meets, which needs blocks now."""
+    if segments is None:
+        return blocks, None, None
+    blocks = blocks or _chosen(which, q, v, request)
+    return blocks, *_tile_ranges(segments, blocks.m, blocks.n, of_keys=which == "backward_kv")
+
+
+def _chosen(which: str, q: Tensor, v: Tensor, request: Request) -> Blocks:
+    return choose(which, *_padded(q, v), q.dtype, request.right is not None, q.device)
+
+
+def _heads_at_once(k: Tensor, v: Tensor, n_shared: int) -> int:
+    """Query heads whose keys and values fit the cache together, in whole groups that share them."""
+    one = k[0, :, 0].numel() * k.element_size() + v[0, :, 0].numel() * v.element_size()
+    return max(1, L2_BYTES // max(one, 1)) * n_shared
 
 
 def _padded(q: Tensor, v: Tensor) -> tuple[int, int]:
@@ -582,25 +586,21 @@ def _padded(q: Tensor, v: Tensor) -> tuple[int, int]:
 def _layout(*tensors: Tensor) -> tuple[Any, ...]:
     """All but the addresses."""
     first = tensors[0]
-    return (*((x.shape, x.stride()) for x in tensors), first.dtype, current_device(first))
+    return (*((x.shape, x.stride()) for x in tensors), first.dtype, device_number(first))
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+def _prepared(*tensors: Tensor) -> tuple[bool, tuple[Tensor, ...]]:
+    """(whether all can be read through descriptors, the tensors; if not, all dense, to be read by pointers)."""
+    tma = all(map(_describable, tensors))
+    return tma, tensors if tma else tuple(x.contiguous() for x in tensors)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x itself where its last axis is dense and no axis is expanded, else a dense copy."""
-    dense = x.stride(-1) == 1 or x.shape[-1] == 1
-    spread = all(stride > 0 or size == 1 for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x if dense and spread else x.contiguous()
-
-
-def _aligned(x: Tensor) -> bool:
-    """Whether a tensor descriptor can describe x: strides of whole 16 bytes, from an address of such."""
+def _describable(x: Tensor) -> bool:
+    """Strides of whole 16 bytes, none of them 0, from an address of such; the last axis dense and of whole 16 bytes."""
     size = x.element_size()
-    steps = (stride * size % 16 == 0 for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
-    return x.data_ptr() % 16 == 0 and all(steps) and x.shape[-1] * size % 16 == 0
+    steps = [stride * size for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
+    dense = x.stride(-1) == 1 and x.shape[-1] * size % 16 == 0
+    return dense and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
 def _tile(x: Tensor, rows: int, width: int, tma: bool) -> Any:
@@ -611,10 +611,6 @@ def _tile(x: Tensor, rows: int, width: int, tma: bool) -> Any:
     # The stride of an axis of size 1 may be anything: put what the hardware accepts.
     strides = [s if n > 1 else 16 * x.shape[-1] for n, s in zip(y.shape[:-1], y.stride()[:-1], strict=True)]
     return TensorDescriptor(x, list(y.shape), [*strides, 1], [1, 1, rows, width])
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)
 
 
 def _or(x: Tensor | None, unused: Tensor) -> Tensor:

@@ -1,22 +1,31 @@
 """Launching Triton kernels again without paying for the first time again.
 
-A launch through triton.jit looks at each argument's type and value anew: for the 50 arguments of flash attention 100 us
+A launch through triton.jit looks at each argument's type and value anew: for the arguments of flash attention 100 us
 and more, several times what a short kernel runs. Here the caller gives a key of all that decides about a launch but the
-tensors' addresses, and of a key seen before the compiled kernel is called with the arguments as they were then, new
-tensors put in their places.
+tensors' addresses. Under a key seen before, the compiled kernel is called with the arguments as they were then, the new
+tensors put in their places:
+
+    if not relaunch(key, tensors):
+        ... make descriptors, constants ...
+        launch(key, tensors, kernel, n_programs, args, constants, options)
 """
 
-from collections.abc import Callable, Hashable, Sequence
+import threading
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from purelm.kernels.recipe import interpreted
 
-__all__ = ["all_aligned", "current_device", "launch"]
+__all__ = ["all_aligned", "device_number", "device_of", "launch", "relaunch"]
 
 MOST_PLANS = 4096  # then all are forgotten: shapes that change forever must not fill the memory
 _plans: dict[Hashable, "_Plan"] = {}
+_ready = threading.local()  # .devices: those that this thread has used
+_HERE = nullcontext()
 
 
 class _Plan:
@@ -25,57 +34,68 @@ class _Plan:
     def __init__(self, kernel: Any, grid: tuple[int, int, int], args: list[Any], tensors: Sequence[Tensor]):
         self.run = kernel[grid]
         self.args = args
-        self.holes: list[tuple[int, int, Any]] = []  # place, number of the tensor, attributes of its descriptor
+        self.holes: list[tuple[int, int]] = []  # place, number of the tensor
+        self.descriptors: list[tuple[int, int, type, dict[str, Any]]] = []  # and class and attributes
         numbers = {id(x): i for i, x in enumerate(tensors)}
         for place, x in enumerate(args):
             if isinstance(x, Tensor):
-                self.holes.append((place, numbers[id(x)], None))
+                self.holes.append((place, numbers[id(x)]))
                 args[place] = None
             elif hasattr(x, "block_shape"):
-                self.holes.append((place, numbers[id(x.base)], {**vars(x), "base": None}))
-                args[place] = type(x)
+                self.descriptors.append((place, numbers[id(x.base)], type(x), {**vars(x), "base": None}))
+                args[place] = None
 
     def launch(self, tensors: Sequence[Tensor]) -> None:
         args = self.args.copy()
-        for place, number, attributes in self.holes:
-            if attributes is None:
-                args[place] = tensors[number]
-            else:  # a descriptor, without the checks of its constructor: its shape is one that has passed them
-                descriptor = object.__new__(args[place])
-                descriptor.__dict__.update(attributes)
-                descriptor.base = tensors[number]
-                args[place] = descriptor
+        for place, number in self.holes:
+            args[place] = tensors[number]
+        for place, number, kind, attributes in self.descriptors:
+            # Without the checks of the constructor, which this shape has passed before.
+            args[place] = descriptor = object.__new__(kind)
+            descriptor.__dict__.update(attributes)
+            descriptor.base = tensors[number]
         self.run(*args)
+
+
+def relaunch(key: Hashable, tensors: Sequence[Tensor]) -> bool:
+    """Launch on the current device what was launched under `key` before, with these tensors; False if nothing was."""
+    plan = _plans.get(key)
+    if plan is None:
+        return False
+    plan.launch(tensors)
+    return True
 
 
 def launch(
     key: Hashable,
-    kernel: Any,
     tensors: Sequence[Tensor],
-    plan: Callable[[], tuple[int, Sequence[Any], dict[str, Any], dict[str, int]]],
+    kernel: Any,
+    n_programs: int,
+    args: Sequence[Any],
+    constants: dict[str, Any],
+    options: dict[str, int],
 ) -> None:
-    """Launch `kernel` on the current device.
+    """Launch `kernel` on the current device and remember it, if it was made of `tensors` as they are.
 
     Args:
-        key: two launches of equal keys differ in the addresses of `tensors` alone, and these are aligned alike.
-        tensors: all that the arguments are made of.
-        plan: makes (number of programs, arguments in order, constants by name, num_warps and num_stages); called
-            only if the key is new. Its tensors, and bases of its descriptors, must be of `tensors`.
+        key: of two launches with equal keys only the addresses of `tensors` differ; `all_aligned` is part of it.
+        args: in the order of the kernel; tensors, descriptors of them, numbers.
+        constants: by name. options: num_warps, num_stages.
     """
-    known = _plans.get((kernel, key))
-    if known is not None:
-        known.launch(tensors)
-        return
-    n_programs, args, constants, options = plan()
     compiled = kernel[(n_programs,)](*args, **constants, **options)
     if interpreted() or not hasattr(type(compiled), "__getitem__"):
         return
-    if len({id(x) for x in tensors}) < len(tensors):  # one tensor in two roles: the next call may have two
+    known = {id(x) for x in tensors}
+    # One tensor in two roles: the next call may have two. Another address: the kernel is compiled for this one's.
+    if len(known) < len(tensors) or not all_aligned(tensors):
+        return
+    used = (x if isinstance(x, Tensor) else getattr(x, "base", None) for x in args)
+    if any(x is not None and id(x) not in known for x in used):  # a copy was made on the way
         return
     if len(_plans) >= MOST_PLANS:
         _plans.clear()
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
-    _plans[(kernel, key)] = _Plan(compiled, (n_programs, 1, 1), [values[n] for n in kernel.arg_names], tensors)
+    _plans[key] = _Plan(compiled, (n_programs, 1, 1), [values[name] for name in kernel.arg_names], tensors)
 
 
 def all_aligned(tensors: Sequence[Tensor]) -> bool:
@@ -86,8 +106,20 @@ def all_aligned(tensors: Sequence[Tensor]) -> bool:
     return at % 16 == 0
 
 
-def current_device(x: Tensor) -> int:
-    """The number of x's device, for keys."""
-    return -1 if x.device.index is None else x.device.index
+def device_number(x: Tensor) -> int:
+    """Of x's device, for keys; -1 is the CPU."""
+    return x.get_device()
 
 
+def device_of(x: Tensor) -> AbstractContextManager:
+    """The context in which to launch on x's device, made ready for descriptors in this thread."""
+    number = x.get_device()
+    if number < 0:
+        return _HERE
+    devices = _ready.__dict__.setdefault("devices", set())
+    if number not in devices:
+        # The driver's functions that make descriptors ask for a current context, which a thread (autograd's, say)
+        # has only after a first call of the runtime.
+        torch.zeros((), device=x.device)
+        devices.add(number)
+    return _HERE if number == torch.cuda.current_device() else torch.cuda.device(number)
