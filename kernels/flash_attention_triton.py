@@ -163,10 +163,10 @@ def _query_range(n0, T, S, left, right, LO, HI, at, BM: tl.constexpr, BN: tl.con
 
 
 @triton.jit
-def _attend(acc, l, m, q, K, V, b, g, G, first, last, q_at, q_seg, KV_SEG, T, S, k_width, v_width,
-            left, right, scale, cap, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr, LEFT: tl.constexpr,
-            RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr,
-            PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+def _attend(acc, l, m, q, K, V, b, g, G, first, last, q_at, q_seg, KV_SEG, T, S, k_width, v_width, left, right, scale,
+            cap, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+            SEG: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+            UPCAST: tl.constexpr):  # fmt: skip
     """Online softmax over the tiles first..last of keys. scale is in units of log 2; with CAP, cap is too."""
     for j in tl.range(first, last):
         n0 = j * BN
@@ -204,10 +204,10 @@ def _attend(acc, l, m, q, K, V, b, g, G, first, last, q_at, q_seg, KV_SEG, T, S,
 
 
 @triton.jit
-def _forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, B, H, R, T, S, k_width, v_width, heads_at_once,
-             left, right, scale, cap, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr,
-             CAP: tl.constexpr, SINK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-             UPCAST: tl.constexpr):  # fmt: skip
+def _forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, B, H, R, T, S, k_width, v_width, heads_at_once, left,
+             right, scale, cap, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+             LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
+             TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     n_tiles = tl.cdiv(T, BM)
     tile, head = _place(tl.program_id(0), n_tiles, B * H, heads_at_once)
     if RIGHT:
@@ -261,10 +261,10 @@ def _forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, B, H, R, T, S, k_wid
 
 
 @triton.jit
-def _collect_q(dq, q, do, lse, delta, K, V, b, g, G, first, last, q_at, q_seg, KV_SEG, T, S,
-               k_width, v_width, left, right, scale, cap, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-               LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
-               TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+def _collect_q(dq, q, do, lse, delta, K, V, b, g, G, first, last, q_at, q_seg, KV_SEG, T, S, k_width, v_width, left,
+               right, scale, cap, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr, LEFT: tl.constexpr,
+               RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr,
+               PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """dq += ds k over the tiles first..last of keys, ds = p (do v^T - delta)."""
     for j in tl.range(first, last):
         n0 = j * BN
@@ -293,8 +293,8 @@ def _collect_q(dq, q, do, lse, delta, K, V, b, g, G, first, last, q_at, q_seg, K
 
 @triton.jit
 def _backward_q(Q, K, V, O, DO, LSE, DLSE, DELTA, DQ, Q_SEG, KV_SEG, LO, HI, B, H, R, T, S, k_width, v_width,
-                heads_at_once, left, right, scale, cap, out_scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-                LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr,
+                heads_at_once, left, right, scale, cap, out_scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+                E: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr,
                 HAS_DLSE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
                 UPCAST: tl.constexpr):  # fmt: skip
     n_tiles = tl.cdiv(T, BM)
@@ -342,8 +342,8 @@ def _backward_q(Q, K, V, O, DO, LSE, DLSE, DELTA, DQ, Q_SEG, KV_SEG, LO, HI, B, 
 
 
 @triton.jit
-def _collect_kv(dk, dv, k, v, Q, DO, LSE, DELTA, b, h, head, H, first, last, k_at, kv_seg, Q_SEG,
-                T, S, k_width, v_width, left, right, scale, cap, BM: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+def _collect_kv(dk, dv, k, v, Q, DO, LSE, DELTA, b, h, head, H, first, last, k_at, kv_seg, Q_SEG, T, S, k_width,
+                v_width, left, right, scale, cap, BM: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
                 LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
                 TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """dv += p^T do, dk += ds^T q over the tiles first..last of queries; scores are formed transposed, (N, M).
@@ -382,9 +382,9 @@ def _collect_kv(dk, dv, k, v, Q, DO, LSE, DELTA, b, h, head, H, first, last, k_a
 
 @triton.jit
 def _backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, KV_SEG, LO, HI, B, H, R, T, S, k_width, v_width,
-                 heads_at_once, left, right, scale, cap, out_scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-                 LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr, TMA: tl.constexpr,
-                 PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+                 heads_at_once, left, right, scale, cap, out_scale, BM: tl.constexpr, BN: tl.constexpr,
+                 D: tl.constexpr, E: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr,
+                 CAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     n_tiles = tl.cdiv(S, BN)
     G = H // R
     tile, group = _place(tl.program_id(0), n_tiles, B * G, heads_at_once)
