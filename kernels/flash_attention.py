@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from purelm.kernels.flash_attention_reference import tiled_backward, tiled_forward
-from purelm.kernels.recipe import applier, backward_function
+from purelm.kernels.recipe import applier, backward_function, eager_or_op
 from purelm.ops.attention import check_heads
 from purelm.ops.masks import Segments, Window, segment_pair, span
 from purelm.ops.precision import accumulator
@@ -171,8 +171,7 @@ def _arguments(
 # --- custom ops
 
 
-@torch.library.custom_op("purelm::flash_attention_fwd", mutates_args=(), device_types="cuda")
-def _forward_op(
+def _forward_cuda(
     q: Tensor, k: Tensor, v: Tensor, q_ids: Tensor | None, kv_ids: Tensor | None, sinks: Tensor | None,
     left: int | None, right: int | None, scale: float, softcap: float | None, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -180,6 +179,12 @@ def _forward_op(
 
     request = kernels.Request(left, right, scale, softcap, precision)
     return kernels.forward(q, k, v, _pair(q_ids, kv_ids), sinks, request)
+
+
+_forward_op = torch.library.custom_op(
+    "purelm::flash_attention_fwd", _forward_cuda, mutates_args=(), device_types="cuda"
+)
+_forward = eager_or_op(_forward_op, _forward_cuda)
 
 
 @_forward_op.register_kernel("cpu")
@@ -193,8 +198,7 @@ def _(q, k, v, q_ids, kv_ids, sinks, left, right, scale, softcap, precision):
     return q.new_empty(B, T, H, v.shape[-1]), q.new_empty(B, H, T, dtype=accumulator(q.dtype))
 
 
-@torch.library.custom_op("purelm::flash_attention_bwd", mutates_args=(), device_types="cuda")
-def _backward_op(
+def _backward_cuda(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, q_ids: Tensor | None,
     kv_ids: Tensor | None, left: int | None, right: int | None, scale: float, softcap: float | None, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -202,6 +206,11 @@ def _backward_op(
 
     request = kernels.Request(left, right, scale, softcap, precision)
     return kernels.backward(do, dlse, q, k, v, o, lse, _pair(q_ids, kv_ids), request)
+
+
+_backward_op = torch.library.custom_op(
+    "purelm::flash_attention_bwd", _backward_cuda, mutates_args=(), device_types="cuda"
+)
 
 
 @_backward_op.register_kernel("cpu")
@@ -240,14 +249,14 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in grads), (0, 0, 0, 0)
 
 
-_backward = backward_function("flash_attention", _backward_op, _vmap_backward)
+_backward = backward_function("flash_attention", eager_or_op(_backward_op, _backward_cuda), _vmap_backward)
 _NO_GRADS = (None,) * 8  # of ids, limits and numbers
 
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(q, k, v, q_ids, kv_ids, sinks, left, right, scale, softcap, precision):
-        return _forward_op(q, k, v, q_ids, kv_ids, sinks, left, right, scale, softcap, precision)
+        return _forward(q, k, v, q_ids, kv_ids, sinks, left, right, scale, softcap, precision)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -51,7 +51,8 @@ class _Plan:
             args[place] = tensors[number]
         for place, number, kind, attributes in self.descriptors:
             # Without the checks of the constructor, which this shape has passed before.
-            args[place] = descriptor = object.__new__(kind)
+            descriptor: Any = object.__new__(kind)
+            args[place] = descriptor
             descriptor.__dict__.update(attributes)
             descriptor.base = tensors[number]
         self.run(*args)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["applier", "backward_function", "device_of", "interpreted"]
+__all__ = ["applier", "backward_function", "device_of", "eager_or_op", "interpreted"]
 
 
 def interpreted() -> bool:
@@ -60,6 +60,25 @@ def applier(function: Any) -> Callable[..., Any]:
         return function.apply(*inputs) if _transformed() else Plain.apply(*inputs)
 
     return apply
+
+
+def eager_or_op(op: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
+    """`launch(*args)`, what the op does on CUDA, where nobody is watching; elsewhere `op(*args)`.
+
+    torch's dispatcher takes 30 us for a custom op, as much as a short kernel runs. It is needed on other devices,
+    while compiling, under torch.func, in a dispatch mode (selective checkpoint, fake tensors) and for subclasses.
+    """
+
+    def call(x: Tensor, *args: Any) -> Any:
+        plain = type(x) in _PLAIN and x.is_cuda and not _transformed()
+        if plain and not torch._C._len_torch_dispatch_stack():
+            return launch(x, *args)
+        return op(x, *args)
+
+    return call
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def backward_function(name: str, op: Callable[..., Any], vmap: Callable[..., Any]) -> Callable[..., Any]:

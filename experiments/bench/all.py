@@ -27,7 +27,8 @@ class Args:
 def programs(args: Args) -> list[tuple[str, list[str]]]:
     """Module and arguments of each."""
     if args.device != "cpu":
-        return [("train_step", ["--device", args.device])]
+        on = ["--device", args.device]
+        return [("attention", on), ("linear_cross_entropy", on), ("norms", on), ("train_step", on)]
     data = [] if args.data is None else ["--data", str(args.data)]
     tokenizer = [("tokenizer_encode", data), ("tokenizer_train", data)] if data else []
     return [

@@ -64,6 +64,8 @@ class Args:
     device: str = "auto"
     peers: tuple[str, ...] = ("fa2", "cudnn", "flex")
     parts: tuple[Literal["forward", "backward", "both"], ...] = ("forward", "backward")
+    match: str = ""
+    """only shapes whose label, "B4 H16 T4096 d64 causal bf16" say, has this in it"""
     rep: int = 60
     """milliseconds that one measurement lasts"""
     json: Path | None = None
@@ -219,7 +221,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main(args: Args) -> None:
     device = pick_device(args.device)
     grid = SMALL if device.type != "cuda" else SPEED if args.grid == "speed" else COURSE
-    rows = [r for shape in grid for r in cell(shape, args, device)]
+    rows = [r for shape in grid if args.match in shape.label() for r in cell(shape, args, device)]
     publish(rows, args.json)
     if args.plot is not None:
         plot(rows, args.plot)

@@ -2,7 +2,8 @@
 
     python -m experiments.bench.train_step [--device cuda] [--sizes 22m 134m] [--json FILE]
 
-Both run the same maths: forward, backward, AdamW, fp32 masters; bf16 compute on a GPU, fp32 on a CPU; SDPA attention.
+All run the same maths: forward, backward, AdamW, fp32 masters; bf16 compute on a GPU, fp32 on a CPU. The peer's
+attention is SDPA, and ours too, and on a GPU once more with the kernels (purelm.kernels.fused.FUSED).
 Times are medians over interleaved rounds in one process (the machine's drift hits both alike). Memory is the peak
 of steps after compilation: on a GPU by torch's allocator, less what the other variant holds; on a CPU the peak
 resident set of a process for each.
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import tyro
@@ -25,14 +26,15 @@ import tyro
 from experiments.bench.module_baseline import Module
 from experiments.bench.report import publish, row
 from experiments.console import pick_device, program, say
-from purelm import random, tree
+from purelm import accounting, random, tree
 from purelm.models import transformer
-from purelm.ops import REFERENCE
+from purelm.ops import REFERENCE, Ops
 from purelm.ops.sdpa import sdpa_attention
 from purelm.optim import adamw, schedules
 from purelm.train import FULL, MIXED, init_state, make_step
 from purelm.transforms import jit
 
+SDPA = REFERENCE._replace(attention=sdpa_attention)
 # vocab, d_model, layers, heads, d_ff, context, batch on a GPU, batch on a CPU
 SIZES = {
     "3m": (1024, 192, 4, 6, 512, 256, 64, 16),
@@ -48,6 +50,8 @@ class Args:
 
     device: str = "auto"
     sizes: tuple[str, ...] = ("22m", "134m")
+    variants: tuple[Literal["purelm", "fused"], ...] = ("purelm", "fused")
+    """purelm: SDPA and what inductor makes of the references; fused: the kernels (on a GPU only)"""
     steps: int = 30
     """timed steps of each"""
     json: Path | None = None
@@ -63,8 +67,9 @@ def shapes(size: str, device: torch.device) -> tuple[transformer.Config, int]:
     return cfg, gpu_batch if device.type == "cuda" else cpu_batch
 
 
-def pure_step(cfg: transformer.Config, device: torch.device) -> Callable[[dict], torch.Tensor]:
-    ops = REFERENCE._replace(attention=sdpa_attention)
+def pure_step(
+    cfg: transformer.Config, device: torch.device, ops: Ops = SDPA
+) -> Callable[[dict], torch.Tensor]:
     optimizer = adamw(betas=(0.9, 0.95), weight_decay=0.1)
 
     def loss_fn(params, batch):
@@ -100,7 +105,19 @@ def module_step(cfg: transformer.Config, device: torch.device) -> Callable[[dict
     return run
 
 
-VARIANTS = {"purelm": pure_step, "module": module_step}
+def fused_step(cfg: transformer.Config, device: torch.device) -> Callable[[dict], torch.Tensor]:
+    from purelm.kernels.fused import FUSED
+
+    return pure_step(cfg, device, FUSED)
+
+
+VARIANTS = {"purelm": pure_step, "module": module_step, "fused": fused_step}
+PEER = "module"
+
+
+def variants(args: Args, device: torch.device) -> list[str]:
+    """What is measured: the peer always, the kernels on GPUs alone."""
+    return [*(v for v in args.variants if v != "fused" or device.type == "cuda"), PEER]
 
 
 def batches(cfg: transformer.Config, batch_size: int, device: torch.device, n: int = 4) -> list[dict]:
@@ -125,15 +142,15 @@ class Measured(NamedTuple):
     peak_bytes: dict[str, int]  # on a GPU; empty on a CPU
 
 
-def measure_both(size: str, device: torch.device, steps: int) -> Measured:
+def measure(size: str, device: torch.device, args: Args) -> Measured:
     cfg, batch_size = shapes(size, device)
     data = batches(cfg, batch_size, device)
     runs, first, held = {}, {}, {}
     cuda = device.type == "cuda"
-    for name, make in VARIANTS.items():
+    for name in variants(args, device):
         before = torch.cuda.memory_allocated() if cuda else 0
         start = time.perf_counter()
-        runs[name] = make(cfg, device)
+        runs[name] = VARIANTS[name](cfg, device)
         for i in range(3):
             runs[name](data[i])
         synchronize(device)
@@ -144,7 +161,7 @@ def measure_both(size: str, device: torch.device, steps: int) -> Measured:
     inner = 5 if cuda else 1
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, int] = {}
-    for i in range(max(steps // inner, 3)):
+    for i in range(max(args.steps // inner, 3)):
         for name in sorted(runs, reverse=bool(i % 2)):
             synchronize(device)
             if cuda:
@@ -205,7 +222,7 @@ def main(args: Args) -> None:
         cfg, batch_size = shapes(size, device)
         n_params = tree.n_params(transformer.init(random.key(0), cfg))
         say(f"{size}: {n_params:,} parameters, {batch_size} x {cfg.context_length} tokens")
-        measured = measure_both(size, device, args.steps)
+        measured = measure(size, device, args)
         times = measured.seconds
         gc.collect()
         if device.type == "cuda":
@@ -215,14 +232,22 @@ def main(args: Args) -> None:
         say("  ms/step (max - min): " + ", ".join(f"{k} {ms[k]:.2f} ({spread[k]:.2f})" for k in ms))
         say("  first three steps, s: " + ", ".join(f"{k} {v:.1f}" for k, v in measured.first_seconds.items()))
         peer = "nn.Module + torch.compile + fused AdamW"
-        rows.append(row(f"{size}: step", ms["purelm"], "ms", peer=peer, peer_value=ms["module"], device=name))
-        peaks = measured.peak_bytes or {name: resident_in_own_process(name, size) for name in VARIANTS}
-        memory = {name: peak / 2**20 for name, peak in peaks.items()}
-        rows.append(
-            row(f"{size}: peak memory", memory["purelm"], "MiB", peer=peer, peer_value=memory["module"], device=name)
-        )
-        tokens = batch_size * cfg.context_length / (ms["purelm"] / 1e3)
-        rows.append(row(f"{size}: throughput", tokens, "tokens/s", device=name))
+        peaks = measured.peak_bytes or {n: resident_in_own_process(n, size) for n in variants(args, device)}
+        memory = {n: peak / 2**20 for n, peak in peaks.items()}
+        for variant in variants(args, device):
+            if variant == PEER:
+                continue
+            what = f"{size}: " + ("" if variant == "purelm" else f"{variant} ops, ")
+            rows.append(row(what + "step", ms[variant], "ms", peer=peer, peer_value=ms[PEER], device=name))
+            rows.append(
+                row(what + "peak memory", memory[variant], "MiB", peer=peer, peer_value=memory[PEER], device=name)
+            )
+            tokens = batch_size * cfg.context_length / (ms[variant] / 1e3)
+            rows.append(row(what + "throughput", tokens, "tokens/s", device=name))
+            peak_flops = accounting.peak_flops(device)
+            if peak_flops is not None:
+                used = accounting.train_flops(cfg, batch_size, cfg.context_length) / (ms[variant] / 1e3) / peak_flops
+                rows.append(row(what + "MFU", 100 * used, "%", device=name))
     publish(rows, args.json)
 
 

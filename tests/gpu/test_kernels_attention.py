@@ -44,8 +44,9 @@ def check(size, dtype, **options):
     exact = with_gradients(lambda *x: attention(*x, **options), wide, do.double())
     same = with_gradients(lambda *x: attention(*x, **options), [q, k, v], do)
     for found, reference, wanted in zip(mine, same, exact, strict=True):
-        # fp32: exp(s) is |s| roundings off, and scores go up to 8 here.
-        assert_as_exact(found, reference, wanted, ulps=8.0 if dtype == FP32 else 2.0)
+        # fp32: exp(s) is |s| roundings off, and scores go up to 8 here. atol: where dp - delta is 0 in exact arithmetic
+        # (one key), both are sums in fp32 of numbers up to 20, in different orders.
+        assert_as_exact(found, reference, wanted, ulps=8.0 if dtype == FP32 else 2.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
@@ -152,11 +153,12 @@ def test_sinks_and_lse():
         assert float((x.cpu().double() - y).norm() / y.norm()) < 0.01  # bf16 rounds at 0.4 %
 
 
+@pytest.mark.filterwarnings("ignore")  # dynamo's own
 def test_compiled_checkpointed_and_torch_func():
     """Oracle: eager."""
     q, k, v, do = tensors(2, 256, 256, 4, 2, 64, 64, BF16)
     wanted = with_gradients(flash_attention, [q, k, v], do)
-    compiled = torch.compile(lambda *x: flash_attention(*x), fullgraph=True)
+    compiled = torch.compile(flash_attention, fullgraph=True)
     for x, y in zip(with_gradients(compiled, [q, k, v], do), wanted, strict=True):
         assert torch.equal(x, y)
     again = with_gradients(

@@ -1,12 +1,15 @@
 """linear_cross_entropy and its kin against purelm.ops (values, gradients, transforms) and float64 (Triton's rows)."""
 
+import doctest
+import importlib
+
 import pytest
 import torch
 from torch.func import grad, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
-from purelm.kernels import linear_cross_entropy as module
 from purelm.kernels import linear_cross_entropy_chunks as passes
+from purelm.kernels import linear_cross_entropy_ops as module
 from purelm.kernels.cross_entropy import PLAIN
 from purelm.kernels.linear_cross_entropy import (
     linear_cross_entropy,
@@ -77,7 +80,8 @@ def test_against_float64(V, dtype, reduction):
         reference, hidden.double(), unembedding.double(), targets, weights.double(), denominator=150.0,
         reduction=reduction,
     )  # fmt: skip
-    got = run(linear_cross_entropy, hidden, unembedding, targets, weights, denominator=150.0, reduction=reduction, chunk=32)
+    options = {"denominator": 150.0, "reduction": reduction, "chunk": 32}
+    got = run(linear_cross_entropy, hidden, unembedding, targets, weights, **options)
     for x, s, e in zip(got, same, exact, strict=True):
         assert_as_exact(x, s, e)
 
@@ -158,7 +162,8 @@ def test_mean_and_ignore_index():
     hidden, unembedding, targets, _ = random_case()
     targets[0, 1:] = 3
     leaves = [x.requires_grad_() for x in (hidden, unembedding)]
-    expected = torch.nn.functional.cross_entropy((hidden @ unembedding.T).flatten(0, 1), targets.flatten(), ignore_index=3)
+    logits = (hidden @ unembedding.T).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=3)
     loss, nll = linear_cross_entropy(*leaves, targets, reduction="mean", ignore_index=3)
     torch.testing.assert_close((loss, nll), (expected, expected.detach()))
     torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
@@ -211,7 +216,7 @@ def test_jacrev():
     h, w, t, _ = random_case((3,))
     for reduction in ("sum", "none"):
         ours, theirs = (
-            jacrev(lambda a, b, f=f: f(a, b, t, reduction=reduction)[0], (0, 1))(h, w)
+            jacrev(lambda a, b, f=f, r=reduction: f(a, b, t, reduction=r)[0], (0, 1))(h, w)
             for f in (linear_cross_entropy, reference)
         )
         torch.testing.assert_close(ours, theirs)
@@ -242,9 +247,8 @@ def test_checkpoint():
     def f(h, w):
         return linear_cross_entropy(h * 2, w, t, weights=weights)[0]
 
-    torch.testing.assert_close(
-        torch.autograd.grad(checkpoint(f, *leaves, use_reentrant=False), leaves), torch.autograd.grad(f(*leaves), leaves)
-    )
+    again = torch.autograd.grad(checkpoint(f, *leaves, use_reentrant=False), leaves)
+    torch.testing.assert_close(again, torch.autograd.grad(f(*leaves), leaves))
 
 
 def test_in_a_model():
@@ -325,3 +329,9 @@ def test_bad_arguments():
     }.items():
         with pytest.raises(ValueError, match=match):
             call()
+
+
+def test_example_in_docstring():
+    """Oracle: what the docstring prints."""
+    found = doctest.testmod(importlib.import_module("purelm.kernels.linear_cross_entropy"), extraglobs={"torch": torch})
+    assert found.attempted and not found.failed

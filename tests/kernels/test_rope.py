@@ -39,7 +39,13 @@ def tables(T, K, B=None, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape,per_row",
-    [((2, 7, 3, 10), True), ((1, 1, 1, 2), False), ((3, 5, 4, 64), False), ((1, 3, 40, 128), True), ((2, 0, 1, 4), False)],
+    [
+        ((2, 7, 3, 10), True),
+        ((1, 1, 1, 2), False),
+        ((3, 5, 4, 64), False),
+        ((1, 3, 40, 128), True),
+        ((2, 0, 1, 4), False),
+    ],
     ids=str,
 )
 def test_kernel_is_as_exact_as_the_reference(shape, per_row, dtype, layout):
@@ -77,7 +83,8 @@ def test_both_in_one_launch(H, G, layout):
         a, b = kernels.turn(q, k, cos, sin, *flags)
         assert torch.equal(a, kernels.turn(q.contiguous(), None, cos, sin, *flags)[0])
         assert torch.equal(b, kernels.turn(k.contiguous(), None, cos, sin, *flags)[0])
-    torch.testing.assert_close(kernels.turn(q, k, cos, sin, layout == "interleaved", False)[1], reference(k, cos, sin, layout))
+    b = kernels.turn(q, k, cos, sin, layout == "interleaved", False)[1]
+    torch.testing.assert_close(b, reference(k, cos, sin, layout))
     narrow = [t.bfloat16() for t in (cos, sin)]
     a, _ = kernels.turn(q, None, *narrow, layout == "interleaved", False)
     torch.testing.assert_close(a, reference(q, *narrow, layout))
@@ -86,7 +93,7 @@ def test_both_in_one_launch(H, G, layout):
 @INTERPRETED
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernel_reads_views(layout):
-    """Oracle: the kernel on contiguous copies, bit for bit: any order of the axes, gaps, repeats, a strided last axis."""
+    """Oracle: the kernel on contiguous copies, bit for bit: axes in any order, gaps, repeats, a strided last axis."""
     from purelm.kernels import rope_triton as kernels
 
     (x,) = numbers(2, (3, 4, 5, 8))
@@ -187,7 +194,11 @@ def test_vmap_over_tables():
     """Oracle: the reference; tables of each sample, of shapes (T, J) and (B, T, J), with x shared or not."""
     (x,) = numbers(7, (3, 2, 4, 3, 6), dtype=torch.float64)
     for cos, sin in (tables(4, 6, 3, torch.float64), [t.expand(3, 2, 4, 3) for t in tables(4, 6, 2, torch.float64)]):
-        for in_dims, args in (((0, 0, 0), (x, cos, sin)), ((None, 0, 0), (x[0], cos, sin)), ((0, None, 0), (x, cos[0], sin))):
+        for in_dims, args in (
+            ((0, 0, 0), (x, cos, sin)),
+            ((None, 0, 0), (x[0], cos, sin)),
+            ((0, None, 0), (x, cos[0], sin)),
+        ):
             a, b = (vmap(f, in_dims)(*args) for f in (rope, reference))
             torch.testing.assert_close(a, b)
 

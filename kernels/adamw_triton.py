@@ -1,0 +1,139 @@
+"""The Triton kernel of adamw: one launch over many tensors.
+
+A launch takes a table of addresses, a row of COLUMNS numbers for each leaf. Leaves are cut into chunks, one a program;
+`first` is the number of a leaf's first chunk, and a program finds its leaf by counting how many begin before it: one
+read of the whole column, instead of a search of dependent reads or a second table as long as the grid.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from purelm.kernels.recipe import device_of
+
+__all__ = ["step"]
+
+COLUMNS = 10  # first, numel, decays, and the addresses of p, g, m, v, update, new m, new v
+BLOCK, BLOCKS_PER_PROGRAM, NUM_WARPS = 1024, 8, 4  # 8 numbers to a thread: two 16-byte loads of each fp32 tensor
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _pointer(row, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    address = tl.load(row + column)
+    pointer = address.to(tl.pointer_type(dtype))
+    if ALIGNED:  # an address out of memory tells the compiler nothing; without this each number is a load of its own
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _step(
+    table_ptr, scalars_ptr, n_leaves,
+    ONE_MINUS_B1: tl.constexpr, B2: tl.constexpr, ONE_MINUS_B2: tl.constexpr, EPS: tl.constexpr,
+    HAS_ROOT: tl.constexpr, OUTSIDE: tl.constexpr, BEFORE: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
+    LEAVES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    i = tl.arange(0, LEAVES)
+    firsts = tl.load(table_ptr + i * WIDTH, mask=i < n_leaves, other=0)
+    leaf = tl.sum(((firsts <= pid) & (i < n_leaves)).to(tl.int32), 0) - 1
+    row = table_ptr + leaf * WIDTH
+    start = (pid - tl.load(row)) * (BLOCK * BLOCKS)
+    n, decays = tl.load(row + 1), tl.load(row + 2) != 0
+    if ALIGNED:
+        n = tl.multiple_of(n, 16)  # a mask that ends within a 16-byte load would break it up
+    p_ptr, g_ptr = _pointer(row, 3, P, ALIGNED), _pointer(row, 4, G, ALIGNED)
+    m_ptr, v_ptr = _pointer(row, 5, M, ALIGNED), _pointer(row, 6, V, ALIGNED)
+    u_ptr = _pointer(row, 7, tl.float32, ALIGNED)
+    new_m_ptr, new_v_ptr = _pointer(row, 8, M, ALIGNED), _pointer(row, 9, V, ALIGNED)
+    neg_step_size = tl.load(scalars_ptr).to(tl.float32)
+    root_scale = tl.load(scalars_ptr + 1).to(tl.float32)
+    root_shift = tl.load(scalars_ptr + 2).to(tl.float32)
+    keep = tl.load(scalars_ptr + 3).to(tl.float32)
+    lose = tl.load(scalars_ptr + 4).to(tl.float32)
+    for block in range(0, BLOCKS):
+        at = start + block * BLOCK + tl.arange(0, BLOCK)
+        live = at < n
+        g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32)
+        m = tl.load(m_ptr + at, mask=live, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + at, mask=live, other=0.0).to(tl.float32)
+        # Two forms of the same, as torch.lerp has them: each is exact at its own end.
+        if ONE_MINUS_B1 < 0.5:
+            m = m + ONE_MINUS_B1 * (g - m)
+        else:
+            m = g - (g - m) * (1.0 - ONE_MINUS_B1)
+        v = v * B2 + ONE_MINUS_B2 * g * g
+        # Rounded to nearest, as torch does; the quicker forms of Triton are off by more than the last bit.
+        root = tl.sqrt_rn(v + root_shift) if HAS_ROOT else tl.sqrt_rn(v)
+        if OUTSIDE:
+            root = tl.div_rn(root, root_scale)
+        u = tl.div_rn(m * neg_step_size, root + EPS)
+        p = tl.load(p_ptr + at, mask=live & decays, other=0.0).to(tl.float32)  # not read where nothing decays
+        whole = p if BEFORE else p + u
+        whole = whole * keep if OUTSIDE else whole - lose * whole
+        if BEFORE:
+            whole += u
+        tl.store(u_ptr + at, tl.where(decays, whole - p, u), mask=live)
+        tl.store(new_m_ptr + at, m.to(M), mask=live)
+        tl.store(new_v_ptr + at, v.to(V), mask=live)
+
+
+def _launch(
+    leaves: list[tuple[Tensor, ...]], decays: list[bool], scalars: Tensor, hyper: tuple, dtypes: tuple, aligned: bool
+) -> None:
+    """One launch over leaves (p, g, m, v, update, new m, new v) of the same dtypes, all aligned or not."""
+    device = leaves[0][0].device
+    chunk, first = BLOCK * BLOCKS_PER_PROGRAM, 0
+    rows: list[int] = []
+    for leaf, decay in zip(leaves, decays, strict=True):
+        n = leaf[0].numel()
+        rows += (first, n, decay, *[x.data_ptr() for x in leaf])
+        first += triton.cdiv(n, chunk)
+    if first == 0:
+        return
+    cuda = device.type == "cuda"
+    # The copy does not wait for the device, and pinned memory is not reused before the copy is done.
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=cuda).to(device, non_blocking=True)
+    one_minus_b1, b2, one_minus_b2, eps, has_root, outside, before = hyper
+    with device_of(leaves[0][0]):
+        _step[(first,)](
+            table, scalars, len(leaves), ONE_MINUS_B1=one_minus_b1, B2=b2, ONE_MINUS_B2=one_minus_b2, EPS=eps,
+            HAS_ROOT=has_root, OUTSIDE=outside, BEFORE=before,
+            P=DTYPES[dtypes[0]], G=DTYPES[dtypes[1]], M=DTYPES[dtypes[2]], V=DTYPES[dtypes[3]], ALIGNED=aligned,
+            LEAVES=triton.next_power_of_2(len(leaves)), WIDTH=COLUMNS, BLOCK=BLOCK, BLOCKS=BLOCKS_PER_PROGRAM,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+def step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    scalars: Tensor,
+    decays: Sequence[bool],
+    *hyper: float | bool,
+) -> list[Tensor]:
+    """Updates (fp32), new m and new v of all leaves; one launch for each device and set of dtypes.
+
+    Leaves that are no multiple of 16 long, or begin at an odd address, go in a launch of their own, or they would slow
+    down all the others.
+
+    hyper: 1 - b1, b2, 1 - b2, eps, whether there is eps_root, eps "outside", decay "before".
+    """
+    out_u = [x.new_empty(x.shape, dtype=torch.float32) for x in params]
+    out_m, out_v = [x.new_empty(x.shape) for x in m], [x.new_empty(x.shape) for x in v]
+    groups: dict[tuple, list[int]] = {}
+    inputs = [[x.contiguous() for x in column] for column in (params, grads, m, v)]  # held until all is launched
+    for i, leaf in enumerate(zip(*inputs, strict=True)):
+        aligned = leaf[0].numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in leaf)
+        groups.setdefault((leaf[0].device, aligned, *(x.dtype for x in leaf)), []).append(i)
+    for (_, aligned, *dtypes), members in groups.items():
+        leaves = [(*(column[i] for column in inputs), out_u[i], out_m[i], out_v[i]) for i in members]
+        _launch(leaves, [decays[i] for i in members], scalars, hyper, tuple(dtypes), aligned)
+    return [*out_u, *out_m, *out_v]

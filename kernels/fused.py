@@ -1,0 +1,42 @@
+"""FUSED: the bundle of ops with the kernels of this package in place of the references.
+
+    from purelm.kernels.fused import FUSED
+    loss, metrics = transformer.loss(params, batch, cfg, ops=FUSED)
+
+Attention and the loss are kernels always. Norms, rotations and gates are kernels in eager code only: in torch.compile
+they stay the references, because inductor fuses them with what is around them, and a kernel of ours would be a wall.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+from purelm.kernels.flash_attention import flash_attention
+from purelm.kernels.linear_cross_entropy import linear_cross_entropy
+from purelm.kernels.rms_norm import rms_norm
+from purelm.kernels.rope import rope
+from purelm.kernels.swiglu import swiglu
+from purelm.ops import REFERENCE
+
+__all__ = ["FUSED", "unless_compiling"]
+
+
+def unless_compiling(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """`reference` while torch.compile traces, else `kernel`."""
+
+    @wraps(kernel)
+    def op(*args: Any, **kwargs: Any) -> Any:
+        return reference(*args, **kwargs) if torch.compiler.is_compiling() else kernel(*args, **kwargs)
+
+    return op
+
+
+FUSED = REFERENCE._replace(
+    attention=flash_attention,
+    linear_cross_entropy=linear_cross_entropy,
+    rms_norm=unless_compiling(rms_norm, REFERENCE.rms_norm),
+    rope=unless_compiling(rope, REFERENCE.rope),
+    swiglu=unless_compiling(swiglu, REFERENCE.swiglu),
+)

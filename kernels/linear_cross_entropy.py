@@ -1,0 +1,219 @@
+"""Cross-entropy of hidden states against an unembedding, whose logits are never held whole.
+
+Legend: N tokens, D d_model, V vocabulary. With x the logits h W^T of a chunk of tokens, computed in the dtype of h and
+W, and y_i and dx_i of kernels.cross_entropy:
+
+    y  = sum_i w_i y_i
+    dh = dx W            dW = sum over chunks dx^T h   (held in fp32)
+
+Three ways, by what is asked for:
+- "sum" and "mean", differentiated: gradients in forward. Each chunk's logits are overwritten by dx, and dh and dW are
+  formed at once; backward multiplies them by the upstream scalar. 6 N V D FLOPs, what the materialised logits take.
+  Under `remat` all of it is done twice, so leave the loss out of it.
+- nothing differentiated (no_grad, or neither h nor W requires it): losses alone, 2 N V D FLOPs.
+- "none" and `log_probs_and_entropy`, where the upstream gradient is a vector: log Z of each token is saved, and
+  backward forms the logits again, 8 N V D FLOPs.
+
+Per token, with l = cap(x) / T, p = softmax(l), t the target:
+
+    log p_t        d/dl_j = [j = t] - p_j
+    H = -sum p log p     d/dl_j = -p_j (log p_j + H)
+
+Beyond inputs and gradients it takes a chunk's logits (512 MiB or 2048 tokens, see `chunk`), and half of dW in fp32.
+fp16 gradients are kept in fp32 (dW) and not yet divided (dh) until the upstream scalar, a loss scale say, is known.
+
+Gradients in forward: Liger-Kernel, arXiv:2410.10989, section 3.2. Recomputation: Cut Cross-Entropy, arXiv:2411.09009.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from purelm.kernels.cross_entropy import check_targets, token_weights
+from purelm.kernels.linear_cross_entropy_ops import apply_sum, apply_tokens, scaled
+from purelm.ops.cross_entropy import reduce_tokens
+from purelm.ops.linear import linear
+from purelm.ops.precision import accumulator
+from purelm.ops.softcap import soft_cap
+
+__all__ = [
+    "linear_cross_entropy",
+    "linear_cross_entropy_value_and_grad",
+    "log_probs_and_entropy",
+    "log_probs_and_entropy_reference",
+]
+
+
+def _anchor(hidden_ND: Tensor, unembedding: Tensor) -> Tensor:
+    """Nothing, as a function of both; cat copies, so it does not hold their memory."""
+    return torch.cat([hidden_ND[:0], unembedding[:0]])
+
+
+def _differentiated(x: Tensor) -> bool:
+    """Whether a gradient of x may be asked for, also by a transform below the ones that are seen at x."""
+    if not torch.is_grad_enabled():
+        return False
+    if not torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+        return x.requires_grad
+    if torch.compiler.is_compiling():
+        return True
+    while not x.requires_grad:
+        if not (torch._C._functorch.is_gradtrackingtensor(x) or torch._C._functorch.is_batchedtensor(x)):  # type: ignore[attr-defined]
+            return False
+        x = torch._C._functorch.get_unwrapped(x)  # type: ignore[attr-defined]
+    return True
+
+
+def _checked(
+    hidden: Tensor, unembedding: Tensor, targets: Tensor, weights: Tensor | None, chunk: int | None
+) -> tuple[Tensor, Tensor, int]:
+    """(hidden_ND, targets_N, chunk or 0), or ValueError."""
+    if unembedding.ndim != 2 or unembedding.shape[0] < 1:
+        raise ValueError(f"unembedding must be (V >= 1, D), got {tuple(unembedding.shape)}")
+    if hidden.ndim < 1 or hidden.shape[-1] != unembedding.shape[1]:
+        raise ValueError(f"hidden must be (*batch, {unembedding.shape[1]}), got {tuple(hidden.shape)}")
+    if hidden.dtype != unembedding.dtype or not hidden.is_floating_point():
+        raise ValueError(f"hidden and unembedding must have one float dtype, got {hidden.dtype}, {unembedding.dtype}")
+    if hidden.device != unembedding.device:
+        raise ValueError(f"unembedding must be on {hidden.device} like hidden, got {unembedding.device}")
+    check_targets(targets, weights, hidden.shape[:-1], hidden.device)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token or None, got {chunk}")
+    return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), chunk or 0
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "*batch d"],
+    unembedding_VD: Float[Tensor, "v d"],
+    targets: Int[Tensor, "*batch"],
+    *,
+    weights: Float[Tensor, "*batch"] | None = None,
+    denominator: Float[Tensor, ""] | float | None = None,
+    reduction: str = "sum",
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    chunk: int | None = None,
+    ignore_index: int | None = None,
+) -> tuple[Float[Tensor, "*out"], Float[Tensor, "*out"]]:
+    """`purelm.ops.linear_cross_entropy`, and `purelm.kernels.cross_entropy(hidden @ unembedding^T, ...)`.
+
+    The same arguments and the same two results (loss, nll); see the top of the file for what is computed when. Under
+    no_grad, and where neither hidden nor unembedding is differentiated, the loss alone.
+
+    Args:
+        chunk: tokens whose logits are held at a time; None for 512 MiB of logits, but no less than 2048 tokens.
+        reduction, ignore_index, targets that are no index: as `purelm.kernels.cross_entropy`.
+
+    >>> loss, nll = linear_cross_entropy(torch.zeros(3, 4), torch.ones(8, 4), torch.tensor([1, 2, 3]), denominator=3.0)
+    >>> loss  # log 8
+    tensor(2.0794)
+    """
+    hidden_ND, targets_N, chunk = _checked(hidden, unembedding_VD, targets, weights, chunk)
+    weights, denominator, reduction = token_weights(
+        targets, weights, denominator, reduction, ignore_index, accumulator(hidden.dtype)
+    )
+    weights_N = None if weights is None else weights.reshape(-1)
+    need_hidden, need_unembedding = _differentiated(hidden), _differentiated(unembedding_VD)
+    if reduction == "sum" and (need_hidden or need_unembedding):
+        loss, _, nll, _, _ = apply_sum(
+            _anchor(hidden_ND, unembedding_VD), hidden_ND, unembedding_VD, targets_N, weights_N, softcap, z_loss, chunk,
+            need_hidden, need_unembedding,
+        )  # fmt: skip
+        loss = loss if denominator is None else loss / denominator
+        return loss, reduce_tokens(nll, weights_N, denominator, reduction).detach()
+    loss, nll, _, _ = apply_tokens(
+        hidden_ND, unembedding_VD, targets_N, None if weights_N is None else weights_N.detach(), softcap, z_loss, 1.0,
+        False, chunk,
+    )  # fmt: skip
+    batch = targets.shape
+    return (
+        reduce_tokens(loss.reshape(batch), weights, denominator, reduction),
+        reduce_tokens(nll.reshape(batch), weights, denominator, reduction).detach(),
+    )
+
+
+def linear_cross_entropy_value_and_grad(
+    hidden: Float[Tensor, "*batch d"],
+    unembedding_VD: Float[Tensor, "v d"],
+    targets: Int[Tensor, "*batch"],
+    *,
+    weights: Float[Tensor, "*batch"] | None = None,
+    denominator: Float[Tensor, ""] | float | None = None,
+    reduction: str = "sum",
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    chunk: int | None = None,
+    ignore_index: int | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "*batch d"], Float[Tensor, "v d"]]:
+    """(loss, nll, d loss / d hidden, d loss / d unembedding) of `linear_cross_entropy`, in one call without autograd.
+
+    For steps that are written out by hand; none of the four can be differentiated further. reduction is "sum" or
+    "mean".
+    """
+    if reduction == "none":
+        raise ValueError('reduction must be "sum" or "mean" for a gradient, got "none"')
+    hidden_ND, targets_N, chunk = _checked(hidden, unembedding_VD, targets, weights, chunk)
+    weights, denominator, reduction = token_weights(
+        targets, weights, denominator, reduction, ignore_index, accumulator(hidden.dtype)
+    )
+    weights_N = None if weights is None else weights.reshape(-1)
+    with torch.no_grad():
+        anchor = _anchor(hidden_ND, unembedding_VD)
+        loss, _, nll, d_hidden, d_unembedding = apply_sum(
+            anchor, hidden_ND, unembedding_VD, targets_N, weights_N, softcap, z_loss, chunk, True, True
+        )
+        factor = torch.ones_like(loss) if denominator is None else torch.ones_like(loss) / denominator
+        return (
+            loss * factor,
+            reduce_tokens(nll, weights_N, denominator, reduction),
+            scaled(d_hidden, factor, hidden.dtype, anchor).reshape(hidden.shape),
+            scaled(d_unembedding, factor, hidden.dtype, anchor),
+        )
+
+
+def log_probs_and_entropy_reference(
+    hidden: Float[Tensor, "*batch d"],
+    unembedding_VD: Float[Tensor, "v d"],
+    targets: Int[Tensor, "*batch"],
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int | None = None,
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """The same results as `log_probs_and_entropy`, by torch's log_softmax on all the logits at once."""
+    logits = linear(hidden, unembedding_VD)
+    log_p = torch.log_softmax(soft_cap(logits.to(accumulator(logits.dtype)), softcap) / temperature, -1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    if ignore_index is None:
+        return log_p.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1), entropy
+    dead = targets == ignore_index
+    log_prob = log_p.gather(-1, torch.where(dead, 0, targets.long()).unsqueeze(-1)).squeeze(-1)
+    return torch.where(dead, 0.0, log_prob), torch.where(dead, 0.0, entropy)
+
+
+def log_probs_and_entropy(
+    hidden: Float[Tensor, "*batch d"],
+    unembedding_VD: Float[Tensor, "v d"],
+    targets: Int[Tensor, "*batch"],
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    ignore_index: int | None = None,
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """(log p_i[target_i], H(p_i)) per token, p = softmax(cap(hidden @ unembedding^T) / temperature); nats, fp32.
+
+    Both are differentiable; backward forms the logits again. A token whose target is ignore_index has 0 and 0.
+    """
+    hidden_ND, targets_N, chunk = _checked(hidden, unembedding_VD, targets, None, chunk)
+    if not temperature > 0.0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    wide = accumulator(hidden.dtype)
+    live = None if ignore_index is None else (targets_N != ignore_index).to(wide)
+    loss, _, _, entropy = apply_tokens(
+        hidden_ND, unembedding_VD, targets_N, live, softcap, 0.0, temperature, True, chunk
+    )
+    log_prob = -loss
+    if live is not None:  # so that no gradient arrives there either
+        log_prob, entropy = (torch.where(live == 0, 0.0, x) for x in (log_prob, entropy))
+    return log_prob.reshape(targets.shape), entropy.reshape(targets.shape)

@@ -1,0 +1,258 @@
+"""The ops of linear_cross_entropy, where the maths is, and how they meet autograd and vmap."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purelm.kernels import linear_cross_entropy_chunks as passes
+from purelm.kernels.cross_entropy import folded, rows_for
+from purelm.kernels.recipe import applier, backward_function
+from purelm.ops.precision import accumulator
+
+__all__ = ["apply_sum", "apply_tokens", "scaled"]
+
+
+def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of dW between forward and backward: bfloat16 has the range of fp32, float16 has not."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+# The ops. A chunk of 0 tokens stands for the default.
+
+
+@torch.library.custom_op("purelm::linear_cross_entropy_sum", mutates_args=(), device_types=("cpu", "cuda"))
+def _sum_op(
+    hidden: Tensor,
+    unembedding: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    softcap: float | None,
+    z_loss: float,
+    chunk: int,
+    need_hidden: bool,
+    need_unembedding: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return passes.losses_and_gradients(
+        rows_for(hidden), hidden, unembedding, targets, weights, softcap, z_loss, chunk,
+        _kept_dtype(unembedding.dtype), need_hidden, need_unembedding,
+    )  # fmt: skip
+
+
+@_sum_op.register_fake
+def _(hidden, unembedding, targets, weights, softcap, z_loss, chunk, need_hidden, need_unembedding):
+    per_token = hidden.new_empty(hidden.shape[0], dtype=accumulator(hidden.dtype))
+    d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
+    shape, dtype = (unembedding.shape, _kept_dtype(unembedding.dtype)) if need_unembedding else ((0,), hidden.dtype)
+    return per_token, torch.empty_like(per_token), d_hidden, unembedding.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("purelm::linear_cross_entropy_scale", mutates_args=(), device_types="cuda")
+def _scale_op(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    from purelm.kernels.linear_cross_entropy_triton import scale
+
+    return scale(x, factor, dtype)
+
+
+@_scale_op.register_kernel("cpu")
+def _(x, factor, dtype):
+    return (x.to(accumulator(x.dtype)) * factor).to(dtype, copy=True).contiguous()
+
+
+@_scale_op.register_fake
+def _(x, factor, dtype):
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+@torch.library.custom_op("purelm::linear_cross_entropy_tokens", mutates_args=(), device_types=("cpu", "cuda"))
+def _tokens_op(
+    hidden: Tensor,
+    unembedding: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    softcap: float | None,
+    z_loss: float,
+    temperature: float,
+    entropy: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    found = passes.losses(
+        rows_for(hidden), hidden, unembedding, targets, weights, softcap, z_loss, temperature, entropy, chunk
+    )
+    return found[0], found[1], found[2], found[3]
+
+
+@_tokens_op.register_fake
+def _(hidden, unembedding, targets, weights, softcap, z_loss, temperature, entropy, chunk):
+    per_token = hidden.new_empty(hidden.shape[0], dtype=accumulator(hidden.dtype))
+    entropies = per_token.new_empty(per_token.shape if entropy else (0,))
+    return per_token, torch.empty_like(per_token), torch.empty_like(per_token), entropies
+
+
+@torch.library.custom_op("purelm::linear_cross_entropy_tokens_bwd", mutates_args=(), device_types=("cpu", "cuda"))
+def _tokens_bwd_op(
+    hidden: Tensor,
+    unembedding: Tensor,
+    targets: Tensor,
+    log_z: Tensor,
+    a: Tensor,
+    b: Tensor,
+    e: Tensor | None,
+    entropy: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    chunk: int,
+    need_hidden: bool,
+    need_unembedding: bool,
+) -> tuple[Tensor, Tensor]:
+    return passes.gradients_again(
+        rows_for(hidden), hidden, unembedding, targets, log_z, a, b, e, entropy, softcap, temperature, chunk,
+        need_hidden, need_unembedding,
+    )  # fmt: skip
+
+
+@_tokens_bwd_op.register_fake
+def _(hidden, unembedding, targets, log_z, a, b, e, entropy, softcap, t, chunk, need_hidden, need_unembedding):
+    d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
+    return d_hidden, unembedding.new_empty(unembedding.shape if need_unembedding else (0,))
+
+
+# How they meet autograd and vmap.
+
+
+def _one_by_one(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
+    """A call under vmap as a loop: where W, or its gradient, belongs to the sample, there is nothing to share."""
+    found = [
+        call(*(x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(found[0], Tensor):
+        return torch.stack(found), 0
+    return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])
+
+
+def _scale_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    return _one_by_one(scaled, info, in_dims, args)
+
+
+def _tokens_bwd_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    return _one_by_one(_tokens_bwd, info, in_dims, args)
+
+
+def _scale_without_anchor(x: Tensor, factor: Tensor, dtype: torch.dtype, anchor: Tensor) -> Tensor:
+    return _scale_op(x, factor, dtype)
+
+
+scaled = backward_function("linear_cross_entropy", _scale_without_anchor, _scale_vmap)
+_tokens_bwd = backward_function("linear_cross_entropy", _tokens_bwd_op, _tokens_bwd_vmap)
+
+
+class _Sum(torch.autograd.Function):
+    """Anchor, arguments of the op -> sum_i w_i y_i, and the op's results, which backward needs (but for nll).
+
+    Backward uses neither hidden nor unembedding, so autograd would not know that its results depend on them, and leave
+    out what a double backward adds, silently. It is shown the anchor, an empty tensor that is a function of both:
+    saving the two themselves would keep hidden alive.
+    """
+
+    @staticmethod
+    def forward(
+        anchor: Tensor,
+        hidden: Tensor,
+        unembedding: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        softcap: float | None,
+        z_loss: float,
+        chunk: int,
+        need_hidden: bool,
+        need_unembedding: bool,
+    ) -> Any:
+        loss, nll, d_hidden, d_unembedding = _sum_op(
+            hidden, unembedding, targets, weights, softcap, z_loss, chunk, need_hidden, need_unembedding
+        )
+        total = (loss if weights is None else weights * loss).sum()  # loss is 0 where the weight is
+        return total, loss, nll, d_hidden, d_unembedding
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        anchor, hidden, unembedding, _, weights = inputs[:5]
+        _, loss, nll, d_hidden, d_unembedding = output
+        ctx.dtypes = hidden.dtype, unembedding.dtype
+        ctx.weighted = weights is not None
+        ctx.save_for_backward(d_hidden, d_unembedding, loss, anchor)
+        ctx.mark_non_differentiable(loss, nll, d_hidden, d_unembedding)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
+        none = (None,) * 10
+        if g is None:
+            return none
+        d_hidden, d_unembedding, loss, anchor = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return (
+            None,
+            scaled(d_hidden, g, ctx.dtypes[0], anchor) if needs[1] else None,
+            scaled(d_unembedding, g, ctx.dtypes[1], anchor) if needs[2] else None,
+            None,
+            scaled(loss, g, loss.dtype, anchor) if needs[4] and ctx.weighted else None,
+            *none[5:],
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _one_by_one(_Sum.apply, info, in_dims, args)
+
+
+class _Tokens(torch.autograd.Function):
+    """Arguments of the op -> its results, of which the loss and the entropy (where asked for) are differentiable."""
+
+    @staticmethod
+    def forward(  # dynamo (2.13) tells the two forms of Function by the number of parameters: no *rest here
+        hidden: Tensor,
+        unembedding: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        softcap: float | None,
+        z_loss: float,
+        temperature: float,
+        entropy: bool,
+        chunk: int,
+    ) -> Any:
+        return _tokens_op(hidden, unembedding, targets, weights, softcap, z_loss, temperature, entropy, chunk)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        hidden, unembedding, targets, _, ctx.softcap, ctx.z_loss, ctx.temperature, ctx.entropy, ctx.chunk = inputs
+        _, nll, log_z, entropies = output
+        ctx.save_for_backward(hidden, unembedding, targets, log_z, entropies)
+        ctx.mark_non_differentiable(*((nll, log_z) if ctx.entropy else (nll, log_z, entropies)))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _nll: Any, _log_z: Any, g_entropy: Tensor | None) -> Any:
+        none = (None,) * 9
+        hidden, unembedding, targets, log_z, entropies = ctx.saved_tensors
+        e = g_entropy if ctx.entropy else None
+        if g is None and e is None:
+            return none
+        g = torch.zeros_like(log_z) if g is None else g
+        needs = ctx.needs_input_grad
+        d_hidden, d_unembedding = _tokens_bwd(
+            hidden, unembedding, targets, log_z, g * (1.0 + 2.0 * ctx.z_loss * log_z), -g, e,
+            None if e is None else entropies, ctx.softcap, ctx.temperature, ctx.chunk, needs[0], needs[1],
+        )  # fmt: skip
+        return d_hidden if needs[0] else None, d_unembedding if needs[1] else None, *none[2:]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        if in_dims[1] is not None:
+            return _one_by_one(_Tokens.apply, info, in_dims, args)
+        hidden, targets, weights = folded(info, (in_dims[0], *in_dims[2:4]), (args[0], *args[2:4]))
+        found = _Tokens.apply(hidden, args[1], targets, weights, *args[4:])
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in found), (0,) * 4
+
+
+apply_sum, apply_tokens = applier(_Sum), applier(_Tokens)

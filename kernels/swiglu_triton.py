@@ -1,0 +1,68 @@
+"""Triton kernels of swiglu: element by element over flat tensors."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from purelm.kernels.launch import all_aligned, device_number, device_of, launch, relaunch
+
+__all__ = ["backward", "forward"]
+
+
+def config(n: int) -> tuple[int, int]:
+    """Elements of a program, and its warps: 16 elements to a thread, two 16-byte loads of bf16 for each tensor."""
+    block = min(4096, max(64, triton.next_power_of_2(n)))
+    return block, max(1, block // 512)
+
+
+@triton.jit
+def _forward(gate_ptr, up_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+    y = gate * tl.sigmoid(gate) * up
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def _backward(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dy = tl.load(dy_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+    s = tl.sigmoid(gate)
+    dgate = dy * up * s * (1.0 + gate * (1.0 - s))
+    tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=at < n)
+    tl.store(dup_ptr + at, (dy * gate * s).to(dup_ptr.dtype.element_ty), mask=at < n)
+
+
+def _launch(kernel: Any, tensors: tuple[Tensor, ...]) -> None:
+    """The kernel over tensors of one shape and dtype, contiguous."""
+    x = tensors[0]
+    n = x.numel()
+    if n == 0:
+        return
+
+    key = kernel, device_number(x), x.dtype, n, all_aligned(tensors)
+    with device_of(x):
+        if not relaunch(key, tensors):
+            block, warps = config(n)
+            args = *tensors, n
+            launch(key, tensors, kernel, triton.cdiv(n, block), args, {"BLOCK": block}, {"num_warps": warps})
+
+
+def forward(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    _launch(_forward, (gate, up, y))
+    return y
+
+
+def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    _launch(_backward, (dy, gate, up, dgate, dup))
+    return dgate, dup

@@ -1,0 +1,75 @@
+"""The bundle of kernels in a model. Oracle: the same model with REFERENCE, in float64 (equal to rounding)."""
+
+import pytest
+import torch
+
+from purelm import random, tree
+from purelm.kernels.fused import FUSED
+from purelm.models import transformer
+from purelm.ops import REFERENCE
+from purelm.optim import adamw, schedules
+from purelm.train import init_state, make_step
+from purelm.transforms import jit, remat, value_and_grad
+
+CONFIGS = {
+    "plain": dict(n_heads=4),
+    "axes": dict(n_heads=4, n_kv_heads=2, window=(3, None), qk_norm="head", attention_softcap=5.0, logit_softcap=9.0),
+    "half": dict(n_heads=2, rope_layout="half", tie_embeddings=True, norm_position="sandwich"),
+}
+
+
+def make(name):
+    cfg = transformer.Config(vocab_size=31, context_length=16, d_model=16, n_layers=2, **CONFIGS[name])
+    params = transformer.init(random.key(0), cfg, dtype=torch.float64)
+    x = random.randint(random.key(1), (3, 13), 0, 31)
+    weights = torch.ones(3, 12, dtype=torch.float64)
+    weights[0, 3:7] = 0
+    ids = torch.tensor([[1] * 5 + [2] * 7]).expand(3, -1)
+    return cfg, params, {"tokens": x[:, :-1], "targets": x[:, 1:], "weights": weights, "segment_ids": ids}
+
+
+def gradients(cfg, params, batch, ops, **options):
+    def f(p):
+        return transformer.loss(p, batch, cfg, ops=ops, z_loss=1e-3, **options)
+
+    return value_and_grad(f, has_aux=True)(params)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("options", [{}, {"wrap_block": remat}, {"chunk": 5}], ids=["plain", "remat", "chunk"])
+def test_a_model_with_fused_ops(name, options):
+    cfg, params, batch = make(name)
+    (loss, aux), grads = gradients(cfg, params, batch, FUSED, **options)
+    (wanted, aux2), wanted_grads = gradients(cfg, params, batch, REFERENCE)
+    torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(aux["nll"], aux2["nll"], rtol=1e-12, atol=1e-12)
+    for x, y in zip(tree.leaves(grads), tree.leaves(wanted_grads), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_with_fused_ops():
+    """Oracle: the same step, eager; fp32, so equal to the rounding of other orders of sums."""
+    cfg, params, batch = make("plain")
+    params = tree.cast(params, torch.float32)
+    batch = {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}
+    optimizer = adamw()
+    step = make_step(
+        lambda p, b: transformer.loss(p, b, cfg, ops=FUSED), optimizer, schedules.constant(1e-3), microbatches=1
+    )
+    copy = tree.map(torch.clone, params)
+    eager, _ = step(init_state(params, optimizer), batch)
+    compiled, metrics = jit(step, donate=0)(init_state(copy, optimizer), batch)
+    assert float(metrics["loss"]) > 0
+    for x, y in zip(tree.leaves(compiled.params), tree.leaves(eager.params), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_signatures_are_those_of_the_bundle():
+    """Every field of Ops takes the reference's arguments by name."""
+    import inspect
+
+    for name, op in FUSED._asdict().items():
+        wanted = list(inspect.signature(getattr(REFERENCE, name)).parameters)
+        assert list(inspect.signature(op).parameters)[: len(wanted)] == wanted, name
