@@ -69,7 +69,9 @@ class Pretrain:
     device: str = "auto"
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU"""
-    attention: Literal["sdpa", "reference"] = "sdpa"
+    ops: Literal["sdpa", "fused", "reference"] = "sdpa"
+    """sdpa: PyTorch's attention, and what torch.compile makes of the rest; fused: the kernels of purelm.kernels (for
+    GPUs; a CPU runs their references); reference: all written out"""
     compile: Literal["auto", "yes", "no"] = "auto"
     deterministic: bool = True
     """the same bits in every run on one machine, and after --resume; without it some kernels add in any order"""

@@ -94,8 +94,12 @@ def model_of_run(run: Path) -> transformer.Config:
 
 
 def pick_ops(cfg: Pretrain) -> Ops:
+    if cfg.ops == "fused":
+        from purelm.kernels.fused import FUSED
+
+        return FUSED
     # SDPA has no soft cap: then the reference computes attention.
-    if cfg.attention == "sdpa" and cfg.model.attention_softcap is None:
+    if cfg.ops == "sdpa" and cfg.model.attention_softcap is None:
         return REFERENCE._replace(attention=sdpa_attention)
     return REFERENCE
 

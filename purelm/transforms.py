@@ -110,7 +110,7 @@ def remat(f: Callable[..., Any], policy: Callable[[Any], bool] | None = None) ->
 
 def save_matmuls(op: Any) -> bool:
     """A policy of `remat`: keep the results of matrix products and of attention, compute the rest again."""
-    return op in _matmuls()
+    return op in _matmuls() or str(op) == "purelm.flash_attention_fwd.default"
 
 
 @not_traced

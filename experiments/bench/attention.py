@@ -187,15 +187,18 @@ def device_name(device: torch.device) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """TFLOP/s against length, a panel a part and head dim, a line a library."""
+    """TFLOP/s against length: a row of panels a part, a panel a head dim and mask, a line a library."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = sorted({(r["part"], r["shape"]["head_dim"], r["shape"]["causal"]) for r in rows})
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), squeeze=False)
-    for axis, (part, dim, causal) in zip(axes[0], panels, strict=True):
+    parts = sorted({r["part"] for r in rows}, reverse=True)
+    kinds = sorted({(r["shape"]["head_dim"], r["shape"]["causal"]) for r in rows})
+    figure, axes = plt.subplots(
+        len(parts), len(kinds), figsize=(3.4 * len(kinds), 3.2 * len(parts)), squeeze=False, sharey="row"
+    )
+    for axis, (part, (dim, causal)) in zip(axes.flat, product(parts, kinds), strict=True):
         lines: dict[str, dict[int, float]] = {}
         for r in rows:
             shape = r["shape"]
@@ -204,12 +207,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             lines.setdefault("purelm", {})[shape["length"]] = r["value"]
             if r["peer_value"] is not None:
                 lines.setdefault(r["peer"], {})[shape["length"]] = r["peer_value"]
-        for name, points in sorted(lines.items()):
+        for name, points in sorted(lines.items(), reverse=True):
             axis.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=name)
         axis.set_xscale("log", base=2)
         axis.set_title(f"{part}, d{dim}, {'causal' if causal else 'full'}", fontsize=9)
         axis.set_xlabel("length")
-    axes[0][0].set_ylabel("TFLOP/s")
+        axis.set_ylabel("TFLOP/s")
+    for row_of_axes in axes:
+        row_of_axes[0].set_ylim(bottom=0)  # shared by the row, and last: it ends the search for limits
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

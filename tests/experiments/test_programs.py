@@ -125,12 +125,14 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(quick,
     assert without_time(tmp_path / "whole") == without_time(tmp_path / "cut")
 
 
-def test_microbatches_and_remat_give_the_same_losses(quick, tmp_path):
+def test_microbatches_remat_and_other_ops_give_the_same_losses(quick, tmp_path):
     pretrain(quick, tmp_path / "a", "--steps", 3)
-    pretrain(quick, tmp_path / "b", "--steps", 3, "--microbatches", 2, "--remat")
-    a, b = without_time(tmp_path / "a"), without_time(tmp_path / "b")
-    for x, y in zip(a, b, strict=True):
-        assert x == pytest.approx(y, rel=1e-4)  # fp32, another order of sums
+    a = without_time(tmp_path / "a")
+    for flags in (["--microbatches", 2, "--remat"], ["--ops", "fused"], ["--ops", "reference"]):
+        folder = tmp_path / "-".join(map(str, flags))
+        pretrain(quick, folder, "--steps", 3, *flags)
+        for x, y in zip(a, without_time(folder), strict=True):
+            assert x == pytest.approx(y, rel=1e-4)  # fp32, another order of sums
 
 
 def test_the_last_evaluation_sees_what_eval_stride_and_last_eval_tokens_say(quick, tmp_path):

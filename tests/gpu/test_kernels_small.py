@@ -252,7 +252,7 @@ def some_tree(seed, dtype=torch.float32):
         {"eps_placement": "uncorrected", "decay_order": "after", "eps_root": 1e-6},
         {"dtype": torch.bfloat16},
     ],
-    ids=str,
+    ids=["decay", "none", "other_places", "bf16_moments"],  # the same in every process, which addresses are not
 )
 def test_adamw_equals_the_reference(kwargs, dtype):
     """Oracle: purelm.optim.adamw on the GPU, one step from the same state; multiply-adds are rounded once here."""

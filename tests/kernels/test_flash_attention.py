@@ -26,6 +26,7 @@ from purelm.kernels.flash_attention_tuned import TABLE, Blocks, choose, fallback
 from purelm.ops import REFERENCE
 from purelm.ops.attention import attention
 from purelm.ops.masks import span
+from purelm.transforms import remat, save_matmuls
 from tests.kernels.rules import assert_as_exact
 
 interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
@@ -346,6 +347,25 @@ def test_checkpoint_gives_the_same_and_selective_checkpoint_calls_the_kernel_onc
         assert count.n == n_calls
         for x, y in zip(found, wanted, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_remat_with_save_matmuls_keeps_the_result_of_the_kernel():
+    """Oracle: the number of calls, and the gradient without remat."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.n += func is torch.ops.purelm.flash_attention_fwd.default
+            return func(*args, **(kwargs or {}))
+
+    q, k, v, _ = (x.requires_grad_() for x in tensors(1, 8))
+    wanted = torch.autograd.grad(loss(flash_attention)(q, k, v), q)
+    for policy, n_calls in ((None, 2), (save_matmuls, 1)):
+        with Count() as count:
+            found = torch.autograd.grad(remat(loss(flash_attention), policy)(q, k, v), q)
+        assert count.n == n_calls and torch.equal(found[0], wanted[0])
 
 
 def test_double_backward_says_so():
