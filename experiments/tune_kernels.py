@@ -96,7 +96,8 @@ def work(args: Args) -> list[tuple[Case, Blocks]]:
 
 
 def compile_part(args: Args, part: int, n: int) -> None:
-    last, launch = None, None
+    last: Case | None = None
+    launch: Any = None
     for case, blocks in work(args)[part::n]:
         if case != last:
             last, launch = case, launcher(case, args)
@@ -112,7 +113,8 @@ def measure(args: Args) -> dict[Case, list[tuple[float, Blocks]]]:
     from triton.testing import do_bench
 
     found: dict[Case, list[tuple[float, Blocks]]] = {}
-    last, launch = None, None
+    last: Case | None = None
+    launch: Any = None
     for case, blocks in work(args):
         if case != last:
             last, launch = case, launcher(case, args)
@@ -137,7 +139,8 @@ def flops(case: Case, args: Args) -> float:
 def write_table(found: dict[Case, list[tuple[float, Blocks]]], arch: str) -> None:
     new = dict(TABLE)
     for (which, D, dtype, causal), times in found.items():
-        new[(arch, which, D, DTYPES[dtype].itemsize, causal)] = tuple(times[0][1])
+        best = times[0][1]
+        new[(arch, which, D, DTYPES[dtype].itemsize, causal)] = (best.m, best.n, best.n_warps, best.n_stages)
     path = Path(__file__).resolve().parents[1] / "kernels" / "flash_attention_table.py"
     lines = "".join(f"    {key!r}: {tuple(value)!r},\n" for key, value in sorted(new.items())).replace("'", '"')
     path.write_text(HEADER + "{\n" + lines + "}\n")

@@ -232,7 +232,7 @@ def _pair(q_ids: Tensor | None, kv_ids: Tensor | None) -> tuple[Tensor, Tensor] 
 
 def _fold(info: Any, dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """Each tensor with its mapped axis folded into its first one; an unmapped one is repeated for every sample."""
-    out = []
+    out: list[Tensor | None] = []
     for x, dim in zip(tensors, dims, strict=True):
         if x is None:
             out.append(None)

@@ -28,7 +28,9 @@ def programs(args: Args) -> list[tuple[str, list[str]]]:
     """Module and arguments of each."""
     if args.device != "cpu":
         on = ["--device", args.device]
-        return [("attention", on), ("linear_cross_entropy", on), ("norms", on), ("train_step", on)]
+        sizes = [*on, "--sizes", "small", "medium", "large", "xl"]  # 10B only says OOM, slowly, on 80 GB
+        names = ("attention", "linear_cross_entropy", "norms", "train_step")
+        return [*((name, on) for name in names), ("course_sizes", sizes)]
     data = [] if args.data is None else ["--data", str(args.data)]
     tokenizer = [("tokenizer_encode", data), ("tokenizer_train", data)] if data else []
     return [

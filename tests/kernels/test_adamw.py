@@ -64,7 +64,7 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
+@pytest.mark.parametrize("kwargs", VARIANTS, ids=lambda kwargs: "-".join(kwargs) or "defaults")
 def test_the_cpu_has_the_bits_of_the_reference(kwargs, dtype):
     """Oracle: purelm.optim.adamw."""
     assert_same_bits(run(adamw(**kwargs), dtype=dtype), run(reference(**kwargs), dtype=dtype))
@@ -72,7 +72,7 @@ def test_the_cpu_has_the_bits_of_the_reference(kwargs, dtype):
 
 @INTERPRETED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
+@pytest.mark.parametrize("kwargs", VARIANTS, ids=lambda kwargs: "-".join(kwargs) or "defaults")
 def test_kernel_equals_the_reference(kwargs, dtype, launched):
     """Oracle: purelm.optim.adamw, one step from the same state; 2 ulp of fp32, of the numbers that are added."""
     params, _, state = run(reference(**kwargs), 2, dtype)
