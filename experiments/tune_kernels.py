@@ -76,7 +76,7 @@ def candidates(which: str, D: int, size: int) -> list[Blocks]:
 
 def launcher(case: Case, args: Args) -> Any:
     """A function of Blocks that launches one pass on fixed tensors."""
-    from purelm.kernels.flash_attention_triton import Request, backward, forward
+    from purelm.kernels.flash_attention_launch import Request, backward, forward
 
     which, D, dtype, causal = case
     batch = max(args.tokens // args.length, 2)

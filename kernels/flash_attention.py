@@ -175,7 +175,7 @@ def _forward_cuda(
     q: Tensor, k: Tensor, v: Tensor, q_ids: Tensor | None, kv_ids: Tensor | None, sinks: Tensor | None,
     left: int | None, right: int | None, scale: float, softcap: float | None, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from purelm.kernels import flash_attention_triton as kernels
+    from purelm.kernels import flash_attention_launch as kernels
 
     request = kernels.Request(left, right, scale, softcap, precision)
     return kernels.forward(q, k, v, _pair(q_ids, kv_ids), sinks, request)
@@ -202,7 +202,7 @@ def _backward_cuda(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, q_ids: Tensor | None,
     kv_ids: Tensor | None, left: int | None, right: int | None, scale: float, softcap: float | None, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from purelm.kernels import flash_attention_triton as kernels
+    from purelm.kernels import flash_attention_launch as kernels
 
     request = kernels.Request(left, right, scale, softcap, precision)
     return kernels.backward(do, dlse, q, k, v, o, lse, _pair(q_ids, kv_ids), request)

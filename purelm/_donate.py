@@ -70,12 +70,13 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
         return in_stages(*first, jit(stages[-1], donate, **compile_options))
     name = getattr(f, "__name__", type(f).__name__)
 
-    def run(args: tuple, kwargs: dict) -> tuple[list[int], Any]:
+    def run(args: tuple, kwargs: dict, always: list[Tensor]) -> tuple[list[int], Any]:
         out = f(*args, **kwargs)
-        return _store(args, donate, out) if donate else ([], out)
+        return _store(args, donate, out, always) if donate else ([], out)
 
     compiled = torch.compile(own_cache(run, name), **compile_options)
     donated_type = _donated_type(name)
+    true_on: dict[torch.device, Tensor] = {}
 
     @functools.wraps(f, updated=())
     def jitted(*args: Any, **kwargs: Any) -> Any:
@@ -83,7 +84,7 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
             return f(*args, **kwargs)
         if not donate:
             with _nested_graph_breaks():
-                return compiled(args, kwargs)[1]
+                return compiled(args, kwargs, [])[1]
         old, treedef = optree.tree_flatten(_donated(args, donate))
         _check_memory(old, args, kwargs, donate)
         # Compiled code works on aliases and returns them where it stored a result. After it, the old ones go.
@@ -91,8 +92,11 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
         new_args = list(args)
         for i, arg in zip(donate, aliases, strict=True):
             new_args[i] = arg
+        for x in old:
+            if isinstance(x, Tensor) and x.device not in true_on:
+                true_on[x.device] = torch.ones((), dtype=torch.bool, device=x.device)
         with _nested_graph_breaks():
-            unmatched, out = compiled(tuple(new_args), kwargs)
+            unmatched, out = compiled(tuple(new_args), kwargs, list(true_on.values()))
         if unmatched:
             raise ValueError(_unmatched_message(args, donate, unmatched))
         empty: dict[Any, Tensor] = {}
@@ -114,7 +118,7 @@ def _donated(args: tuple, donate: tuple[int, ...]) -> tuple:
     return tuple(args[i] for i in donate)
 
 
-def _store(args: tuple, donate: tuple[int, ...], out: Any) -> tuple[list[int], Any]:
+def _store(args: tuple, donate: tuple[int, ...], out: Any, always: list[Tensor]) -> tuple[list[int], Any]:
     """Write the results into the donated tensors; (numbers of donated tensors without a result, results).
 
     The results have the donated tensor itself where one was matched. If a number is returned, nothing was written.
@@ -147,7 +151,7 @@ def _store(args: tuple, donate: tuple[int, ...], out: Any) -> tuple[list[int], A
     for k, x in enumerate(new):
         slot = slots[k]
         if isinstance(x, Tensor) and (slot is None or x is not old[slot]):
-            new[k] = _read(x.detach())
+            new[k] = _read(x.detach(), always)
     for k, slot in enumerate(slots):
         if slot is not None:
             if new[k] is not old[slot]:
@@ -157,15 +161,18 @@ def _store(args: tuple, donate: tuple[int, ...], out: Any) -> tuple[list[int], A
     return [], _tree_traced.map(functools.partial(next, iter(new)), out)
 
 
-def _read(x: Tensor) -> Tensor:
+def _read(x: Tensor, always: list[Tensor]) -> Tensor:
     """A copy of x that inductor really makes, fused with what makes x or reads it.
 
     It takes clone() for nothing, even where x is overwritten before the clone is read (2.11 and 2.13 compile
-    x, y = b.clone(), a.clone(); a.copy_(x); b.copy_(y) to a swap that loses a). Its graph passes do not look through
-    where; the C++ or Triton compiler, which sees the constant, does.
+    x, y = b.clone(), a.clone(); a.copy_(x); b.copy_(y) to a swap that loses a). A choice by a value that is true at
+    run time is not taken for nothing. `always` holds one for each device; it is an argument, since a constant may be
+    folded.
     """
-    always = torch.ones((), dtype=torch.bool, device=x.device)
-    return torch.where(always, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    for true in always:
+        if true.device == x.device:
+            return torch.where(true, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return x.clone()  # no donated tensor is there: nothing is overwritten
 
 
 def _check_memory(old: list[Any], args: tuple, kwargs: dict, donate: tuple[int, ...]) -> None:

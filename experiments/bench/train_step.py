@@ -204,7 +204,9 @@ def resident_growth(variant: str, size: str) -> int:
 
 def resident_in_own_process(variant: str, size: str) -> int:
     command = [sys.executable, "-m", "experiments.bench.train_step", "--device", "cpu"]
-    done = subprocess.run([*command, "--sizes", size, "--memory-of", variant], capture_output=True, text=True)
+    # glibc otherwise keeps freed memory up to 32 MB a piece: the peak would be of its heap, not of what is held.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": str(2**18)}
+    done = subprocess.run([*command, "--sizes", size, "--memory-of", variant], capture_output=True, text=True, env=env)
     if done.returncode != 0:
         raise ValueError(f"memory of {variant} at {size}: {done.stderr[-2000:]}")
     return int(done.stdout.split()[-1])

@@ -20,8 +20,8 @@ from purelm.kernels.flash_attention import (
     flash_attention_reference,
     segment_ids_from_cu_seqlens,
 )
+from purelm.kernels.flash_attention_launch import Request, backward, forward
 from purelm.kernels.flash_attention_reference import tiled_backward, tiled_forward
-from purelm.kernels.flash_attention_triton import Request, backward, forward
 from purelm.kernels.flash_attention_tuned import TABLE, Blocks, choose, fallback
 from purelm.ops import REFERENCE
 from purelm.ops.attention import attention

@@ -1,0 +1,250 @@
+"""Launching the Triton kernels of flash attention: shapes, tiles, descriptors, and ranges of packed documents."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from purelm.kernels import flash_attention_triton as kernels
+from purelm.kernels.flash_attention_tuned import Blocks, choose
+from purelm.kernels.launch import all_aligned, device_number, device_of, launch, relaunch
+from purelm.kernels.recipe import interpreted
+
+__all__ = ["Request", "backward", "forward"]
+
+LOG2E = math.log2(math.e)
+L2_BYTES = 32 << 20  # of keys and values that are to stay in the second-level cache at a time (H100: 50 MB)
+
+
+class Request(NamedTuple):
+    """What is asked of the kernels besides tensors; window limits are of `purelm.ops.masks.span`."""
+
+    left: int | None
+    right: int | None
+    scale: float
+    softcap: float | None = None
+    precision: str = "tf32x3"  # of products of fp32: "ieee", "tf32x3" or "tf32"
+
+
+def forward(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    segments: tuple[Tensor, Tensor] | None,
+    sinks: Tensor | None,
+    request: Request,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(o (B, T, H, E), lse (B, H, T) fp32)."""
+    B, T, H, _ = q_BTHK.shape
+    S, G, E = v_BSGK.shape[1:]
+    o = torch.empty(B, T, H, E, dtype=q_BTHK.dtype, device=q_BTHK.device)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=q_BTHK.device)
+    if not lse.numel():
+        return o, lse
+    if not S:
+        at_most = torch.full_like(lse, -torch.inf) if sinks is None else sinks.float()[None, :, None].expand_as(lse)
+        return o.zero_(), at_most.contiguous()
+    blocks, lo, hi = _cut("forward", blocks, q_BTHK, v_BSGK, segments, request)
+    optional = (sinks, *(segments or ()), lo, hi)
+    tensors = [q_BTHK, k_BSGK, v_BSGK, o, lse, *(x for x in optional if x is not None)]
+    key = ("forward", _layout(*tensors[:3]), sinks is None, segments is None, request, blocks, all_aligned(tensors))
+    with device_of(o):
+        if relaunch(key, tensors):
+            return o, lse
+        blocks = blocks or _chosen("forward", q_BTHK, v_BSGK, request)
+        tma, (q, k, v) = _prepared(q_BTHK, k_BSGK, v_BSGK)
+        D, E, limits, scales, constants = _common(q, v, request)
+        args = (
+            _tile(q, blocks.m, D, tma), _tile(k, blocks.n, D, tma), _tile(v, blocks.n, E, tma),
+            _tile(o, blocks.m, E, tma), lse, _or(sinks, lse), *_ids(segments, lse), _or(lo, lse), _or(hi, lse),
+            B, H, H // G, T, S, q.shape[-1], v.shape[-1], _heads_at_once(k, v, H // G), *limits, *scales,
+        )  # fmt: skip
+        constants |= {"SINK": sinks is not None, "SEG": segments is not None, "TMA": tma}
+        n = triton.cdiv(T, blocks.m) * B * H
+        launch(key, tensors, kernels.forward, n, args, *_constants(constants, blocks))
+    return o, lse
+
+
+def backward(
+    do_BTHE: Tensor,
+    dlse_BHT: Tensor | None,
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    o_BTHE: Tensor,
+    lse_BHT: Tensor,
+    segments: tuple[Tensor, Tensor] | None,
+    request: Request,
+    blocks_q: Blocks | None = None,
+    blocks_kv: Blocks | None = None,
+    *,
+    only_q: bool = False,
+    only_kv: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, delta (B, H, T) fp32); delta is what the gradient of the sinks is made of.
+
+    only_q and only_kv launch one of the two passes, to time it: what it does not compute is left as it is.
+    """
+    B, T, H, _ = q_BTHK.shape
+    S, G = k_BSGK.shape[1:3]
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BTHK, k_BSGK, v_BSGK))
+    delta = torch.zeros_like(lse_BHT) if not S else torch.empty_like(lse_BHT)
+    if not delta.numel() or not S:
+        return dq.zero_(), dk.zero_(), dv.zero_(), delta
+    dlse = None if dlse_BHT is None else dlse_BHT.to(torch.float32).contiguous()
+    inputs = [do_BTHE, q_BTHK, k_BSGK, v_BSGK, o_BTHE, lse_BHT]
+    shared = (_layout(do_BTHE, q_BTHK, k_BSGK, v_BSGK, o_BTHE), segments is None, dlse is None, request)
+    with device_of(delta):
+        if not only_kv:
+            blocks_q, lo, hi = _cut("backward_q", blocks_q, q_BTHK, v_BSGK, segments, request)
+            optional = (dlse, *(segments or ()), lo, hi)
+            tensors = [*inputs, dq, delta, *(x for x in optional if x is not None)]
+            key = ("backward_q", shared, blocks_q, all_aligned(tensors))
+            if not relaunch(key, tensors):
+                blocks_q = blocks_q or _chosen("backward_q", q_BTHK, v_BSGK, request)
+                m, n = blocks_q.m, blocks_q.n
+                tma, (do, q, k, v, o) = _prepared(*inputs[:5])
+                D, E, limits, scales, constants = _common(q, v, request)
+                args = (
+                    _tile(q, m, D, tma), _tile(k, n, D, tma), _tile(v, n, E, tma), _tile(o, m, E, tma),
+                    _tile(do, m, E, tma), lse_BHT, _or(dlse, delta), delta, _tile(dq, m, D, tma),
+                    *_ids(segments, delta), _or(lo, delta), _or(hi, delta), B, H, H // G, T, S, q.shape[-1],
+                    v.shape[-1], _heads_at_once(k, v, H // G), *limits, *scales, request.scale,
+                )  # fmt: skip
+                constants |= {"SEG": segments is not None, "HAS_DLSE": dlse is not None, "TMA": tma}
+                n_programs = triton.cdiv(T, m) * B * H
+                launch(key, tensors, kernels.backward_q, n_programs, args, *_constants(constants, blocks_q))
+        if not only_q:
+            blocks_kv, lo, hi = _cut("backward_kv", blocks_kv, q_BTHK, v_BSGK, segments, request)
+            optional = (*(segments or ()), lo, hi)
+            tensors = [*inputs[:4], lse_BHT, delta, dk, dv, *(x for x in optional if x is not None)]
+            key = ("backward_kv", shared, blocks_kv, all_aligned(tensors))
+            if not relaunch(key, tensors):
+                blocks_kv = blocks_kv or _chosen("backward_kv", q_BTHK, v_BSGK, request)
+                m, n = blocks_kv.m, blocks_kv.n
+                tma, (do, q, k, v) = _prepared(*inputs[:4])
+                D, E, limits, scales, constants = _common(q, v, request)
+                args = (
+                    _tile(q, m, D, tma), _tile(k, n, D, tma), _tile(v, n, E, tma), _tile(do, m, E, tma), lse_BHT,
+                    delta, _tile(dk, n, D, tma), _tile(dv, n, E, tma), *_ids(segments, delta), _or(lo, delta),
+                    _or(hi, delta), B, H, H // G, T, S, q.shape[-1], v.shape[-1],
+                    max(_heads_at_once(k, v, H // G) * G // H, 1), *limits, *scales, request.scale,
+                )  # fmt: skip
+                constants |= {"SEG": segments is not None, "TMA": tma}
+                n_programs = triton.cdiv(S, n) * B * G
+                launch(key, tensors, kernels.backward_kv, n_programs, args, *_constants(constants, blocks_kv))
+    return dq, dk, dv, delta
+
+
+def _common(q: Tensor, v: Tensor, request: Request) -> tuple[int, int, tuple, tuple, dict[str, Any]]:
+    """(D, E, window limits, scales, constants) of every launch."""
+    D, E = _padded(q, v)
+    capped = request.softcap is not None
+    cap = request.softcap or 1.0
+    constants: dict[str, Any] = {
+        "D": D,
+        "E": E,
+        "LEFT": request.left is not None,
+        "RIGHT": request.right is not None,
+        "CAP": capped,
+        "PRECISION": request.precision if q.dtype == torch.float32 else "tf32",  # 16 bits do not look at it
+        "UPCAST": interpreted(),
+    }
+    scales = (request.scale / cap if capped else request.scale * LOG2E, cap * LOG2E)
+    return D, E, (request.left or 0, request.right or 0), scales, constants
+
+
+def _cut(
+    which: str, blocks: Blocks | None, q: Tensor, v: Tensor, segments: tuple[Tensor, Tensor] | None, request: Request
+) -> tuple[Blocks | None, Tensor | None, Tensor | None]:
+    """(blocks, lo, hi): with segments the tiles of the other side that a tile meets, which needs blocks now."""
+    if segments is None:
+        return blocks, None, None
+    blocks = blocks or _chosen(which, q, v, request)
+    return blocks, *_tile_ranges(segments, blocks.m, blocks.n, of_keys=which == "backward_kv")
+
+
+def _chosen(which: str, q: Tensor, v: Tensor, request: Request) -> Blocks:
+    return choose(which, *_padded(q, v), q.dtype, request.right is not None, q.device)
+
+
+def _heads_at_once(k: Tensor, v: Tensor, n_shared: int) -> int:
+    """Query heads whose keys and values fit the cache together, in whole groups that share them."""
+    one = k[0, :, 0].numel() * k.element_size() + v[0, :, 0].numel() * v.element_size()
+    return max(1, L2_BYTES // max(one, 1)) * n_shared
+
+
+def _padded(q: Tensor, v: Tensor) -> tuple[int, int]:
+    """Head dims as the kernels see them."""
+    return max(16, triton.next_power_of_2(q.shape[-1])), max(16, triton.next_power_of_2(v.shape[-1]))
+
+
+def _layout(*tensors: Tensor) -> tuple[Any, ...]:
+    """All but the addresses."""
+    first = tensors[0]
+    return (*((x.shape, x.stride()) for x in tensors), first.dtype, device_number(first))
+
+
+def _prepared(*tensors: Tensor) -> tuple[bool, tuple[Tensor, ...]]:
+    """(whether all can be read through descriptors, the tensors; if not, all dense, to be read by pointers)."""
+    tma = all(map(_describable, tensors))
+    return tma, tensors if tma else tuple(x.contiguous() for x in tensors)
+
+
+def _describable(x: Tensor) -> bool:
+    """Strides of whole 16 bytes, none of them 0, from an address of such; the last axis dense and of whole 16 bytes."""
+    size = x.element_size()
+    steps = [stride * size for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
+    dense = x.stride(-1) == 1 and x.shape[-1] * size % 16 == 0
+    return dense and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def _tile(x: Tensor, rows: int, width: int, tma: bool) -> Any:
+    """A descriptor of tiles (1, 1, rows, width) of x as (B, heads, time, width), or x."""
+    if not tma:
+        return x
+    y = x.transpose(1, 2)
+    # The stride of an axis of size 1 may be anything: put what the hardware accepts.
+    strides = [s if n > 1 else 16 * x.shape[-1] for n, s in zip(y.shape[:-1], y.stride()[:-1], strict=True)]
+    return TensorDescriptor(x, list(y.shape), [*strides, 1], [1, 1, rows, width])
+
+
+def _or(x: Tensor | None, unused: Tensor) -> Tensor:
+    return unused if x is None else x
+
+
+def _ids(segments: tuple[Tensor, Tensor] | None, unused: Tensor) -> tuple[Tensor, Tensor]:
+    return (unused, unused) if segments is None else segments
+
+
+def _constants(constants: dict[str, Any], blocks: Blocks) -> tuple[dict[str, Any], dict[str, int]]:
+    options = {"num_warps": blocks.n_warps, "num_stages": blocks.n_stages}
+    return {"BM": blocks.m, "BN": blocks.n, **constants}, options
+
+
+def _tile_ranges(
+    segments: tuple[Tensor, Tensor] | None, BM: int, BN: int, *, of_keys: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """For each tile of queries (of_keys: of keys) the first and one past the last tile of the other side whose ids can
+    meet its own: between their smallest and largest. int32 (B, tiles); tiles that meet none get (0, 0)."""
+    if segments is None:
+        return None, None
+    low_q, high_q = _extremes(segments[0], BM)
+    low_k, high_k = _extremes(segments[1], BN)
+    meet = (low_q.unsqueeze(2) <= high_k.unsqueeze(1)) & (low_k.unsqueeze(1) <= high_q.unsqueeze(2))
+    if of_keys:
+        meet = meet.transpose(1, 2)
+    number = torch.arange(meet.shape[-1], device=meet.device, dtype=torch.int32)
+    hi = torch.where(meet, number + 1, 0).amax(-1)
+    lo = torch.where(meet, number, meet.shape[-1]).amin(-1)
+    return torch.minimum(lo, hi).contiguous(), hi.contiguous()
+
+
+def _extremes(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    n = ids.shape[1]
+    padded = torch.cat([ids, ids[:, -1:].expand(-1, -n % size)], 1).unflatten(1, (-1, size))
+    return padded.amin(-1), padded.amax(-1)
