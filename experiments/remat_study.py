@@ -1,0 +1,250 @@
+"""Activation checkpointing as composition of functions: memory, time and FLOPs of six strategies, beside formulas.
+
+    python -m experiments.remat_study [--size 134m] [--json FILE]
+    python -m experiments.remat_study --model.n-layers 16 --model.d-model 64 --model.n-heads 2
+
+The strategies, the formula and the prediction of the peak are those of experiments/remat_strategies.py. Every one
+must give the gradients of "none" (to 1e-6 of the largest in fp32), or the program ends with an error. The table:
+
+    formula               activations at the first step of backward: L b + A and the like
+    kept after forward    bytes held between forward and backward, and that over the predicted
+    peak, predicted       of forward and backward, parameters not counted, gradients included; ratio: their quotient
+    extra FLOPs %         of products computed again, counted by torch, in percent of forward and backward; predicted
+
+On a CPU memory is read off the profiler's record of allocations, on a GPU off the allocator's counters.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import tyro
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiments.bench.report import row
+from experiments.bench.train_step import SDPA, batches, synchronize
+from experiments.console import pick_device, program, say
+from experiments.memory import SMALL, Use, chosen, columns, human, memory_of, record_saved
+from experiments.remat_strategies import Layer, Parts, Strategy, extra_flops, formula, predict, strategies
+from purelm import accounting, random, tree
+from purelm.models import transformer
+from purelm.models.config import Config
+from purelm.models.layers import attend_all, block, context, embed, norm, unembedding
+from purelm.ops import REFERENCE, Ops
+
+
+@dataclass(frozen=True)
+class Args:
+    """Strategies of activation checkpointing, measured."""
+
+    size: str | None = None
+    """a size of experiments.bench.train_step (3m, 22m, 134m, 374m); without it the --model flags hold"""
+    model: Config = field(default_factory=lambda: SMALL)
+    batch_size: int | None = None
+    """sequences; by default that of the size, or 4"""
+    ops: Literal["fused", "sdpa", "reference"] = "fused"
+    """the maths; the reference's attention is no single op, so it has no selective strategy"""
+    compute: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU"""
+    repeats: int = 5
+    """timed passes of each strategy"""
+    device: str = "auto"
+    json: Path | None = None
+
+
+def layers(params: Any, cfg: Config, ops: Ops, ctx: Any) -> list[Layer]:
+    """The blocks as functions of x alone."""
+    fs = (partial(block, cfg=cfg, ops=ops, attend=attend_all(cfg, ops, cfg.window_of(i))) for i in range(cfg.n_layers))
+    return [partial(_call, f, layer, ctx) for f, layer in zip(fs, params["layers"], strict=True)]
+
+
+def _call(f: Callable[..., Tensor], layer: Any, ctx: Any, x: Tensor) -> Tensor:
+    return f(layer, x, ctx)
+
+
+def start(params: Any, tokens: Tensor, cfg: Config, ops: Ops) -> tuple[Tensor, Any]:
+    """(x_BTD, ctx) before the first block."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    x = embed(params, tokens, positions, cfg, ops)
+    return x, context(positions, None, cfg, length=tokens.shape[1], dtype=x.dtype)
+
+
+def head(params: Any, x: Tensor, targets: Tensor, cfg: Config, ops: Ops) -> Tensor:
+    """Mean loss of final states, nats."""
+    h = norm(params.get("ln_final"), x, cfg, ops)
+    n = float(targets.numel())
+    return ops.linear_cross_entropy(
+        h, unembedding(params, cfg), targets, denominator=n, softcap=cfg.logit_softcap
+    )[0]
+
+
+def model_loss(params: Any, batch: dict[str, Tensor], cfg: Config, ops: Ops, strategy: Strategy) -> Tensor:
+    """`transformer.loss` with the blocks composed by a strategy."""
+    x, ctx = start(params, batch["tokens"], cfg, ops)
+    return head(params, strategy(layers(params, cfg, ops, ctx))(x), batch["targets"], cfg, ops)
+
+
+def measure_parts(params: Any, batch: dict[str, Tensor], cfg: Config, ops: Ops) -> Parts:
+    """Run one block and the loss alone."""
+    device = batch["tokens"].device
+    with torch.no_grad():
+        x, ctx = start(params, batch["tokens"], cfg, ops)
+    x = x.detach().requires_grad_()
+    f, weights = layers(params, cfg, ops, ctx)[0], tree.leaves(params["layers"][0])
+    top = [v for k, v in params.items() if k in ("ln_final", "lm_head") or (cfg.tie_embeddings and "token" in k)]
+    tables = [t for t in ctx if isinstance(t, Tensor)]
+    with record_saved(known=[*weights, *tables]) as saved:
+        f(x)
+    cotangent, targets = torch.ones_like(x), batch["targets"]
+    for _ in range(2):  # the first one for warm-up
+        of_block = memory_of(lambda: f(x), [x, *weights], device, cotangent)
+        of_head = memory_of(lambda: head(params, x, targets, cfg, ops), [x, *tree.leaves(top)], device)
+    e = x.element_size()
+    return Parts(
+        b=x.numel() * e,
+        A=sum(t.bytes for t in saved),
+        s=targets.numel() * cfg.n_heads * (cfg.head_width * e + 4),
+        block=of_block,
+        head=of_head,
+        P=tree.n_bytes(params["layers"][0]),
+        E=tree.n_bytes(top),
+        V=tree.n_bytes(params["token_embeddings"]),
+    )
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """FLOPs of matrix products and attention, over all pairs of positions; not those inside the kernels' loss."""
+
+    def products(n: int) -> Callable[..., int]:
+        def flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+            (B, T, H, K), S = shapes[0], shapes[1][1]
+            return n * 2 * B * H * T * S * K
+
+        return flops
+
+    import purelm.kernels.flash_attention  # noqa: F401  registers the ops
+
+    ops = torch.ops.purelm
+    counter = FlopCounterMode(display=False, custom_mapping={ops.flash_attention_fwd: products(2)})
+    with counter:
+        run()
+    return counter.get_total_flops()
+
+
+class Result(NamedTuple):
+    """What was measured of one strategy."""
+
+    use: Use
+    ms: float
+    flops: int
+    difference: float  # largest |gradient - gradient of none| / largest |gradient of none|
+
+
+def study(
+    params: Any, batch: dict[str, Tensor], cfg: Config, ops: Ops, ways: dict[str, Strategy], repeats: int
+) -> dict[str, Result]:
+    """Each strategy's memory, time, FLOPs and gradients."""
+    device, leaves = batch["tokens"].device, tree.leaves(params)
+    wanted: list[Tensor] = []
+    out = {}
+    for name, strategy in ways.items():
+        forward = partial(model_loss, params, batch, cfg, ops, strategy)
+        grads = torch.autograd.grad(forward(), leaves)
+        wanted = wanted or [g.cpu() for g in grads]
+        scale = max(float(g.abs().max()) for g in wanted)
+        difference = max(float((g.cpu() - w).abs().max()) for g, w in zip(grads, wanted, strict=True)) / scale
+        allowed = 1e-6 if leaves[0].dtype == torch.float32 else 2e-2  # bf16: two roundings of 2^-8 each
+        if not difference <= allowed:
+            raise ValueError(f"{name}: gradients differ from those of none by {difference:.2g}; allowed is {allowed}")
+        del grads
+        flops = count_flops(lambda forward=forward: torch.autograd.grad(forward(), leaves))  # type: ignore[misc]
+        seconds = []
+        for _ in range(repeats):
+            synchronize(device)
+            begin = time.perf_counter()
+            torch.autograd.grad(forward(), leaves)
+            synchronize(device)
+            seconds.append(time.perf_counter() - begin)
+        use = memory_of(forward, leaves, device)
+        out[name] = Result(use, 1e3 * statistics.median(seconds), flops, difference)
+    return out
+
+
+def show(found: dict[str, Result], parts: Parts, cfg: Config, batch_size: int) -> None:
+    L, none = cfg.n_layers, found["none"]
+    whole = accounting.train_flops(cfg, batch_size)
+    lines = []
+    for name, r in found.items():
+        said = predict(name, L, parts)
+        lines.append(
+            [
+                name, human(formula(name, L, parts)),
+                human(r.use.kept), f"{r.use.kept / said.kept:.2f}",
+                human(r.use.peak), human(said.peak), f"{r.use.peak / said.peak:.2f}",
+                f"{r.ms:,.1f}", f"{r.ms / none.ms:.2f}",
+                f"{100 * (r.flops - none.flops) / whole:.1f}",
+                f"{100 * extra_flops(name, cfg, batch_size) / whole:.1f}", f"{r.difference:.1e}",
+            ]
+        )  # fmt: skip
+    header = (
+        "strategy", "formula", "kept after forward", "/ predicted", "peak", "predicted", "ratio", "ms", "x none",
+        "extra FLOPs %", "predicted %", "gradients differ by",
+    )  # fmt: skip
+    print(columns(header, lines))
+    print(
+        f"\nb {human(parts.b)}, A {human(parts.A)}, s {human(parts.s)}; one block's peak {human(parts.block.peak)}, "
+        f"the loss's {human(parts.head.peak)}; gradients: a block {human(parts.P)}, head {human(parts.E)}, "
+        f"embedding {human(parts.V)}. Extra FLOPs are in percent of forward and backward."
+    )
+
+
+def as_rows(found: dict[str, Result], parts: Parts, cfg: Config, batch_size: int, device: str) -> list[dict[str, Any]]:
+    whole = accounting.train_flops(cfg, batch_size)
+    rows = []
+    for name, r in found.items():
+        said = predict(name, cfg.n_layers, parts)
+        extra = 100 * (r.flops - found["none"].flops) / whole
+        said_extra = 100 * extra_flops(name, cfg, batch_size) / whole
+        for metric, value, unit, peer, peer_value in (
+            ("peak memory", r.use.peak, "bytes", "predicted", said.peak),
+            ("kept after forward", r.use.kept, "bytes", "predicted", said.kept),
+            ("time", r.ms, "ms", "none", found["none"].ms),
+            ("extra FLOPs", extra, "%", "predicted", said_extra),
+            ("gradient difference", r.difference, "relative", None, None),
+        ):
+            rows.append(row(f"{name}: {metric}", value, unit, peer=peer, peer_value=peer_value, device=device))
+    return rows
+
+
+@program
+def main(args: Args) -> None:
+    if args.repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {args.repeats}")
+    device = pick_device(args.device)
+    cfg, batch_size = chosen(args.size, args.model, args.batch_size, device)
+    if args.ops == "fused":
+        from purelm.kernels.fused import FUSED
+    ops = {"fused": lambda: FUSED, "sdpa": lambda: SDPA, "reference": lambda: REFERENCE}[args.ops]()
+    bf16 = args.compute == "bf16" or (args.compute == "auto" and device.type == "cuda")
+    params = tree.cast(transformer.init(random.key(0, device=device), cfg), torch.bfloat16 if bf16 else torch.float32)
+    params = tree.map(lambda x: x.detach().requires_grad_(), params)
+    batch = batches(cfg, batch_size, device, n=1)[0]
+    say(f"{tree.n_params(params):,} parameters, {cfg.n_layers} blocks, {batch_size} x {cfg.context_length} tokens")
+    parts = measure_parts(params, batch, cfg, ops)
+    found = study(params, batch, cfg, ops, strategies(cfg.n_layers, args.ops), args.repeats)
+    show(found, parts, cfg, batch_size)
+    if args.json is not None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(as_rows(found, parts, cfg, batch_size, name), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
