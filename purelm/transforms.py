@@ -165,12 +165,18 @@ def _differentiated(args: tuple, numbers: tuple[int, ...]) -> tuple:
 
 def _fresh_leaf(x: Tensor) -> Tensor:
     """A leaf of a new graph with x's data."""
-    if x.grad_fn is not None and torch.is_grad_enabled():
+    inner = x.grad_fn is not None or getattr(x, _LEAF, False)
+    if inner and torch.is_grad_enabled():
         raise ValueError(
             "value_and_grad: a differentiated argument is itself the result of a differentiated computation, which "
             "would be cut off; detach it, or use torch.func.grad for higher derivatives"
         )
-    return x.detach().requires_grad_()
+    leaf = x.detach().requires_grad_()
+    setattr(leaf, _LEAF, True)  # handed on as it is, it would look like a parameter of the user's
+    return leaf
+
+
+_LEAF = "_leaf_of_value_and_grad"
 
 
 def _value_and_aux(out: Any, has_aux: bool) -> tuple[Tensor, Any]:

@@ -194,6 +194,8 @@ def test_gradients_keep_each_leafs_dtype():
         (lambda x: value_and_grad(lambda p: p.sum(), argnums=(0, 0)), r"argnums is \(0, 0\)"),
         (lambda x: value_and_grad(lambda p: p.sum(), argnums=()), r"argnums is \(\)"),
         (lambda x: value_and_grad(lambda p: p.sum())(x.requires_grad_() * 2), "cut off"),
+        (grad(lambda x: grad(lambda p: (p**3).sum())(x).sum()), "cut off"),
+        (grad(lambda x: grad(lambda p: (p**3).sum())(x * 1).sum()), "cut off"),
     ],
 )
 def test_value_and_grad_errors(call, message):
