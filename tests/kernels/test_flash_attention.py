@@ -56,6 +56,7 @@ CASES = {
     "more_queries": (dict(T=40, S=23, K=20, E=12), {}),
     "more_keys": (dict(T=7, S=40), {}),
     "left": (dict(T=50, B=1), dict(window=9)),
+    "long_left": (dict(T=100, B=1, H=1, G=1), dict(window=40)),  # whole tiles between the two edges
     "both_sides": (dict(T=50, S=45, B=1), dict(causal=False, window=(5, 12))),
     "segments": (dict(T=50), dict(segment_ids=ids(2, 50))),
     "segments_all": (dict(T=50, S=41), dict(segment_ids=(ids(2, 50), ids(2, 41, seed=1)), window=20, softcap=2.0)),
@@ -97,8 +98,8 @@ def arguments(options):
 @interpreter
 @settings(max_examples=25)
 @given(
-    T=st.integers(1, 40), S=st.integers(1, 40), causal=st.booleans(), left=st.none() | st.integers(0, 20),
-    right=st.none() | st.integers(0, 20), m=st.sampled_from((16, 32)), n=st.sampled_from((16, 32)), seg=st.booleans(),
+    T=st.integers(1, 90), S=st.integers(1, 90), causal=st.booleans(), left=st.none() | st.integers(0, 60),
+    right=st.none() | st.integers(0, 60), m=st.sampled_from((16, 32)), n=st.sampled_from((16, 32)), seg=st.booleans(),
 )  # fmt: skip
 def test_every_window_and_length_is_cut_into_the_right_tiles(T, S, causal, left, right, m, n, seg):
     """Oracle: the reference op; fp32, so 1e-5 is rounding and a wrong tile is far more."""
