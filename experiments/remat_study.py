@@ -15,6 +15,7 @@ On a CPU memory is read off the profiler's record of allocations, on a GPU off t
 """
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -122,17 +123,22 @@ def measure_parts(params: Any, batch: dict[str, Tensor], cfg: Config, ops: Ops) 
 def count_flops(run: Callable[[], Any]) -> int:
     """FLOPs of matrix products and attention, over all pairs of positions; not those inside the kernels' loss."""
 
-    def products(n: int) -> Callable[..., int]:
+    def products(time: int) -> Callable[..., int]:
+        """Scores and values of attention(q, k, ...); `time` is the axis of positions."""
+
         def flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-            (B, T, H, K), S = shapes[0], shapes[1][1]
-            return n * 2 * B * H * T * S * K
+            return 4 * math.prod(shapes[0]) * shapes[1][time]
 
         return flops
 
     import purelm.kernels.flash_attention  # noqa: F401  registers the ops
 
-    ops = torch.ops.purelm
-    counter = FlopCounterMode(display=False, custom_mapping={ops.flash_attention_fwd: products(2)})
+    # What torch's counter does not know: our op, and SDPA's on a CPU (heads before time).
+    mapping = {
+        torch.ops.purelm.flash_attention_fwd: products(1),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: products(2),
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
     with counter:
         run()
     return counter.get_total_flops()
