@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from purelm.kernels.cross_entropy import Rows
-from purelm.kernels.recipe import device_of
+from purelm.kernels.launch import device_of
 
 __all__ = ["TRITON"]
 

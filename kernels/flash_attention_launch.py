@@ -51,9 +51,10 @@ def forward(
     blocks, lo, hi = _cut("forward", blocks, q_BTHK, v_BSGK, segments, request)
     optional = (sinks, *(segments or ()), lo, hi)
     tensors = [q_BTHK, k_BSGK, v_BSGK, o, lse, *(x for x in optional if x is not None)]
-    key = ("forward", _layout(*tensors[:3]), sinks is None, segments is None, request, blocks, all_aligned(tensors))
+    kinds = (None if sinks is None else sinks.dtype, segments is None)
+    key = (_layout(*tensors[:3]), kinds, request, blocks, all_aligned(tensors))
     with device_of(o):
-        if relaunch(key, tensors):
+        if relaunch(kernels.forward, key, tensors):
             return o, lse
         blocks = blocks or _chosen("forward", q_BTHK, v_BSGK, request)
         tma, (q, k, v) = _prepared(q_BTHK, k_BSGK, v_BSGK)
@@ -65,7 +66,7 @@ def forward(
         )  # fmt: skip
         constants |= {"SINK": sinks is not None, "SEG": segments is not None, "TMA": tma}
         n = triton.cdiv(T, blocks.m) * B * H
-        launch(key, tensors, kernels.forward, n, args, *_constants(constants, blocks))
+        launch(kernels.forward, key, tensors, n, args, *_constants(constants, blocks))
     return o, lse
 
 
@@ -103,8 +104,8 @@ def backward(
             blocks_q, lo, hi = _cut("backward_q", blocks_q, q_BTHK, v_BSGK, segments, request)
             optional = (dlse, *(segments or ()), lo, hi)
             tensors = [*inputs, dq, delta, *(x for x in optional if x is not None)]
-            key = ("backward_q", shared, blocks_q, all_aligned(tensors))
-            if not relaunch(key, tensors):
+            key = (shared, blocks_q, all_aligned(tensors))
+            if not relaunch(kernels.backward_q, key, tensors):
                 blocks_q = blocks_q or _chosen("backward_q", q_BTHK, v_BSGK, request)
                 m, n = blocks_q.m, blocks_q.n
                 tma, (do, q, k, v, o) = _prepared(*inputs[:5])
@@ -117,13 +118,13 @@ def backward(
                 )  # fmt: skip
                 constants |= {"SEG": segments is not None, "HAS_DLSE": dlse is not None, "TMA": tma}
                 n_programs = triton.cdiv(T, m) * B * H
-                launch(key, tensors, kernels.backward_q, n_programs, args, *_constants(constants, blocks_q))
+                launch(kernels.backward_q, key, tensors, n_programs, args, *_constants(constants, blocks_q))
         if not only_q:
             blocks_kv, lo, hi = _cut("backward_kv", blocks_kv, q_BTHK, v_BSGK, segments, request)
             optional = (*(segments or ()), lo, hi)
             tensors = [*inputs[:4], lse_BHT, delta, dk, dv, *(x for x in optional if x is not None)]
-            key = ("backward_kv", shared, blocks_kv, all_aligned(tensors))
-            if not relaunch(key, tensors):
+            key = (shared, blocks_kv, all_aligned(tensors))
+            if not relaunch(kernels.backward_kv, key, tensors):
                 blocks_kv = blocks_kv or _chosen("backward_kv", q_BTHK, v_BSGK, request)
                 m, n = blocks_kv.m, blocks_kv.n
                 tma, (do, q, k, v) = _prepared(*inputs[:4])
@@ -136,7 +137,7 @@ def backward(
                 )  # fmt: skip
                 constants |= {"SEG": segments is not None, "TMA": tma}
                 n_programs = triton.cdiv(S, n) * B * G
-                launch(key, tensors, kernels.backward_kv, n_programs, args, *_constants(constants, blocks_kv))
+                launch(kernels.backward_kv, key, tensors, n_programs, args, *_constants(constants, blocks_kv))
     return dq, dk, dv, delta
 
 

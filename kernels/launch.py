@@ -5,9 +5,9 @@ and more, several times what a short kernel runs. Here the caller gives a key of
 tensors' addresses. Under a key seen before, the compiled kernel is called with the arguments as they were then, the new
 tensors put in their places:
 
-    if not relaunch(key, tensors):
+    if not relaunch(kernel, key, tensors):
         ... make descriptors, constants ...
-        launch(key, tensors, kernel, n_programs, args, constants, options)
+        launch(kernel, key, tensors, n_programs, args, constants, options)
 """
 
 import threading
@@ -58,9 +58,9 @@ class _Plan:
         self.run(*args)
 
 
-def relaunch(key: Hashable, tensors: Sequence[Tensor]) -> bool:
-    """Launch on the current device what was launched under `key` before, with these tensors; False if nothing was."""
-    plan = _plans.get(key)
+def relaunch(kernel: Any, key: Hashable, tensors: Sequence[Tensor]) -> bool:
+    """Launch the kernel on the current device as under `key` before, with these tensors; False if it never was."""
+    plan = _plans.get((id(kernel), key))
     if plan is None:
         return False
     plan.launch(tensors)
@@ -68,9 +68,9 @@ def relaunch(key: Hashable, tensors: Sequence[Tensor]) -> bool:
 
 
 def launch(
+    kernel: Any,
     key: Hashable,
     tensors: Sequence[Tensor],
-    kernel: Any,
     n_programs: int,
     args: Sequence[Any],
     constants: dict[str, Any],
@@ -79,7 +79,8 @@ def launch(
     """Launch `kernel` on the current device and remember it, if it was made of `tensors` as they are.
 
     Args:
-        key: of two launches with equal keys only the addresses of `tensors` differ; `all_aligned` is part of it.
+        key: of two launches of one kernel with equal keys only the addresses of `tensors` differ; `all_aligned` is
+            part of it.
         args: in the order of the kernel; tensors, descriptors of them, numbers.
         constants: by name. options: num_warps, num_stages.
     """
@@ -96,7 +97,7 @@ def launch(
     if len(_plans) >= MOST_PLANS:
         _plans.clear()
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
-    _plans[key] = _Plan(compiled, (n_programs, 1, 1), [values[name] for name in kernel.arg_names], tensors)
+    _plans[id(kernel), key] = _Plan(compiled, (n_programs, 1, 1), [values[name] for name in kernel.arg_names], tensors)
 
 
 def all_aligned(tensors: Sequence[Tensor]) -> bool:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from purelm.kernels.recipe import device_of
+from purelm.kernels.launch import device_of
 
 __all__ = ["scale"]
 

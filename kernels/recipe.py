@@ -15,23 +15,17 @@ it fails loudly. So never torch.compile(torch.func.grad(f)): compile f, or use p
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["applier", "backward_function", "device_of", "eager_or_op", "interpreted"]
+__all__ = ["applier", "backward_function", "eager_or_op", "interpreted"]
 
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1, set before its import)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def device_of(x: Tensor) -> AbstractContextManager:
-    """The context in which to launch on x's device: Triton launches on the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _transformed() -> bool:

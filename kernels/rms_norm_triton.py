@@ -246,9 +246,10 @@ def forward(
 
     tensors = [t for t in (x, residual, weight, y, None if residual is None else total, rstd) if t is not None]
     with device_of(x):
-        key = "rms_norm", _key(x, residual, weight), eps
-        if not relaunch(key, tensors):
-            launch(key, tensors, _forward_long if D > ONE_BLOCK else _forward, *plan())
+        key = _key(x, residual, weight), eps
+        kernel = _forward_long if D > ONE_BLOCK else _forward
+        if not relaunch(kernel, key, tensors):
+            launch(kernel, key, tensors, *plan())
     return y, total, rstd
 
 
@@ -295,9 +296,9 @@ def backward(
     tensors = [t for t in (dy, dsum, x, weight, rstd, dx, parts) if t is not None]
     with device_of(x):
         if not long:
-            key = "rms_norm_bwd", _key(dy, dsum, x, weight, rstd), need_dx, need_dw
-            if not relaunch(key, tensors):
-                launch(key, tensors, _backward, *plan())
+            key = _key(dy, dsum, x, weight, rstd), need_dx, need_dw
+            if not relaunch(_backward, key, tensors):
+                launch(_backward, key, tensors, *plan())
         if long and need_dx:
             _backward_long[(G * R,)](dy, extra, x, w, rstd, dx, R, *strides, **flags, BLOCK=LONG_BLOCK, num_warps=16)
         if long and need_dw:
@@ -306,7 +307,7 @@ def backward(
                 D=D, ROWS=rows, BLOCK=1024, num_warps=4,
             )  # fmt: skip
         if need_dw:
-            sum_key = "rms_norm_parts", _key(parts, dw)
-            if not relaunch(sum_key, [parts, dw]):
-                launch(sum_key, [parts, dw], _sum_parts, *plan_sum())
+            sum_key = _key(parts, dw)
+            if not relaunch(_sum_parts, sum_key, [parts, dw]):
+                launch(_sum_parts, sum_key, [parts, dw], *plan_sum())
     return dx, dw

@@ -102,9 +102,9 @@ def turn(
 
     tensors = [x for x in (q, k, cos, sin, q_out, k_out) if x is not None]
     layout = tuple([None if x is None else (x.dtype, x.shape, x.stride()) for x in (q, k, cos, sin)])
-    key = _rope, device_number(q), layout, interleaved, inverse, all_aligned(tensors)
+    key = device_number(q), layout, interleaved, inverse, all_aligned(tensors)
     with device_of(q):
-        if not relaunch(key, tensors):
+        if not relaunch(_rope, key, tensors):
             tokens, heads_q, heads_k, warps = config(H, G, K)
             keys = q if k is None else k
             args = (
@@ -115,5 +115,5 @@ def turn(
                 "H": H, "G": G, "J": K // 2, "INTERLEAVED": interleaved, "INVERSE": inverse,
                 "TOKENS": tokens, "HEADS_Q": heads_q, "HEADS_K": heads_k, "BLOCK_J": triton.next_power_of_2(K // 2),
             }  # fmt: skip
-            launch(key, tensors, _rope, triton.cdiv(B * T, tokens), args, constants, {"num_warps": warps})
+            launch(_rope, key, tensors, triton.cdiv(B * T, tokens), args, constants, {"num_warps": warps})
     return q_out, k_out

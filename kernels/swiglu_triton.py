@@ -46,12 +46,12 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...]) -> None:
     if n == 0:
         return
 
-    key = kernel, device_number(x), x.dtype, n, all_aligned(tensors)
+    key = device_number(x), x.dtype, n, all_aligned(tensors)
     with device_of(x):
-        if not relaunch(key, tensors):
+        if not relaunch(kernel, key, tensors):
             block, warps = config(n)
             args = *tensors, n
-            launch(key, tensors, kernel, triton.cdiv(n, block), args, {"BLOCK": block}, {"num_warps": warps})
+            launch(kernel, key, tensors, triton.cdiv(n, block), args, {"BLOCK": block}, {"num_warps": warps})
 
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:

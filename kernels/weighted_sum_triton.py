@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from purelm.kernels.recipe import device_of
+from purelm.kernels.launch import device_of
 
 __all__ = ["backward", "forward"]
 

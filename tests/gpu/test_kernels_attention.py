@@ -153,6 +153,16 @@ def test_sinks_and_lse():
         assert float((x.cpu().double() - y).norm() / y.norm()) < 0.01  # bf16 rounds at 0.4 %
 
 
+def test_sinks_of_another_dtype_at_the_same_shape():
+    """A launch that is remembered must not read them as the first one's. Oracle: the op on the CPU in float64."""
+    q, k, v, _ = tensors(1, 64, 64, 2, 2, 64, 64, BF16)
+    sinks = torch.tensor([0.5, -1.0], device="cuda")
+    wanted = flash_attention(*(x.cpu().double() for x in (q, k, v)), sinks=sinks.cpu().double())
+    for dtype in (FP32, BF16, FP32):
+        o = flash_attention(q, k, v, sinks=sinks.to(dtype))
+        torch.testing.assert_close(o.cpu().double(), wanted, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.filterwarnings("ignore")  # dynamo's own
 def test_compiled_checkpointed_and_torch_func():
     """Oracle: eager."""

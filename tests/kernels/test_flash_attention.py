@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, jacrev, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from purelm.kernels.flash_attention import (
@@ -67,14 +68,16 @@ CASES = {
 }
 
 
+SOME = ("causal", "segments_all", "mqa")
+# 16 bits differ in rounding only: three cases are enough.
+DTYPES = {"fp32": (torch.float32, CASES), "fp16": (torch.float16, SOME), "bf16": (torch.bfloat16, SOME)}
+
+
 @interpreter
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name,dtype", [(n, d) for d, names in DTYPES.values() for n in names], ids=str)
 def test_kernels_against_float64(name, dtype):
     """Oracle: the reference op in float64; the reference in the same dtype sets the tolerance."""
     size, options = CASES[name]
-    if dtype != torch.float32 and name not in ("causal", "segments_all", "mqa"):
-        pytest.skip("16 bits differ in rounding only: three cases are enough")
     q, k, v, do = tensors(**size, dtype=dtype)
     exact = with_gradients(lambda *x: attention(*x, **options), [x.double() for x in (q, k, v)], do.double())
     same = with_gradients(lambda *x: attention(*x, **options), [q, k, v], do)
@@ -321,17 +324,19 @@ def test_some_inputs_without_gradient_and_one_tensor_in_three_roles():
     torch.testing.assert_close(dx, wanted)
 
 
+class Count(TorchDispatchMode):
+    """How often the kernel's forward op was called."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func is torch.ops.purelm.flash_attention_fwd.default
+        return func(*args, **(kwargs or {}))
+
+
 def test_checkpoint_gives_the_same_and_selective_checkpoint_calls_the_kernel_once():
     """Oracle: without checkpoint; calls are counted by a dispatch mode."""
-    from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-
-    class Count(TorchDispatchMode):
-        n = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.n += func is torch.ops.purelm.flash_attention_fwd.default
-            return func(*args, **(kwargs or {}))
 
     q, k, v, _ = (x.requires_grad_() for x in tensors(1, 8))
     wanted = torch.autograd.grad(loss(attention)(q, k, v), (q, k, v))
@@ -352,14 +357,6 @@ def test_checkpoint_gives_the_same_and_selective_checkpoint_calls_the_kernel_onc
 
 def test_remat_with_save_matmuls_keeps_the_result_of_the_kernel():
     """Oracle: the number of calls, and the gradient without remat."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        n = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.n += func is torch.ops.purelm.flash_attention_fwd.default
-            return func(*args, **(kwargs or {}))
 
     q, k, v, _ = (x.requires_grad_() for x in tensors(1, 8))
     wanted = torch.autograd.grad(loss(flash_attention)(q, k, v), q)
