@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from experiments.ops import OpsName
 from purelm.models import transformer
 
 
@@ -69,7 +70,7 @@ class Pretrain:
     device: str = "auto"
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU"""
-    ops: Literal["sdpa", "fused", "reference"] = "sdpa"
+    ops: OpsName = "sdpa"
     """sdpa: PyTorch's attention, and what torch.compile makes of the rest; fused: the kernels of purelm.kernels (for
     GPUs; a CPU runs their references); reference: all written out"""
     compile: Literal["auto", "yes", "no"] = "auto"

@@ -14,13 +14,13 @@ import torch
 
 from experiments.config import Optim, Pretrain
 from experiments.console import can_compile, pick_device, progress_bar, say
+from experiments.ops import ops_named
 from purelm import accounting, checkpoint, random, track, tree
 from purelm.data import eval_windows, open_tokens, random_windows, shuffled_windows
 from purelm.data.tokens import check_ids, check_tokenizer
 from purelm.evals import Score, score
 from purelm.models import transformer
-from purelm.ops import REFERENCE, Ops
-from purelm.ops.sdpa import sdpa_attention
+from purelm.ops import Ops
 from purelm.optim import Optimizer, adamw, chain, clip_by_global_norm, is_matrix, muon_adamw, schedules
 from purelm.tokenizer import BPE, fingerprint
 from purelm.tokenizer import load as load_tokenizer
@@ -94,14 +94,9 @@ def model_of_run(run: Path) -> transformer.Config:
 
 
 def pick_ops(cfg: Pretrain) -> Ops:
-    if cfg.ops == "fused":
-        from purelm.kernels.fused import FUSED
-
-        return FUSED
     # SDPA has no soft cap: then the reference computes attention.
-    if cfg.ops == "sdpa" and cfg.model.attention_softcap is None:
-        return REFERENCE._replace(attention=sdpa_attention)
-    return REFERENCE
+    uncapped = cfg.model.attention_softcap is None
+    return ops_named(cfg.ops if uncapped or cfg.ops != "sdpa" else "reference")
 
 
 class Setup(NamedTuple):

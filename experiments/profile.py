@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from experiments.bench.report import row
-from experiments.bench.train_step import SDPA, batches, synchronize
+from experiments.bench.train_step import batches, synchronize
 from experiments.console import pick_device, program, say
 from experiments.memory import (
     PHASE,
@@ -48,12 +48,13 @@ from experiments.memory import (
     record_saved,
     timeline,
 )
+from experiments.ops import OpsName, ops_named
 from experiments.ranges import Ranges, addresses, around_ops, block_of, path_of
 from experiments.trace import GROUPS, Entry, entries, share
 from purelm import accounting, random, tree
 from purelm.models import transformer
 from purelm.models.config import Config
-from purelm.ops import REFERENCE, Ops
+from purelm.ops import Ops
 from purelm.optim import adamw, schedules
 from purelm.train import FULL, MIXED, Precision, TrainState, init_state, make_step
 
@@ -71,7 +72,7 @@ class Args:
     model: Config = field(default_factory=lambda: SMALL)
     batch_size: int | None = None
     """sequences; by default that of the size, or 4"""
-    ops: Literal["sdpa", "reference", "fused"] = "sdpa"
+    ops: OpsName = "sdpa"
     """the maths of the profiled steps"""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU"""
@@ -84,14 +85,6 @@ class Args:
     device: str = "auto"
     json: Path | None = None
     """write rows as the benches do"""
-
-
-def bundle(name: str) -> Ops:
-    if name == "fused":
-        from purelm.kernels.fused import FUSED
-
-        return FUSED
-    return {"sdpa": SDPA, "reference": REFERENCE}[name]
 
 
 def ranged_step(
@@ -126,7 +119,7 @@ def trace_steps(
     args: Args, cfg: Config, batch_size: int, precision: Precision, device: torch.device
 ) -> list[Entry]:
     """Profile `args.steps` steps, write the trace, return the times."""
-    step, init = ranged_step(cfg, bundle(args.ops), precision, Ranges(device), inner=True)
+    step, init = ranged_step(cfg, ops_named(args.ops), precision, Ranges(device), inner=True)
     state = init(transformer.init(random.key(0, device=device), cfg))
     data = batches(cfg, batch_size, device)
     for i in range(args.warmup):
@@ -146,7 +139,7 @@ def memory_steps(
 ) -> tuple[list[tuple[int, int]], list[Phase]]:
     """(timeline, phases) of initialisation and two steps."""
     cuda = device.type == "cuda"
-    step, init = ranged_step(cfg, bundle(args.ops), precision, Ranges(device), inner=False)
+    step, init = ranged_step(cfg, ops_named(args.ops), precision, Ranges(device), inner=False)
     data = batches(cfg, batch_size, device)
     if cuda:
         base = torch.cuda.memory_allocated(device)
@@ -343,7 +336,7 @@ def main(args: Args) -> None:
     most = peaks(line, parts)
     draw(line, parts, args.out / "memory.png", f"{n:,} parameters, {batch_size} x {cfg.context_length} tokens")
     by_ops = {
-        name: saved_by_block(cfg, batch_size, bundle(name), precision.compute, device)
+        name: saved_by_block(cfg, batch_size, ops_named(name), precision.compute, device)
         for name in ("reference", "sdpa", "fused")
     }
     element = precision.compute.itemsize

@@ -30,15 +30,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.bench.report import row
-from experiments.bench.train_step import SDPA, batches, synchronize
+from experiments.bench.train_step import batches, synchronize
 from experiments.console import pick_device, program, say
 from experiments.memory import SMALL, Use, chosen, columns, human, memory_of, record_saved
+from experiments.ops import OpsName, ops_named
 from experiments.remat_strategies import Layer, Parts, Strategy, extra_flops, formula, predict, strategies
 from purelm import accounting, random, tree
 from purelm.models import transformer
 from purelm.models.config import Config
 from purelm.models.layers import attend_all, block, context, embed, norm, unembedding
-from purelm.ops import REFERENCE, Ops
+from purelm.ops import Ops
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Args:
     model: Config = field(default_factory=lambda: SMALL)
     batch_size: int | None = None
     """sequences; by default that of the size, or 4"""
-    ops: Literal["fused", "sdpa", "reference"] = "fused"
+    ops: OpsName = "fused"
     """the maths; the reference's attention is no single op, so it has no selective strategy"""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU"""
@@ -235,9 +236,7 @@ def main(args: Args) -> None:
         raise ValueError(f"repeats must be at least 1, got {args.repeats}")
     device = pick_device(args.device)
     cfg, batch_size = chosen(args.size, args.model, args.batch_size, device)
-    if args.ops == "fused":
-        from purelm.kernels.fused import FUSED
-    ops = {"fused": lambda: FUSED, "sdpa": lambda: SDPA, "reference": lambda: REFERENCE}[args.ops]()
+    ops = ops_named(args.ops)
     bf16 = args.compute == "bf16" or (args.compute == "auto" and device.type == "cuda")
     params = tree.cast(transformer.init(random.key(0, device=device), cfg), torch.bfloat16 if bf16 else torch.float32)
     params = tree.map(lambda x: x.detach().requires_grad_(), params)

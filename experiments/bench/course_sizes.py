@@ -22,10 +22,10 @@ import tyro
 
 from experiments.bench.report import publish, row
 from experiments.console import pick_device, program, say
+from experiments.ops import OpsName, ops_named
 from purelm import accounting, random, tree
 from purelm.models import transformer
-from purelm.ops import REFERENCE, Ops
-from purelm.ops.sdpa import sdpa_attention
+from purelm.ops import Ops
 from purelm.optim import adamw, schedules
 from purelm.train import FULL, MIXED, init_state, make_step
 from purelm.transforms import jit, value_and_grad
@@ -53,20 +53,12 @@ class Args:
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
     warmups: tuple[int, ...] = (5,)
     compiled: tuple[Literal["no", "yes"], ...] = ("no", "yes")
-    ops: Literal["sdpa", "fused", "reference"] = "sdpa"
+    ops: OpsName = "sdpa"
     batch_size: int = 4
     context_length: int = 512
     vocab_size: int = 10_000
     steps: int = 10
     json: Path | None = None
-
-
-def bundle(name: str) -> Ops:
-    if name == "fused":
-        from purelm.kernels.fused import FUSED
-
-        return FUSED
-    return REFERENCE if name == "reference" else REFERENCE._replace(attention=sdpa_attention)
 
 
 def function(
@@ -92,7 +84,6 @@ def function(
     step = make_step(loss_fn, optimizer, schedules.constant(1e-4), precision=precision)
     step = jit(step, donate=0) if compiled else step
     state = init_state(params, optimizer)
-    del params
 
     def run(batch: dict) -> None:
         nonlocal state
@@ -123,7 +114,7 @@ def cell(cfg: transformer.Config, args: Args, device: torch.device, which: tuple
     try:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        f = function(cfg, part, dtype, compiled == "yes", bundle(args.ops), device)
+        f = function(cfg, part, dtype, compiled == "yes", ops_named(args.ops), device)
         times = measure(f, batch, warmups, args.steps, device)
         return times, torch.cuda.max_memory_allocated() / 2**20 if cuda else float("nan")
     except torch.OutOfMemoryError:
@@ -160,7 +151,7 @@ def main(args: Args) -> None:
             times, mib = found
             ms = statistics.mean(times)
             spread = statistics.stdev(times) if len(times) > 1 else 0.0
-            say(f"  {label}: {ms:.2f} ms (std {spread:.2f}), {mib:,.0f} MiB")
+            say(f"  {label}: {ms:.2f} ms (std {spread:.2f})" + (f", {mib:,.0f} MiB" if cuda else ""))
             if (dtype, compiled) == ("fp32", "no"):
                 plain[part, warmups] = ms
             base = plain.get((part, warmups))

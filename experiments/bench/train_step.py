@@ -26,15 +26,14 @@ import tyro
 from experiments.bench.module_baseline import Module
 from experiments.bench.report import publish, row
 from experiments.console import pick_device, program, say
+from experiments.ops import SDPA, ops_named
 from purelm import accounting, random, tree
 from purelm.models import transformer
-from purelm.ops import REFERENCE, Ops
-from purelm.ops.sdpa import sdpa_attention
+from purelm.ops import Ops
 from purelm.optim import adamw, schedules
 from purelm.train import FULL, MIXED, init_state, make_step
 from purelm.transforms import jit
 
-SDPA = REFERENCE._replace(attention=sdpa_attention)
 # vocab, d_model, layers, heads, d_ff, context, batch on a GPU, batch on a CPU
 SIZES = {
     "3m": (1024, 192, 4, 6, 512, 256, 64, 16),
@@ -106,9 +105,7 @@ def module_step(cfg: transformer.Config, device: torch.device) -> Callable[[dict
 
 
 def fused_step(cfg: transformer.Config, device: torch.device) -> Callable[[dict], torch.Tensor]:
-    from purelm.kernels.fused import FUSED
-
-    return pure_step(cfg, device, FUSED)
+    return pure_step(cfg, device, ops_named("fused"))
 
 
 VARIANTS = {"purelm": pure_step, "module": module_step, "fused": fused_step}
