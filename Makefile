@@ -4,6 +4,8 @@ SHELL := /bin/sh
 VENV_PY := .venv/bin/python
 PY ?= $(VENV_PY)
 DATA ?=
+# more flags of quickstart: make quickstart DATA=old.txt ARGS="--encoding utf-8 cp1252"
+ARGS ?=
 RUN ?= runs/quickstart
 JSON ?= build/artifacts/bench
 export TOKENIZERS_PARALLELISM ?= false
@@ -15,7 +17,7 @@ endif
 
 .PHONY: quickstart test lint bench gpu-test gpu-bench clean
 quickstart: $(RUN_ENV)
-	$(PY) -m experiments.quickstart --run $(RUN) $(if $(DATA),--data "$(DATA)")
+	$(PY) -m experiments.quickstart --run $(RUN) $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(DEV_ENV)
 	$(PY) -m pytest -n 2 --dist worksteal

@@ -39,6 +39,8 @@ class Quickstart:
     run: Path = Path("runs/quickstart")
     data: str | None = None
     """a file, a folder or hub:owner/name; the built-in stories if not given"""
+    encoding: tuple[str, ...] = ("utf-8",)
+    """of the user's text; with several, each document takes the first that fits it: --encoding utf-8 cp1252"""
     stories: int = 24_000
     """how many built-in stories to generate"""
     max_bytes: int = 100_000_000
@@ -82,7 +84,9 @@ def corpus(cfg: Quickstart, folder: Path) -> Prepared:
     if cfg.data is None:
         source = synthetic.sample(cfg.seed, cfg.stories)
         return prepare(source, folder, heldout_fraction=0.02, seed=cfg.seed)
-    return prepare(cfg.data, folder, heldout_fraction=0.05, max_bytes=cfg.max_bytes, seed=cfg.seed)
+    return prepare(
+        cfg.data, folder, heldout_fraction=0.05, max_bytes=cfg.max_bytes, encoding=cfg.encoding, seed=cfg.seed
+    )
 
 
 def source_floor(heldout: Path) -> dict[str, float]:

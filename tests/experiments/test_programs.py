@@ -181,6 +181,17 @@ def test_an_existing_run_is_not_overwritten_and_another_config_is_refused(quick,
     assert "seed 1 is not that of the checkpoint" in done.stderr
 
 
+def test_quickstart_on_text_of_two_encodings(tmp_path):
+    """Oracle: the text itself. UTF-8 where that fits, cp1252 elsewhere."""
+    texts = [f"caf\xe9 number {i} has tea and cake and tea" for i in range(60)]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i:02}.txt").write_bytes(text.encode("cp1252" if i % 2 else "utf-8"))
+    flags = ["--data", tmp_path, "--steps", 2, "--context-length", 16, "--encoding", "utf-8", "cp1252", *SMALL]
+    run("quickstart", "--run", tmp_path.parent / "run", *flags, env=EAGER)
+    parts = [(tmp_path.parent / "run" / "data" / f"{name}.txt").read_text() for name in ("train", "heldout")]
+    assert sorted("\n".join(parts).replace("<|endoftext|>", "\n").split("\n"))[-60:] == sorted(texts)
+
+
 @pytest.mark.parametrize(
     "name,content,message",
     [
