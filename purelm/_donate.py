@@ -6,7 +6,6 @@ and each stage is compiled by itself; that works on every version of torch. For 
 breaks do it from torch 2.13 on (those of 2.11 resume with the wrong module's names).
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from purelm import _tree_traced, tree
 from purelm._between import own_cache
+from purelm._versions import keep_writes_behind_reads, nested_graph_breaks
 
-__all__ = ["in_stages", "jit"]
+__all__ = ["check_memory", "consume", "donated_type_of", "in_stages", "jit", "unmatched_message"]
 
 
 def in_stages(*stages: Callable[..., Any]) -> Callable[[Any, Any], Any]:
@@ -75,7 +75,7 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
         return _store(args, donate, out, always) if donate else ([], out)
 
     compiled = torch.compile(own_cache(run, name), **compile_options)
-    donated_type = _donated_type(name)
+    donated_type = donated_type_of(f"jit({name})")
     true_on: dict[torch.device, Tensor] = {}
 
     @functools.wraps(f, updated=())
@@ -83,10 +83,10 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
         if torch.compiler.is_compiling():
             return f(*args, **kwargs)
         if not donate:
-            with _nested_graph_breaks():
+            with nested_graph_breaks():
                 return compiled(args, kwargs, [])[1]
         old, treedef = optree.tree_flatten(_donated(args, donate))
-        _check_memory(old, args, kwargs, donate)
+        check_memory("jit", old, args, kwargs, donate)
         # Compiled code works on aliases and returns them where it stored a result. After it, the old ones go.
         aliases = treedef.unflatten([x.data if isinstance(x, Tensor) else x for x in old])
         new_args = list(args)
@@ -95,21 +95,27 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
         for x in old:
             if isinstance(x, Tensor) and x.device not in true_on:
                 true_on[x.device] = torch.ones((), dtype=torch.bool, device=x.device)
-        with _nested_graph_breaks():
+        keep_writes_behind_reads()
+        with nested_graph_breaks():
             unmatched, out = compiled(tuple(new_args), kwargs, list(true_on.values()))
         if unmatched:
-            raise ValueError(_unmatched_message(args, donate, unmatched))
-        empty: dict[Any, Tensor] = {}
-        for x in old:
-            if isinstance(x, Tensor):
-                kind = (x.dtype, x.device)
-                if kind not in empty:
-                    empty[kind] = torch.empty(0, dtype=x.dtype, device=x.device)
-                x.data = empty[kind]
-                x.__class__ = donated_type
+            raise ValueError(unmatched_message("jit", args, donate, unmatched))
+        consume(old, donated_type)
         return out
 
     return jitted
+
+
+def consume(leaves: list[Any], donated_type: type[Tensor]) -> None:
+    """Empty the tensors among the leaves: their memory belongs to the results now."""
+    empty: dict[Any, Tensor] = {}
+    for x in leaves:
+        if isinstance(x, Tensor):
+            kind = (x.dtype, x.device)
+            if kind not in empty:
+                empty[kind] = torch.empty(0, dtype=x.dtype, device=x.device)
+            x.data = empty[kind]
+            x.__class__ = donated_type
 
 
 def _donated(args: tuple, donate: tuple[int, ...]) -> tuple:
@@ -175,13 +181,13 @@ def _read(x: Tensor, always: list[Tensor]) -> Tensor:
     return x.clone()  # no donated tensor is there: nothing is overwritten
 
 
-def _check_memory(old: list[Any], args: tuple, kwargs: dict, donate: tuple[int, ...]) -> None:
+def check_memory(who: str, old: list[Any], args: tuple, kwargs: dict, donate: tuple[int, ...]) -> None:
     """ValueError unless nothing but one donated tensor lives in each donated tensor's memory."""
     donated, storages = [], []
     for x in old:
         if isinstance(x, Tensor):
             if x.requires_grad:
-                raise ValueError("jit: a donated tensor requires grad; donate detached tensors")
+                raise ValueError(f"{who}: a donated tensor requires grad; donate detached tensors")
             storage = _storage(x)
             if storage:
                 donated.append(x)
@@ -195,7 +201,7 @@ def _check_memory(old: list[Any], args: tuple, kwargs: dict, donate: tuple[int, 
     for i, x in enumerate(donated):
         for y in donated[:i] + suspects:
             if storages[i] == _storage(y) and _overlap(x, y):
-                raise ValueError(_alias_message(args, kwargs, x, y))
+                raise ValueError(_alias_message(who, args, kwargs, x, y))
 
 
 def _storage(x: Tensor) -> int:
@@ -214,17 +220,17 @@ def _extent(x: Tensor) -> int:
     return (last + 1) * x.element_size()
 
 
-def _alias_message(args: tuple, kwargs: dict, a: Tensor, b: Tensor) -> str:
+def _alias_message(who: str, args: tuple, kwargs: dict, a: Tensor, b: Tensor) -> str:
     everything = {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
     names = []
     tree.map_with_path(lambda path, x: names.append(path) if x is a or x is b else None, everything)
     return (
-        f"jit: arguments {' and '.join(names)} share memory (paths begin with the argument), and one is donated: "
+        f"{who}: arguments {' and '.join(names)} share memory (paths begin with the argument), and one is donated: "
         "it would be overwritten under the other; clone it first"
     )
 
 
-def _unmatched_message(args: tuple, donate: tuple[int, ...], unmatched: list[int]) -> str:
+def unmatched_message(who: str, args: tuple, donate: tuple[int, ...], unmatched: list[int]) -> str:
     found: list[str] = []
 
     def describe(path: str, x: Any) -> None:
@@ -232,11 +238,12 @@ def _unmatched_message(args: tuple, donate: tuple[int, ...], unmatched: list[int
 
     tree.map_with_path(describe, {str(i): args[i] for i in donate})
     names = ", ".join(found[i] for i in unmatched)
-    return f"jit: donated tensors match no result in shape, dtype and device (donate less): {names}"
+    return f"{who}: donated tensors match no result in shape, dtype and device (donate less): {names}"
 
 
-def _donated_type(name: str) -> type[Tensor]:
-    message = f"this tensor was donated to jit({name}) and holds nothing now: use the result of that call"
+def donated_type_of(call: str) -> type[Tensor]:
+    """The class of tensors that were donated to `call`, as messages name it."""
+    message = f"this tensor was donated to {call} and holds nothing now: use the result of that call"
 
     class Donated(Tensor):
         """What a donated tensor becomes: every use raises, only repr tells what it was."""
@@ -246,7 +253,7 @@ def _donated_type(name: str) -> type[Tensor]:
             raise RuntimeError(message)
 
         def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-            return f"<donated to jit({name})>"
+            return f"<donated to {call}>"
 
         __str__ = __repr__
 
@@ -257,20 +264,3 @@ def _donated_type(name: str) -> type[Tensor]:
             raise RuntimeError(message)
 
     return Donated
-
-
-def _torch_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-
-
-def _nested_graph_breaks() -> Any:
-    """While compiling: a break inside f ends the graph there only, and the next one reaches to the end of `run`.
-
-    Otherwise f's own last graph would return its results, and a second copy of the state would exist until `run`
-    had stored them. Before torch 2.13 that second copy is there, unless f is cut by `in_stages`.
-    """
-    if _torch_version() < (2, 13):
-        return contextlib.nullcontext()
-    from torch._dynamo import config  # imported late: it takes as long as torch itself
-
-    return config.patch(nested_graph_breaks=True)
