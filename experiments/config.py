@@ -74,6 +74,8 @@ class Pretrain:
     """sdpa: PyTorch's attention, and what torch.compile makes of the rest; fused: the kernels of purelm.kernels (for
     GPUs; a CPU runs their references); reference: all written out"""
     compile: Literal["auto", "yes", "no"] = "auto"
+    graph: Literal["auto", "yes", "no"] = "auto"
+    """replay a step as one CUDA graph, which spares Python its launches; auto: where it is compiled, on a GPU"""
     deterministic: bool = True
     """the same bits in every run on one machine, and after --resume; without it some kernels add in any order"""
     remat: bool = False

@@ -25,7 +25,7 @@ from purelm.optim import Optimizer, adamw, chain, clip_by_global_norm, is_matrix
 from purelm.tokenizer import BPE, fingerprint
 from purelm.tokenizer import load as load_tokenizer
 from purelm.train import FULL, MIXED, TrainState, init_state, make_step
-from purelm.transforms import jit, remat
+from purelm.transforms import cuda_graph, jit, remat
 
 
 class Result(NamedTuple):
@@ -141,8 +141,11 @@ def setup(cfg: Pretrain) -> Setup:
     step = make_step(
         loss_fn, optimizer, make_schedule(cfg.optim, cfg.steps), microbatches=cfg.microbatches, precision=precision
     )
-    if cfg.compile == "yes" or (cfg.compile == "auto" and can_compile(device)):
+    compiled = cfg.compile == "yes" or (cfg.compile == "auto" and can_compile(device))
+    if compiled:
         step = jit(step, donate=0)
+    if cfg.graph == "yes" or (cfg.graph == "auto" and compiled and device.type == "cuda"):
+        step = cuda_graph(step, donate=0)
     init_key, data_key = random.split(random.key(cfg.seed))
     windows = random_windows if cfg.order == "windows" else shuffled_windows
 

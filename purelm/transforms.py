@@ -21,8 +21,9 @@ from torch import Tensor
 from purelm import tree
 from purelm._between import between_graphs, not_traced, own_cache
 from purelm._donate import in_stages, jit
+from purelm._graph import cuda_graph
 
-__all__ = ["accumulate", "grad", "in_stages", "jit", "remat", "save_matmuls", "value_and_grad"]
+__all__ = ["accumulate", "cuda_graph", "grad", "in_stages", "jit", "remat", "save_matmuls", "value_and_grad"]
 
 
 @not_traced

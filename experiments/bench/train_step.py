@@ -3,7 +3,8 @@
     python -m experiments.bench.train_step [--device cuda] [--sizes 22m 134m] [--json FILE]
 
 All run the same maths: forward, backward, AdamW, fp32 masters; bf16 compute on a GPU, fp32 on a CPU. The peer's
-attention is SDPA, and ours too, and on a GPU once more with the kernels (purelm.kernels.fused.FUSED).
+attention is SDPA, and ours too, and on a GPU once more with the kernels (purelm.kernels.fused.FUSED), and with the
+kernels in one CUDA graph.
 Times are medians over interleaved rounds in one process (the machine's drift hits both alike). Memory is the peak
 of steps after compilation: on a GPU by torch's allocator, less what the other variant holds; on a CPU the peak
 resident set of a process for each.
@@ -32,7 +33,7 @@ from purelm.models import transformer
 from purelm.ops import Ops
 from purelm.optim import adamw, schedules
 from purelm.train import FULL, MIXED, init_state, make_step
-from purelm.transforms import jit
+from purelm.transforms import cuda_graph, jit
 
 # vocab, d_model, layers, heads, d_ff, context, batch on a GPU, batch on a CPU
 SIZES = {
@@ -49,8 +50,9 @@ class Args:
 
     device: str = "auto"
     sizes: tuple[str, ...] = ("22m", "134m")
-    variants: tuple[Literal["purelm", "fused"], ...] = ("purelm", "fused")
-    """purelm: SDPA and what inductor makes of the references; fused: the kernels (on a GPU only)"""
+    variants: tuple[Literal["purelm", "fused", "graph"], ...] = ("purelm", "fused", "graph")
+    """purelm: SDPA and what inductor makes of the references; fused: the kernels; graph: those as one CUDA graph.
+    The last two on a GPU only"""
     steps: int = 30
     """timed steps of each"""
     json: Path | None = None
@@ -67,7 +69,7 @@ def shapes(size: str, device: torch.device) -> tuple[transformer.Config, int]:
 
 
 def pure_step(
-    cfg: transformer.Config, device: torch.device, ops: Ops = SDPA
+    cfg: transformer.Config, device: torch.device, ops: Ops = SDPA, graph: bool = False
 ) -> Callable[[dict], torch.Tensor]:
     optimizer = adamw(betas=(0.9, 0.95), weight_decay=0.1)
 
@@ -76,6 +78,8 @@ def pure_step(
 
     precision = MIXED if device.type == "cuda" else FULL
     step = jit(make_step(loss_fn, optimizer, schedules.constant(3e-4), precision=precision), donate=0)
+    if graph:
+        step = cuda_graph(step, donate=0, n_warmup=2)
     state = init_state(transformer.init(random.key(0, device=device), cfg), optimizer)
 
     def run(batch: dict) -> torch.Tensor:
@@ -108,13 +112,23 @@ def fused_step(cfg: transformer.Config, device: torch.device) -> Callable[[dict]
     return pure_step(cfg, device, ops_named("fused"))
 
 
-VARIANTS = {"purelm": pure_step, "module": module_step, "fused": fused_step}
+def graph_step(cfg: transformer.Config, device: torch.device) -> Callable[[dict], torch.Tensor]:
+    return pure_step(cfg, device, ops_named("fused"), graph=True)
+
+
+VARIANTS = {"purelm": pure_step, "module": module_step, "fused": fused_step, "graph": graph_step}
 PEER = "module"
 
 
 def variants(args: Args, device: torch.device) -> list[str]:
     """What is measured: the peer always, the kernels on GPUs alone."""
-    return [*(v for v in args.variants if v != "fused" or device.type == "cuda"), PEER]
+    return [*(v for v in args.variants if v == "purelm" or device.type == "cuda"), PEER]
+
+
+def graph_bytes() -> int:
+    """Memory of CUDA graphs, which the allocator does not count as allocated."""
+    pieces = torch.cuda.memory_snapshot()
+    return sum(piece["total_size"] for piece in pieces if tuple(piece["segment_pool_id"]) != (0, 0))
 
 
 def batches(cfg: transformer.Config, batch_size: int, device: torch.device, n: int = 4) -> list[dict]:
@@ -145,7 +159,7 @@ def measure(size: str, device: torch.device, args: Args) -> Measured:
     runs, first, held = {}, {}, {}
     cuda = device.type == "cuda"
     for name in variants(args, device):
-        before = torch.cuda.memory_allocated() if cuda else 0
+        before = torch.cuda.memory_allocated() + graph_bytes() if cuda else 0
         start = time.perf_counter()
         runs[name] = VARIANTS[name](cfg, device)
         for i in range(3):
@@ -153,7 +167,7 @@ def measure(size: str, device: torch.device, args: Args) -> Measured:
         synchronize(device)
         first[name] = time.perf_counter() - start
         gc.collect()
-        held[name] = torch.cuda.memory_allocated() - before if cuda else 0
+        held[name] = torch.cuda.memory_allocated() + graph_bytes() - before if cuda else 0
     # On a GPU several steps form one reading, so that the host's launches overlap with the device as in training.
     inner = 5 if cuda else 1
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -163,14 +177,14 @@ def measure(size: str, device: torch.device, args: Args) -> Measured:
             synchronize(device)
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-                others = torch.cuda.memory_allocated() - held[name]
+                others = torch.cuda.memory_allocated() + graph_bytes() - held[name]
             start = time.perf_counter()
             for j in range(inner):
                 runs[name](data[(i + j) % len(data)])
             synchronize(device)
             times[name].append((time.perf_counter() - start) / inner)
             if cuda:
-                peaks[name] = torch.cuda.max_memory_allocated() - others
+                peaks[name] = torch.cuda.max_memory_allocated() + graph_bytes() - others
     return Measured(times, first, peaks)
 
 
