@@ -13,10 +13,10 @@ __all__ = ["turn"]
 
 
 def config(H: int, G: int, K: int) -> tuple[int, int, int, int]:
-    """Positions of a program, heads of q and of k in a tile, warps: tiles of about 4096 elements, 16 to a thread."""
+    """Positions of a program, heads of q and of k in a tile, warps: one position if it has 1024 elements or more."""
     width = triton.next_power_of_2(K)
     heads_q, heads_k = (max(1, min(triton.next_power_of_2(n), 4096 // width)) for n in (H, G))
-    tokens = max(1, min(16, 4096 // (heads_q * width)))
+    tokens = max(1, min(16, 1024 // (heads_q * width)))
     return tokens, heads_q, heads_k, min(8, max(1, tokens * heads_q * width // 512))
 
 

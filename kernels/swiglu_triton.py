@@ -13,9 +13,9 @@ __all__ = ["backward", "forward"]
 
 
 def config(n: int) -> tuple[int, int]:
-    """Elements of a program, and its warps: 16 elements to a thread, two 16-byte loads of bf16 for each tensor."""
-    block = min(4096, max(64, triton.next_power_of_2(n)))
-    return block, max(1, block // 512)
+    """Elements of a program, and its warps: 4 elements to a thread, so that many threads wait for memory at a time."""
+    block = min(1024, max(64, triton.next_power_of_2(n)))
+    return block, max(1, block // 128)
 
 
 @triton.jit

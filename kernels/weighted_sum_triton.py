@@ -66,7 +66,7 @@ def _backward(
     part = pid // n_columns
     g = (part // n_programs).to(tl.int64)
     w = tl.load(w_ptr + g * w_g + d, mask=d < D, other=0.0).to(tl.float32)
-    dw = tl.zeros((COLUMNS,), tl.float32)
+    dw = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(part % n_programs, tl.cdiv(R, ROWS), n_programs):
         r = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (r < R)[:, None] & (d < D)[None, :]
@@ -76,9 +76,9 @@ def _backward(
             tl.store(dx_ptr + ((g * R + r) * D)[:, None] + d[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if NEED_DW:
             x = tl.load(x_ptr + (g * x_g + r * x_r)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            dw += tl.sum(dy[:, None] * x, 0)
-    if NEED_DW:
-        tl.store(part_ptr + part.to(tl.int64) * D + d, dw, mask=d < D)
+            dw += dy[:, None] * x
+    if NEED_DW:  # the sum over rows comes last: it makes threads wait for each other
+        tl.store(part_ptr + part.to(tl.int64) * D + d, tl.sum(dw, 0), mask=d < D)
 
 
 # Launchers: plain functions of tensors. They allocate, choose tiles, and start the kernel.
