@@ -19,14 +19,14 @@ import torch
 import tyro
 
 from experiments.console import program, say
-from purelm.kernels.flash_attention_tuned import PASSES, TABLE, Blocks, architecture
+from purelm.kernels.flash_attention_tuned import LENGTHS, PASSES, TABLE, Blocks, architecture
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED_BYTES = 227 << 10  # of a program, Hopper
 HEADER = '''"""Measured tiles: made by `python -m experiments.tune_kernels --write`, not by hand."""
 
-# (architecture, pass, padded head dim, bytes of an element, causal) -> (m, n, warps, stages)
-TABLE: dict[tuple[str, str, int, int, bool], tuple[int, int, int, int]] = '''
+# (architecture, pass, padded head dim, bytes of an element, causal, length) -> (m, n, warps, stages)
+TABLE: dict[tuple[str, str, int, int, bool, int], tuple[int, int, int, int]] = '''
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Args:
     passes: tuple[str, ...] = PASSES
     causal: tuple[bool, ...] = (True, False)
     length: int = 4096
+    """the table has 1024, for up to twice that, and 4096, for all the rest"""
     tokens: int = 16384
     heads: int = 16
     n_processes: int = 14
@@ -61,6 +62,12 @@ def candidates(which: str, D: int, size: int) -> list[Blocks]:
     sides = (16, 32, 64, 128) if size == 4 or D == 256 else (32, 64, 128)
     for m, n, warps, stages in product(sides, sides, (4, 8), (1, 2, 3, 4)):
         rows, others = (n, m) if which == "backward_kv" else (m, n)  # that stay, and that stream by
+        if size < 4 and D == 256 and which == "backward_kv":  # two sums of D columns: only warps side by side hold them
+            if rows in (32, 64) and others in (32, 64) and stages <= 2:
+                out.append(Blocks(m, n, warps, stages))
+            continue
+        if size == 4 and (stages > 2 or others > 64 or rows > 64):  # each product is three, with all their registers
+            continue
         if rows < (16 * warps if size < 4 else 32) or (stages == 1 and size < 4) or others < (16 if size == 4 else 32):
             continue
         if rows * D > 128 * 256 or (warps == 8 and rows < 128):
@@ -136,11 +143,11 @@ def flops(case: Case, args: Args) -> float:
     return products * 2.0 * batch * args.heads * args.length**2 * D * (0.5 if causal else 1.0)
 
 
-def write_table(found: dict[Case, list[tuple[float, Blocks]]], arch: str) -> None:
+def write_table(found: dict[Case, list[tuple[float, Blocks]]], arch: str, length: int) -> None:
     new = dict(TABLE)
     for (which, D, dtype, causal), times in found.items():
         best = times[0][1]
-        new[(arch, which, D, DTYPES[dtype].itemsize, causal)] = (best.m, best.n, best.n_warps, best.n_stages)
+        new[(arch, which, D, DTYPES[dtype].itemsize, causal, length)] = (best.m, best.n, best.n_warps, best.n_stages)
     path = Path(__file__).resolve().parents[1] / "kernels" / "flash_attention_table.py"
     lines = "".join(f"    {key!r}: {tuple(value)!r},\n" for key, value in sorted(new.items())).replace("'", '"')
     path.write_text(HEADER + "{\n" + lines + "}\n")
@@ -151,6 +158,8 @@ def write_table(found: dict[Case, list[tuple[float, Blocks]]], arch: str) -> Non
 def main(args: Args) -> None:
     if not torch.cuda.is_available():
         raise ValueError("tune_kernels needs a GPU")
+    if args.write and args.length not in LENGTHS:
+        raise ValueError(f"length: the table has {LENGTHS}, not {args.length}; leave out --write to measure only")
     if args.worker is not None:
         compile_part(args, *map(int, args.worker.split("/")))
         return
@@ -169,7 +178,7 @@ def main(args: Args) -> None:
         rows = [{"case": case, "ms": ms, "blocks": b} for case, times in found.items() for ms, b in times]
         args.json.write_text(json.dumps(rows) + "\n")
     if args.write:
-        write_table(found, architecture(torch.device("cuda", torch.cuda.current_device())))
+        write_table(found, architecture(torch.device("cuda", torch.cuda.current_device())), args.length)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,8 @@ def _cut(
 
 
 def _chosen(which: str, q: Tensor, v: Tensor, request: Request) -> Blocks:
-    return choose(which, *_padded(q, v), q.dtype, request.right is not None, q.device)
+    length = (q if which == "backward_kv" else v).shape[1]
+    return choose(which, *_padded(q, v), q.dtype, request.right is not None, length, q.device)
 
 
 def _heads_at_once(k: Tensor, v: Tensor, n_shared: int) -> int:

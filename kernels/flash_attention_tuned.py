@@ -9,9 +9,10 @@ import torch
 
 from purelm.kernels.flash_attention_table import TABLE
 
-__all__ = ["PASSES", "Blocks", "choose", "fallback"]
+__all__ = ["LENGTHS", "PASSES", "Blocks", "choose", "fallback"]
 
 PASSES = ("forward", "backward_q", "backward_kv")
+LENGTHS = (1024, 4096)  # measured ones: short sequences want more and smaller programs
 
 
 class Blocks(NamedTuple):
@@ -23,13 +24,22 @@ class Blocks(NamedTuple):
     n_stages: int  # tiles that are loaded ahead, and the one in use
 
 
-def choose(which: str, D: int, E: int, dtype: torch.dtype, causal: bool, device: torch.device) -> Blocks:
-    """Tiles for one of PASSES. D and E: head dims padded to a power of two; causal: whether the right is cut off."""
+def choose(
+    which: str, D: int, E: int, dtype: torch.dtype, causal: bool, length: int, device: torch.device
+) -> Blocks:
+    """Tiles for one of PASSES.
+
+    D and E: head dims padded to a power of two; causal: whether the right is cut off; length: of the axis along which
+    a program walks.
+    """
     if device.type != "cuda":  # the interpreter
         return Blocks(16, 16, 4, 1)
     width, size = max(D, E), dtype.itemsize
     arch = architecture(device)
-    found = TABLE.get((arch, which, width, size, causal))
+    short, long = LENGTHS
+    found = TABLE.get((arch, which, width, size, causal, long))
+    if length <= 2 * short:
+        found = TABLE.get((arch, which, width, size, causal, short), found)
     if found is None:
         _say_once(arch, width, size)
         return fallback(which, width, size)

@@ -441,4 +441,17 @@ def test_the_shipped_table_is_of_tiles_that_can_be():
                 resident, streamed = (blocks.n, blocks.m) if which == "backward_kv" else (blocks.m, blocks.n)
                 tiles = 2 * resident + 2 * max(blocks.n_stages, 1) * streamed
                 assert tiles * width * size <= 100 << 10  # of Ampere's consumer GPUs
-    assert choose("forward", 64, 64, torch.float32, True, torch.device("cpu")) == SMALL
+    assert choose("forward", 64, 64, torch.float32, True, 4096, torch.device("cpu")) == SMALL
+
+
+def test_tiles_are_those_of_the_nearest_measured_length(monkeypatch):
+    table = {("sm90", "forward", 64, 2, True, 4096): (1, 2, 4, 1), ("sm90", "forward", 64, 2, True, 1024): (3, 4, 4, 1)}
+    table[("sm90", "forward", 32, 2, True, 4096)] = (5, 6, 4, 1)
+    monkeypatch.setattr("purelm.kernels.flash_attention_tuned.TABLE", table)
+    monkeypatch.setattr("purelm.kernels.flash_attention_tuned.architecture", lambda device: "sm90")
+
+    def m(D, length):
+        return choose("forward", D, 16, torch.bfloat16, True, length, torch.device("cuda")).m
+
+    assert [m(64, n) for n in (1, 1024, 2048, 2049, 1 << 20)] == [3, 3, 3, 1, 1]
+    assert [m(32, n) for n in (1, 1 << 20)] == [5, 5]
