@@ -8,15 +8,15 @@ The formulas, in the order of purelm.optim.adamw, for each number of each leaf, 
     update = -d, and with decay  (p (1 - lr wd) - d) - p  ("before")  or  (p - d) (1 - lr wd) - p  ("after")
 
 What it costs: p, g, m and v are read once and update, m' and v' written once, 28 bytes a number in fp32, where the
-reference in eager mode passes over them about 15 times. Inside one torch.compile with `apply_updates` the reference
-is the better choice: it fuses the addition, too (28 bytes; here 28 and then 12), and inductor cannot see into this op.
+reference in eager mode passes over them about 15 times. `apply_updates` after it costs 12 bytes more; `adamw_step` has
+it inside, and needs 28 in all. Inside torch.compile both are the reference, which inductor fuses with what is around
+it (28 bytes, too), and which under jit writes into donated storage.
 
 CUDA graphs: the kernel finds its leaves by a table of addresses that each call copies from the host, which a replay
-would read again after it is gone. So capture is refused with RuntimeError, and the op is tagged cudagraph_unsafe,
-which makes mode="reduce-overhead" leave it out of its graphs.
+would read again after it is gone. So capture is refused with RuntimeError; a compiled step has no such table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,9 +25,9 @@ from torch import Tensor
 from purelm import tree
 from purelm.optim.adamw import AdamWState
 from purelm.optim.adamw import adamw as reference
-from purelm.optim.base import Mask, Optimizer, Tree, compute_dtype, scalar, unzip
+from purelm.optim.base import Mask, Optimizer, Tree, apply_updates, compute_dtype, scalar, unzip
 
-__all__ = ["adamw"]
+__all__ = ["adamw", "adamw_step"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernel; the reference has float64, too
 
@@ -57,6 +57,53 @@ def adamw(
     >>> updates["w"]
     tensor([-0.5500, -0.5500])
     """
+    init, run = _fused(betas, eps, weight_decay, mask, eps_placement, eps_root, decay_order, dtype)
+
+    def update(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
+        return run(grads, state, params, lr, False)
+
+    return Optimizer(init, update)
+
+
+def adamw_step(
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    *,
+    mask: Mask = None,
+    eps_placement: Literal["outside", "uncorrected"] = "outside",
+    eps_root: float = 0.0,
+    decay_order: Literal["before", "after"] = "before",
+    dtype: torch.dtype | None = None,
+) -> Callable[[Tree, AdamWState, Tree, Tensor | float], tuple[Tree, AdamWState]]:
+    """The function (grads, state, params, lr) -> (params', state'): `adamw`'s update and `apply_updates` at once.
+
+    The same bits as one after the other, in fewer bytes. The state is that of `adamw(...).init(params)`.
+
+    >>> params = {"w": torch.ones(2)}
+    >>> step = adamw_step(weight_decay=0.1)
+    >>> step(params, adamw(weight_decay=0.1).init(params), params, torch.tensor(0.5))[0]["w"]
+    tensor([0.4500, 0.4500])
+    """
+    _, run = _fused(betas, eps, weight_decay, mask, eps_placement, eps_root, decay_order, dtype)
+
+    def step(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
+        return run(grads, state, params, lr, True)
+
+    return step
+
+
+def _fused(
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    mask: Mask,
+    eps_placement: Literal["outside", "uncorrected"],
+    eps_root: float,
+    decay_order: Literal["before", "after"],
+    dtype: torch.dtype | None,
+) -> tuple[Callable[[Tree], AdamWState], Callable[..., tuple[Tree, AdamWState]]]:
+    """(init, run), where run(grads, state, params, lr, apply) gives updates, or with apply new parameters."""
     b1, b2 = betas
     plain = reference(
         betas,
@@ -84,7 +131,12 @@ def adamw(
         decay = lr_ * weight_decay
         return torch.stack((-step_size, root_scale, eps_root * correction2, 1 - decay, decay))
 
-    def update(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
+    def run(
+        grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float, apply: bool
+    ) -> tuple[Tree, AdamWState]:
+        if torch.compiler.is_compiling():
+            updates, state = plain.update(grads, state, params, lr)
+            return apply_updates(params, updates) if apply else updates, state
         rows: list[tuple] = []
         decays: list[bool] = []
 
@@ -99,25 +151,25 @@ def adamw(
         step = state.step + 1
         n, out = len(rows), []
         if n:
-            flags = decays, 1 - b1, b2, 1 - b2, eps, eps_root != 0.0, outside, before
+            flags = decays, 1 - b1, b2, 1 - b2, eps, eps_root != 0.0, outside, before, apply
             out = _step(*[list(column) for column in zip(*rows, strict=True)], scalars(step, lr), *flags)
 
-        def given(i: int, m: Tensor, v: Tensor) -> tuple:
-            return (None, m, v) if i < 0 else (out[i], out[n + i], out[2 * n + i])
+        def given(rate: float, i: int, p: Tensor, m: Tensor, v: Tensor) -> tuple:
+            if i < 0:
+                return p if apply else None, m, v
+            return out[i], out[n + i], out[2 * n + i]
 
-        updates, m, v = unzip(3, lambda rate, i, m, v: given(i, m, v), index, state.m, state.v)
-        return updates, AdamWState(step, m, v)
+        first, m, v = unzip(3, given, index, params, state.m, state.v)
+        return first, AdamWState(step, m, v)
 
-    return Optimizer(init, update)
+    return init, run
 
 
 def _contiguous(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-@torch.library.custom_op(
-    "purelm::adamw_step", mutates_args=(), device_types="cuda", tags=(torch.Tag.cudagraph_unsafe,)
-)
+@torch.library.custom_op("purelm::adamw_step", mutates_args=(), device_types="cuda")
 def _step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -132,8 +184,9 @@ def _step(
     has_root: bool,
     outside: bool,
     before: bool,
+    apply: bool,
 ) -> list[Tensor]:
-    """Updates, then new m, then new v, a tensor for each leaf; scalars as `scalars` above gives them."""
+    """Updates (new parameters with `apply`), then new m, then new v, a tensor for each leaf; see `scalars` above."""
     from purelm.kernels import adamw_triton
 
     for name, tensors in (("params", params), ("grads", grads), ("m", m), ("v", v)):
@@ -145,7 +198,7 @@ def _step(
                 )
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("adamw: its table of addresses cannot be captured in a CUDA graph: use purelm.optim.adamw")
-    hyper = one_minus_b1, b2, one_minus_b2, eps, has_root, outside, before
+    hyper = one_minus_b1, b2, one_minus_b2, eps, has_root, outside, before, apply
     return adamw_triton.step(params, grads, m, v, scalars, decays, *hyper)
 
 
@@ -164,6 +217,7 @@ def _(
     has_root: bool,
     outside: bool,
     before: bool,
+    apply: bool,
 ) -> list[Tensor]:
     results: list[tuple[Tensor, ...]] = []
     for p, g, m0, v0, decay in zip(params, grads, m, v, decays, strict=True):
@@ -178,7 +232,8 @@ def _(
             whole = p_ if before else p_ + u
             whole = whole * keep if outside else whole - lose * whole
             u = (whole + u if before else whole) - p_
-        results.append((u.contiguous(), m_.to(m0.dtype).contiguous(), v_.to(v0.dtype).contiguous()))
+        first = (p + u).to(p.dtype) if apply else u
+        results.append((first.contiguous(), m_.to(m0.dtype).contiguous(), v_.to(v0.dtype).contiguous()))
     return [x for column in zip(*results, strict=True) for x in column]
 
 
@@ -186,5 +241,6 @@ def _(
 def _(
     params: Sequence[Tensor], grads: Sequence[Tensor], m: Sequence[Tensor], v: Sequence[Tensor], *rest: Any
 ) -> list[Tensor]:
-    updates = [p.new_empty(p.shape, dtype=compute_dtype(p)) for p in params]
-    return [*updates, *[x.new_empty(x.shape) for x in m], *[x.new_empty(x.shape) for x in v]]
+    apply = rest[-1]
+    first = [p.new_empty(p.shape, dtype=p.dtype if apply else compute_dtype(p)) for p in params]
+    return [*first, *[x.new_empty(x.shape) for x in m], *[x.new_empty(x.shape) for x in v]]

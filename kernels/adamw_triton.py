@@ -16,7 +16,7 @@ from purelm.kernels.launch import device_of
 
 __all__ = ["step"]
 
-COLUMNS = 10  # first, numel, decays, and the addresses of p, g, m, v, update, new m, new v
+COLUMNS = 10  # first, numel, decays, and the addresses of p, g, m, v, update or new p, new m, new v
 BLOCK, BLOCKS_PER_PROGRAM, NUM_WARPS = 1024, 8, 4  # 8 numbers to a thread: two 16-byte loads of each fp32 tensor
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -34,7 +34,7 @@ def _pointer(row, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constex
 def _step(
     table_ptr, scalars_ptr, n_leaves,
     ONE_MINUS_B1: tl.constexpr, B2: tl.constexpr, ONE_MINUS_B2: tl.constexpr, EPS: tl.constexpr,
-    HAS_ROOT: tl.constexpr, OUTSIDE: tl.constexpr, BEFORE: tl.constexpr,
+    HAS_ROOT: tl.constexpr, OUTSIDE: tl.constexpr, BEFORE: tl.constexpr, APPLY: tl.constexpr,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
     LEAVES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def _step(
         n = tl.multiple_of(n, 16)  # a mask that ends within a 16-byte load would break it up
     p_ptr, g_ptr = _pointer(row, 3, P, ALIGNED), _pointer(row, 4, G, ALIGNED)
     m_ptr, v_ptr = _pointer(row, 5, M, ALIGNED), _pointer(row, 6, V, ALIGNED)
-    u_ptr = _pointer(row, 7, tl.float32, ALIGNED)
+    out_ptr = _pointer(row, 7, P if APPLY else tl.float32, ALIGNED)
     new_m_ptr, new_v_ptr = _pointer(row, 8, M, ALIGNED), _pointer(row, 9, V, ALIGNED)
     neg_step_size = tl.load(scalars_ptr).to(tl.float32)
     root_scale = tl.load(scalars_ptr + 1).to(tl.float32)
@@ -73,12 +73,17 @@ def _step(
         if OUTSIDE:
             root = tl.div_rn(root, root_scale)
         u = tl.div_rn(m * neg_step_size, root + EPS)
-        p = tl.load(p_ptr + at, mask=live & decays, other=0.0).to(tl.float32)  # not read where nothing decays
+        # Not read where nothing decays, if only the update is asked for.
+        p = tl.load(p_ptr + at, mask=live & (decays | APPLY), other=0.0).to(tl.float32)
         whole = p if BEFORE else p + u
         whole = whole * keep if OUTSIDE else whole - lose * whole
         if BEFORE:
             whole += u
-        tl.store(u_ptr + at, tl.where(decays, whole - p, u), mask=live)
+        u = tl.where(decays, whole - p, u)
+        if APPLY:
+            tl.store(out_ptr + at, (p + u).to(P), mask=live)
+        else:
+            tl.store(out_ptr + at, u, mask=live)
         tl.store(new_m_ptr + at, m.to(M), mask=live)
         tl.store(new_v_ptr + at, v.to(V), mask=live)
 
@@ -99,11 +104,11 @@ def _launch(
     cuda = device.type == "cuda"
     # The copy does not wait for the device, and pinned memory is not reused before the copy is done.
     table = torch.tensor(rows, dtype=torch.int64, pin_memory=cuda).to(device, non_blocking=True)
-    one_minus_b1, b2, one_minus_b2, eps, has_root, outside, before = hyper
+    one_minus_b1, b2, one_minus_b2, eps, has_root, outside, before, apply = hyper
     with device_of(leaves[0][0]):
         _step[(first,)](
             table, scalars, len(leaves), ONE_MINUS_B1=one_minus_b1, B2=b2, ONE_MINUS_B2=one_minus_b2, EPS=eps,
-            HAS_ROOT=has_root, OUTSIDE=outside, BEFORE=before,
+            HAS_ROOT=has_root, OUTSIDE=outside, BEFORE=before, APPLY=apply,
             P=DTYPES[dtypes[0]], G=DTYPES[dtypes[1]], M=DTYPES[dtypes[2]], V=DTYPES[dtypes[3]], ALIGNED=aligned,
             LEAVES=triton.next_power_of_2(len(leaves)), WIDTH=COLUMNS, BLOCK=BLOCK, BLOCKS=BLOCKS_PER_PROGRAM,
             num_warps=NUM_WARPS,
@@ -119,14 +124,17 @@ def step(
     decays: Sequence[bool],
     *hyper: float | bool,
 ) -> list[Tensor]:
-    """Updates (fp32), new m and new v of all leaves; one launch for each device and set of dtypes.
+    """Updates (fp32; with `apply` new parameters), new m and new v of all leaves.
+
+    One launch for each device and set of dtypes.
 
     Leaves that are no multiple of 16 long, or begin at an odd address, go in a launch of their own, or they would slow
     down all the others.
 
-    hyper: 1 - b1, b2, 1 - b2, eps, whether there is eps_root, eps "outside", decay "before".
+    hyper: 1 - b1, b2, 1 - b2, eps, whether there is eps_root, eps "outside", decay "before", apply.
     """
-    out_u = [x.new_empty(x.shape, dtype=torch.float32) for x in params]
+    apply = hyper[-1]
+    out_u = [x.new_empty(x.shape, dtype=x.dtype if apply else torch.float32) for x in params]
     out_m, out_v = [x.new_empty(x.shape) for x in m], [x.new_empty(x.shape) for x in v]
     groups: dict[tuple, list[int]] = {}
     inputs = [[x.contiguous() for x in column] for column in (params, grads, m, v)]  # held until all is launched

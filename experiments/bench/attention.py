@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from experiments.bench.report import publish, row
+from experiments.bench.report import Lines, plot_panels, publish, row
 from experiments.console import pick_device, program, say
 from purelm.kernels.flash_attention import flash_attention
 
@@ -68,6 +68,9 @@ class Args:
     """only shapes whose label, "B4 H16 T4096 d64 causal bf16" say, has this in it"""
     rep: int = 60
     """milliseconds that one measurement lasts"""
+    clock: Literal["wall", "device"] = "wall"
+    """wall: as called, with the host's part of it; device: the kernels' own time, as in a CUDA graph or behind other
+    work"""
     json: Path | None = None
     plot: Path | None = None
 
@@ -120,7 +123,23 @@ def functions(shape: Shape, peers: tuple[str, ...], device: torch.device) -> dic
     return out
 
 
+def busy_milliseconds(run: Callable[[], Any], calls: int = 10) -> float:
+    """Time that the device spends in kernels of one call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e3 / calls
+
+
 def milliseconds(run: Callable[[], Any], device: torch.device, rep: int) -> float:
+    """rep 0: by the device's own clock."""
+    if device.type == "cuda" and rep == 0:
+        return busy_milliseconds(run)
     if device.type == "cuda":
         from triton.testing import do_bench
 
@@ -161,7 +180,7 @@ def cell(shape: Shape, args: Args, device: torch.device) -> list[dict[str, Any]]
     rows, found = [], {}
     for part in args.parts:
         for name, f in functions(shape, args.peers, device).items():
-            found[name] = measure(f, tensors, part, device, args.rep)
+            found[name] = measure(f, tensors, part, device, 0 if args.clock == "device" else args.rep)
         texts = []
         for name, ms in found.items():
             rate = f"{flops(shape, part) / ms / 1e9:.0f}" if isinstance(ms, float) else ms
@@ -188,38 +207,20 @@ def device_name(device: torch.device) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """TFLOP/s against length: a row of panels a part, a panel a head dim and mask, a line a library."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     parts = sorted({r["part"] for r in rows}, reverse=True)
-    kinds = sorted({(r["shape"]["head_dim"], r["shape"]["causal"]) for r in rows})
-    figure, axes = plt.subplots(
-        len(parts), len(kinds), figsize=(3.4 * len(kinds), 3.2 * len(parts)), squeeze=False, sharey="row"
-    )
-    for axis, (part, (dim, causal)) in zip(axes.flat, product(parts, kinds), strict=True):
-        lines: dict[str, dict[int, float]] = {}
+    kinds = sorted({(r["shape"]["head_dim"], r["shape"]["causal"], r["shape"]["dtype"]) for r in rows})
+    panels: dict[str, Lines] = {}
+    for part, (dim, causal, dtype) in product(parts, kinds):
+        lines = panels.setdefault(f"{part}, d{dim}, {'causal' if causal else 'full'}, {dtype}", {})
         for r in rows:
             shape = r["shape"]
-            if (r["part"], shape["head_dim"], shape["causal"]) != (part, dim, causal):
+            if (r["part"], shape["head_dim"], shape["causal"], shape["dtype"]) != (part, dim, causal, dtype):
                 continue
-            lines.setdefault("purelm", {})[shape["length"]] = r["value"]
+            if not math.isnan(r["value"]):
+                lines.setdefault("purelm", {})[shape["length"]] = r["value"]
             if r["peer_value"] is not None:
                 lines.setdefault(r["peer"], {})[shape["length"]] = r["peer_value"]
-        for name, points in sorted(lines.items(), reverse=True):
-            axis.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=name)
-        axis.set_xscale("log", base=2)
-        axis.set_title(f"{part}, d{dim}, {'causal' if causal else 'full'}", fontsize=9)
-        axis.set_xlabel("length")
-        axis.set_ylabel("TFLOP/s")
-    for row_of_axes in axes:
-        row_of_axes[0].set_ylim(bottom=0)  # shared by the row, and last: it ends the search for limits
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plot_panels(panels, path, "length", "TFLOP/s", len(kinds))
 
 
 @program

@@ -24,10 +24,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from experiments.bench.report import publish, row
+from experiments.bench.report import Lines, plot_panels, publish, row
 from experiments.console import pick_device, program, say
 from purelm import tree
-from purelm.kernels.adamw import adamw
+from purelm.kernels.adamw import adamw, adamw_step
 from purelm.kernels.rms_norm import add_rms_norm, rms_norm
 from purelm.kernels.rope import rope_qk
 from purelm.kernels.swiglu import swiglu
@@ -59,12 +59,15 @@ class Args:
     """compile the reference; default on a GPU, while a CPU would spend its time in the C++ compiler"""
     repeats: int = 7
     json: Path | None = None
+    plot: Path | None = None
+    """GB/s against width, a panel for each op and direction"""
 
 
 class Case(NamedTuple):
     """One op at one size."""
 
     name: str
+    width: int
     kernel: Callable[..., Any]  # of tensors, to a tensor or a tuple of them
     peers: dict[str, Callable[..., Any]]
     inputs: Callable[[], tuple[Tensor, ...]]  # makes fresh ones, those that are differentiated first
@@ -157,20 +160,20 @@ def cases(args: Args, device: torch.device, dtype: torch.dtype, compiled: Callab
         if "rms_norm" in args.ops:
             peers = {**compiled(rms_norm_reference), "torch.nn.functional.rms_norm, eager": functional}
             found.append(
-                Case(f"rms_norm {size}", rms_norm, peers, rows_and_weight(1, D), 2, 2 * tensor, 3 * tensor)
+                Case(f"rms_norm {size}", D, rms_norm, peers, rows_and_weight(1, D), 2, 2 * tensor, 3 * tensor)
             )
         if "add_rms_norm" in args.ops:
             peers = compiled(add_reference)
             found.append(
-                Case(f"add_rms_norm {size}", add_rms_norm, peers, rows_and_weight(2, D), 3, 4 * tensor, 4 * tensor)
+                Case(f"add_rms_norm {size}", D, add_rms_norm, peers, rows_and_weight(2, D), 3, 4 * tensor, 4 * tensor)
             )
         if "swiglu" in args.ops:
             peers = compiled(swiglu_reference)
-            found.append(Case(f"swiglu {size}", swiglu, peers, rows(2, D), 2, 3 * tensor, 5 * tensor))
+            found.append(Case(f"swiglu {size}", D, swiglu, peers, rows(2, D), 2, 3 * tensor, 5 * tensor))
         if "weighted_sum" in args.ops:
             peers = compiled(weighted_sum_reference)
             found.append(
-                Case(f"weighted_sum {size}", weighted_sum, peers, rows_and_weight(1, D), 2, tensor, 2 * tensor)
+                Case(f"weighted_sum {size}", D, weighted_sum, peers, rows_and_weight(1, D), 2, tensor, 2 * tensor)
             )
         if "rope_qk" in args.ops:
             K = 64 if D < 2048 else 128
@@ -183,7 +186,7 @@ def cases(args: Args, device: torch.device, dtype: torch.dtype, compiled: Callab
 
             moved = 2 * B * T * (H + G) * K * e
             name = f"rope_qk {B} x {T}, {H} and {G} heads of {K}"
-            found.append(Case(name, rope_qk, compiled(rope_reference), heads, 2, moved, moved))
+            found.append(Case(name, D, rope_qk, compiled(rope_reference), heads, 2, moved, moved))
     return found
 
 
@@ -203,9 +206,8 @@ def measure(case: Case, device: torch.device, copy: float, args: Args, device_na
 
         mine = timed(case.kernel)
         for peer, f in case.peers.items():
-            rows.append(
-                row(f"{case.name}, {way}", mine, "ms", peer=peer, peer_value=timed(f), device=device_name)
-            )
+            one = row(f"{case.name}, {way}", mine, "ms", peer=peer, peer_value=timed(f), device=device_name)
+            rows.append(one | {"op": case.name.split()[0], "way": way, "width": case.width, "bytes": n_bytes})
         rate = n_bytes / 1e6 / mine
         rows.append(
             row(f"{case.name}, {way}", rate, "GB/s", peer="copy", peer_value=copy, device=device_name)
@@ -239,8 +241,7 @@ def measure_adamw(device: torch.device, copy: float, args: Args, device_name: st
     maybe = torch.compile if compile_ else (lambda f: f)
     suffix = "torch.compile of the reference" if compile_ else "the reference, eager"
     update = timed(mine.update, grads, state, params, lr)
-    step = timed(whole(mine), params, grads, state, lr)
-    step_compiled = timed(maybe(whole(mine)), params, grads, state, lr)
+    step = timed(adamw_step(**hyper), grads, state, params, lr)
     peer_update = timed(maybe(plain.update), grads, state, params, lr)
     peer_step = timed(maybe(whole(plain)), params, grads, state, lr)
     own = [p.clone().requires_grad_() for p in params.values()]
@@ -254,14 +255,25 @@ def measure_adamw(device: torch.device, copy: float, args: Args, device_name: st
     entries = [
         (f"{name}, update", update, "ms", suffix, peer_update),
         (f"{name}, update", rate, "GB/s", "copy", copy),
-        (f"{name}, update and apply, eager", step, "ms", suffix, peer_step),
-        (f"{name}, update and apply, compiled", step_compiled, "ms", suffix, peer_step),
-        (f"{name}, update and apply, eager", step, "ms", "torch.optim.AdamW(fused=True), in place", peer_fused),
+        (f"{name}, update and apply", step, "ms", suffix, peer_step),
+        (f"{name}, update and apply", 28 * n / 1e6 / step, "GB/s", "copy", copy),
+        (f"{name}, update and apply", step, "ms", "torch.optim.AdamW(fused=True), in place", peer_fused),
     ]
     return [
         row(metric, value, unit, peer=peer, peer_value=peer_value, device=device_name)
         for metric, value, unit, peer, peer_value in entries
     ]
+
+
+def plot(rows: list[dict[str, Any]], path: Path, copy: float) -> None:
+    panels: dict[str, Lines] = {}
+    for r in rows:
+        if "op" in r:
+            lines = panels.setdefault(f"{r['op']}, {r['way']}", {})
+            lines.setdefault("purelm", {})[r["width"]] = r["bytes"] / 1e6 / r["value"]
+            lines.setdefault(r["peer"], {})[r["width"]] = r["bytes"] / 1e6 / r["peer_value"]
+            lines.setdefault("copy", {})[r["width"]] = copy
+    plot_panels(panels, path, "width", "GB/s", 4)
 
 
 @program
@@ -288,6 +300,8 @@ def main(args: Args) -> None:
     if "adamw" in args.ops:
         rows += measure_adamw(device, copy, args, device_name, compile_)
     publish(rows, args.json)
+    if args.plot is not None:
+        plot(rows, args.plot, copy)
 
 
 if __name__ == "__main__":

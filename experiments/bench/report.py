@@ -76,3 +76,39 @@ def publish(rows: Sequence[Mapping[str, Any]], json_path: Path | None = None) ->
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(list(rows), indent=1) + "\n")
+
+
+Lines = dict[str, dict[float, float]]  # name -> x -> y
+
+
+def plot_panels(panels: Mapping[str, Lines], path: Path, x_label: str, y_label: str, columns: int) -> None:
+    """A panel for each title, a line for each library; x on a scale of powers of two, y from 0, shared by rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    n_rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        n_rows, columns, figsize=(3.4 * columns, 3.2 * n_rows), squeeze=False, sharey="row", layout="constrained"
+    )
+    handles: dict[str, Any] = {}
+    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
+        for name in sorted(lines, key=lambda name: (name != "purelm", name)):
+            points = sorted(lines[name].items())
+            (handles[name],) = axis.plot(
+                *zip(*points, strict=True), marker="o", color=f"C{len(handles)}" if name not in handles else
+                handles[name].get_color(),
+            )  # fmt: skip
+        axis.set_xscale("log", base=2)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    for row_of_axes in axes:
+        row_of_axes[0].set_ylim(bottom=0)  # shared by the row, and last: it ends the search for limits
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

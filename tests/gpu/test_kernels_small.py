@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from purelm import tree
-from purelm.kernels.adamw import adamw
+from purelm.kernels.adamw import adamw, adamw_step
 from purelm.kernels.rms_norm import add_rms_norm, rms_norm
 from purelm.kernels.rope import rope, rope_qk
 from purelm.kernels.swiglu import swiglu
@@ -269,6 +269,9 @@ def test_adamw_equals_the_reference(kwargs, dtype):
             narrow = a.dtype in (torch.bfloat16, torch.float16)
             # 2 ulp of what is added (parameters and moments up to 8), or an ulp of a 16-bit moment at a tie.
             torch.testing.assert_close(a, c, rtol=1e-2 if narrow else 5e-7, atol=1e-6)
+        applied, new = adamw_step(**kwargs)(grads, state, params, lr)
+        for a, b in zip(tree.leaves((applied, new)), tree.leaves((apply_updates(params, got[0]), got[1])), strict=True):
+            assert torch.equal(a, b)
         updates, state = expected
         params = apply_updates(params, updates)
 

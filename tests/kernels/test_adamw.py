@@ -11,10 +11,11 @@ import torch
 
 from purelm import tree
 from purelm.kernels import adamw as module
-from purelm.kernels.adamw import adamw
+from purelm.kernels.adamw import adamw, adamw_step
 from purelm.optim import apply_updates, chain, clip_by_global_norm, is_matrix, partitioned, sgd
 from purelm.optim.adamw import AdamWState
 from purelm.optim.adamw import adamw as reference
+from purelm.transforms import jit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled here: see tests/gpu")
@@ -91,6 +92,33 @@ def test_kernel_equals_the_reference(kwargs, dtype, launched):
         torch.testing.assert_close(a, b, rtol=1e-2 if a.dtype == torch.bfloat16 else 2.4e-7, atol=2.4e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kwargs", VARIANTS, ids=lambda kwargs: "-".join(kwargs) or "defaults")
+def test_step_is_update_and_apply_on_the_cpu(kwargs, dtype):
+    """Oracle: the reference's update, then apply_updates, to the bit."""
+    params, _, state = run(reference(**kwargs), 2, dtype)
+    grads, lr = trees(9, dtype), torch.tensor(0.02)
+    grads["b"] = None  # keeps its value and moments
+    updates, expected = reference(**kwargs).update(grads, state, params, lr)
+    got = adamw_step(**kwargs)(grads, state, params, lr)
+    assert_same_bits(got, (apply_updates(params, updates), expected))
+
+
+@INTERPRETED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kwargs", VARIANTS, ids=lambda kwargs: "-".join(kwargs) or "defaults")
+def test_step_is_update_and_apply_in_the_kernel(kwargs, dtype, launched):
+    """Oracle: the kernel's own update, then apply_updates, to the bit. (bf16: the interpreter does not round it.)"""
+    params, _, state = run(reference(**kwargs), 2, dtype)
+    grads, lr = trees(9, dtype), torch.tensor(0.02)
+    updates, expected = adamw(**kwargs).update(grads, state, params, lr)
+    before = [x.clone() for x in tree.leaves((params, grads, state))]
+    got = adamw_step(**kwargs)(grads, state, params, lr)
+    assert_same_bits(got, (apply_updates(params, updates), expected))
+    assert all(torch.equal(a, b) for a, b in zip(before, tree.leaves((params, grads, state)), strict=True))
+    assert sorted(launched) == [3, 3, 5, 5]
+
+
 @INTERPRETED
 def test_one_launch_for_each_set_of_dtypes(launched):
     """Oracle: the reference; mixed dtypes, views that lie apart, views that begin at odd addresses."""
@@ -158,12 +186,29 @@ def test_compiles_once_and_equals_eager():
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.compile
+def test_compiled_step_equals_eager():
+    """Oracle: eager; the same in one graph, and under jit in donated storage."""
+    step, state = adamw_step(weight_decay=0.1, mask=is_matrix), adamw().init(trees(0))
+    args = (trees(1), state, trees(0), torch.tensor(0.02))
+    expected = step(*args)
+    torch._dynamo.reset()
+    for f in (torch.compile(step, fullgraph=True, backend="aot_eager"), jit(step, donate=(1, 2), backend="eager")):
+        copies = tree.map(torch.clone, args)
+        at = {x.data_ptr() for x in tree.leaves(copies[1:3]) if x.numel()}
+        got = f(*copies)
+        for a, b in zip(tree.leaves(got), tree.leaves(expected), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
+    assert {x.data_ptr() for x in tree.leaves(got) if x.numel()} == at
+
+
 def test_opcheck():
     """Oracle: torch.library.opcheck: schema, fake tensors and their strides, ahead-of-time dispatch."""
     p, g, m, v = ([torch.rand(2, 3), torch.rand(4).bfloat16()] for _ in range(4))
     scalars = torch.tensor([-0.1, 0.5, 0.0, 0.99, 0.01], dtype=torch.float64)
-    args = (p, g, m, v, scalars, [True, False], 0.1, 0.95, 0.05, 1e-8, False, True, True)
+    args = (p, g, m, v, scalars, [True, False], 0.1, 0.95, 0.05, 1e-8, False, True, True, False)
     torch.library.opcheck(module._step, args)
+    torch.library.opcheck(module._step, (*args[:-1], True))
     torch.library.opcheck(module._step, ([p[0].T], [g[0].T], [m[0].T], [v[0].T], scalars, [True], *args[6:]))
 
 
