@@ -1,0 +1,112 @@
+"""Whether the ranks of a group hold the same thing, found out without hanging, and named where not."""
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from purelm import tree
+from purelm.dist.world import Group, device_of, rank_of, size_of
+
+__all__ = ["check_equal", "check_same_kind", "fingerprint", "kinds", "non_finite_ranks"]
+
+_MISSING = "no such leaf"
+
+
+def kinds(values: Any) -> dict[str, str]:
+    """Path -> shape and dtype of each leaf, in order.
+
+    >>> kinds({"w": torch.ones(2, 3), "b": [None, torch.tensor(1)]})
+    {'b.1': '() int64', 'w': '(2, 3) float32'}
+    """
+    return {
+        path: f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" if isinstance(x, Tensor) else repr(x)
+        for path, x in zip(tree.paths(values), tree.leaves(values), strict=True)
+    }
+
+
+def check_same_kind(values: Any, group: Group = None, what: str = "tree") -> None:
+    """ValueError on every rank, naming the leaf and the ranks, unless all hold trees of equal paths, shapes and dtypes.
+
+    One message of 32 bytes from each rank, and reading it waits for the device. Where kinds differ, the descriptions
+    follow. A collective on trees that differ would hang or mix up leaves, so the first call on a tree checks.
+    """
+    if size_of(group) == 1:
+        return
+    mine = kinds(values)
+    digests = _gather_bytes(_digest(repr(mine).encode()), group)
+    if all(d == digests[0] for d in digests):
+        return
+    everyone: list[Any] = [None] * size_of(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    raise ValueError(_difference(everyone, what))
+
+
+def _difference(everyone: list[dict[str, str]], what: str) -> str:
+    paths = list(dict.fromkeys(path for one in everyone for path in one))
+    for path in paths:
+        found = [one.get(path, _MISSING) for one in everyone]
+        if len(set(found)) > 1:
+            by_value: dict[str, list[int]] = {}
+            for rank, value in enumerate(found):
+                by_value.setdefault(value, []).append(rank)
+            texts = [f"{value} on rank{'s' * (len(ranks) > 1)} {_list(ranks)}" for value, ranks in by_value.items()]
+            return f"{what}: ranks differ at {path}: {'; '.join(texts)}"
+    return f"{what}: ranks have the same leaves in another order"
+
+
+def _list(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+
+
+def fingerprint(values: Any) -> str:
+    """SHA-256 of paths, shapes, dtypes and bytes of all leaves; waits for the device and copies to the host."""
+    digest = hashlib.sha256(repr(kinds(values)).encode())
+    for x in tree.leaves(values):
+        if isinstance(x, Tensor):
+            flat = x.detach().to("cpu").contiguous().view(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def check_equal(values: Any, group: Group = None, what: str = "tree") -> None:
+    """ValueError on every rank, naming the first leaf that differs, unless all ranks hold the same bits.
+
+    Each rank hashes its leaves; 32 bytes a leaf are sent. For parameters after a broadcast or a restart, not for steps.
+    """
+    check_same_kind(values, group, what)
+    if size_of(group) == 1:
+        return
+    paths = list(tree.paths(values))
+    mine = b"".join(bytes.fromhex(fingerprint(x)) for x in tree.leaves(values))
+    everyone = _gather_bytes(mine, group)
+    for i, path in enumerate(paths):
+        parts = [one[32 * i : 32 * i + 32] for one in everyone]
+        others = [rank for rank, part in enumerate(parts) if part != parts[0]]
+        if others:
+            ranks = f"rank{'s' * (len(others) > 1)} {_list(others)}"
+            raise ValueError(f"{what}: {path} has other values on {ranks} than on rank 0")
+
+
+def non_finite_ranks(values: Any, group: Group = None) -> list[int]:
+    """Ranks that hold an inf or a nan; one byte from each, and waits for the device."""
+    finite = bool(tree.all_finite(values))
+    return [rank for rank, one in enumerate(_gather_bytes(bytes([finite]), group)) if one == b"\x00"]
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _gather_bytes(data: bytes, group: Group) -> list[bytes]:
+    """As many bytes from each rank, in order."""
+    if size_of(group) == 1:
+        return [data]
+    rank_of(group)
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device_of(group))
+    out = mine.new_empty(size_of(group) * len(data))
+    dist.all_gather_into_tensor(out, mine, group=group)
+    whole = out.cpu().numpy().tobytes()
+    return [whole[i : i + len(data)] for i in range(0, len(whole), len(data))]

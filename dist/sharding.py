@@ -1,0 +1,145 @@
+"""Trees cut along axis 0, and one message for many leaves.
+
+A leaf (n, ...) on N ranks is cut in parts of m = ceil(n / N) rows, the last ones filled up with zeros, so all ranks
+send equal numbers of bytes whatever n is. A part keeps the leaf's number of axes, so optimizers that ask for matrices,
+or for paths, see what they would see of the whole; a 0-d leaf becomes a part of one number. Zeros have zero gradients,
+and every element-wise optimizer leaves them zeros.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from purelm import tree
+from purelm.dist.world import Group, rank_of, size_of
+
+__all__ = ["Pending", "gather_parts", "part_of", "part_shape", "scatter_sums", "shard", "unshard", "whole_of"]
+
+
+def part_shape(shape: Sequence[int], n_ranks: int) -> tuple[int, ...]:
+    """Shape of each rank's part.
+
+    >>> part_shape((5, 3), 2), part_shape((), 4)
+    ((3, 3), (1,))
+    """
+    first, *rest = shape or (1,)
+    return (-(-first // n_ranks), *rest)
+
+
+def part_of(x: Tensor, rank: int, n_ranks: int) -> Tensor:
+    """This rank's rows, in memory of their own.
+
+    >>> part_of(torch.arange(5), 1, 2)
+    tensor([3, 4, 0])
+    """
+    x = x[None] if x.ndim == 0 else x
+    m = part_shape(x.shape, n_ranks)[0]
+    rows = x[rank * m : (rank + 1) * m]
+    out = x.new_zeros((m, *x.shape[1:]))
+    out[: len(rows)] = rows
+    return out
+
+
+def whole_of(parts: Tensor, shape: Sequence[int]) -> Tensor:
+    """The leaf of this shape from all ranks' parts one after another."""
+    return parts[: shape[0]] if len(shape) else parts[0]
+
+
+def shard(values: Any, group: Group = None) -> Any:
+    """This rank's part of each leaf; no message."""
+    rank, N = rank_of(group), size_of(group)
+    return tree.map(lambda x: part_of(x, rank, N), values)
+
+
+def unshard(parts: Any, like: Any, group: Group = None) -> Any:
+    """The whole tree from all ranks' parts; `like` has its shapes (meta tensors will do). A message for each dtype."""
+    leaves, treedef = tree.flatten(parts)
+    shapes = [x.shape for x in tree.leaves(like)]
+    if len(shapes) != len(leaves):
+        raise ValueError(f"unshard: {len(leaves)} parts, but `like` has {len(shapes)} leaves")
+    out: list[Any] = [None] * len(leaves)
+    for dtype in dict.fromkeys(x.dtype for x in leaves):
+        at = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+        wholes = gather_parts([leaves[i] for i in at], [shapes[i] for i in at], group).wait()
+        for i, x in zip(at, wholes, strict=True):
+            out[i] = x
+    return tree.unflatten(treedef, out)
+
+
+class Pending:
+    """Results of a collective that is under way: wait() gives them, again and again the same."""
+
+    def __init__(self, work: Any, finish: Callable[[], list[Tensor]]):
+        self._work, self._finish = work, finish
+        self._results: list[Tensor] | None = None
+
+    def wait(self) -> list[Tensor]:
+        """On a GPU the stream waits, not the host."""
+        if self._results is None:
+            if self._work is not None:
+                self._work.wait()
+            self._results = self._finish()
+            self._work, self._finish = None, list  # lets go of the message
+        return self._results
+
+
+def gather_parts(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: Group = None) -> Pending:
+    """Whole leaves of these shapes from every rank's parts, of one dtype, by one all_gather.
+
+    Bytes sent: (N - 1) times those of the parts. The results are copied out of the message, each dense.
+    """
+    N = size_of(group)
+    if N == 1:
+        return Pending(None, lambda: [whole_of(p, s) for p, s in zip(parts, shapes, strict=True)])
+    sizes = [p.numel() for p in parts]
+    flat = torch.cat([p.reshape(-1) for p in parts])
+    message = flat.new_empty(N, flat.numel())
+    work = dist.all_gather_into_tensor(message.view(-1), flat, group=group, async_op=True)
+
+    def finish() -> list[Tensor]:
+        out = []
+        for column, p, shape in zip(message.split(sizes, 1), parts, shapes, strict=True):
+            out.append(whole_of(column.reshape(N * p.shape[0], *p.shape[1:]), shape))
+        return out
+
+    return Pending(work, finish)
+
+
+def scatter_sums(wholes: Sequence[Tensor], group: Group = None) -> Pending:
+    """This rank's parts of the sums over ranks of whole leaves, of one dtype, by one reduce_scatter.
+
+    The adjoint of `gather_parts`. Bytes sent: (N - 1) / N of the leaves'.
+    """
+    N = size_of(group)
+    shapes = [part_shape(x.shape, N) for x in wholes]
+    if N == 1:
+        return Pending(None, lambda: [x[None] if x.ndim == 0 else x for x in wholes])
+    message = wholes[0].new_empty(N, sum(_numel(s) for s in shapes))
+    at = 0
+    for x, shape in zip(wholes, shapes, strict=True):
+        column = message[:, at : at + _numel(shape)]
+        x = x[None] if x.ndim == 0 else x
+        if x.shape[0] == N * shape[0]:
+            column.copy_(x.reshape(N, -1))
+        else:
+            for rank in range(N):
+                column[rank] = part_of(x, rank, N).view(-1)
+        at += _numel(shape)
+    out = message.new_empty(message.shape[1])
+    work = dist.reduce_scatter_tensor(out, message.view(-1), group=group, async_op=True)
+    sizes = [_numel(s) for s in shapes]
+
+    def finish(sent: Tensor = message) -> list[Tensor]:  # held until the work is done
+        return [p.view(s) for p, s in zip(out.split(sizes), shapes, strict=True)]
+
+    return Pending(work, finish)
+
+
+def _numel(shape: Sequence[int]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n

@@ -1,0 +1,79 @@
+"""Processes and groups of them: what torchrun started, as arguments.
+
+    with world.start() as w:            # torchrun ... -m program; one process without torchrun
+        ... w.rank, w.size, w.device ...
+
+The engine is torch.distributed: NCCL where there are GPUs, Gloo where there are none. No function of purelm.dist asks
+for a global group behind your back: each takes a `group`, and None is the world.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Group", "World", "device_of", "rank_of", "size_of", "start"]
+
+Group = dist.ProcessGroup | None  # None: all processes
+
+
+class World(NamedTuple):
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+@contextmanager
+def start(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
+    """Join the processes that torchrun started, and leave them at the end; alone, a world of one.
+
+    device: "cuda", "cpu" or "auto"; with several GPUs each process takes the one of its LOCAL_RANK. timeout: seconds
+    after which a collective that not all ranks have entered fails instead of waiting on. A group that exists
+    already is used and left standing.
+    """
+    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and local >= torch.cuda.device_count():
+        n = torch.cuda.device_count()
+        raise ValueError(f"LOCAL_RANK is {local}, but there are {n} GPUs: start fewer processes")
+    here = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(here)
+    if dist.is_initialized() or "RANK" not in os.environ:
+        yield World(rank_of(None), size_of(None), here)
+        return
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), device_id=here if cuda else None
+    )
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), here)
+    finally:
+        dist.destroy_process_group()
+
+
+def size_of(group: Group) -> int:
+    """Processes of the group; 1 where torch.distributed was not started."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def rank_of(group: Group) -> int:
+    """This process's number in the group; ValueError for one that is not a member."""
+    if not dist.is_initialized():
+        return 0
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("this process is not a member of the group")
+    return rank
+
+
+def device_of(group: Group) -> torch.device:
+    """Where the group's messages of a few bytes are put: the current GPU for NCCL, else the CPU."""
+    if dist.is_initialized() and "nccl" in dist.get_backend(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,109 @@
+"""Functions run on several processes at once, over Gloo: started once for a test session, torch imported once.
+
+    results = run(function, *args)            # function(*args) on each of two ranks; a list of what they returned
+
+function is a module-level function of a test file (it is sent by name). An exception on any rank is raised here with
+that rank's traceback. What hangs is killed after TIMEOUT, and so is a pool in which a rank died.
+"""
+
+import atexit
+import multiprocessing
+import os
+import queue
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+TIMEOUT = 120.0  # seconds of one call
+COLLECTIVE_TIMEOUT = 20.0  # a collective that one rank never enters
+
+_pools: dict[int, "_Pool"] = {}
+
+
+class RankError(Exception):
+    """What failed, on which ranks."""
+
+    def __init__(self, errors: dict[int, tuple[str, str]]):
+        self.errors = {rank: message for rank, (message, _) in errors.items()}
+        super().__init__("\n".join(f"rank {rank}: {trace}" for rank, (_, trace) in errors.items()))
+
+
+def _work(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT))
+    while (task := tasks.get()) is not None:
+        function, args = task
+        try:
+            results.put((rank, True, function(*args)))
+        except BaseException as error:
+            results.put((rank, False, (f"{type(error).__name__}: {error}", traceback.format_exc())))
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class _Pool:
+    def __init__(self, size: int):
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        self.size = size
+        self.tasks = [context.Queue() for _ in range(size)]
+        self.results = context.Queue()
+        self.processes = [
+            context.Process(target=_work, args=(r, size, port, self.tasks[r], self.results), daemon=True)
+            for r in range(size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        for tasks in self.tasks:
+            tasks.put((function, args))
+        found: dict[int, Any] = {}
+        errors: dict[int, tuple[str, str]] = {}
+        waited = 0.0
+        while len(found) + len(errors) < self.size:
+            try:
+                rank, good, value = self.results.get(timeout=1.0)
+            except queue.Empty:
+                waited += 1.0
+                dead = [r for r, p in enumerate(self.processes) if not p.is_alive()]
+                if dead or waited > TIMEOUT:
+                    self.stop()
+                    raise RuntimeError(f"ranks {dead} died" if dead else f"no answer in {TIMEOUT} s") from None
+                continue
+            (found if good else errors)[rank] = value
+        if errors:
+            if len(errors) < self.size or any("imed out" in message for message, _ in errors.values()):
+                self.stop()  # ranks are no longer at the same place
+            raise RankError(errors)
+        return [found[r] for r in range(self.size)]
+
+    def stop(self) -> None:
+        _pools.pop(self.size, None)
+        for process in self.processes:
+            process.kill()
+
+
+def run(function: Callable[..., Any], *args: Any, size: int = 2) -> list[Any]:
+    """What function(*args) returns on each of `size` ranks; RankError if any raised."""
+    if size not in _pools:
+        _pools[size] = _Pool(size)
+    return _pools[size].run(function, args)
+
+
+@atexit.register
+def _stop_all() -> None:
+    for pool in list(_pools.values()):
+        pool.stop()
