@@ -78,6 +78,9 @@ def make_step(
     reduce: Callable[[Any], Any] = identity,
     microbatches: int = 1,
     precision: Precision = FULL,
+    prepare: Callable[[Any], Any] = with_denominator,
+    differentiate: Callable[..., Callable[[Any, Any], Any]] | None = None,
+    norm: Callable[[Any], Tensor] = tree.global_norm,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Tensor]]]:
     """One update: g = reduce(grad loss(cast(params), batch)); params + optimizer.update(g, lr = schedule(step)).
 
@@ -90,6 +93,11 @@ def make_step(
         microbatches: the batch axis is cut in this many equal parts; same result, activations of one part at a time.
         precision: parameters are cast to `compute` inside the differentiated function, so gradients arrive in the
             masters' dtype; they are cast to `reduce` before `reduce` sees them.
+        prepare: batch -> batch, before it is cut in microbatches: where a denominator of the whole batch enters, which
+            with several processes is that of all of them.
+        differentiate: loss -> gradient function (params, batch) -> ((loss, metrics), grads), in place of
+            `value_and_grad` and `accumulate`, and never compiled as a whole (purelm.dist.ddp.differentiate).
+        norm: gradient tree -> the metric grad_norm; of sharded gradients it is a sum over processes.
     Returns:
         step(state, batch) -> (state, metrics): metrics are detached 0-d tensors: loss, lr, grad_norm (before any
         clipping in the optimizer) and what loss_fn reports. Read them one step late: reading waits for the device.
@@ -100,12 +108,14 @@ def make_step(
     def compute_loss(params: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return loss_fn(tree.cast(params, precision.compute), batch)
 
-    gradient = value_and_grad(compute_loss, has_aux=True)
+    if differentiate is not None and microbatches > 1:
+        raise ValueError("make_step: with differentiate, microbatches are its own argument")
+    gradient = value_and_grad(compute_loss, has_aux=True) if differentiate is None else differentiate(compute_loss)
     if microbatches > 1:
         gradient = accumulate(gradient, microbatches)
 
     def gradients(state: TrainState, batch: Any) -> tuple[Any, dict[str, Tensor]]:
-        (loss, metrics), grads = gradient(state.params, with_denominator(batch))
+        (loss, metrics), grads = gradient(state.params, prepare(batch))
         return tree.cast(grads, precision.reduce), {**metrics, "loss": loss}
 
     def reduced(state: TrainState, found: tuple[Any, dict[str, Tensor]]) -> tuple[Any, dict[str, Tensor]]:
@@ -116,7 +126,8 @@ def make_step(
         lr = schedule(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, lr)
         new = TrainState(apply_updates(state.params, updates), opt_state, state.step + 1)
-        return new, {**metrics, "lr": lr, "grad_norm": tree.global_norm(grads)}
+        return new, {**metrics, "lr": lr, "grad_norm": norm(grads)}
 
-    # Cut where graphs end anyway; a reduction over processes runs between two of them, as it is.
-    return in_stages(gradients, update) if reduce is identity else in_stages(gradients, not_traced(reduced), update)
+    # Cut where graphs end anyway; what talks to other processes runs between two of them, as it is.
+    first = gradients if differentiate is None else not_traced(gradients)
+    return in_stages(first, update) if reduce is identity else in_stages(first, not_traced(reduced), update)

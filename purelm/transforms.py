@@ -26,9 +26,16 @@ from purelm._graph import cuda_graph
 __all__ = ["accumulate", "cuda_graph", "grad", "in_stages", "jit", "remat", "save_matmuls", "value_and_grad"]
 
 
+Watch = Callable[[list[Tensor]], Callable[[list[Tensor]], list[Tensor]]]
+
+
 @not_traced
 def value_and_grad(
-    f: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+    f: Callable[..., Any],
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    *,
+    watch: Watch | None = None,
 ) -> Callable[..., tuple[Any, Any]]:
     """The function that returns f's value and its gradient with respect to the arguments `argnums`.
 
@@ -37,6 +44,10 @@ def value_and_grad(
     for a floating leaf that the value does not depend on, None for a leaf that is not floating. f sees detached
     leaves (no data is copied): the arguments keep their own requires_grad and .grad, and a tensor that stands in
     two places has a gradient for each. Value, aux and gradients are detached.
+
+    watch: called before f with the detached floating leaves, in order; it may put hooks on them (data parallelism
+    sends gradients while backward runs). It returns a function of their gradients, called when backward is over, whose
+    results take their place.
 
     >>> loss = lambda params, x: ((params["w"] * x) ** 2).sum()
     >>> value_and_grad(loss)({"w": torch.tensor([1.0, 2.0])}, torch.tensor([3.0, 1.0]))
@@ -54,6 +65,7 @@ def value_and_grad(
         new_args = list(args)
         for i, arg in zip(numbers, treedef.unflatten(flat), strict=True):
             new_args[i] = arg
+        finish = None if watch is None else watch(inputs)
 
         with torch.enable_grad():
             value, aux = _value_and_aux(call(function, *new_args, **kwargs), has_aux)
@@ -62,6 +74,8 @@ def value_and_grad(
             found = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
         else:
             found = tuple(torch.zeros_like(x) for x in inputs)
+        if finish is not None:
+            found = tuple(finish(list(found)))
         for k, g in zip(at, found, strict=True):
             grads[k] = g.detach()
         by_argument = treedef.unflatten(grads)

@@ -1,0 +1,334 @@
+"""Data parallelism: a gradient tree goes through a function.
+
+    params = broadcast(params)                                          # once: all ranks begin alike
+    step = make_step(loss, optimizer, schedule, reduce=all_reduce_mean)  # the one line
+    step = make_step(loss, optimizer, schedule, differentiate=ddp.differentiate)  # or, while backward still runs
+
+`all_reduce_mean` averages gradients of losses that are means over each rank's batch. `differentiate` sums gradients of
+losses that are divided by a denominator of all ranks, so that padding and weights may differ from rank to rank.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import optree
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from purelm import tree
+from purelm.dist.agreement import check_same_kind
+from purelm.dist.collectives import all_reduce, broadcast
+from purelm.dist.world import Group, device_of, rank_of, size_of
+from purelm.train import with_denominator
+from purelm.transforms import accumulate, value_and_grad
+
+__all__ = [
+    "BUCKET_BYTES",
+    "all_reduce_mean",
+    "differentiate",
+    "overlapped_value_and_grad",
+    "sum_metrics",
+    "with_global_denominator",
+]
+
+BUCKET_BYTES = 25 << 20
+Op = Literal["sum", "mean"]
+Strategy = Literal["per_leaf", "flat", "bucketed"]
+
+
+def all_reduce_mean(
+    grads: Any,
+    group: Group = None,
+    strategy: Strategy = "bucketed",
+    *,
+    op: Op = "mean",
+    bucket_bytes: int = BUCKET_BYTES,
+    wire: torch.dtype | None = None,
+    check: bool = True,
+) -> Any:
+    """The mean (or sum) of a gradient tree over the ranks, on every rank, as new tensors of the same dtypes.
+
+    Messages: one a leaf with "per_leaf"; one a dtype with "flat", which holds a second copy of all gradients; with
+    "bucketed" one for each stretch of leaves of up to bucket_bytes, last leaves first. All are under way at once.
+    Bytes a rank sends: 2 (N - 1) / N of the tree's, in `wire` if given: gradients are rounded to it, and added in it.
+
+    >>> all_reduce_mean({"w": torch.ones(2)})  # alone
+    {'w': tensor([1., 1.])}
+    """
+    if strategy not in ("per_leaf", "flat", "bucketed"):
+        raise ValueError(f'strategy must be "per_leaf", "flat" or "bucketed", got {strategy!r}')
+    _check_options(op, bucket_bytes)
+    if size_of(group) == 1:
+        return grads
+    rank_of(group)
+    if check:
+        check_same_kind(grads, group, "gradients")
+    leaves, treedef = tree.flatten(grads)
+    limit = {"per_leaf": 0, "flat": math.inf, "bucketed": bucket_bytes}[strategy]
+    buckets = _buckets(leaves, limit, range(len(leaves))[::-1])
+    under_way = [(at, _send([leaves[i] for i in at], group, op, wire)) for at in buckets]
+    out: list[Any] = list(leaves)
+    for at, message in under_way:
+        for i, x in zip(at, message.wait(), strict=True):
+            out[i] = x
+    return tree.unflatten(treedef, out)
+
+
+def overlapped_value_and_grad(
+    f: Callable[..., Any],
+    group: Group = None,
+    *,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    microbatches: int = 1,
+    op: Op = "mean",
+    bucket_bytes: int = BUCKET_BYTES,
+    wire: torch.dtype | None = None,
+    check: bool = True,
+) -> Callable[..., tuple[Any, Any]]:
+    """`value_and_grad` whose gradients are averaged (or summed) over ranks while backward still runs.
+
+    Value and aux are this rank's own. The first call learns in which order gradients come (rank 0 tells all) and sends
+    them at its end. From then on a bucket is sent as soon as its last gradient is there; buckets always go in the same
+    order, so that ranks may use different parts of the parameters: what a rank does not use counts as zeros and is
+    sent at the end. With microbatches, f(params, batch) is evaluated on
+    parts of the batch as by `accumulate`, and only the last part's backward sends anything.
+
+    The overlap needs a backward pass that ends leaf by leaf: eager, rematerialised or compiled block by block. That of
+    a model compiled as a whole hands over all gradients at its end.
+    """
+    _check_options(op, bucket_bytes)
+    if microbatches < 1 or (microbatches > 1 and argnums != 0):
+        raise ValueError(f"microbatches is {microbatches} and argnums {argnums}: several microbatches need argnums 0")
+    orders: dict[Any, list[int]] = {}  # by the kind of what is differentiated: the numbers of leaves as they come
+    local = value_and_grad(f, argnums, has_aux)
+
+    def sending(kind: Any, before: list[Tensor] | None) -> Callable[..., tuple[Any, Any]]:
+        def watch(inputs: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+            reducer = _Reducer(inputs, before, orders.get(kind), group, op, bucket_bytes, wire)
+
+            def finish(grads: list[Tensor]) -> list[Tensor]:
+                grads, orders[kind] = reducer.finish(grads)
+                return grads
+
+            return finish
+
+        return value_and_grad(f, argnums, has_aux, watch=watch)
+
+    def overlapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if size_of(group) == 1:
+            return (accumulate(local, microbatches) if microbatches > 1 else local)(*args, **kwargs)
+        rank_of(group)
+        differentiated = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums)
+        kind = optree.tree_structure(differentiated), *[(x.shape, x.dtype) for x in tree.leaves(differentiated)]
+        if check and kind not in orders:
+            check_same_kind(differentiated, group, "parameters")
+        if microbatches == 1:
+            return sending(kind, None)(*args, **kwargs)
+        return _in_parts(local, partial(sending, kind), microbatches, *args)
+
+    return overlapped
+
+
+def _in_parts(local: Any, sending: Any, microbatches: int, params: Any, batch: Any) -> tuple[Any, Any]:
+    """The sums over microbatches; the last one's gradients are added to those before it as they are sent."""
+    count = 0
+    value: Any = None
+    before: Any = None
+
+    def one(params: Any, batch: Any) -> Any:
+        nonlocal count, value, before
+        count += 1
+        if count < microbatches:
+            value, before = _added((value, before), local(params, batch))
+            return torch.zeros(())
+        floating = [g for g in tree.leaves(before) if g is not None]
+        last, grads = sending(floating)(params, batch)
+        value = _added(value, last)
+        before = grads
+        return torch.zeros(())
+
+    accumulate(one, microbatches)(params, batch)  # which cuts the batch
+    return value, before
+
+
+def _added(a: Any, b: Any) -> Any:
+    if a is None or (isinstance(a, tuple) and all(x is None for x in a)):
+        return b
+    return tree.map(torch.add, a, b)
+
+
+def differentiate(
+    loss_fn: Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]],
+    group: Group = None,
+    *,
+    microbatches: int = 1,
+    bucket_bytes: int = BUCKET_BYTES,
+    wire: torch.dtype | None = None,
+) -> Callable[[Any, Any], tuple[tuple[Tensor, dict[str, Tensor]], Any]]:
+    """(params, batch) -> ((loss, metrics), grads) over all ranks' batches: for `make_step(..., differentiate=...)`.
+
+    loss_fn divides by batch["denominator"]: make_step's `prepare` should be `with_global_denominator`. Loss, metrics
+    and gradients are then sums over ranks, as they would come from one process with the whole batch. The metric
+    non_finite_rank is the first rank whose own loss is inf or nan, -1 if none is.
+    """
+    both = overlapped_value_and_grad(
+        loss_fn, group, has_aux=True, microbatches=microbatches, op="sum", bucket_bytes=bucket_bytes, wire=wire
+    )
+
+    def gradient(params: Any, batch: Any) -> tuple[tuple[Tensor, dict[str, Tensor]], Any]:
+        (loss, metrics), grads = both(params, batch)
+        metrics = sum_metrics({**metrics, "loss": loss}, group)
+        return (metrics.pop("loss"), metrics), grads
+
+    return gradient
+
+
+def sum_metrics(metrics: Mapping[str, Tensor], group: Group = None) -> dict[str, Tensor]:
+    """0-d metrics, "loss" among them, summed over ranks in one message, in fp32 or fp64.
+
+    And "non_finite_rank": the first rank whose own loss is inf or nan, else -1.
+    """
+    names, N = list(metrics), size_of(group)
+    loss = metrics["loss"]
+    dtype = torch.promote_types(loss.dtype, torch.float32)
+    here = torch.zeros(N, dtype=dtype, device=loss.device)
+    here[rank_of(group)] = (~torch.isfinite(loss)).to(dtype)
+    values = torch.stack([metrics[name].detach().to(dtype) for name in names])
+    total = all_reduce(torch.cat([values, here]), group, check=False)
+    bad = total[len(names) :] > 0
+    number = torch.arange(N, device=loss.device)
+    first = torch.where(bad, number, N).amin()
+    out = {name: total[i].to(metrics[name].dtype) for i, name in enumerate(names)}
+    return {**out, "non_finite_rank": torch.where(first == N, -1, first)}
+
+
+def with_global_denominator(batch: Any, group: Group = None) -> Any:
+    """`with_denominator`, summed over the ranks; a batch that has one already is returned as it is.
+
+    sum_i nll_i w_i / sum_i w_i over all ranks' i is then a plain sum of the ranks' losses.
+    """
+    if isinstance(batch, Mapping) and "denominator" in batch:
+        return batch
+    batch = with_denominator(batch)
+    if not isinstance(batch, Mapping) or "denominator" not in batch:
+        return batch
+    return {**batch, "denominator": all_reduce(batch["denominator"], group, check=False)}
+
+
+def _check_options(op: str, bucket_bytes: float) -> None:
+    if op not in ("sum", "mean"):
+        raise ValueError(f'op must be "sum" or "mean", got {op!r}')
+    if bucket_bytes < 1:
+        raise ValueError(f"bucket_bytes must be at least 1, got {bucket_bytes}")
+
+
+def _buckets(leaves: Sequence[Tensor], limit: float, order: Sequence[int]) -> list[list[int]]:
+    """Numbers of leaves in this order: stretches of one dtype and of at most `limit` bytes, one leaf at least."""
+    if limit == math.inf:  # one for each dtype, neighbours or not
+        by_kind: dict[Any, list[int]] = {}
+        for i in order:
+            by_kind.setdefault((leaves[i].dtype, leaves[i].device), []).append(i)
+        return list(by_kind.values())
+    out: list[list[int]] = []
+    room: float = 0
+    kind: Any = None
+    for i in order:
+        x = leaves[i]
+        n = x.numel() * x.element_size()
+        if not out or n > room or (x.dtype, x.device) != kind:
+            out.append([])
+            room, kind = limit, (x.dtype, x.device)
+        out[-1].append(i)
+        room -= n
+    return out
+
+
+class _Message(NamedTuple):
+    """A bucket under way."""
+
+    work: Any
+    buffer: Tensor
+    like: list[tuple[torch.Size, torch.dtype]]
+
+    def wait(self) -> list[Tensor]:
+        self.work.wait()
+        parts = self.buffer.split([math.prod(shape) for shape, _ in self.like])
+        return [p.view(shape).to(dtype) for p, (shape, dtype) in zip(parts, self.like, strict=True)]
+
+
+def _send(tensors: list[Tensor], group: Group, op: Op, wire: torch.dtype | None) -> _Message:
+    buffer = torch.cat([x.reshape(-1).to(wire or x.dtype) for x in tensors])
+    how = dist.ReduceOp.AVG if op == "mean" else dist.ReduceOp.SUM
+    work = dist.all_reduce(buffer, op=how, group=group, async_op=True)
+    return _Message(work, buffer, [(x.shape, x.dtype) for x in tensors])
+
+
+class _Reducer:
+    """Hooks on the leaves of one backward pass: gradients in, buckets out."""
+
+    def __init__(
+        self,
+        inputs: list[Tensor],
+        before: list[Tensor] | None,
+        order: list[int] | None,
+        group: Group,
+        op: Op,
+        bucket_bytes: int,
+        wire: torch.dtype | None,
+    ):
+        self.inputs, self.before, self.order, self.group = inputs, before, order, group
+        self.bucket_bytes, self.options = bucket_bytes, (group, op, wire)
+        self.found: dict[int, Tensor] = {}  # in the order of arrival
+        self.missing = set(range(len(inputs)))
+        self.buckets: list[list[int]] = []
+        self.under_way: list[_Message] = []
+        if order is not None:
+            self._cut(order)
+        self.handles = [x.register_hook(self._hook(i)) for i, x in enumerate(inputs)]
+
+    def _cut(self, order: list[int]) -> None:
+        self.buckets = _buckets(self.inputs, self.bucket_bytes, order)
+        self.to_come = [len(b) for b in self.buckets]
+        self.bucket_of = {i: k for k, bucket in enumerate(self.buckets) for i in bucket}
+
+    def _hook(self, i: int) -> Callable[[Tensor], Tensor]:
+        def arrived(g: Tensor) -> Tensor:
+            self._take(i, g)
+            # autograd keeps what is returned until the end: a number in place of a copy of all gradients
+            return g.new_zeros(()).expand_as(g)
+
+        return arrived
+
+    def _take(self, i: int, g: Tensor) -> None:
+        self.found[i] = g if self.before is None else g + self.before[i]
+        self.missing.discard(i)
+        if self.order is not None:
+            self._count(i)
+
+    def _count(self, i: int) -> None:
+        self.to_come[self.bucket_of[i]] -= 1
+        # In the order of buckets, whatever order gradients come in: every rank must send the same.
+        while len(self.under_way) < len(self.buckets) and not self.to_come[len(self.under_way)]:
+            bucket = self.buckets[len(self.under_way)]
+            self.under_way.append(_send([self.found.pop(j) for j in bucket], *self.options))
+
+    def finish(self, grads: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+        """Reduced gradients, and the order in which they come."""
+        for handle in self.handles:
+            handle.remove()
+        for i in sorted(self.missing):
+            self._take(i, grads[i])
+        if self.order is None:
+            mine = torch.tensor(list(self.found), device=device_of(self.group))
+            self.order = broadcast(mine, group=self.group, check=False).tolist()
+            self._cut(self.order)
+            for i in self.order:
+                self._count(i)
+        for bucket, message in zip(self.buckets, self.under_way, strict=True):
+            for i, g in zip(bucket, message.wait(), strict=True):
+                grads[i] = g
+        return grads, self.order

@@ -1,0 +1,36 @@
+"""A small Transformer and its batches for tests of several processes: each can make everyone's data."""
+
+import torch
+
+from purelm import random, tree
+from purelm.models import transformer
+
+CFG = transformer.Config(vocab_size=19, context_length=8, d_model=12, n_layers=3, n_heads=2, d_ff=20)
+TIED = transformer.Config(
+    vocab_size=19, context_length=8, d_model=12, n_layers=2, n_heads=3, n_kv_heads=1, d_ff=20, tie_embeddings=True,
+    biases="all", norm="layer",
+)  # fmt: skip
+
+
+def params_of(cfg=CFG, dtype=torch.float64, seed=0):
+    return tree.map(
+        lambda x: x + 0.1 * torch.cos(torch.arange(x.numel(), dtype=dtype)).view(x.shape),
+        tree.cast(transformer.init(random.key(seed), cfg), dtype),
+    )
+
+
+def batch_of(rank, size, cfg=CFG, rows=4, step=0, dtype=torch.float64):
+    """This rank's rows of the global batch; weights differ, so that ranks have different denominators."""
+    key = random.fold_in(random.key(5), step)
+    x = random.randint(key, (rows * 2, cfg.context_length + 1), 0, cfg.vocab_size)
+    weights = random.uniform(random.fold_in(key, 1), (rows * 2, cfg.context_length)).to(dtype)
+    weights[:3] = 0.0
+    batch = {"tokens": x[:, :-1].contiguous(), "targets": x[:, 1:].contiguous(), "weights": weights}
+    n = rows * 2 // size
+    return {k: v[rank * n : (rank + 1) * n] for k, v in batch.items()}
+
+
+def assert_close(a, b, rtol=1e-12, atol=1e-13):
+    assert tree.structure(a) == tree.structure(b)
+    for path, x, y in zip(tree.paths(a), tree.leaves(a), tree.leaves(b), strict=True):
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol, msg=lambda text, path=path: f"{path}: {text}")

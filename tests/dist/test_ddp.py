@@ -1,0 +1,270 @@
+"""Data parallelism on two Gloo processes. Oracle: one process with the whole batch, float64 to 1e-12."""
+
+import doctest
+from functools import partial
+
+import pytest
+import torch
+
+from purelm import tree
+from purelm.dist import ddp
+from purelm.dist.agreement import check_equal
+from purelm.dist.collectives import all_reduce
+from purelm.dist.ddp import all_reduce_mean, overlapped_value_and_grad, with_global_denominator
+from purelm.dist.world import rank_of, size_of
+from purelm.models import transformer
+from purelm.optim import adamw, chain, clip_by_global_norm, schedules
+from purelm.train import Precision, init_state, make_step
+from purelm.transforms import jit, remat, value_and_grad
+from tests.dist.models import CFG, TIED, assert_close, batch_of, params_of
+from tests.dist.processes import RankError, run
+
+
+FLOAT64 = Precision(torch.float64, torch.float64, torch.float64)
+
+
+def loss(params, batch, cfg=CFG, **options):
+    return transformer.loss(params, batch, cfg, **options)
+
+
+def whole(cfg=CFG, step=0, **options):
+    """Loss, metrics and gradients of one process."""
+    batch = batch_of(0, 1, cfg, step=step)
+    batch["denominator"] = batch["weights"].sum()
+    return value_and_grad(partial(loss, cfg=cfg, **options), has_aux=True)(params_of(cfg), batch)
+
+
+def on_rank_strategies(strategy, bucket_bytes, wire):
+    rank = rank_of(None)
+    grads = {"a": torch.randn(7, 3, dtype=torch.float64) + rank, "b": [torch.ones(2) * rank, None, torch.ones(())]}
+    grads["c"] = torch.full((3, 2), float(rank + 1), dtype=torch.bfloat16).T
+    kept = tree.map(torch.clone, grads)
+    got = all_reduce_mean(grads, strategy=strategy, bucket_bytes=bucket_bytes, wire=wire)
+    expected = tree.map(lambda x: all_reduce(x, op="mean"), grads)
+    assert_close(got, expected, *((1e-12, 1e-13) if wire is None else (1e-2, 1e-2)))
+    assert_close(grads, kept, 0, 0)
+    assert all(x.dtype == y.dtype for x, y in zip(tree.leaves(got), tree.leaves(grads), strict=True))
+    total = all_reduce_mean(grads, strategy=strategy, op="sum")
+    assert_close(total, tree.map(all_reduce, grads))
+    check_equal(got)
+
+
+@pytest.mark.parametrize("wire", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("strategy", "n"), [("per_leaf", 1), ("flat", 1), ("bucketed", 1), ("bucketed", 60), ("bucketed", 1 << 30)]
+)
+def test_strategies_are_the_mean(strategy, n, wire):
+    """Oracle: the mean of each leaf by itself."""
+    run(on_rank_strategies, strategy, n, wire)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 50, 100, 10**9, float("inf")])
+def test_every_leaf_is_in_one_bucket(limit):
+    """Oracle: counting."""
+    kinds = [(3, 32), (9, 32), (0, 32), (2, 64), (30, 64), (1, 32)]
+    leaves = [torch.zeros(n, dtype=torch.float32 if bits == 32 else torch.float64) for n, bits in kinds]
+    buckets = ddp._buckets(leaves, limit, [5, 4, 3, 2, 1, 0])
+    assert sorted(i for b in buckets for i in b) == list(range(6)) and all(buckets)
+    assert all(len({leaves[i].dtype for i in b}) == 1 for b in buckets)
+    assert all(len(b) == 1 or sum(leaves[i].nbytes for i in b) <= limit for b in buckets)
+    if limit == float("inf"):
+        assert len(buckets) == 2
+    if limit == 0:
+        assert len([b for b in buckets if any(leaves[i].numel() for i in b)]) == 5
+
+
+def on_rank_gradients(cfg, microbatches, bucket_bytes, wrap):
+    """Summed gradients of losses over a global denominator, with hooks: those of one process."""
+    wrap_block = {"plain": transformer.identity, "remat": remat, "compiled": partial(jit, backend="aot_eager")}[wrap]
+    gradient = ddp.differentiate(
+        partial(loss, cfg=cfg, wrap_block=wrap_block), microbatches=microbatches, bucket_bytes=bucket_bytes
+    )
+    batch = with_global_denominator(batch_of(rank_of(None), size_of(None), cfg))
+    params = params_of(cfg)
+    kept = tree.map(torch.clone, params)
+    (expected, theirs), whole_grads = whole(cfg)
+    for _ in range(2):  # the first call sends all at the end, the second one as it comes
+        (value, metrics), grads = gradient(params, batch)
+        assert_close(grads, whole_grads)
+        assert_close(params, kept, 0, 0)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    for name in theirs:
+        torch.testing.assert_close(metrics[name], theirs[name], rtol=1e-6, atol=0)  # counts are fp32
+    assert int(metrics["non_finite_rank"]) == -1
+    check_equal(grads)
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 2000, 1 << 30])
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+@pytest.mark.parametrize("cfg", [CFG, TIED], ids=["plain", "tied"])
+@pytest.mark.parametrize("wrap", ["plain", "remat"])
+def test_overlapped_gradients_are_those_of_the_whole_batch(cfg, microbatches, bucket_bytes, wrap):
+    run(on_rank_gradients, cfg, microbatches, bucket_bytes, wrap)
+
+
+@pytest.mark.compile
+def test_overlapped_gradients_of_compiled_blocks():
+    run(on_rank_gradients, CFG, 2, 2000, "compiled")
+
+
+def on_rank_order(bucket_bytes):
+    """When each bucket was sent: how many leaves had no gradient yet."""
+    sent, arrived = [], []
+    one = ddp._send
+    ddp._send = lambda tensors, *rest: sent.append(len(arrived)) or one(tensors, *rest)
+    take = ddp._Reducer._take
+    ddp._Reducer._take = lambda self, i, g: arrived.append(i) or take(self, i, g)
+    gradient = overlapped_value_and_grad(loss, has_aux=True, bucket_bytes=bucket_bytes)
+    out = []
+    try:
+        for _ in range(3):
+            sent.clear()
+            arrived.clear()
+            _, grads = gradient(params_of(), batch_of(0, 2))
+            out.append((list(sent), len(arrived)))
+    finally:
+        ddp._send, ddp._Reducer._take = one, take
+    assert_close(grads, value_and_grad(loss, has_aux=True)(params_of(), batch_of(0, 2))[1])
+    return out
+
+
+def test_buckets_are_sent_while_backward_runs():
+    """Each leaf by itself is sent as it arrives, from the second call on; one great bucket goes at the end."""
+    (first, second, third), other = run(on_rank_order, 1)
+    n = len(tree.leaves(params_of()))
+    assert [first, second, third] == other
+    assert first == ([n] * n, n) and second == third == (list(range(1, n + 1)), n)
+    for sent, n in run(on_rank_order, 1 << 30)[0]:
+        assert sent == [n]
+
+
+def uneven(params, batch):
+    """Rank 0 uses a, rank 1 uses b, both use c twice; d is used by none, e is no parameter."""
+    which = params["a"] if rank_of(None) == 0 else params["b"]
+    return (which * batch).sum() + (params["c"] * params["c"]).sum() * (rank_of(None) + 1)
+
+
+def on_rank_uneven(bucket_bytes, op):
+    params = {k: torch.arange(3.0, dtype=torch.float64) + i for i, k in enumerate("abcd")} | {"e": torch.arange(2)}
+    batch = torch.full((3,), 2.0 + rank_of(None), dtype=torch.float64)
+    gradient = overlapped_value_and_grad(uneven, bucket_bytes=bucket_bytes, op=op)
+    n = 2 if op == "mean" else 1
+    one = torch.ones(3, dtype=torch.float64)
+    expected = {"a": 2 * one / n, "b": 3 * one / n, "c": 6 * params["c"] / n, "d": 0 * one, "e": None}
+    for _ in range(2):
+        value, grads = gradient(params, batch)
+        assert_close(grads, expected)
+        assert float(value) == float(uneven(params, batch))
+
+
+@pytest.mark.parametrize("op", ["mean", "sum"])
+@pytest.mark.parametrize("bucket_bytes", [1, 48, 10**6])
+def test_ranks_that_use_different_parameters(bucket_bytes, op):
+    """Oracle: by hand."""
+    run(on_rank_uneven, bucket_bytes, op)
+
+
+def trained(step_of, batches, n=5):
+    optimizer = chain(clip_by_global_norm(0.5), adamw(weight_decay=0.1))
+    step = step_of(optimizer)
+    state = init_state(params_of(), optimizer, precision=FLOAT64)
+    rows = []
+    for i in range(n):
+        state, metrics = step(state, batches(i))
+        rows.append(metrics)
+    return state, rows
+
+
+def alone_step(optimizer, **options):
+    return make_step(loss, optimizer, schedules.constant(1e-2), precision=FLOAT64, **options)
+
+
+def on_rank_training(how):
+    rank, N = rank_of(None), size_of(None)
+    options = {
+        "reduce": {"reduce": partial(all_reduce_mean, op="sum")},
+        "overlapped": {"differentiate": ddp.differentiate},
+        "microbatches": {"differentiate": partial(ddp.differentiate, microbatches=2, bucket_bytes=500)},
+    }[how]
+    options["prepare"] = with_global_denominator
+    state, rows = trained(partial(alone_step, **options), lambda i: batch_of(rank, N, step=i))
+    expected, theirs = trained(alone_step, lambda i: batch_of(0, 1, step=i))
+    assert_close(state, expected, 1e-10, 1e-12)  # AdamW divides by roots of small numbers
+    check_equal(state)
+    for a, b in zip(rows, theirs, strict=True):
+        torch.testing.assert_close(a["grad_norm"], b["grad_norm"], rtol=1e-9, atol=0)
+        if how != "reduce":  # whose metrics are of this rank
+            torch.testing.assert_close(a["loss"], b["loss"], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("how", ["reduce", "overlapped", "microbatches"])
+def test_training_is_that_of_one_process(how):
+    run(on_rank_training, how)
+
+
+def on_rank_compiled():
+    """jit compiles what is left: the update, in donated memory."""
+    rank = rank_of(None)
+    optimizer = adamw()
+    step = alone_step(optimizer, differentiate=ddp.differentiate, prepare=with_global_denominator)
+    step = jit(step, donate=0, backend="aot_eager")
+    plain = alone_step(optimizer)
+    state, other = (init_state(params_of(), optimizer, precision=FLOAT64) for _ in range(2))
+    for i in range(3):
+        state, _ = step(state, batch_of(rank, 2, step=i))
+        other, _ = plain(other, batch_of(0, 1, step=i))
+    assert_close(state, other, 1e-10, 1e-12)
+
+
+@pytest.mark.compile
+def test_compiled_step():
+    run(on_rank_compiled)
+
+
+def on_rank_other_shape(how):
+    params = {"layers": [{"w": torch.ones(3, 2 + rank_of(None))}]}
+    if how == "overlapped":
+        overlapped_value_and_grad(lambda p, b: p["layers"][0]["w"].sum())(params, None)
+    else:
+        all_reduce_mean(params, strategy=how)
+
+
+@pytest.mark.parametrize("how", ["overlapped", "flat", "bucketed"])
+def test_a_rank_with_another_shape_is_an_error_on_all(how):
+    with pytest.raises(RankError) as error:
+        run(on_rank_other_shape, how)
+    assert sorted(error.value.errors) == [0, 1]
+    for message in error.value.errors.values():
+        assert "ranks differ at layers.0.w: (3, 2) float32 on rank 0; (3, 3) float32 on rank 1" in message
+
+
+def on_rank_nan(bad):
+    batch = with_global_denominator(batch_of(rank_of(None), 2))
+    params = params_of()
+    if rank_of(None) == bad:
+        params["ln_final"]["weight"] = params["ln_final"]["weight"] * float("nan")
+    (value, metrics), _ = ddp.differentiate(loss)(params, batch)
+    return bool(value.isnan()), int(metrics["non_finite_rank"])
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_nan_is_reported_with_its_rank(bad):
+    assert run(on_rank_nan, bad) == [(True, bad)] * 2
+
+
+def test_alone():
+    """Oracle: value_and_grad."""
+    batch = with_global_denominator(batch_of(0, 1))
+    assert float(batch["denominator"]) == float(batch["weights"].sum())
+    (value, _), grads = ddp.differentiate(loss, microbatches=2)(params_of(), batch)
+    (expected, _), theirs = whole()
+    assert_close(grads, theirs)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    assert all_reduce_mean(grads) is grads
+    with pytest.raises(ValueError, match="strategy must be"):
+        all_reduce_mean(grads, strategy="tree")
+    with pytest.raises(ValueError, match="bucket_bytes must be"):
+        overlapped_value_and_grad(loss, bucket_bytes=0)
+    with pytest.raises(ValueError, match="several microbatches need argnums 0"):
+        overlapped_value_and_grad(loss, argnums=1, microbatches=2)
+    assert doctest.testmod(ddp, extraglobs={"torch": torch}).failed == 0
