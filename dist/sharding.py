@@ -76,6 +76,10 @@ class Pending:
         self._work, self._finish = work, finish
         self._results: list[Tensor] | None = None
 
+    def early(self) -> list[Tensor]:
+        """Where the results of `scatter_sums` will be: not to be read before wait()."""
+        return self._finish() if self._results is None else self._results
+
     def wait(self) -> list[Tensor]:
         """On a GPU the stream waits, not the host."""
         if self._results is None:

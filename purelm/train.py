@@ -88,8 +88,8 @@ def make_step(
         loss_fn: (params, batch) -> (scalar, metrics); with microbatches > 1 both must be additive over them, as every
             loss here is that divides by batch["denominator"] (added when it is missing: `with_denominator`).
         schedule: 0-d step -> 0-d learning rate; the first update sees step 0.
-        reduce: gradient tree -> gradient tree; data parallelism enters here (average over ranks). It runs between two
-            compiled graphs.
+        reduce: gradient tree -> gradient tree; data parallelism enters here (average over ranks), and clipping by a
+            norm that is a sum over processes. It runs between two compiled graphs.
         microbatches: the batch axis is cut in this many equal parts; same result, activations of one part at a time.
         precision: parameters are cast to `compute` inside the differentiated function, so gradients arrive in the
             masters' dtype; they are cast to `reduce` before `reduce` sees them.
@@ -97,7 +97,7 @@ def make_step(
             with several processes is that of all of them.
         differentiate: loss -> gradient function (params, batch) -> ((loss, metrics), grads), in place of
             `value_and_grad` and `accumulate`, and never compiled as a whole (purelm.dist.ddp.differentiate).
-        norm: gradient tree -> the metric grad_norm; of sharded gradients it is a sum over processes.
+        norm: reduced gradient tree -> the metric grad_norm; of sharded gradients it is a sum over processes.
     Returns:
         step(state, batch) -> (state, metrics): metrics are detached 0-d tensors: loss, lr, grad_norm (before any
         clipping in the optimizer) and what loss_fn reports. Read them one step late: reading waits for the device.
@@ -119,15 +119,22 @@ def make_step(
         return tree.cast(grads, precision.reduce), {**metrics, "loss": loss}
 
     def reduced(state: TrainState, found: tuple[Any, dict[str, Tensor]]) -> tuple[Any, dict[str, Tensor]]:
-        return reduce(found[0]), found[1]
+        grads, metrics = found
+        grads = reduce(grads)
+        # The plain norm is compiled with the update; another one may talk to other processes.
+        return grads, metrics if norm is tree.global_norm else {**metrics, "grad_norm": norm(grads)}
 
     def update(state: TrainState, found: tuple[Any, dict[str, Tensor]]) -> tuple[TrainState, dict[str, Tensor]]:
         grads, metrics = found
         lr = schedule(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, lr)
         new = TrainState(apply_updates(state.params, updates), opt_state, state.step + 1)
-        return new, {**metrics, "lr": lr, "grad_norm": norm(grads)}
+        if "grad_norm" not in metrics:
+            metrics = {**metrics, "grad_norm": tree.global_norm(grads)}
+        return new, {**metrics, "lr": lr}
 
     # Cut where graphs end anyway; what talks to other processes runs between two of them, as it is.
     first = gradients if differentiate is None else not_traced(gradients)
-    return in_stages(first, update) if reduce is identity else in_stages(first, not_traced(reduced), update)
+    if reduce is identity and norm is tree.global_norm:
+        return in_stages(first, update)
+    return in_stages(first, not_traced(reduced), update)

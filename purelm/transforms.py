@@ -118,7 +118,15 @@ def remat(f: Callable[..., Any], policy: Callable[[Any], bool] | None = None) ->
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if policy is not None:
             options["context_fn"] = functools.partial(_selective_contexts, policy)
-        return checkpoint(f, *args, **options, **kwargs)
+        # Leaf by leaf: tensors inside of trees would be held as they are, out of sight of hooks around this (with
+        # which gathered parameters are dropped and gathered again).
+        leaves, treedef = tree.flatten((args, kwargs))
+
+        def call(*leaves: Any) -> Any:
+            args, kwargs = tree.unflatten(treedef, list(leaves))
+            return f(*args, **kwargs)
+
+        return checkpoint(call, *leaves, **options)
 
     return rematerialised
 

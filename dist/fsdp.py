@@ -1,0 +1,337 @@
+"""Fully sharded parameters: each rank holds 1/N of every matrix, and a block's are whole only while it runs.
+
+    plan = fsdp.plan(params, group, compute=torch.bfloat16)
+    local = plan.shard(params)                                   # fp32 masters, 1/N of them
+    loss = partial(fsdp.transformer_loss, cfg=cfg, plan=plan, wrap_block=remat)
+    step = make_step(loss, optimizer, schedule, differentiate=fsdp.differentiate, norm=plan.norm,
+                     prepare=partial(with_global_denominator, group=group))
+
+(ZeRO stage 3, Rajbhandari et al. 1910.02054.) Around a block stands `Bound.gathered`: parameters are cast, gathered,
+used and dropped. What autograd saves of them are notes of where they were; the first note that backward reads gathers
+the block's parameters again. Their gradients are reduce-scattered when the block's backward is done. While one block
+runs, the next one's parameters are under way, in either direction: two blocks' at a time, never more. All of it is
+ordinary autograd: it goes with value_and_grad, accumulate, remat (inside: gathered(remat(block))) and compiled blocks.
+
+Messages and bytes a step, of n bytes of parameters in `compute`: an all_gather a block forward and one backward,
+(N - 1) / N n sent each; a reduce_scatter a block, (N - 1) / N n in `reduce`; one all_reduce of what is replicated.
+Every rank must run the same blocks in the same order.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from purelm import tree
+from purelm.dist.collectives import all_reduce
+from purelm.dist.ddp import all_reduce_mean
+from purelm.dist.sharding import Pending, gather_parts, part_of, part_shape, scatter_sums, unshard, whole_of
+from purelm.dist.world import Group, rank_of, size_of
+from purelm.models import transformer
+from purelm.ops import REFERENCE, Ops
+from purelm.transforms import accumulate, value_and_grad
+
+__all__ = ["Bound", "Plan", "differentiate", "plan", "transformer_loss"]
+
+
+def vectors(path: str, x: Tensor) -> bool:
+    """Norms, biases and numbers: too small to be worth a message."""
+    return x.ndim < 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which leaves are cut, and in what dtypes they travel."""
+
+    like: Any  # the whole tree, on the meta device
+    replicated: Any  # a bool for each leaf
+    group: Group
+    compute: torch.dtype | None  # of gathered parameters; None: the masters' own
+    reduce: torch.dtype | None  # of gradients on the wire; None: the masters'
+
+    def shard(self, params: Any) -> Any:
+        """This rank's tree: parts of matrices, cut along axis 0, and whole replicated leaves; memory of its own."""
+        rank, N = rank_of(self.group), size_of(self.group)
+        return tree.map(lambda x, r: x.clone() if r else part_of(x, rank, N), params, self.replicated)
+
+    def unshard(self, local: Any) -> Any:
+        """The whole tree, on every rank."""
+        leaves, treedef = tree.flatten(local)
+        flags, likes = tree.leaves(self.replicated), tree.leaves(self.like)
+        cut = [i for i, r in enumerate(flags) if not r]
+        wholes = unshard([leaves[i] for i in cut], [likes[i] for i in cut], self.group)
+        for i, x in zip(cut, wholes, strict=True):
+            leaves[i] = x
+        return tree.unflatten(treedef, leaves)
+
+    def norm(self, grads: Any) -> Tensor:
+        """The global norm of a local gradient tree: parts summed over ranks, replicated leaves counted once."""
+        cut = tree.map(lambda g, r: None if r else g, grads, self.replicated)
+        once = tree.map(lambda g, r: g if r else None, grads, self.replicated)
+        squares = tree.global_norm(cut) ** 2
+        return torch.sqrt(all_reduce(squares, self.group, check=False) + tree.global_norm(once) ** 2)
+
+    def bind(self, local: Any, order: list[Any] | None = None) -> "Bound":
+        """For one evaluation. order: subtrees of `local` in the order in which they will be gathered."""
+        return Bound(self, local, order or [])
+
+
+def plan(
+    params: Any,
+    group: Group = None,
+    *,
+    compute: torch.dtype | None = None,
+    reduce: torch.dtype | None = None,
+    replicated: Callable[[str, Tensor], bool] = vectors,
+) -> Plan:
+    """How to shard a tree like `params` (shapes and dtypes are looked at, meta tensors will do).
+
+    replicated: (path, leaf) -> whether every rank keeps the whole leaf; by default all but matrices.
+    """
+    like = tree.map(lambda x: torch.empty_like(x, device="meta"), params)
+    return Plan(like, tree.map_with_path(replicated, params), group, compute, reduce)
+
+
+def differentiate(loss_fn: Callable[[Any, Any], Any], *, microbatches: int = 1) -> Callable[[Any, Any], Any]:
+    """value_and_grad, and accumulate: for `make_step(..., differentiate=...)`, which leaves it uncompiled."""
+    gradient = value_and_grad(loss_fn, has_aux=True)
+    return accumulate(gradient, microbatches) if microbatches > 1 else gradient
+
+
+def transformer_loss(
+    local: Any,
+    batch: Mapping[str, Tensor],
+    cfg: transformer.Config,
+    plan: Plan,
+    *,
+    ops: Ops = REFERENCE,
+    wrap_block: Callable[[transformer.BlockFn], transformer.BlockFn] = transformer.identity,
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`transformer.loss` of sharded parameters, summed over ranks, and metrics likewise.
+
+    batch["denominator"] must be that of all ranks (ddp.with_global_denominator). The embedding, each block, and the
+    unembedding, which stays whole over all chunks of the loss, are units of their own.
+    """
+    if "denominator" not in batch:
+        raise ValueError("batch has no denominator of all ranks: use ddp.with_global_denominator")
+    head = local["token_embeddings" if cfg.tie_embeddings else "lm_head"]
+    bound = plan.bind(local, [local["token_embeddings"], *local["layers"], head])
+    value, metrics = transformer.loss(
+        bound.params,
+        batch,
+        cfg,
+        ops=bound.ops(ops),
+        wrap_block=lambda f: bound.gathered(wrap_block(f)),
+        **options,
+    )
+    names = list(metrics)
+    total = _Total.apply(plan.group, value, *[metrics[name].to(value.dtype) for name in names])
+    return total[0], {name: x.to(metrics[name].dtype) for name, x in zip(names, total[1:], strict=True)}
+
+
+class Bound:
+    """A plan and the tensors of one evaluation: `params`, and functions that gather what they are given of them."""
+
+    def __init__(self, plan: Plan, local: Any, order: list[Any]):
+        self.plan = plan
+        leaves, treedef = tree.flatten(local)
+        flags = tree.leaves(plan.replicated)
+        if len(leaves) != len(flags):
+            raise ValueError(f"the plan is for {len(flags)} leaves, got {len(leaves)}")
+        N = size_of(plan.group)
+        self.shapes: dict[int, torch.Size] = {}  # of whole leaves, by the id of their part
+        whole = [i for i, r in enumerate(flags) if r and tree.is_floating(leaves[i])]
+        for i, (x, like) in enumerate(zip(leaves, tree.leaves(plan.like), strict=True)):
+            expected = tuple(like.shape) if flags[i] else part_shape(like.shape, N)
+            if tuple(x.shape) != expected:
+                what = f"{list(tree.paths(local))[i]} has shape {tuple(x.shape)}"
+                raise ValueError(f"{what}, the plan's is {expected}: give plan.shard(params)")
+            if not flags[i]:
+                self.shapes[id(x)] = like.shape
+        self.leaves = list(leaves)  # ids stay theirs
+        if whole and N > 1:
+            for i, x in zip(whole, _SumGradients.apply(plan.group, *[leaves[i] for i in whole]), strict=True):
+                leaves[i] = x
+        for i in whole:
+            leaves[i] = leaves[i].to(plan.compute or leaves[i].dtype)
+        self.params = tree.unflatten(treedef, leaves)
+        subtrees = [[x for x in tree.leaves(subtree) if id(x) in self.shapes] for subtree in order]
+        self.units = [_Unit(self, i, parts) for i, parts in enumerate(subtrees)]
+        self.position = 0  # of the unit that is expected next
+        self.scatters: list[Pending] = []
+
+    def _unit(self, parts: list[Tensor]) -> "_Unit":
+        """The next unit of these parts (tied embeddings are two); one that was not announced comes last."""
+        n = len(self.units)
+        for i in [*range(self.position, n), *range(self.position)]:
+            if [id(p) for p in self.units[i].parts] == [id(p) for p in parts]:
+                self.position = i + 1
+                return self.units[i]
+        self.units.append(_Unit(self, n, parts))
+        return self.units[-1]
+
+    def gathered(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """f(params, ...) as a function of a subtree of `self.params`."""
+
+        def whole(params: Any, *args: Any, **kwargs: Any) -> Any:
+            leaves, treedef = tree.flatten(params)
+            at = [i for i, x in enumerate(leaves) if id(x) in self.shapes]
+            if not at:
+                return f(params, *args, **kwargs)
+            parts = [leaves[i] for i in at]
+            if size_of(self.plan.group) == 1:
+                for i, x in zip(at, parts, strict=True):
+                    leaves[i] = whole_of(x.to(self.plan.compute or x.dtype), self.shapes[id(x)])
+                return f(tree.unflatten(treedef, leaves), *args, **kwargs)
+            unit = self._unit(parts)
+            for i, x in zip(at, _Gather.apply(unit, *parts), strict=True):
+                leaves[i] = x
+            params = tree.unflatten(treedef, leaves)
+            del leaves, x
+            unit.prefetch(+1)
+            with saved_tensors_hooks(unit.pack, _unpack):
+                out = f(params, *args, **kwargs)
+            unit.drop()
+            return out
+
+        return whole
+
+    def ops(self, ops: Ops) -> Ops:
+        """Ops for what stands outside of blocks: they gather a matrix that is a part."""
+
+        def on_parts(op: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                parts = {i: x for i, x in enumerate(args) if id(x) in self.shapes}
+                if not parts:
+                    return op(*args, **kwargs)
+                return self.gathered(lambda some, others: op(*_merged(some, others), **kwargs))(
+                    parts, [None if i in parts else x for i, x in enumerate(args)]
+                )
+
+            return call
+
+        names = ("embedding", "linear", "linear_cross_entropy", "rms_norm", "layer_norm")
+        return ops._replace(**{name: on_parts(getattr(ops, name)) for name in names})
+
+    def scatter(self, unit: "_Unit", grads: list[Tensor]) -> list[Tensor]:
+        """Gradients of the unit's parts: sent now; at the end of backward all have arrived."""
+        parts = unit.parts
+        wire = self.plan.reduce or parts[0].dtype
+        pending = scatter_sums([g.to(wire) for g in grads], self.plan.group)
+        used = [id(p) for other in self.units for p in other.parts]
+        if any(p.dtype != wire or used.count(id(p)) > 1 for p in parts):  # autograd itself will read them
+            return [g.to(p.dtype) for g, p in zip(pending.wait(), parts, strict=True)]
+        if not self.scatters:
+            torch.autograd.Variable._execution_engine.queue_callback(self._arrived)
+        self.scatters.append(pending)
+        for early in self.scatters[:-2]:  # lets go of their messages
+            early.wait()
+        return pending.early()
+
+    def _arrived(self) -> None:
+        for pending in self.scatters:
+            pending.wait()
+        self.scatters = []
+
+
+def _merged(some: Mapping[int, Any], others: list[Any]) -> list[Any]:
+    return [some.get(i, x) for i, x in enumerate(others)]
+
+
+class _Unit:
+    """Parameters that are gathered together."""
+
+    def __init__(self, bound: Bound, number: int, parts: list[Tensor]):
+        self.bound, self.number, self.parts = bound, number, parts
+        self.shapes = [bound.shapes[id(p)] for p in parts]
+        self.pending: Pending | None = None
+        self.wholes: list[Tensor] | None = None
+        self.storages: dict[int, int] = {}
+        self.noted = False  # whether backward will ask for them
+
+    def start(self) -> None:
+        """Send the parts, if they are neither here nor under way."""
+        if self.pending is None and self.wholes is None:
+            plan = self.bound.plan
+            with torch.no_grad():
+                parts = [p.to(plan.compute or p.dtype) for p in self.parts]
+                self.pending = gather_parts(parts, self.shapes, plan.group)
+
+    def get(self) -> list[Tensor]:
+        if self.wholes is None:
+            self.start()
+            assert self.pending is not None
+            self.wholes, self.pending = self.pending.wait(), None
+            self.storages = {x.untyped_storage().data_ptr(): i for i, x in enumerate(self.wholes) if x.numel()}
+        return self.wholes
+
+    def drop(self) -> None:
+        self.wholes, self.pending, self.storages = None, None, {}
+
+    def prefetch(self, step: int) -> None:
+        """Start the neighbour: at most this unit and that one are whole at a time."""
+        units, i = self.bound.units, self.number + step
+        if 0 <= i < len(units) and (step > 0 or units[i].noted):
+            units[i].start()
+
+    def pack(self, x: Tensor) -> Any:
+        i = self.storages.get(x.untyped_storage().data_ptr()) if type(x) is Tensor and x.numel() else None
+        if i is None:
+            return x
+        self.noted = True
+        return self, i, x.size(), x.stride(), x.storage_offset()
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    unit, i, size, stride, offset = packed
+    first = unit.wholes is None
+    whole = unit.get()[i]
+    if first:
+        unit.prefetch(-1)
+    return whole.as_strided(size, stride, offset)
+
+
+class _Gather(torch.autograd.Function):
+    """Parts to wholes; backward, sums over ranks of the wholes' gradients to parts."""
+
+    @staticmethod
+    def forward(ctx: Any, unit: _Unit, *parts: Tensor) -> Any:
+        ctx.unit = unit
+        return tuple(x.view_as(x) for x in unit.get())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        unit = ctx.unit
+        unit.drop()
+        return None, *unit.bound.scatter(unit, list(grads))
+
+
+class _SumGradients(torch.autograd.Function):
+    """Identity; backward, gradients are summed over ranks, in one message."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, *leaves: Tensor) -> Any:
+        ctx.group = group
+        return tuple(x.view_as(x) for x in leaves)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, *all_reduce_mean(list(grads), ctx.group, "flat", op="sum", check=False)
+
+
+class _Total(torch.autograd.Function):
+    """Numbers summed over ranks; backward, the identity: each rank differentiates its own term of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, *numbers: Tensor) -> Any:
+        return tuple(all_reduce(torch.stack(numbers), group, check=False).unbind())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, *grads

@@ -1,0 +1,235 @@
+"""Fully sharded parameters on two Gloo processes. Oracle: one process with whole parameters and the whole batch."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from purelm import tree
+from purelm.dist import fsdp, sharding
+from purelm.dist.agreement import check_equal
+from purelm.dist.ddp import with_global_denominator
+from purelm.dist.world import rank_of, size_of
+from purelm.models import transformer
+from purelm.optim import adamw, schedules
+from purelm.optim.clip import clip
+from purelm.train import Precision, init_state, make_step
+from purelm.transforms import jit, remat, save_matmuls, value_and_grad
+from tests.dist.models import CFG, TIED, assert_close, batch_of, params_of
+from tests.dist.processes import RankError, run
+
+FLOAT64 = Precision(torch.float64, torch.float64, torch.float64)
+WRAPS = {
+    "plain": transformer.identity,
+    "remat": remat,
+    "selective": partial(remat, policy=save_matmuls),
+    "compiled": partial(jit, backend="aot_eager"),
+}
+
+
+def whole(cfg, step=0, dtype=torch.float64):
+    batch = batch_of(0, 1, cfg, step=step, dtype=dtype)
+    batch["denominator"] = batch["weights"].sum()
+    return value_and_grad(partial(transformer.loss, cfg=cfg), has_aux=True)(params_of(cfg, dtype), batch)
+
+
+def my_batch(cfg=CFG, step=0, dtype=torch.float64):
+    return with_global_denominator(batch_of(rank_of(None), size_of(None), cfg, step=step, dtype=dtype))
+
+
+def on_rank_gradients(cfg, microbatches, wrap, all_cut):
+    params = params_of(cfg)
+    plan = fsdp.plan(params, **({"replicated": lambda path, x: False} if all_cut else {}))
+    local = plan.shard(params)
+    kept = tree.map(torch.clone, local)
+    loss = partial(fsdp.transformer_loss, cfg=cfg, plan=plan, wrap_block=WRAPS[wrap])
+    (value, metrics), grads = fsdp.differentiate(loss, microbatches=microbatches)(local, my_batch(cfg))
+    (expected, theirs), whole_grads = whole(cfg)
+    assert_close(grads, plan.shard(whole_grads))
+    assert_close(plan.unshard(grads), whole_grads)
+    assert_close(local, kept, 0, 0)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    for name in theirs:
+        torch.testing.assert_close(metrics[name], theirs[name], rtol=1e-6, atol=0)
+    torch.testing.assert_close(plan.norm(grads), tree.global_norm(whole_grads), rtol=1e-12, atol=0)
+    n_whole = sum(x.numel() for x in tree.leaves(params) if x.ndim > 1)
+    n_local = sum(x.numel() for x in tree.leaves(local) if x.ndim > 1)
+    assert n_local <= n_whole / 2 + 20 * 12  # a row is filled up where axis 0 is odd
+
+
+@pytest.mark.parametrize("all_cut", [False, True], ids=["norms_replicated", "all_cut"])
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("wrap", ["plain", "remat", "selective"])
+@pytest.mark.parametrize("cfg", [CFG, TIED], ids=["plain", "tied"])
+def test_gradients_are_parts_of_the_whole_ones(cfg, microbatches, wrap, all_cut):
+    run(on_rank_gradients, cfg, microbatches, wrap, all_cut)
+
+
+@pytest.mark.compile
+def test_compiled_blocks():
+    run(on_rank_gradients, CFG, 1, "compiled", False)
+
+
+def on_rank_messages(wrap):
+    """Units whole or under way at once, and what is gathered and scattered."""
+    alive, most, gathers, scatters = set(), [], [], []
+    start, get, drop, scatter = fsdp._Unit.start, fsdp._Unit.get, fsdp._Unit.drop, fsdp.Bound.scatter
+
+    def spy_start(self):
+        before = self.pending is None and self.wholes is None
+        start(self)
+        if before:
+            gathers.append(self.number)
+            alive.add(self.number)
+            most.append(len(alive))
+
+    def spy_drop(self):
+        drop(self)
+        alive.discard(self.number)
+
+    fsdp._Unit.start, fsdp._Unit.drop = spy_start, spy_drop
+    fsdp.Bound.scatter = lambda self, unit, grads: scatters.append(unit.number) or scatter(self, unit, grads)
+    try:
+        plan = fsdp.plan(params_of())
+        loss = partial(fsdp.transformer_loss, cfg=CFG, plan=plan, wrap_block=WRAPS[wrap])
+        fsdp.differentiate(loss)(plan.shard(params_of()), my_batch())
+    finally:
+        fsdp._Unit.start, fsdp._Unit.get, fsdp._Unit.drop, fsdp.Bound.scatter = start, get, drop, scatter
+    return gathers, scatters, max(most), len(alive)
+
+
+@pytest.mark.parametrize("wrap", ["plain", "remat"])
+def test_two_units_at_a_time_and_one_gather_each_way(wrap):
+    """Embedding 0, blocks 1 to 3, head 4; the embedding's backward needs no weights."""
+    first, second = run(on_rank_messages, wrap)
+    assert first == second == ([0, 1, 2, 3, 4, 4, 3, 2, 1], [4, 3, 2, 1, 0], 2, 0)
+
+
+def on_rank_saved():
+    """Nothing whole is alive between forward and backward: no storage of the size of a whole matrix."""
+    plan = fsdp.plan(params_of())
+    local = tree.map(lambda x: x.requires_grad_(), plan.shard(params_of()))
+    seen = []
+    one = sharding.whole_of
+
+    def spy(parts, shape):
+        x = one(parts, shape)
+        seen.append(__import__("weakref").ref(x.untyped_storage()))
+        return x
+
+    sharding.whole_of = spy
+    try:
+        value, _ = fsdp.transformer_loss(local, my_batch(), CFG, plan, wrap_block=remat)
+        between = [r() is not None for r in seen]
+        value.backward()
+    finally:
+        sharding.whole_of = one
+    return len(seen), sum(between), sum(r() is not None for r in seen)
+
+
+def test_what_was_gathered_is_dropped():
+    (n_between, alive, after), _ = run(on_rank_saved)
+    assert n_between > 20 and alive == 0 and after == 0
+
+
+def trained(plan, params, step, batches, optimizer, n=4):
+    local = params if plan is None else plan.shard(params)
+    state = init_state(local, optimizer, precision=FLOAT64)
+    rows = []
+    for i in range(n):
+        state, metrics = step(state, batches(i))
+        rows.append(metrics)
+    return state, rows
+
+
+def on_rank_training(compiled):
+    params, optimizer = params_of(), adamw(weight_decay=0.1)
+    plan = fsdp.plan(params)
+    schedule = schedules.constant(1e-2)
+    step = make_step(
+        partial(fsdp.transformer_loss, cfg=CFG, plan=plan, wrap_block=remat),
+        optimizer,
+        schedule,
+        precision=FLOAT64,
+        differentiate=partial(fsdp.differentiate, microbatches=2),
+        prepare=with_global_denominator,
+        reduce=lambda grads: clip(grads, 0.5, norm=plan.norm)[0],
+        norm=plan.norm,
+    )
+    if compiled:
+        step = jit(step, donate=0, backend="aot_eager")
+    alone = make_step(
+        lambda p, b: transformer.loss(p, b, CFG),
+        optimizer,
+        schedule,
+        precision=FLOAT64,
+        reduce=lambda grads: clip(grads, 0.5)[0],
+    )
+    state, rows = trained(plan, params, step, lambda i: batch_of(rank_of(None), 2, step=i), optimizer)
+    expected, theirs = trained(None, params, alone, lambda i: batch_of(0, 1, step=i), optimizer)
+    assert_close(plan.unshard(state.params), expected.params, 1e-10, 1e-12)
+    assert_close(plan.unshard(state.opt_state.v), expected.opt_state.v, 1e-10, 1e-14)
+    for a, b in zip(rows, theirs, strict=True):
+        torch.testing.assert_close(a["loss"], b["loss"], rtol=1e-9, atol=0)
+        torch.testing.assert_close(a["grad_norm"], b["grad_norm"], rtol=1e-9, atol=0)
+    replicated = tree.map(lambda x, r: x if r else None, state.params, plan.replicated)
+    check_equal(replicated)
+
+
+def test_training_is_that_of_one_process():
+    run(on_rank_training, False)
+
+
+@pytest.mark.compile
+def test_training_with_a_compiled_update():
+    run(on_rank_training, True)
+
+
+def on_rank_mixed():
+    """bf16 on the wire and in the maths, fp32 masters and gradients."""
+    params = params_of(dtype=torch.float32)
+    plan = fsdp.plan(params, compute=torch.bfloat16)
+    loss = partial(fsdp.transformer_loss, cfg=CFG, plan=plan)
+    (value, _), grads = fsdp.differentiate(loss)(plan.shard(params), my_batch(dtype=torch.float32))
+    (expected, _), exact = whole(CFG)
+    assert all(g.dtype == torch.float32 for g in tree.leaves(grads))
+    torch.testing.assert_close(value.double(), expected, rtol=1e-2, atol=0)
+    for g, e in zip(tree.leaves(plan.unshard(grads)), tree.leaves(exact), strict=True):
+        assert float((g - e).norm()) <= 0.05 * float(e.norm()) + 1e-3  # some roundings of 2^-8
+    low = fsdp.plan(params, compute=torch.bfloat16, reduce=torch.bfloat16)
+    _, rounded = fsdp.differentiate(partial(loss, plan=low))(low.shard(params), my_batch(dtype=torch.float32))
+    for g, e in zip(tree.leaves(rounded), tree.leaves(grads), strict=True):
+        torch.testing.assert_close(g, e, rtol=2e-2, atol=1e-3)
+
+
+def test_compute_and_wire_in_bf16():
+    run(on_rank_mixed)
+
+
+def on_rank_wrong():
+    params = params_of()
+    plan = fsdp.plan(params)
+    with pytest.raises(ValueError, match=r"layers.0.attn.k_proj.weight has shape \(12, 12\), the plan's is \(6, 12\)"):
+        fsdp.transformer_loss(params, my_batch(), CFG, plan)
+    with pytest.raises(ValueError, match="denominator of all ranks"):
+        fsdp.transformer_loss(plan.shard(params), batch_of(0, 2), CFG, plan)
+    raise ValueError("reached")
+
+
+def test_wrong_arguments():
+    with pytest.raises(RankError, match="reached"):
+        run(on_rank_wrong)
+
+
+@pytest.mark.parametrize("cfg", [CFG, TIED], ids=["plain", "tied"])
+def test_alone(cfg):
+    """Oracle: transformer.loss."""
+    params = params_of(cfg)
+    plan = fsdp.plan(params, replicated=lambda path, x: False)
+    local = plan.shard(params)
+    batch = with_global_denominator(batch_of(0, 1, cfg))
+    (value, _), grads = fsdp.differentiate(partial(fsdp.transformer_loss, cfg=cfg, plan=plan))(local, batch)
+    (expected, _), theirs = whole(cfg)
+    assert_close(plan.unshard(grads), theirs)
+    assert_close(plan.unshard(local), params, 0, 0)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
