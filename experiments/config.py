@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from experiments.ops import OpsName
+from experiments.parallel import Parallel
 from purelm.models import transformer
 
 
@@ -80,6 +81,7 @@ class Pretrain:
     """the same bits in every run on one machine, and after --resume; without it some kernels add in any order"""
     remat: bool = False
     """recompute each block in the backward pass"""
+    parallel: Parallel = field(default_factory=Parallel)
     resume: bool = False
     tensorboard: bool = False
     sample: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +15,19 @@ import torch
 from experiments.config import Optim, Pretrain
 from experiments.console import can_compile, pick_device, progress_bar, say
 from experiments.ops import ops_named
+from experiments.parallel import Job, Run, alone, layout
 from purelm import accounting, checkpoint, random, track, tree
 from purelm.data import eval_windows, open_tokens, random_windows, shuffled_windows
 from purelm.data.tokens import check_ids, check_tokenizer
-from purelm.evals import Score, score
+from purelm.dist.world import World
+from purelm.evals import Score
 from purelm.models import transformer
 from purelm.ops import Ops
-from purelm.optim import Optimizer, adamw, chain, clip_by_global_norm, is_matrix, muon_adamw, schedules
+from purelm.optim import Optimizer, adamw, is_matrix, muon_adamw, schedules
 from purelm.tokenizer import BPE, fingerprint
 from purelm.tokenizer import load as load_tokenizer
-from purelm.train import FULL, MIXED, TrainState, init_state, make_step
-from purelm.transforms import cuda_graph, jit, remat
+from purelm.train import FULL, MIXED, TrainState
+from purelm.transforms import remat
 
 
 class Result(NamedTuple):
@@ -50,15 +52,14 @@ def resolve_model(cfg: Pretrain, vocab_size: int | None) -> transformer.Config:
     return cfg.model
 
 
-def make_optimizer(optim: Optim) -> Optimizer:
+def make_core(optim: Optim) -> Optimizer:
+    """The optimizer without clipping."""
     betas = (optim.beta1, optim.beta2)
     if optim.name == "muon":
-        core = muon_adamw(
+        return muon_adamw(
             betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, adamw_lr_scale=optim.adamw_lr_ratio
         )
-    else:
-        core = adamw(betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, mask=is_matrix)
-    return chain(clip_by_global_norm(optim.clip), core) if optim.clip > 0 else core
+    return adamw(betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, mask=is_matrix)
 
 
 def make_schedule(optim: Optim, steps: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -103,12 +104,15 @@ class Setup(NamedTuple):
     """The functions and data of a run, made from its configuration."""
 
     model: transformer.Config
-    step: Callable[..., Any]
-    loss_fn: Callable[..., Any]
+    run: Run
     batch: Callable[[int], dict]
     evaluate: Callable[[Any, int | None], Score | None]
-    state: TrainState
-    device: torch.device
+    world: World
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.world.rank == 0
 
 
 def make_deterministic() -> None:
@@ -119,8 +123,11 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def setup(cfg: Pretrain) -> Setup:
-    device = pick_device(cfg.device)
+def setup(cfg: Pretrain, world: World) -> Setup:
+    device = world.device
+    if cfg.batch_size % (world.size * cfg.microbatches):
+        parts = f"{world.size} processes x {cfg.microbatches} microbatches"
+        raise ValueError(f"batch_size {cfg.batch_size} is not divisible by {parts}")
     if cfg.deterministic:
         make_deterministic()
     tokens = open_tokens(cfg.train)
@@ -131,26 +138,12 @@ def setup(cfg: Pretrain) -> Setup:
         check_tokenizer(tokens, fingerprint(bpe))
     bf16 = cfg.compute == "bf16" or (cfg.compute == "auto" and device.type == "cuda")
     precision = MIXED if bf16 else FULL
-    ops = pick_ops(cfg)
-    wrap_block = remat if cfg.remat else transformer.identity
-
-    def loss_fn(params: Any, batch: dict) -> Any:
-        return transformer.loss(params, batch, model, ops=ops, wrap_block=wrap_block)
-
-    optimizer = make_optimizer(cfg.optim)
-    step = make_step(
-        loss_fn, optimizer, make_schedule(cfg.optim, cfg.steps), microbatches=cfg.microbatches, precision=precision
-    )
-    compiled = cfg.compile == "yes" or (cfg.compile == "auto" and can_compile(device))
-    if compiled:
-        step = jit(step, donate=0)
-    if cfg.graph == "yes" or (cfg.graph == "auto" and compiled and device.type == "cuda"):
-        step = cuda_graph(step, donate=0)
     init_key, data_key = random.split(random.key(cfg.seed))
     windows = random_windows if cfg.order == "windows" else shuffled_windows
 
     def batch(i: int) -> dict:
-        return windows(tokens, data_key, i, cfg.batch_size, model.context_length, device=device)
+        place = {"rank": world.rank, "world_size": world.size}
+        return windows(tokens, data_key, i, cfg.batch_size, model.context_length, device=device, **place)
 
     batch(0)  # too few tokens is said now
     heldout = open_tokens(cfg.heldout) if cfg.heldout else None
@@ -173,20 +166,37 @@ def setup(cfg: Pretrain) -> Setup:
         size = model.context_length
         stride = max(size // 2, 1) if cfg.eval_stride is None else cfg.eval_stride
         windows = eval_windows(part, min(cfg.batch_size, 16), size, device=device, stride=stride)
-        return score(lambda p, b: transformer.loss(p, b, model, ops=ops), params, windows, n_bytes, device=device)
+        return run.evaluate(params, windows, n_bytes)
 
-    params = tree.to(transformer.init(init_key, model), device)
-    return Setup(model, step, loss_fn, batch, evaluate, init_state(params, optimizer, precision), device)
+    compiled = cfg.compile == "yes" or (cfg.compile == "auto" and can_compile(device))
+    job = Job(
+        model=model,
+        params=tree.to(transformer.init(init_key, model), device),
+        core=make_core(cfg.optim),
+        max_norm=cfg.optim.clip,
+        whole_matrices=cfg.optim.name == "muon",
+        schedule=make_schedule(cfg.optim, cfg.steps),
+        ops=pick_ops(cfg),
+        wrap_block=remat if cfg.remat else transformer.identity,
+        precision=precision,
+        microbatches=cfg.microbatches,
+    )
+    if world.size == 1:
+        graph = cfg.graph == "yes" or (cfg.graph == "auto" and compiled and device.type == "cuda")
+        run = alone(job, device, compiled=compiled, graph=graph)
+    else:
+        run = layout(world, cfg.parallel, job, compiled=compiled)
+    return Setup(model, run, batch, evaluate, world)
 
 
 def restore(cfg: Pretrain, ready: Setup) -> tuple[TrainState, float]:
     """State and seconds of the newest checkpoint; the run's own config must be the one that is resumed."""
-    like = {"params": ready.state.params, "opt_state": ready.state.opt_state}
-    trees, meta = checkpoint.load(cfg.run / "checkpoints", like=like, device=ready.device)
+    trees, meta = ready.run.load(cfg.run / "checkpoints")
     if meta["seed"] != cfg.seed:
         raise ValueError(f"seed {cfg.seed} is not that of the checkpoint, {meta['seed']}: the data would differ")
-    step = torch.full((), meta["step"], dtype=torch.int64, device=ready.device)
-    track.truncate_rows(cfg.run / "metrics.jsonl", meta["step"])
+    step = torch.full((), meta["step"], dtype=torch.int64, device=ready.world.device)
+    if ready.first:
+        track.truncate_rows(cfg.run / "metrics.jsonl", meta["step"])
     return TrainState(trees["params"], trees["opt_state"], step), float(meta["seconds"])
 
 
@@ -216,33 +226,34 @@ class Clock:
         self.mark += time.perf_counter() - before
 
 
-def save(cfg: Pretrain, model: transformer.Config, state: TrainState, step: int, seconds: float) -> None:
+def save(cfg: Pretrain, ready: Setup, state: TrainState, step: int, seconds: float) -> None:
     meta = {
-        "config": config_json(cfg, model),
+        "config": config_json(cfg, ready.model),
         "seed": cfg.seed,
         "data": {"key": "split(key(seed))[1]", "step": step},
         "seconds": seconds,
     }
     trees = {"params": state.params, "opt_state": state.opt_state}
-    checkpoint.save(cfg.run / "checkpoints", step, trees, meta=meta, keep_last=cfg.keep_last)
+    ready.run.save(cfg.run / "checkpoints", step, trees, meta=meta, keep_last=cfg.keep_last)
 
 
 def train(cfg: Pretrain, ready: Setup) -> Result:
     """The loop: step, log one step late (reading a metric waits for the device), evaluate, save."""
-    state, spent, first = ready.state, 0.0, 0
+    state, spent, first = ready.run.state, 0.0, 0
     path = cfg.run / "metrics.jsonl"
     if cfg.resume:
         state, spent = restore(cfg, ready)
         first = int(state.step)
-        say(f"resumed from step {first:,}")
-    else:
+        if ready.first:
+            say(f"resumed from step {first:,}")
+    elif ready.first:
         path.unlink(missing_ok=True)
-    sinks = [track.jsonl_sink(path)]
-    if cfg.tensorboard:
+    sinks = [track.jsonl_sink(path)] if ready.first else []
+    if cfg.tensorboard and ready.first:
         sinks.append(track.tensorboard_sink(cfg.run / "tensorboard"))
     tokens_per_step = cfg.batch_size * ready.model.context_length
     flops_per_step = accounting.train_flops(ready.model, cfg.batch_size, ready.model.context_length)
-    peak = accounting.peak_flops(ready.device)
+    peak = accounting.peak_flops(ready.world.device)
     clock = Clock(spent, first)
 
     def emit(row: dict[str, Any]) -> None:
@@ -251,25 +262,27 @@ def train(cfg: Pretrain, ready: Setup) -> Result:
 
     def log(step: int, metrics: dict[str, torch.Tensor]) -> str:
         values = {k: float(v) for k, v in metrics.items()}
+        rank = int(values.pop("non_finite_rank", -1.0))
         if not math.isfinite(values["loss"]):
             newest = checkpoint.latest(cfg.run / "checkpoints")
+            where = f" (first on rank {rank})" if rank >= 0 and ready.world.size > 1 else ""
             raise ValueError(
-                f"loss is {values['loss']} at step {step}; lower optim.lr ({cfg.optim.lr}) or optim.clip "
+                f"loss is {values['loss']} at step {step}{where}; lower optim.lr ({cfg.optim.lr}) or optim.clip "
                 f"({cfg.optim.clip}); newest checkpoint: {'none' if newest is None else newest}"
             )
         rate = clock.steps_per_second(step)
         row = {"step": step, "tokens": step * tokens_per_step, "seconds": round(clock.total(), 3), **values}
         row["tokens_per_second"] = round(rate * tokens_per_step, 1)
         if peak is not None:
-            row["mfu"] = flops_per_step * rate / peak
+            row["mfu"] = flops_per_step * rate / (peak * ready.world.size)
         emit(row)
         return f"loss {values['loss']:.3f}  {row['tokens_per_second'] / 1e3:,.1f}k tokens/s"
 
     pending: tuple[int, dict[str, torch.Tensor]] | None = None
     text = ""
-    with progress_bar("training", cfg.steps, "steps") as update:
+    with progress_bar("training", cfg.steps, "steps") if ready.first else nullcontext(_quiet) as update:
         for i in range(first, cfg.steps):
-            state, metrics = ready.step(state, ready.batch(i))
+            state, metrics = ready.run.step(state, ready.batch(i))
             done = i + 1
             if pending is not None:
                 text, pending = log(*pending), None
@@ -284,15 +297,19 @@ def train(cfg: Pretrain, ready: Setup) -> Result:
                 if cfg.save_every and done % cfg.save_every == 0:
                     if pending is not None:  # its row must be on disk: a run resumed from here will not write it
                         text, pending = log(*pending), None
-                    save(cfg, ready.model, state, done, clock.total())
+                    save(cfg, ready, state, done, clock.total())
         if pending is not None:
             update(cfg.steps, log(*pending))
     seconds = clock.total()
-    save(cfg, ready.model, state, cfg.steps, seconds)
+    save(cfg, ready, state, cfg.steps, seconds)
     result = ready.evaluate(state.params, cfg.last_eval_tokens)
     if result is not None:
         emit(eval_row(result, cfg.steps))
     return Result(state, result, seconds, (cfg.steps - first) * tokens_per_step)
+
+
+def _quiet(done: float, text: str = "") -> None:
+    """The progress of all processes but the first."""
 
 
 def eval_row(result: Score | None, step: int) -> dict[str, Any]:
@@ -343,7 +360,7 @@ def finish(
     print(f"\n{cfg.run}: config.json, metrics.jsonl, curves.png, report.html, checkpoints/")
 
 
-def start(cfg: Pretrain) -> Setup:
+def start(cfg: Pretrain, world: World | None = None) -> Setup:
     """Check the request, make the run's folder, copy the tokenizer there and write config.json."""
     if cfg.steps < 1 or cfg.batch_size < 1 or cfg.log_every < 1:
         raise ValueError(
@@ -355,11 +372,14 @@ def start(cfg: Pretrain) -> Setup:
     stride, context_length = cfg.eval_stride, cfg.model.context_length
     if stride is not None and not 1 <= stride <= context_length:
         raise ValueError(f"eval_stride is {stride}: allowed is 1 to model.context_length, {context_length}")
-    ready = setup(cfg)
+    ready = setup(cfg, world or World(0, 1, pick_device(cfg.device)))
+    if not ready.first:
+        return ready
     cfg.run.mkdir(parents=True, exist_ok=True)
     if cfg.tokenizer is not None and cfg.tokenizer.resolve() != (cfg.run / "tokenizer.json").resolve():
         shutil.copyfile(cfg.tokenizer, cfg.run / "tokenizer.json")
     track.write_json(cfg.run / "config.json", config_json(cfg, ready.model))
-    size, n_params = ready.model.context_length, tree.n_params(ready.state.params)
-    say(f"{n_params:,} parameters on {ready.device}; {cfg.steps:,} steps of {cfg.batch_size} x {size} tokens")
+    size, n_params = ready.model.context_length, accounting.n_params(ready.model)
+    where = f"{ready.world.size} processes, {cfg.parallel.mode}" if ready.world.size > 1 else str(ready.world.device)
+    say(f"{n_params:,} parameters on {where}; {cfg.steps:,} steps of {cfg.batch_size} x {size} tokens")
     return ready

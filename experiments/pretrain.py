@@ -3,24 +3,46 @@
     python -m experiments.pretrain --run runs/tiny --train data/train.bin --heldout data/heldout.bin \
         --tokenizer data/tokenizer.json --model.d-model 256 --model.n-layers 4 --steps 2000
     python -m experiments.pretrain ... --resume        # goes on from the newest checkpoint, bit for bit
+    torchrun --nproc-per-node 4 -m -- experiments.pretrain ... --parallel.mode fsdp    # the same run on four processes
+
+(`--` keeps torchrun from taking our flags for its own.) A checkpoint is that of one process whatever wrote it: any
+number of processes goes on from it, in any mode. With `torchrun --max-restarts 3`, processes that were started again
+after one of them died go on from the newest checkpoint.
 
 Everything the run needs is in `Pretrain`; every hyper-parameter is a flag. The batch of step i is a pure function of
 (token file, seed, i), so the position in the data is the step.
 """
 
+import os
+from dataclasses import replace
+
 import tyro
 
 from experiments.config import Pretrain
-from experiments.console import program
+from experiments.console import pick_device, program
 from experiments.generate import complete
 from experiments.loop import finish, start, summarise, train
+from purelm import checkpoint
+from purelm.dist import world
 from purelm.tokenizer import load as load_tokenizer
 
 
 @program
 def main(cfg: Pretrain) -> None:
-    ready = start(cfg)
+    pick_device(cfg.device)  # what is not there is said now
+    with world.start(cfg.device, cfg.parallel.timeout) as here:
+        run(cfg, here)
+
+
+def run(cfg: Pretrain, here: world.World) -> None:
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        cfg = replace(cfg, resume=checkpoint.latest(cfg.run / "checkpoints") is not None)
+    ready = start(cfg, here)
     result = train(cfg, ready)
+    params = ready.run.whole(result.state.params)
+    if not ready.first:
+        return
+    result = result._replace(state=result.state._replace(params=params))
     samples = []
     if cfg.sample and cfg.tokenizer is not None:
         bpe = load_tokenizer(cfg.tokenizer)

@@ -1,0 +1,125 @@
+"""`experiments.pretrain` under torchrun with two Gloo processes. Oracle: the same run in one process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.dist.processes import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = (
+    "--model.vocab-size 61 --model.d-model 32 --model.n-layers 2 --model.n-heads 4 --model.context-length 32 "
+    "--batch-size 8 --log-every 1 --eval-every 8 --eval-tokens 2000 --eval-stride 16 --save-every 8 --keep-last 9 "
+    "--device cpu --optim.warmup-steps 4 --optim.lr 1e-2"
+).split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A sequence that can be learned: a walk over 61 ids."""
+    folder = tmp_path_factory.mktemp("data")
+    walk = np.cumsum(np.random.default_rng(0).integers(0, 3, 20000)) % 61
+    walk.astype("uint16").tofile(folder / "train.bin")
+    walk[:3001].astype("uint16").tofile(folder / "heldout.bin")
+    return folder
+
+
+def command(data, run, *flags, n=1, restarts=0, **options):
+    launcher = [sys.executable]
+    if n > 1:
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", str(free_port())]
+        launcher += [*torchrun, "--max-restarts", str(restarts)]
+    files = ["--run", str(run), "--train", str(data / "train.bin"), "--heldout", str(data / "heldout.bin")]
+    separator = ["--"] if n > 1 else []
+    return [*launcher, "-m", *separator, "experiments.pretrain", *files, *FLAGS, *flags]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def pretrain(*args, **options):
+    done = subprocess.run(command(*args, **options), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return rows(args[1])
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_curve(a, b, rtol):
+    assert [r["step"] for r in a] == [r["step"] for r in b]
+    for x, y in zip(a, b, strict=True):
+        for name in ("loss", "lr", "grad_norm", "heldout_loss", "n_targets"):
+            if name in y:
+                assert x[name] == pytest.approx(y[name], rel=rtol), (name, y["step"])
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    return pretrain(data, tmp_path_factory.mktemp("alone") / "run", "--steps", "16", "--compile", "no")
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero1", "fsdp"])
+def test_two_processes_have_the_curve_of_one_and_one_goes_on_from_them(data, tmp_path, alone, mode):
+    """fp32 sums in another order: 1e-4 after 16 steps. Then the checkpoint of step 8, alone: the same second half."""
+    flags = ["--steps", "16", "--compile", "no", "--parallel.mode", mode]
+    found = pretrain(data, tmp_path / "run", *flags, "--microbatches", "2", n=2)
+    assert_same_curve(found, alone, 1e-4)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000016"
+    newest.rename(tmp_path / "newest")
+    again = pretrain(data, tmp_path / "run", "--steps", "16", "--compile", "no", "--resume")
+    assert_same_curve(again, alone, 1e-4)
+
+
+def test_two_go_on_from_one_in_another_mode(data, tmp_path):
+    """Muon on whole matrices: one process, then zero1 on two, against one process."""
+    flags = ["--compile", "no", "--optim.name", "muon", "--optim.schedule", "constant"]
+    expected = pretrain(data, tmp_path / "one", *flags, "--steps", "16")
+    pretrain(data, tmp_path / "run", *flags, "--steps", "8")
+    mode = ["--parallel.mode", "zero1", "--resume"]
+    found = pretrain(data, tmp_path / "run", *flags, *mode, "--steps", "16", n=2)
+    assert_same_curve([r for r in found if "loss" in r], [r for r in expected if "loss" in r], 1e-3)
+
+
+@pytest.mark.compile
+def test_compiled(data, tmp_path, alone):
+    flags = ["--steps", "16", "--compile", "yes", "--parallel.mode", "fsdp", "--remat"]
+    assert_same_curve(pretrain(data, tmp_path / "run", *flags, n=2), alone, 1e-3)
+
+
+def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(data, tmp_path):
+    """kill -9 of one rank after the first checkpoint; torchrun starts both again; the curve has no gap."""
+    run = tmp_path / "run"
+    flags = ["--steps", "400", "--compile", "no", "--save-every", "20", "--keep-last", "2", "--eval-every", "0"]
+    process = subprocess.Popen(
+        command(data, run, *flags, n=2, restarts=1), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "checkpoints" / "step-00000020").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors[-3000:]
+    assert "resumed from step" in errors
+    assert [r["step"] for r in rows(run) if "loss" in r] == list(range(1, 401))
+
+
+def test_what_cannot_be_divided_is_said(data, tmp_path):
+    flags = ["--steps", "4", "--compile", "no", "--microbatches", "3"]
+    line = command(data, tmp_path / "run", *flags, n=2)
+    done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "error: batch_size 8 is not divisible by 2 processes x 3 microbatches" in done.stderr
