@@ -7,6 +7,7 @@ The engine is torch.distributed: NCCL where there are GPUs, Gloo where there are
 for a global group behind your back: each takes a `group`, and None is the world.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 __all__ = ["Group", "World", "device_of", "rank_of", "size_of", "start"]
 
@@ -48,12 +50,23 @@ def start(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     if dist.is_initialized() or "RANK" not in os.environ:
         yield World(rank_of(None), size_of(None), here)
         return
+    store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    # After a restart the store still holds addresses of processes that are gone.
+    store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), device_id=here if cuda else None
+        "nccl" if cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+        device_id=here if cuda else None,
     )
     try:
         yield World(dist.get_rank(), dist.get_world_size(), here)
     finally:
+        # Handles of messages in reference cycles would keep the group's threads running until the interpreter is gone,
+        # which then aborts.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -112,7 +112,7 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(data, tmp_path):
         _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 0, errors[-3000:]
+    assert process.returncode == 0, errors
     assert "resumed from step" in errors
     assert [r["step"] for r in rows(run) if "loss" in r] == list(range(1, 401))
 
