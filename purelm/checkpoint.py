@@ -5,6 +5,7 @@
 
 A checkpoint is written beside its final place, flushed to disk and renamed, so a kill at any instant leaves the
 previous one loadable. The manifest holds each file's size and SHA-256: a flipped byte is named, never trained on.
+What `purelm.dist.checkpoint` wrote on many processes is listed and read here too (format 2, see `purelm._shards`).
 """
 
 import hashlib
@@ -21,11 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from purelm import tree
+from purelm import _shards, tree
 
 __all__ = ["latest", "load", "read_manifest", "save", "steps"]
 
 FORMAT = 1
+SHARDED = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 
@@ -137,15 +139,7 @@ def save(
     The order is: write files under a temporary name, flush, write the manifest last, flush, rename, flush the parent.
     A checkpoint of the same step is replaced: the old one keeps its data under `.replaced` until the new one stands.
     """
-    if keep_last is not None and keep_last < 1:
-        raise ValueError(f"keep_last must be at least 1 or None, got {keep_last}")
-    root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
-    for entry in root.glob(".tmp-step-*"):  # left by a killed save
-        shutil.rmtree(entry, ignore_errors=True)
-    final = _folder(root, step)
-    temporary = root / f".tmp-step-{step:08d}-{os.getpid()}"
-    temporary.mkdir()
+    temporary = _begin(Path(root), step, keep_last)
     files = {}
     for name, value in trees.items():
         path = temporary / f"{name}.safetensors"
@@ -158,7 +152,25 @@ def save(
             "sha256": _sha256(path),
             "tree": _skeleton(value),
         }
-    manifest = {"format": FORMAT, "step": step, "torch": torch.__version__, "files": files, "meta": dict(meta or {})}
+    return _finish(temporary, step, {"format": FORMAT, "files": files, "meta": dict(meta or {})}, keep_last)
+
+
+def _begin(root: Path, step: int, keep_last: int | None) -> Path:
+    """A new folder for the files, under a name that does not count as a checkpoint."""
+    if keep_last is not None and keep_last < 1:
+        raise ValueError(f"keep_last must be at least 1 or None, got {keep_last}")
+    root.mkdir(parents=True, exist_ok=True)
+    for entry in root.glob(".tmp-step-*"):  # left by a killed save
+        shutil.rmtree(entry, ignore_errors=True)
+    temporary = root / f".tmp-step-{step:08d}-{os.getpid()}"
+    temporary.mkdir()
+    return temporary
+
+
+def _finish(temporary: Path, step: int, content: Mapping[str, Any], keep_last: int | None) -> Path:
+    """Write the manifest beside the flushed files, and give the folder its name."""
+    root, final = temporary.parent, _folder(temporary.parent, step)
+    manifest = {**content, "step": step, "torch": torch.__version__}
     manifest["sha256"] = _seal(manifest)
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _sync(temporary / MANIFEST)
@@ -197,15 +209,15 @@ def read_manifest(root: str | Path, step: int | None = None) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not a readable manifest ({error})") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") not in (FORMAT, SHARDED):
         given = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ValueError(f"{path}: format {given!r}; this version reads {FORMAT}")
+        raise ValueError(f"{path}: format {given!r}; this version reads {FORMAT} and {SHARDED}")
     if manifest.get("sha256") != _seal(manifest):
         raise ValueError(f"{path}: its own SHA-256 does not match: the file was changed or damaged")
     return manifest
 
 
-def _read(path: Path, entry: Mapping[str, Any], device: str | torch.device) -> dict[str, Tensor]:
+def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
     if not path.is_file():
         raise ValueError(f"{path}: missing, though the manifest lists it")
     size = path.stat().st_size
@@ -213,6 +225,10 @@ def _read(path: Path, entry: Mapping[str, Any], device: str | torch.device) -> d
         raise ValueError(f"{path}: {size} bytes, the manifest says {entry['bytes']}: truncated or overwritten")
     if _sha256(path) != entry["sha256"]:
         raise ValueError(f"{path}: SHA-256 differs from the manifest: the file was changed or damaged")
+
+
+def _read(path: Path, entry: Mapping[str, Any], device: str | torch.device) -> dict[str, Tensor]:
+    _check_file(path, entry)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             return {key: file.get_tensor(key) for key in file.keys()}
@@ -253,13 +269,20 @@ def load(
     folder = _locate(Path(root), step)
     manifest = read_manifest(folder)
     names = list(only) if only is not None else list(like if like is not None else manifest["files"])
+    for shard in manifest.get("shards", ()):
+        _check_file(folder / shard["file"], shard)
     out = {}
     for name in names:
         if name not in manifest["files"]:
             raise ValueError(f"{folder}: has no {name!r}; it holds {sorted(manifest['files'])}")
         entry = manifest["files"][name]
-        path = folder / entry["file"]
-        tensors = _read(path, entry, device)
+        path = folder / entry.get("file", name)
+        if "file" in entry:
+            tensors = _read(path, entry, device)
+        else:
+            with _shards.Reader(folder) as reader:
+                stored = _shards.leaves(folder, manifest, name)
+                tensors = {key: reader.whole(leaf, device) for key, leaf in stored.items()}
         if like is not None and name in like:
             wanted = dict(zip(tree.paths(like[name]), tree.leaves(like[name]), strict=True))
             problem = _mismatch(path, tensors, wanted)

@@ -19,7 +19,6 @@ from purelm.transforms import jit, remat, value_and_grad
 from tests.dist.models import CFG, TIED, assert_close, batch_of, params_of
 from tests.dist.processes import RankError, run
 
-
 FLOAT64 = Precision(torch.float64, torch.float64, torch.float64)
 
 

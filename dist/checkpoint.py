@@ -1,0 +1,296 @@
+"""Checkpoints of trees that lie on several ranks, saved on N of them and loaded on any M.
+
+    save(root, step, {"params": parts, "opt_state": state}, like=wholes)      # on every rank
+    trees, meta = load(root, like=wholes)                                     # on every rank, of another world too
+
+`like` has the shapes and dtypes of the whole leaves (meta tensors will do). A leaf is cut along axis 0 as in
+`purelm.dist.sharding`, or replicated. Each rank writes one file: its rows of what is cut, without the zeros that fill
+up the last part, and its share of what is replicated, each leaf once. Rank 0 writes the manifest when all files are
+flushed, and renames the folder, with the promises of `purelm.checkpoint`: a kill of any rank at any instant leaves the
+previous checkpoint loadable. steps, latest, read_manifest and load of that module are for these folders too.
+
+All ranks must see one file system. Messages are of a few hundred bytes (the paths of errors, the checksums of files),
+and a rank that fails makes all raise. Where one dies, the others' next message fails: at once over Gloo; over NCCL
+when the group's timeout is over, which is also the time that ranks may lie apart in writing.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from purelm import _shards, tree
+from purelm import checkpoint as one_process
+from purelm.dist.agreement import check_same_kind
+from purelm.dist.sharding import part_shape
+from purelm.dist.world import Group, rank_of, size_of
+
+__all__ = ["has_axes", "load", "save"]
+
+# What is cut: f(path, whole leaf) -> bool, paths beginning with the tree's name; or a tree of bools, each of which may
+# stand for the whole tree below it: {"params": True, "opt_state": {"step": False, "mu": True}}.
+Layout = Callable[[str, Tensor], bool] | Mapping[str, Any] | bool
+
+
+def has_axes(path: str, x: Tensor) -> bool:
+    """Every leaf is cut but those of no axis, such as an optimizer's count of steps.
+
+    (`sharding.shard` cuts a 0-d parameter too, to a part of one number: say so by a tree, or True for all.)
+
+    >>> has_axes("params.w", torch.zeros(2, 3)), has_axes("opt_state.step", torch.tensor(0))
+    (True, False)
+    """
+    return x.ndim > 0
+
+
+class _Placed(NamedTuple):
+    name: str  # of the tree
+    path: str
+    like: Tensor  # the whole's shape and dtype
+    local: Tensor
+    shard: int | None  # the rank that writes all of it; None: each writes its rows
+
+
+def save(
+    root: str | Path,
+    step: int,
+    trees: Mapping[str, Any],
+    *,
+    like: Mapping[str, Any],
+    sharded: Layout | None = None,
+    group: Group = None,
+    meta: Mapping[str, Any] | None = None,
+    keep_last: int | None = None,
+) -> Path:
+    """Write `root/step-XXXXXXXX/` together, and return its path on every rank when it is complete.
+
+    Args:
+        trees: name -> tree of this rank's parts and of replicated tensors.
+        like: name -> tree of the same form with the whole leaves' shapes and dtypes.
+        sharded: which leaves are parts. None: those that have a part's shape. That cannot mislead: a part looks like
+            the whole only where axis 0 has one row or none (or N is 1), and there rank 0's is the whole.
+        meta, keep_last: as in `purelm.checkpoint.save`; rank 0's count.
+
+    Raises on every rank, naming the ranks that failed, if any did; then nothing is left but what was there before.
+    """
+    rank, N, what = rank_of(group), size_of(group), f"save of step {step}"
+    begun: list[Path] = []
+
+    def begin() -> tuple[list[_Placed], Any]:
+        plan = _plan(trees, like, sharded, N)
+        if rank == 0:
+            begun.append(one_process._begin(Path(root), step, keep_last))
+        return plan, (step, begun[0].name if begun else None)
+
+    try:
+        plan, everyone = _together(begin, group, what)
+        if len({s for s, _ in everyone}) > 1:
+            raise ValueError(f"save: ranks differ in step: {[s for s, _ in everyone]}")
+        check_same_kind(dict(trees), group, what)
+        temporary = Path(root) / everyone[0][1]
+        path = temporary / _shards.file_name(rank, N)
+        _, files = _together(lambda: (None, _shards.write(path, _own(plan, rank, N))), group, what)
+
+        def finish() -> tuple[None, None]:
+            if rank == 0:
+                content = {"format": one_process.SHARDED, "shards": files, "files": _describe(trees, plan)}
+                one_process._finish(temporary, step, {**content, "meta": dict(meta or {})}, keep_last)
+            return None, None
+
+        _together(finish, group, what)
+    except BaseException:
+        for path in begun:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    return one_process._folder(Path(root), step)
+
+
+def load(
+    root: str | Path,
+    like: Mapping[str, Any],
+    *,
+    sharded: Layout = has_axes,
+    whole: bool = False,
+    step: int | None = None,
+    group: Group = None,
+    device: str | torch.device = "cpu",
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the newest (or the given) checkpoint of either kind -> ({name: tree}, meta): this rank's parts.
+
+    Args:
+        root: the folder of checkpoints, or one checkpoint's folder.
+        like: name -> tree with the structure, and the whole leaves' shapes and dtypes; these names are read.
+            ValueError names the first leaf that is stored otherwise.
+        sharded: which leaves come back as this rank's part, zeros filled up as `sharding.part_of` does; the others
+            come back whole. What was cut or replicated when it was saved need not be now.
+        whole: all leaves whole, whatever `sharded` says.
+        device: where the tensors go; the host holds one leaf's rows from one file at a time.
+
+    Each file's checksum is computed by one rank; then each rank reads the rows that it needs. Raises on every rank if
+    any fails.
+    """
+    rank, N, what = rank_of(group), size_of(group), "load"
+
+    def locate() -> tuple[None, Path | None]:  # rank 0 decides: the newest may change meanwhile
+        return None, one_process._locate(Path(root), step).relative_to(root) if rank == 0 else None
+
+    folder = Path(root) / _together(locate, group, what)[1][0]
+
+    def check() -> tuple[Any, str]:
+        manifest = one_process.read_manifest(folder)
+        files = manifest.get("shards") or [entry for name, entry in manifest["files"].items() if name in like]
+        for entry in files[rank::N]:
+            one_process._check_file(folder / entry["file"], entry)
+        return manifest, manifest["sha256"]
+
+    manifest, seals = _together(check, group, what)
+    if len(set(seals)) > 1:
+        raise ValueError(f"load: ranks see different files at {folder}: is it one file system?")
+
+    def read() -> tuple[dict[str, Any], None]:
+        cut = _cut(like, False if whole else sharded)
+        with _shards.Reader(folder) as reader:
+            return {n: _read(reader, folder, manifest, n, like[n], cut[n], rank, N, device) for n in like}, None
+
+    return _together(read, group, what)[0], {**manifest["meta"], "step": manifest["step"]}
+
+
+def _read(
+    reader: _shards.Reader,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    name: str,
+    like: Any,
+    cut: Any,
+    rank: int,
+    n_ranks: int,
+    device: str | torch.device,
+) -> Any:
+    if name not in manifest["files"]:
+        raise ValueError(f"{folder}: has no {name!r}; it holds {sorted(manifest['files'])}")
+    stored = _shards.leaves(folder, manifest, name)
+    wanted = dict(zip(tree.paths(like), tree.leaves(like), strict=True))
+    kinds = {path: torch.empty(leaf.shape, dtype=leaf.dtype, device="meta") for path, leaf in stored.items()}
+    problem = one_process._mismatch(folder / name, kinds, wanted)
+    if problem:
+        raise ValueError(problem)
+    out = []
+    for path, is_cut in zip(wanted, tree.leaves(cut), strict=True):
+        leaf = stored[path]
+        if is_cut:
+            shape = part_shape(leaf.shape, n_ranks)
+            part = torch.zeros(shape, dtype=leaf.dtype, device=device)
+            out.append(reader.fill(part, leaf, rank * shape[0]))
+        else:
+            out.append(reader.whole(leaf, device))
+    return tree.unflatten(tree.structure(like), out)
+
+
+def _cut(like: Mapping[str, Any], sharded: Layout) -> Any:
+    """A tree of bools of the form of `like`."""
+    if callable(sharded):
+        return tree.map_with_path(lambda path, x: bool(sharded(path, x)), dict(like))
+    if isinstance(sharded, bool):
+        return tree.map(lambda x: sharded, dict(like))
+    for path, flag in zip(tree.paths(sharded), tree.leaves(sharded), strict=True):
+        if not isinstance(flag, bool):
+            raise ValueError(f"sharded must be a tree of bools, got {flag!r} at {path}")
+    return tree.map(lambda flag, below: tree.map(lambda x: flag, below), dict(sharded), dict(like))
+
+
+def _plan(trees: Mapping[str, Any], like: Mapping[str, Any], sharded: Layout | None, n_ranks: int) -> list[_Placed]:
+    """Every leaf of all trees and who writes it; ValueError with the path where `trees` and `like` do not fit."""
+    paths = {name: tree.paths(value) for name, value in trees.items()}
+    wanted = {name: tree.paths(value) for name, value in like.items()}
+    if paths != wanted:
+        a, b = ([f"{n}.{p}" for n, found in x.items() for p in found] for x in (paths, wanted))
+        odd = sorted(set(a) ^ set(b)) or sorted(paths.keys() ^ wanted.keys()) or ["their order"]
+        raise ValueError(f"save: trees and like differ in {odd[0]}")
+    cut = None if sharded is None else _cut(like, sharded)
+    plan = []
+    for name, value in trees.items():
+        wholes, flags = tree.leaves(like[name]), None if cut is None else tree.leaves(cut[name])
+        for i, (path, x, whole) in enumerate(zip(paths[name], tree.leaves(value), wholes, strict=True)):
+            shapes = {True: part_shape(whole.shape, n_ranks), False: tuple(whole.shape)}
+            allowed = [shapes[flags[i]]] if flags else list(dict.fromkeys([shapes[True], shapes[False]]))
+            if x.dtype != whole.dtype or tuple(x.shape) not in allowed:
+                raise ValueError(
+                    f"save: {name}.{path} is {tuple(x.shape)} {x.dtype}; like says {' or '.join(map(str, allowed))} "
+                    f"{whole.dtype}, for {tuple(whole.shape)} on {n_ranks} ranks"
+                )
+            in_parts = tuple(x.shape) == shapes[True] and whole.ndim > 0 and whole.shape[0] > 1
+            plan.append(_Placed(name, path, whole, x, None if in_parts else 0))
+    return _spread(plan, n_ranks)
+
+
+def _spread(plan: list[_Placed], n_ranks: int) -> list[_Placed]:
+    """The replicated leaves among the ranks, largest first, each to the rank that has the least so far.
+
+    Leaves of one row or of none stay rank 0's: there a part and the whole look the same, and rank 0's is right in both.
+    """
+    written, out = [0] * n_ranks, list(plan)
+    whole = [i for i, p in enumerate(plan) if p.shard is not None and p.local.shape == p.like.shape]
+    for i in sorted(whole, key=lambda i: -plan[i].local.nbytes):
+        if plan[i].like.ndim == 0 or plan[i].like.shape[0] > 1:
+            rank = written.index(min(written))
+            written[rank] += plan[i].local.nbytes
+            out[i] = plan[i]._replace(shard=rank)
+    return out
+
+
+def _own(plan: list[_Placed], rank: int, n_ranks: int) -> dict[str, Tensor]:
+    """What this rank writes: views, no copies."""
+    out = {}
+    for p in plan:
+        if p.shard is None:
+            m = part_shape(p.like.shape, n_ranks)[0]
+            rows = min(m, p.like.shape[0] - rank * m)
+            if rows > 0:
+                out[f"{p.name}/{p.path}"] = p.local[:rows]
+        elif p.shard == rank:
+            out[f"{p.name}/{p.path}"] = p.local.reshape(p.like.shape)
+    return out
+
+
+def _describe(trees: Mapping[str, Any], plan: list[_Placed]) -> dict[str, Any]:
+    return {
+        name: {
+            "tree": one_process._skeleton(value),
+            "leaves": {p.path: _shards.describe(p.like, p.shard) for p in plan if p.name == name},
+        }
+        for name, value in trees.items()
+    }
+
+
+def _together(f: Callable[[], tuple[Any, Any]], group: Group, what: str) -> tuple[Any, list[Any]]:
+    """f() -> (kept, sent): (kept, what each rank sent). An error of any rank's is raised on all, with the ranks' names.
+
+    ValueError if only that kind was raised, else RuntimeError. One message of pickled bytes, and so a barrier.
+    """
+    N = size_of(group)
+    if N == 1:
+        kept, sent = f()
+        return kept, [sent]
+    kept, sent, failure = None, None, None
+    try:
+        kept, sent = f()
+    except Exception as error:
+        failure = error
+    text = None if failure is None else f"{type(failure).__name__}: {failure}"
+    everyone: list[Any] = [None] * N
+    try:
+        dist.all_gather_object(everyone, (sent, text, isinstance(failure, ValueError)), group=group)
+    except RuntimeError as error:
+        raise RuntimeError(f"{what}: a rank is gone or late: {error}") from failure or error
+    ranks: dict[str, list[str]] = {}
+    for rank, (_, text, _) in enumerate(everyone):
+        if text is not None:
+            ranks.setdefault(text, []).append(str(rank))
+    if ranks:
+        kind = ValueError if all(is_value for _, text, is_value in everyone if text is not None) else RuntimeError
+        raise kind(f"{what}: " + "; ".join(f"rank {', '.join(r)}: {text}" for text, r in ranks.items())) from failure
+    return kept, [sent for sent, _, _ in everyone]

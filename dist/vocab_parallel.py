@@ -1,0 +1,171 @@
+"""Embedding and cross-entropy over a vocabulary whose rows lie on N ranks; the logits are never gathered.
+
+Rank r has rows r M to (r + 1) M of the (V, D) matrix, M = ceil(V / N), filled up with zeros behind row V. The rows
+filled up take no part: their logits count as -inf. Legend: N tokens (in suffixes), D d_model, V vocabulary, M rows of
+one rank.
+
+For one token with logits x = cap(W h), target t, weight w, and Z = sum_j exp x_j over the rows of all ranks:
+
+    y = log Z - x_t + z_loss (log Z)^2
+    dx_j = dy (exp(x_j - log Z) (1 + 2 z_loss log Z) - [j = t])
+
+A rank knows log Z_r of its own rows; log Z = m + log sum_r exp(log Z_r - m) with m = max_r log Z_r.
+Source: Shoeybi et al. 2019 (arXiv:1909.08053), section 3; there each rank sends the maximum and the sum of its logits.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from purelm.dist.world import Group, rank_of, size_of
+from purelm.ops import REFERENCE
+from purelm.ops.cross_entropy import reduce_tokens
+from purelm.ops.linear import linear
+from purelm.ops.precision import accumulator
+from purelm.ops.softcap import soft_cap
+
+__all__ = ["embedding", "linear_cross_entropy"]
+
+
+def embedding(
+    ids: Int[Tensor, "*batch"],
+    part_MD: Float[Tensor, "m d"],
+    vocab_size: int,
+    group: Group = None,
+    lookup: Callable[[Tensor, Tensor], Tensor] = REFERENCE.embedding,
+) -> Float[Tensor, "*batch d"]:
+    """W[id] on the rank that has this row, zeros on the others: the sum over ranks is W[ids]. No message.
+
+    An id outside of 0..V-1 is refused by `lookup` on every rank.
+    """
+    row, mine = _local_rows(ids, part_MD.shape[0], vocab_size, group)
+    return torch.where(mine.unsqueeze(-1), lookup(row, part_MD), 0.0)
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "*batch d"],
+    part_MD: Float[Tensor, "m d"],
+    targets: Int[Tensor, "*batch"],
+    vocab_size: int,
+    group: Group = None,
+    *,
+    weights: Float[Tensor, "*batch"] | None = None,
+    denominator: Float[Tensor, ""] | float | None = None,
+    reduction: str = "sum",
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    chunk: int | None = None,
+) -> tuple[Float[Tensor, "*out"], Float[Tensor, "*out"]]:
+    """`purelm.ops.linear_cross_entropy` of all ranks' rows: the same two results, on every rank.
+
+    hidden, targets and weights are the same on all ranks. The gradient of part_MD is complete; that of hidden is this
+    rank's share, to be summed over ranks (`conjugates.enter` does).
+
+    Two messages in forward, none in backward: all_reduce of one fp32 number a token (max), and of two (sum).
+
+    Args:
+        chunk: tokens whose logits are held at a time, and formed again in backward; None holds all N x M until then.
+            The number of messages does not depend on it.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token or None, got {chunk}")
+    if weights is not None:
+        targets = torch.where(weights == 0, 0, targets)
+    M = part_MD.shape[0]
+    real_MD = part_MD[: max(0, min(M, vocab_size - rank_of(group) * M))]
+    row_N, mine_N = _local_rows(targets.reshape(-1), M, vocab_size, group)
+    hidden_ND = hidden.reshape(-1, hidden.shape[-1])
+    loss, nll, _, _ = _TokenLosses.apply(hidden_ND, real_MD, row_N, mine_N, softcap, z_loss, chunk, group)
+    return (
+        reduce_tokens(loss.reshape(targets.shape), weights, denominator, reduction),
+        reduce_tokens(nll.reshape(targets.shape), weights, denominator, reduction),
+    )
+
+
+def _local_rows(ids: Tensor, M: int, vocab_size: int, group: Group) -> tuple[Tensor, Tensor]:
+    """(row here, whether it is here): 0 for rows of other ranks, M, which no rank has, for ids that are none."""
+    row = ids - rank_of(group) * M
+    real = (ids >= 0) & (ids < vocab_size)
+    mine = real & (row >= 0) & (row < M)
+    return torch.where(mine, row, torch.where(real, 0, M)), mine
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Per token (loss, nll), and what backward needs: log Z, and the logits unless they are formed again."""
+
+    @staticmethod
+    def forward(
+        hidden_ND: Tensor, part_MD: Tensor, row_N: Tensor, mine_N: Tensor,
+        softcap: float | None, z_loss: float, chunk: int | None, group: Group,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        log_z, at_target, kept = [], [], hidden_ND.new_empty(0)
+        for h_ND, row, mine in _chunks(chunk, hidden_ND, row_N, mine_N):
+            x_NM = linear(h_ND, part_MD)
+            kept = x_NM if chunk is None else kept
+            wide_NM = soft_cap(x_NM.to(accumulator(x_NM.dtype)), softcap)
+            log_z.append(torch.logsumexp(wide_NM, -1))  # -inf on a rank whose rows are all filled up
+            at_target.append(_at(wide_NM, row, mine))
+        log_z_N, at_target_N = _over_ranks(torch.cat(log_z), torch.cat(at_target), group)
+        nll = log_z_N - at_target_N
+        return nll if z_loss == 0.0 else nll + z_loss * log_z_N.square(), nll.clone(), log_z_N, kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        hidden_ND, part_MD, row_N, mine_N, ctx.softcap, ctx.z_loss, ctx.chunk, _ = inputs
+        _, nll, log_z_N, kept = output
+        ctx.mark_non_differentiable(nll, log_z_N, kept)
+        ctx.save_for_backward(hidden_ND, part_MD, row_N, mine_N, log_z_N, kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_N: Tensor, *_: Any) -> Any:
+        hidden_ND, part_MD, row_N, mine_N, log_z_N, kept = ctx.saved_tensors
+        need_hidden, need_part = ctx.needs_input_grad[:2]
+        d_hidden: list[Tensor] = []
+        d_part = part_MD.new_zeros(part_MD.shape, dtype=log_z_N.dtype) if need_part else None
+        for h_ND, row, mine, log_z, dy in _chunks(ctx.chunk, hidden_ND, row_N, mine_N, log_z_N, dy_N):
+            x_NM = kept if ctx.chunk is None else linear(h_ND, part_MD)
+            capped_NM = soft_cap(x_NM.to(log_z_N.dtype), ctx.softcap)
+            d_NM = torch.exp(capped_NM - log_z[:, None]) * (dy * (1.0 + 2.0 * ctx.z_loss * log_z))[:, None]
+            if d_NM.shape[1]:
+                d_NM.scatter_add_(1, row[:, None], torch.where(mine, -dy, 0.0)[:, None])
+            if ctx.softcap is not None:
+                d_NM *= 1.0 - (capped_NM / ctx.softcap).square()
+            d_NM = d_NM.to(h_ND.dtype)
+            if need_hidden:
+                d_hidden.append(d_NM @ part_MD)
+            if d_part is not None:
+                d_part += d_NM.mT @ h_ND
+        return (
+            torch.cat(d_hidden) if need_hidden else None,
+            None if d_part is None else d_part.to(part_MD.dtype),
+            *(None,) * 6,
+        )
+
+
+def _chunks(chunk: int | None, *per_token: Tensor) -> Any:
+    """Each tensor's parts of `chunk` tokens, side by side."""
+    return zip(*(x.split(chunk or max(1, len(x))) for x in per_token), strict=True)
+
+
+def _at(x_NM: Tensor, row_N: Tensor, mine_N: Tensor) -> Tensor:
+    """x[row], 0 where the row is another rank's."""
+    if x_NM.shape[1] == 0:
+        return x_NM.new_zeros(len(x_NM))
+    return torch.where(mine_N, x_NM.gather(-1, row_N[:, None]).squeeze(-1), 0.0)
+
+
+def _over_ranks(log_z_N: Tensor, at_target_N: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """log sum_r exp log_z_r, and sum_r at_target_r."""
+    if size_of(group) == 1:
+        return log_z_N, at_target_N
+    most = log_z_N.clone()
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    sums = torch.stack([torch.exp(log_z_N - most), at_target_N])
+    dist.all_reduce(sums, group=group)
+    return most + torch.log(sums[0]), sums[1]

@@ -1,0 +1,404 @@
+"""ZeRO stage 1: every rank holds all parameters, and the optimizer's state of only a part of them.
+
+Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models" (1910.02054, section 5.1).
+With g_r the gradients of rank r of N, part_r a cut of each leaf along axis 0, and f an element-wise optimizer:
+
+    g = part_r(mean over ranks of g_r)        reduce_scatter
+    u, state_r = f(g, state_r, part_r(p))     here and nowhere else
+    updates = u of all ranks put together     all_gather
+
+Equal to f(mean of g_r, state, p), because f treats every element alone. What does not (Muon wants whole matrices) goes
+into `whole_tensors`: leaves are not cut, each has one owner. Both are optimizers like any other: they chain, and
+`partitioned(hidden_matrix, whole_tensors(muon()), sharded(adamw()))` has both.
+
+An update must be called by all ranks of the group, with trees of one kind: check=True makes sure, at the cost of 32
+bytes and of a wait for the device (`agreement.check_same_kind`). Inside torch.compile an update ends a graph, and the
+optimizer that it wraps is compiled. In a world of one it is that optimizer, to the last bit.
+"""
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from purelm import tree
+from purelm._between import between_graphs, not_traced
+from purelm.dist.agreement import check_same_kind
+from purelm.dist.collectives import all_reduce
+from purelm.dist.sharding import Pending, gather_parts, part_of, scatter_sums, shard, unshard
+from purelm.dist.world import Group, device_of, rank_of, size_of
+from purelm.optim import Optimizer
+
+__all__ = [
+    "BUCKET_BYTES",
+    "assign",
+    "cut_state",
+    "from_owners",
+    "gather_state",
+    "global_norm",
+    "sharded",
+    "whole_tensors",
+]
+
+Reduce = Literal["sum", "mean"] | None
+
+BUCKET_BYTES = 25 * 2**20  # of one message; as torch's DistributedDataParallel (bucket_cap_mb = 25)
+_IN_FLIGHT = 2  # messages at a time: while one travels, the next is packed
+
+
+def sharded(
+    optimizer: Optimizer,
+    group: Group = None,
+    *,
+    reduce: Reduce = "mean",
+    wire: torch.dtype | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+    check: bool = True,
+) -> Optimizer:
+    """An element-wise optimizer whose state is cut over the group's ranks; formula at the top of this file.
+
+    State: 1/N of the optimizer's (rows rounded up: `sharding.part_shape`). Sent by each rank, n being the bytes of the
+    gradients and u those of the updates (fp32, fp64 of fp64 parameters): n (N - 1) / N by reduce_scatter and
+    u (N - 1) / N by all_gather, together what an all_reduce of the gradients sends; a message for each dtype and
+    bucket, two under way at a time. Beside the updates themselves, memory for two buckets and for 1/N of gradients,
+    parameters and updates is taken for the duration of the update.
+
+    Masks and partitions of `optimizer` see the paths of the whole tree, and parts with the leaves' number of axes (a
+    0-d leaf has one): they may ask for both, not for sizes or values. A norm over all gradients is that of the part,
+    unless it is `global_norm(group)`: `sharded(chain(clip_by_global_norm(1.0, norm=global_norm()), adamw()))`.
+    The grad_norm of `make_step` is that of the gradients before they are reduced here.
+
+    Args:
+        reduce: what becomes of the ranks' gradients: their "mean" or "sum"; None where they are reduced already, and
+            equal: no reduce_scatter then.
+        wire: dtype in which gradients are sent and summed; None is their own. The mean is divided in their own.
+        bucket_bytes: of a message; a leaf above it has one of its own.
+    """
+    _check_arguments("sharded", reduce, bucket_bytes)
+
+    def init(params: Any) -> Any:
+        if size_of(group) == 1:
+            return optimizer.init(params)
+        check_same_kind(params, group, "zero.sharded")
+        return optimizer.init(shard(params, group))
+
+    def update(call: Callable[..., Any], grads: Any, state: Any, params: Any, lr: Tensor | float) -> tuple[Any, Any]:
+        N = size_of(group)
+        if N == 1:
+            return call(optimizer.update, grads, state, params, lr)
+        if check:
+            check_same_kind({"grads": grads, "params": params}, group, "zero.sharded")
+        wholes, build = _aligned(params, grads)
+        if reduce is None:
+            cut = [None if g is None else part_of(g, rank_of(group), N) for g in wholes]
+        else:
+            cut = _scatter(wholes, group, N if reduce == "mean" else 1, wire, bucket_bytes)
+        parts, state = call(optimizer.update, build(cut), state, shard(params, group), lr)
+        return build(_gather(_aligned(params, parts)[0], tree.leaves(params), group, bucket_bytes)), state
+
+    return Optimizer(init, between_graphs(update, like=optimizer.update))
+
+
+def whole_tensors(
+    optimizer: Optimizer,
+    group: Group = None,
+    *,
+    reduce: Reduce = "mean",
+    bucket_bytes: int = BUCKET_BYTES,
+    check: bool = True,
+) -> Optimizer:
+    """Any optimizer of single leaves, whose state is spread over the group's ranks leaf by leaf.
+
+    Each leaf has one owner (`assign`, by number of elements), which holds its state and updates it:
+
+        g = mean over ranks of g_r, on the owner    reduce
+        u, state = optimizer(g, state, p)           on the owner
+        updates = u of the owner                    broadcast
+
+    State: about 1/N of the optimizer's, and never less than that of the largest leaf on its owner. Sent in a ring by
+    each rank: n by reduce and u by broadcast, n and u as in `sharded`; a message for each owner, dtype and bucket, two
+    under way at a time. Updates are sent in fp32, or fp64 of fp64 parameters. One without a gradient is None.
+
+    The optimizer sees whole leaves under their own paths and None for those of other owners, so masks and partitions
+    must be predicates, not trees. Arguments as of `sharded`, and so is what is said of norms.
+    """
+    _check_arguments("whole_tensors", reduce, bucket_bytes)
+
+    def init(params: Any) -> Any:
+        if size_of(group) == 1:
+            return optimizer.init(params)
+        check_same_kind(params, group, "zero.whole_tensors")
+        owners = assign([p.numel() for p in tree.leaves(params)], size_of(group))
+        return optimizer.init(_owned(params, owners, rank_of(group)))
+
+    def update(call: Callable[..., Any], grads: Any, state: Any, params: Any, lr: Tensor | float) -> tuple[Any, Any]:
+        rank, N = rank_of(group), size_of(group)
+        if N == 1:
+            return call(optimizer.update, grads, state, params, lr)
+        if check:
+            check_same_kind({"grads": grads, "params": params}, group, "zero.whole_tensors")
+        wholes, build = _aligned(params, grads)
+        ps = tree.leaves(params)
+        owners = assign([p.numel() for p in ps], N)
+        at = [i for i, g in enumerate(wholes) if g is not None]
+        if reduce is not None:
+            wholes = _to_owners(wholes, owners, group, N if reduce == "mean" else 1, bucket_bytes)
+        mine = [g if r == rank else None for g, r in zip(wholes, owners, strict=True)]
+        found, state = call(optimizer.update, build(mine), state, _owned(params, owners, rank), lr)
+
+        own = _aligned(params, found)[0]
+        updates: list[Tensor | None] = [None] * len(ps)
+        sent = [_in_wide(own[i], ps[i]) for i in at]
+        for i, u in zip(at, from_owners(sent, [owners[i] for i in at], group, bucket_bytes), strict=True):
+            updates[i] = u
+        return build(updates), state
+
+    return Optimizer(init, between_graphs(update, like=optimizer.update))
+
+
+@not_traced
+def global_norm(group: Group = None) -> Callable[[Any], Tensor]:
+    """The function parts -> sqrt(sum of squares over the floating leaves of all ranks), the `norm` of `optim.clip`.
+
+    For `sharded` and `whole_tensors` alike: filled-up rows are zeros, and leaves of other owners None. Each rank's
+    own is `tree.global_norm`; one message of 8 bytes, an fp64 sum.
+    """
+
+    def norm(parts: Any) -> Tensor:
+        here = tree.global_norm(parts)
+        if size_of(group) == 1:
+            return here
+        if here.device.type == "cpu":  # also that of a rank without leaves
+            here = here.to(device_of(group))
+        return all_reduce(here.double().square(), group, check=False).sqrt().to(here.dtype)
+
+    return not_traced(norm)
+
+
+def assign(sizes: Sequence[int], n_ranks: int, loads: Sequence[int] = ()) -> list[int]:
+    """The owner of each leaf: largest first to the rank with the least so far (lower rank, earlier leaf at a tie).
+
+    Graham's rule (1969): the fullest rank has at most 4/3 of what the best assignment gives it. loads: what ranks
+    have already.
+
+    >>> assign([1, 6, 3, 2], 2)
+    [1, 0, 1, 1]
+    """
+    owners, total = [0] * len(sizes), list(loads) or [0] * n_ranks
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        owners[i] = total.index(min(total))
+        total[owners[i]] += sizes[i]
+    return owners
+
+
+def from_owners(
+    values: Sequence[Tensor], owners: Sequence[int], group: Group = None, bucket_bytes: int = BUCKET_BYTES
+) -> list[Tensor]:
+    """values[i] of rank owners[i], on every rank; what others hold there says only its shape, dtype and device.
+
+    A broadcast for each owner, dtype and bucket; sent in a ring: the bytes of all values. Results are new:
+    views of the messages they came in.
+    """
+    rank = rank_of(group)
+    if size_of(group) == 1:
+        return list(values)
+
+    def message(at: list[int]) -> Pending:
+        of, src = [values[i] for i in at], owners[at[0]]
+        n = sum(x.numel() for x in of)
+        flat = torch.cat([x.detach().reshape(-1) for x in of]) if src == rank else of[0].new_empty(n)
+        work = dist.broadcast(flat, group=group, group_src=src, async_op=True)
+        return Pending(work, lambda: _split(flat, of))
+
+    out = list(values)
+    buckets = _buckets(values, owners, bucket_bytes)
+    for at, found in zip(buckets, _in_turn(message(at) for at in buckets), strict=True):
+        for i, x in zip(at, found, strict=True):
+            out[i] = x
+    return out
+
+
+def gather_state(state: Any, like: Any, group: Group = None) -> Any:
+    """The whole state from that of each rank: what one process would hold, for a checkpoint of any number of ranks.
+
+    like: the whole state's shapes: `optimizer.init` of the wrapped optimizer, on meta tensors if you like. Leaves that
+    one rank holds come from it, 0-d ones that all hold are equal, and others that all hold are parts. Of `sharded`,
+    `whole_tensors` and what combines them.
+    """
+    N = size_of(group)
+    if N == 1:
+        return state
+    mine, holders, wanted = _by_path(state), _holders(state, group), _by_path(like)
+    if set(wanted) != set(holders):
+        raise ValueError(f"gather_state: ranks hold {sorted(holders)}, `like` has {sorted(wanted)}")
+    everywhere = [path for path in wanted if len(holders[path]) == N]
+    whole = {path: mine[path] for path in everywhere if mine[path].ndim == 0}
+    cut = [path for path in everywhere if mine[path].ndim > 0]
+    whole |= zip(cut, unshard([mine[p] for p in cut], [wanted[p] for p in cut], group), strict=True)
+    owned = [path for path in wanted if len(holders[path]) < N]
+    device = next((x.device for x in mine.values() if x.ndim), device_of(group))
+    sent = [mine[p] if p in mine else _stand_in(wanted[p], wanted[p].dtype, device) for p in owned]
+    whole |= zip(owned, from_owners(sent, [holders[p][0] for p in owned], group), strict=True)
+    return tree.unflatten(tree.structure(like), [whole[path] for path in wanted])
+
+
+def cut_state(whole: Any, like: Any, group: Group = None) -> Any:
+    """This rank's part of a whole state, the inverse of `gather_state`; no message but the ranks' lists of paths.
+
+    like: a state of this rank, as `sharded(optimizer, group).init(params)` gives it.
+    """
+    rank, N = rank_of(group), size_of(group)
+    if N == 1:
+        return whole
+    given, holders = _by_path(whole), _holders(like, group)
+    if set(given) != set(holders):
+        raise ValueError(f"cut_state: the state has {sorted(given)}, the ranks hold {sorted(holders)}")
+    out = []
+    for path, x in _by_path(like).items():
+        is_cut = len(holders[path]) == N and x.ndim > 0
+        out.append(part_of(given[path], rank, N) if is_cut else given[path])
+        if out[-1].shape != x.shape:
+            raise ValueError(f"cut_state: {path} has shape {tuple(out[-1].shape)}, rank {rank} needs {tuple(x.shape)}")
+    return tree.unflatten(tree.structure(like), out)
+
+
+# Leaves in a list, None where the parameter has none; and messages of many leaves.
+
+
+def _aligned(params: Any, values: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """What stands in `values` at each leaf of params, None included; and the function back to a tree."""
+    column: list[Any] = []
+
+    def place(p: Tensor, x: Any) -> int:
+        column.append(x)
+        return len(column) - 1
+
+    index = tree.map(place, params, values)
+    return column, lambda leaves: tree.map(lambda i: leaves[i], index)
+
+
+def _owned(params: Any, owners: Sequence[int], rank: int) -> Any:
+    leaves, treedef = tree.flatten(params)
+    return tree.unflatten(treedef, [p if r == rank else None for p, r in zip(leaves, owners, strict=True)])
+
+
+def _scatter(
+    wholes: Sequence[Tensor | None], group: Group, divisor: int, wire: torch.dtype | None, limit: int
+) -> list[Tensor | None]:
+    """This rank's parts of the sums over ranks, over the divisor, bucket by bucket."""
+    N, rank = size_of(group), rank_of(group)
+    out = [None if g is None else part_of(g, rank, N) if not g.numel() else g for g in wholes]
+    buckets = _buckets(wholes, [0] * len(wholes), limit)
+
+    def message(at: list[int]) -> Pending:
+        return scatter_sums([wholes[i].to(wire or wholes[i].dtype) for i in at], group)  # type: ignore[union-attr]
+
+    for at, parts in zip(buckets, _in_turn(message(at) for at in buckets), strict=True):
+        for i, part in zip(at, parts, strict=True):
+            out[i] = _divided(part.to(out[i].dtype), divisor)  # type: ignore[union-attr]
+    return out
+
+
+def _gather(parts: Sequence[Tensor | None], like: Sequence[Tensor], group: Group, limit: int) -> list[Tensor | None]:
+    """Whole leaves of the shapes of `like`, bucket by bucket."""
+    out = [None if u is None or u.numel() else u.new_empty(p.shape) for u, p in zip(parts, like, strict=True)]
+    buckets = _buckets(parts, [0] * len(parts), limit // size_of(group))
+
+    def message(at: list[int]) -> Pending:
+        return gather_parts([parts[i] for i in at], [like[i].shape for i in at], group)  # type: ignore[misc]
+
+    for at, found in zip(buckets, _in_turn(message(at) for at in buckets), strict=True):
+        for i, x in zip(at, found, strict=True):
+            out[i] = x
+    return out
+
+
+def _to_owners(
+    wholes: Sequence[Tensor | None], owners: Sequence[int], group: Group, divisor: int, limit: int
+) -> list[Tensor | None]:
+    """The sums over ranks, over the divisor, of the leaves that this rank owns; others are of no meaning."""
+    rank, out = rank_of(group), list(wholes)
+    buckets = _buckets(wholes, owners, limit)
+
+    def message(at: list[int]) -> Pending:
+        of: list[Any] = [wholes[i] for i in at]
+        flat = torch.cat([x.reshape(-1) for x in of])
+        work = dist.reduce(flat, group=group, group_dst=owners[at[0]], async_op=True)
+        return Pending(work, lambda: _split(flat, of) if owners[at[0]] == rank else of)
+
+    for at, sums in zip(buckets, _in_turn(message(at) for at in buckets), strict=True):
+        for i, x in zip(at, sums, strict=True):
+            out[i] = _divided(x, divisor) if owners[i] == rank else x
+    return out
+
+
+def _buckets(values: Sequence[Tensor | None], owners: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices of the leaves of each message: one owner, one dtype, and at most `limit` bytes or one leaf."""
+    found: list[list[int]] = []
+    last: dict[Hashable, tuple[list[int], int]] = {}
+    for i, x in enumerate(values):
+        if x is None or not x.numel():
+            continue
+        kind, size = (owners[i], x.dtype), x.numel() * x.element_size()
+        at, full = last.get(kind, ([], limit))
+        if full + size > limit:
+            at, full = [], 0
+            found.append(at)
+        at.append(i)
+        last[kind] = at, full + size
+    return found
+
+
+def _in_turn(messages: Iterable[Pending]) -> Iterator[list[Tensor]]:
+    """The results of each message; the next one is sent before the last is waited for."""
+    under_way: deque[Pending] = deque()
+    for message in messages:
+        under_way.append(message)
+        if len(under_way) == _IN_FLIGHT:
+            yield under_way.popleft().wait()
+    while under_way:
+        yield under_way.popleft().wait()
+
+
+def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    return [y.view(x.shape) for y, x in zip(flat.split([x.numel() for x in like]), like, strict=True)]
+
+
+def _divided(x: Tensor, divisor: int) -> Tensor:
+    return x if divisor == 1 else x / divisor
+
+
+def _stand_in(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of x's shape in the memory of one number."""
+    return torch.zeros((), dtype=dtype, device=device).expand(x.shape)
+
+
+def _in_wide(update: Tensor | None, param: Tensor) -> Tensor:
+    """An update as it is sent: a dtype that all ranks know, zeros where the optimizer made none."""
+    wide = torch.promote_types(param.dtype, torch.float32)
+    return _stand_in(param, wide, param.device) if update is None else update.to(wide)
+
+
+def _by_path(values: Any) -> dict[str, Tensor]:
+    return dict(zip(tree.paths(values), tree.leaves(values), strict=True))
+
+
+def _holders(values: Any, group: Group) -> dict[str, list[int]]:
+    """Path -> the ranks that have it; a message of text."""
+    everyone: list[Any] = [None] * size_of(group)
+    dist.all_gather_object(everyone, list(tree.paths(values)), group=group)
+    found: dict[str, list[int]] = {}
+    for rank, paths in enumerate(everyone):
+        for path in paths:
+            found.setdefault(path, []).append(rank)
+    return found
+
+
+def _check_arguments(what: str, reduce: Reduce, bucket_bytes: int) -> None:
+    if reduce not in ("sum", "mean", None):
+        raise ValueError(f'{what}: reduce must be "sum", "mean" or None, got {reduce!r}')
+    if bucket_bytes < 1:
+        raise ValueError(f"{what}: bucket_bytes must be at least 1, got {bucket_bytes}")

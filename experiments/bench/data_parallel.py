@@ -1,0 +1,235 @@
+"""A training step on several processes: purelm's ways of sharing work beside PyTorch's, in one run.
+
+    torchrun --nproc-per-node 2 -m -- experiments.bench.data_parallel [--sizes 134m xl] [--ways overlapped fsdp ...]
+
+Ways: per_leaf, flat, bucketed (after backward), overlapped (while it runs), zero1, fsdp; and the peers torch_ddp
+(DistributedDataParallel) and torch_fsdp2 (fully_shard on each block). All run the same maths: forward, backward, AdamW,
+fp32 masters, bf16 compute on a GPU; each rank has its own batch. "alone" is one rank's step without any message: what a
+way takes longer is its exposed communication. Times are medians of the slowest rank; memory is the peak of rank 0.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor
+
+from experiments.bench.course_sizes import SIZES as COURSE
+from experiments.bench.module_baseline import Module
+from experiments.bench.report import publish, row
+from experiments.bench.train_step import SIZES
+from experiments.console import program, say
+from experiments.ops import OpsName, ops_named
+from purelm import random
+from purelm.dist import ddp, fsdp, world, zero
+from purelm.dist.ddp import all_reduce_mean, with_global_denominator
+from purelm.models import transformer
+from purelm.optim import adamw, schedules
+from purelm.train import FULL, MIXED, Precision, init_state, make_step
+from purelm.transforms import jit, remat
+
+OURS = ("alone", "per_leaf", "flat", "bucketed", "overlapped", "zero1", "fsdp")
+PEERS = ("torch_ddp", "torch_fsdp2")
+PEER_OF = {"fsdp": "torch_fsdp2"}  # of the others torch_ddp
+
+
+@dataclass(frozen=True)
+class Args:
+    """Data parallelism, timed."""
+
+    device: str = "auto"
+    sizes: tuple[str, ...] = ()
+    """of bench.train_step (3m, 22m, 134m, 374m) or bench.course_sizes (small ... xl); default 134m on GPUs, else 3m"""
+    ways: tuple[str, ...] = (*OURS, *PEERS)
+    batch_size: int | None = None
+    """sequences of each rank; default that of the size"""
+    context_length: int | None = None
+    steps: int = 10
+    bucket_mb: float = 25.0
+    ops: OpsName = "sdpa"
+    remat: bool = False
+    compile: bool | None = None
+    """blocks and updates, and the peers; default on GPUs"""
+    json: Path | None = None
+
+
+def shape(args: Args, size: str, cuda: bool) -> tuple[transformer.Config, int]:
+    if size in SIZES:
+        V, D, L, H, F, T, gpu_batch, cpu_batch = SIZES[size]
+    elif size in COURSE:
+        D, F, L, H = COURSE[size]
+        V, T, gpu_batch, cpu_batch = 10_000, 512, 4, 1
+    else:
+        raise ValueError(f"sizes: {size!r} is not one of {', '.join([*SIZES, *COURSE])}")
+    T = args.context_length or T
+    cfg = transformer.Config(vocab_size=V, context_length=T, d_model=D, n_layers=L, n_heads=H, d_ff=F)
+    return cfg, args.batch_size or (gpu_batch if cuda else cpu_batch)
+
+
+def our_step(
+    way: str, cfg: transformer.Config, args: Args, here: world.World, compiled: bool
+) -> Callable[[dict], Tensor]:
+    cuda, ops = here.device.type == "cuda", ops_named(args.ops)
+    precision = MIXED if cuda else FULL
+    params = transformer.init(random.key(0, device=here.device), cfg)
+    optimizer = adamw(betas=(0.9, 0.95), weight_decay=0.1)
+    inner = remat if args.remat else transformer.identity
+    wrap: Any = (lambda f: jit(inner(f))) if compiled else inner
+    bucket_bytes = int(args.bucket_mb * 2**20)
+
+    def loss(params: Any, batch: Any) -> Any:
+        return transformer.loss(params, batch, cfg, ops=ops, wrap_block=wrap)
+
+    options: dict[str, Any] = {"precision": precision}
+    if way in ("overlapped", "zero1"):
+        options["differentiate"] = partial(ddp.differentiate, bucket_bytes=bucket_bytes)
+        options["prepare"] = with_global_denominator
+    elif way == "fsdp":
+        plan = fsdp.plan(params, compute=torch.bfloat16 if cuda else None)
+        loss = partial(fsdp.transformer_loss, cfg=cfg, plan=plan, ops=ops, wrap_block=wrap)
+        params = plan.shard(params)
+        options = {
+            "precision": Precision(),
+            "differentiate": fsdp.differentiate,
+            "prepare": with_global_denominator,
+            "norm": plan.norm,
+        }
+    else:
+        options["differentiate"] = fsdp.differentiate  # plain, and not compiled as a whole
+        if way != "alone":
+            strategy = cast(Any, way)
+            options["reduce"] = partial(all_reduce_mean, strategy=strategy, bucket_bytes=bucket_bytes, check=False)
+    if way == "zero1":
+        optimizer = zero.sharded(optimizer, reduce=None, check=False)
+    step = make_step(loss, optimizer, schedules.constant(3e-4), **options)
+    if compiled:
+        step = jit(step, donate=0)
+    state = init_state(params, optimizer)
+    del params
+
+    def run(batch: dict) -> Tensor:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics["loss"]
+
+    return run
+
+
+def peer_step(way: str, cfg: transformer.Config, here: world.World, compiled: bool) -> Callable[[dict], Tensor]:
+    torch.manual_seed(0)
+    cuda = here.device.type == "cuda"
+    model: Any = Module(cfg, cfg.ff_width).to(here.device)
+    if way == "torch_fsdp2":
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cuda else MixedPrecisionPolicy()
+        for block in model.blocks:
+            if compiled:
+                block.compile()
+            fully_shard(block, mp_policy=mixed)
+        fully_shard(model, mp_policy=mixed)
+    else:
+        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[here.device] if cuda else None)
+        if compiled:
+            model = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def run(batch: dict) -> Tensor:
+        with torch.autocast(here.device.type, torch.bfloat16, enabled=cuda and way == "torch_ddp"):
+            loss = model(batch["tokens"], batch["targets"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return run
+
+
+def seconds(run: Callable[[dict], Tensor], batch: dict, here: world.World, steps: int) -> float:
+    """Median over steps of the slowest rank."""
+    times = []
+    for _ in range(steps):
+        dist.barrier()
+        _wait(here)
+        start = time.perf_counter()
+        run(batch)
+        _wait(here)
+        times.append(time.perf_counter() - start)
+    slowest = torch.tensor(times, device=here.device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return statistics.median(slowest.tolist())
+
+
+def _wait(here: world.World) -> None:
+    if here.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(way: str, cfg: transformer.Config, batch: dict, args: Args, here: world.World, compiled: bool) -> dict:
+    cuda = here.device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+    try:
+        run = peer_step(way, cfg, here, compiled) if way in PEERS else our_step(way, cfg, args, here, compiled)
+        for _ in range(3):
+            run(batch)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        found = {"ms": 1e3 * seconds(run, batch, here, args.steps)}
+    except torch.OutOfMemoryError:
+        return {"ms": None}
+    if cuda:
+        found["MiB"] = torch.cuda.max_memory_allocated() / 2**20
+    del run
+    gc.collect()
+    return found
+
+
+@program
+def main(args: Args) -> None:
+    unknown = set(args.ways) - {*OURS, *PEERS}
+    if unknown:
+        raise ValueError(f"ways: {', '.join(sorted(unknown))} is not one of {', '.join((*OURS, *PEERS))}")
+    with world.start(args.device) as here:
+        if here.size < 2:
+            raise ValueError("one process has nobody to talk to: torchrun --nproc-per-node 2 -m -- ...")
+        cuda = here.device.type == "cuda"
+        compiled = cuda if args.compile is None else args.compile
+        name = f"{here.size} x {torch.cuda.get_device_name() if cuda else 'cpu'}"
+        rows: list[dict] = []
+        for size in args.sizes or ("134m" if cuda else "3m",):
+            cfg, batch_size = shape(args, size, cuda)
+            x = random.randint(random.key(1 + here.rank), (batch_size, cfg.context_length + 1), 0, cfg.vocab_size)
+            x = x.to(here.device)
+            batch = {"tokens": x[:, :-1].contiguous(), "targets": x[:, 1:].contiguous()}
+            found = {}
+            for way in args.ways:
+                torch._dynamo.reset()
+                found[way] = measure(way, cfg, batch, args, here, compiled)
+                if here.rank == 0:
+                    say(f"{size} {way}: {found[way]}")
+            for way in args.ways:
+                if way in PEERS or found[way]["ms"] is None:
+                    continue
+                peer = PEER_OF.get(way, "torch_ddp")
+                for unit in found[way]:
+                    value = found.get(peer, {}).get(unit)
+                    what = f"{size}, {batch_size} x {cfg.context_length} a rank, {way}"
+                    rows.append(row(what, found[way][unit], unit, peer=peer, peer_value=value, device=name))
+                if way != "alone" and found.get("alone", {}).get("ms"):
+                    exposed = found[way]["ms"] - found["alone"]["ms"]
+                    rows.append(row(f"{size}, {way}, exposed communication", exposed, "ms", device=name))
+        if here.rank == 0:
+            publish(rows, args.json)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

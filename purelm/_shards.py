@@ -1,0 +1,162 @@
+"""Files of a checkpoint that several ranks wrote, or one: which rows of a leaf lie in which file.
+
+Manifest of format 1 (`purelm.checkpoint.save`): a NAME.safetensors for each tree, its leaves under their paths.
+Manifest of format 2 (`purelm.dist.checkpoint.save`): N files `shard-RANK-of-N.safetensors`, keys `NAME/PATH`, and
+
+    "shards": [{"file", "bytes", "sha256"}, ...],                                   one for each rank, in order
+    "files": {NAME: {"tree": ..., "leaves": {PATH: {"shape", "dtype", "shard"}}}}
+
+"shard" is the number of the file that has the whole leaf, or null: then file r has rows r m to (r + 1) m of it, as far
+as there are any, m = ceil(rows / N).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+# Names of the format (https://github.com/huggingface/safetensors) for what torch has.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Piece(NamedTuple):
+    """Rows start to stop of a leaf, which are the whole tensor `key` of `file`; a 0-d leaf counts as one row."""
+
+    file: str
+    key: str
+    start: int
+    stop: int
+
+
+class Leaf(NamedTuple):
+    """A stored leaf."""
+
+    shape: tuple[int, ...]  # of the whole
+    dtype: torch.dtype
+    pieces: list[Piece]  # ascending, none empty
+
+
+def file_name(rank: int, n_ranks: int) -> str:
+    return f"shard-{rank:05d}-of-{n_ranks:05d}.safetensors"
+
+
+def describe(x: Tensor, shard: int | None) -> dict[str, Any]:
+    """A leaf's entry in the manifest of format 2."""
+    return {"shape": list(x.shape), "dtype": _NAMES[x.dtype], "shard": shard}
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a safetensors file, flushed to disk -> {"file", "bytes", "sha256"}.
+
+    Leaf by leaf: the host holds one at a time beside the tensors, and the checksum is of what was meant, not of what
+    was read again. (safetensors' save_file takes all of them on the host, and old versions copy them once more.)
+    Widest dtypes first, as the library does: each then begins at a multiple of its width.
+    """
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    header, end = {}, 0
+    for key in order:
+        x = tensors[key]
+        begin, end = end, end + x.numel() * x.element_size()
+        header[key] = {"dtype": _NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for block in (len(text).to_bytes(8, "little"), text):
+            file.write(block)
+            digest.update(block)
+        for key in order:
+            if tensors[key].numel():
+                x = tensors[key].detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+                file.write(x.numpy().data)
+                digest.update(x.numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"file": path.name, "bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}
+
+
+def leaves(folder: Path, manifest: Mapping[str, Any], name: str) -> dict[str, Leaf]:
+    """Path -> leaf of the tree `name`, for both formats."""
+    entry = manifest["files"][name]
+    found = {}
+    if "leaves" in entry:
+        files = [shard["file"] for shard in manifest["shards"]]
+        for path, leaf in entry["leaves"].items():
+            n, N = _rows(leaf["shape"]), len(files)
+            m = -(-n // N)
+            cuts = [(r * m, min((r + 1) * m, n)) for r in range(N)]
+            if leaf["shard"] is not None:
+                cuts = [(0, n if r == leaf["shard"] else 0) for r in range(N)]
+            pieces = [Piece(f, f"{name}/{path}", a, b) for f, (a, b) in zip(files, cuts, strict=True) if a < b]
+            found[path] = Leaf(tuple(leaf["shape"]), _DTYPES[leaf["dtype"]], pieces)
+        return found
+    with safe_open(folder / entry["file"], framework="pt") as file:
+        for key in file.keys():
+            header = file.get_slice(key)
+            shape = tuple(header.get_shape())
+            piece = Piece(entry["file"], key, 0, _rows(shape))
+            found[key] = Leaf(shape, _DTYPES[header.get_dtype()], [piece] if piece.stop else [])
+    return found
+
+
+def _rows(shape: Any) -> int:
+    return shape[0] if len(shape) else 1
+
+
+class Reader:
+    """Rows of leaves from a checkpoint's files, each opened once; a context that closes them."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._open: dict[str, Any] = {}
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        while self._open:
+            self._open.popitem()[1].__exit__(None, None, None)
+
+    def fill(self, out: Tensor, leaf: Leaf, start: int = 0) -> Tensor:
+        """Rows start, start + 1, ... of the leaf into `out`, as far as both go; a piece of one file at a time."""
+        rows = out[None] if out.ndim == 0 else out
+        for piece in leaf.pieces:
+            a, b = max(piece.start, start), min(piece.stop, start + len(rows))
+            if a < b and out.numel():
+                stored = self._file(piece.file).get_slice(piece.key)
+                value = stored[...] if not leaf.shape else stored[a - piece.start : b - piece.start]
+                rows[a - start : b - start] = value
+        return out
+
+    def whole(self, leaf: Leaf, device: torch.device | str) -> Tensor:
+        return self.fill(torch.empty(leaf.shape, dtype=leaf.dtype, device=device), leaf)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            opened = safe_open(self._folder / name, framework="pt")
+            self._open[name] = opened.__enter__()
+        return self._open[name]

@@ -1,0 +1,252 @@
+"""When communication binds: bytes that a rank sends in a training step, seconds beside those of compute, and memory.
+
+Plain arithmetic as in `accounting`. A step is a forward and a backward phase; in each, compute c B and communication
+d + t B are linear in the batch B of a rank, and a perfect overlap takes the longer of both. Bytes are those that one
+rank sends in a ring: (N - 1)/N n for an all_gather or a reduce_scatter of n bytes, twice that for an all_reduce. So
+`bandwidth` is what nccl-tests call bus bandwidth, bytes/s that one rank sends.
+
+    scheme   forward phase                    backward phase                                sum for N -> infinity
+    ddp                                       all_reduce of gradients                       2 P
+    zero1    all_gather of updated parameters reduce_scatter of gradients                   2 P
+    fsdp     all_gather of parameters         all_gather again, reduce_scatter of gradients 3 P
+    tensor   2 all_reduces of (B, T, D) for each block, and as many backward; with sequence parallelism each is a
+             reduce_scatter and an all_gather, of the same bytes
+
+Sources: ZeRO (1910.02054), sections 5 and 7; Megatron-LM (1909.08053), section 3, and its sequence parallelism
+(2205.05198), section 4.2; "How to Scale Your Model" (Austin et al., 2025), part 5; CS336, assignment 2.
+
+Left out, as small: the parallel embedding's and head's messages under tensor parallelism, gradients of norms, latency.
+Legend: B batch of a rank in sequences, T positions, D d_model, L layers, P parameters.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+from purelm import accounting
+from purelm.models.config import Config
+
+__all__ = [
+    "Phase",
+    "communication_bytes",
+    "critical_tokens",
+    "max_tensor_ranks",
+    "phases",
+    "rank_bytes",
+    "smallest_batch",
+    "table",
+]
+
+Scheme = Literal["ddp", "zero1", "fsdp"]
+_SCHEMES = ("ddp", "zero1", "fsdp")
+
+
+class Phase(NamedTuple):
+    """Seconds of the forward or the backward phase on one rank."""
+
+    compute: float
+    communication: float
+
+
+def communication_bytes(
+    cfg: Config,
+    batch_size: int = 1,
+    length: int | None = None,
+    *,
+    scheme: Scheme = "ddp",
+    n_data: int = 1,
+    n_tensor: int = 1,
+    param_bytes: int = 4,
+    grad_bytes: int = 4,
+    hidden_bytes: int = 2,
+) -> dict[str, float]:
+    """Bytes that one rank sends in a step, by part and phase; n_data times n_tensor ranks (2-D when both are above 1).
+
+    Args:
+        batch_size, length: sequences of a group of n_tensor ranks, and their positions.
+        scheme: how parameters lie on the n_data ranks that see different data.
+        n_tensor: ranks that share each matrix. They divide what the scheme sends, but for norms, which they all hold.
+        param_bytes, grad_bytes, hidden_bytes: of an element on the wire (2 where it is cast to bf16 before).
+
+    >>> cfg = Config(vocab_size=10_000, context_length=512, d_model=2560, n_layers=32, n_heads=32, d_ff=10_240)
+    >>> communication_bytes(cfg, n_data=2)["backward_gradients"] / 1e9
+    13.627...
+    """
+    _check(scheme, n_data, n_tensor)
+    parts = accounting.params(cfg)
+    P = (sum(parts.values()) - parts["norms"]) / n_tensor + parts["norms"]
+    T = cfg.context_length if length is None else length
+    gathered, reduced = _sent(param_bytes * P, n_data), _sent(grad_bytes * P, n_data)
+    hidden = 2 * cfg.n_layers * 2 * _sent(batch_size * T * cfg.d_model * hidden_bytes, n_tensor)
+    return {
+        "forward_gather": 0.0 if scheme == "ddp" else gathered,
+        "forward_tensor": hidden,
+        "backward_gather": gathered if scheme == "fsdp" else 0.0,
+        "backward_gradients": reduced * (2 if scheme == "ddp" else 1),
+        "backward_tensor": hidden,
+    }
+
+
+def phases(
+    cfg: Config,
+    batch_size: int = 1,
+    length: int | None = None,
+    *,
+    peak: float,
+    bandwidth: float,
+    tensor_bandwidth: float | None = None,
+    **layout: Any,
+) -> dict[str, Phase]:
+    """Seconds of compute and of communication in the forward and in the backward phase.
+
+    Args:
+        peak: FLOP/s that a rank reaches. bandwidth, tensor_bandwidth: bytes/s that a rank sends to ranks with other
+            data, and within its n_tensor ranks (the same when None).
+        layout: keywords of `communication_bytes`.
+    """
+    sent = communication_bytes(cfg, batch_size, length, **layout)
+    forward = sum(accounting.forward_flops(cfg, batch_size, length).values()) / layout.get("n_tensor", 1) / peak
+    across = bandwidth if tensor_bandwidth is None else tensor_bandwidth
+    seconds = {name: size / (across if name.endswith("tensor") else bandwidth) for name, size in sent.items()}
+    return {
+        phase: Phase(compute, sum(s for name, s in seconds.items() if name.startswith(phase)))
+        for phase, compute in (("forward", forward), ("backward", 2 * forward))
+    }
+
+
+def smallest_batch(cfg: Config, length: int | None = None, **kinds: Any) -> int | None:
+    """The smallest batch of a rank (sequences) at which compute takes as long as communication in both phases.
+
+    B = ceil(d / (c - t)), at least 1; keywords of `phases`. None where t >= c: activations bind at every batch, so
+    fewer tensor ranks are the remedy (`max_tensor_ranks`), not more data.
+    """
+    needed = 1
+    zero, one = (phases(cfg, B, length, **kinds) for B in (0, 1))
+    for phase, (compute, communication) in one.items():
+        fixed = zero[phase].communication
+        slack = compute - (communication - fixed)
+        if slack < 0.0 or (fixed and not slack):
+            return None
+        if fixed:
+            needed = max(needed, math.ceil(fixed / slack))
+    return needed
+
+
+def critical_tokens(n_ranks: int, peak: float, bandwidth: float, bytes_per_element: int = 2) -> float:
+    """Tokens of a rank above which data parallelism hides its messages: (N - 1)/N b/2 C/W, for every model and scheme.
+
+    From 2 n P FLOPs forward and 4 n P backward on n tokens: ddp sends 2 b P backward; fsdp sends b P forward and 2 b P
+    backward. The factor b/2 is 1 for bf16; the law is then the book's, B/N > C/W (part 5).
+
+    >>> critical_tokens(10**9, 4.59e14, 1.8e11)  # TPU v5p, one axis
+    2549.9...
+    """
+    return _sent(bytes_per_element, n_ranks) / 2 * peak / bandwidth
+
+
+def max_tensor_ranks(
+    cfg: Config, length: int | None = None, *, peak: float, bandwidth: float, hidden_bytes: int = 2
+) -> int:
+    """The most tensor-parallel ranks whose messages compute could hide, whatever the batch.
+
+    F/(Y C) >= 4 L T D b (Y - 1)/(Y W) for F FLOPs forward of a sequence, so Y <= 1 + F W/(4 L T D b C); backward has
+    twice the compute for as many bytes. Each block waits for its messages: to hide them takes asynchronous tensor
+    parallelism.
+    """
+    T = cfg.context_length if length is None else length
+    flops = sum(accounting.forward_flops(cfg, 1, T).values())
+    return 1 + int(flops * bandwidth / (4 * cfg.n_layers * T * cfg.d_model * hidden_bytes * peak))
+
+
+def rank_bytes(
+    cfg: Config,
+    batch_size: int = 1,
+    length: int | None = None,
+    *,
+    scheme: Scheme = "ddp",
+    n_data: int = 1,
+    gathered_blocks: int = 2,
+    param_bytes: int = 4,
+    grad_bytes: int = 4,
+    copy_bytes: int = 0,
+    n_moments: int = 2,
+    moment_bytes: int = 4,
+    **activations: Any,
+) -> dict[str, int]:
+    """Bytes that one rank holds in a step, by kind; ZeRO's table 1 with the activations of its own batch.
+
+    zero1 divides the optimizer state by n_data; fsdp also parameters and gradients, and holds `gathered_blocks` whole
+    blocks (the one that computes and those gathered ahead) in the copy's dtype. Parts are rounded up as a whole, while
+    `purelm.dist.sharding` rounds each leaf's rows up.
+
+    Args:
+        param_bytes, grad_bytes, copy_bytes, n_moments, moment_bytes, activations: keywords of `accounting.train_bytes`.
+    """
+    _check(scheme, n_data, 1)
+    P = accounting.n_params(cfg)
+    parts = accounting.params(cfg)
+    block = (parts["attention"] + parts["ffn"]) // cfg.n_layers
+    n_model, n_optimizer = (n_data if scheme == "fsdp" else 1), (1 if scheme == "ddp" else n_data)
+    optimizer = accounting.optimizer_bytes(P, n_moments=n_moments, bytes_per_element=moment_bytes)
+    return {
+        "parameters": -(-param_bytes * P // n_model),
+        "gathered": gathered_blocks * block * (copy_bytes or param_bytes) if scheme == "fsdp" else copy_bytes * P,
+        "gradients": -(-grad_bytes * P // n_model),
+        "optimizer": -(-optimizer // n_optimizer),
+        "activations": sum(accounting.activation_bytes(cfg, batch_size, length, **activations).values()),
+    }
+
+
+def table(
+    cfg: Config,
+    batch_size: int = 1,
+    length: int | None = None,
+    *,
+    n_ranks: int,
+    peak: float,
+    bandwidth: float,
+    param_bytes: int = 4,
+    grad_bytes: int = 4,
+    hidden_bytes: int = 2,
+) -> str:
+    """Markdown: for each scheme on n_ranks, what is sent, seconds, which binds, and the memory of the states.
+
+    `tensor` takes the batch of all n_ranks, so every row is the same work. "overlapped" is the step with communication
+    perfectly hidden, "exposed" what is then left of communication.
+    """
+    wire = {"param_bytes": param_bytes, "grad_bytes": grad_bytes, "hidden_bytes": hidden_bytes}
+    lines = [
+        "| scheme | sent, GB | compute, ms | communication, ms | overlapped, ms | exposed, ms | smallest batch | "
+        "states, GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows: list[tuple[str, int, dict[str, Any]]] = [
+        (s, batch_size, {"scheme": s, "n_data": n_ranks, **wire}) for s in _SCHEMES
+    ]
+    for name, B, layout in [*rows, ("tensor", batch_size * n_ranks, {"n_tensor": n_ranks, **wire})]:
+        sent = sum(communication_bytes(cfg, B, length, **layout).values())
+        found = phases(cfg, B, length, peak=peak, bandwidth=bandwidth, **layout).values()
+        compute, communication = (sum(column) for column in zip(*found, strict=True))
+        overlapped = sum(max(phase) for phase in found)
+        smallest = smallest_batch(cfg, length, peak=peak, bandwidth=bandwidth, **layout)
+        held = rank_bytes(cfg, scheme=layout.get("scheme", "ddp"), n_data=layout.get("n_data", 1), gathered_blocks=0)
+        states = (sum(held.values()) - held["activations"]) / layout.get("n_tensor", 1) / 2**30
+        milliseconds = (1e3 * s for s in (compute, communication, overlapped, overlapped - compute))
+        lines.append(
+            f"| {name} | {sent / 1e9:.3g} | "
+            + " | ".join(f"{x:.1f}" for x in milliseconds)
+            + f" | {'none' if smallest is None else smallest} | {states:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _sent(n_bytes: float, n_ranks: int) -> float:
+    """Bytes that a rank sends when n_bytes are gathered by, or summed and scattered among, n_ranks in a ring."""
+    return (n_ranks - 1) / n_ranks * n_bytes
+
+
+def _check(scheme: str, n_data: int, n_tensor: int) -> None:
+    if scheme not in _SCHEMES:
+        raise ValueError(f"scheme must be one of {', '.join(_SCHEMES)}, got {scheme!r}")
+    for name, n in (("n_data", n_data), ("n_tensor", n_tensor)):
+        if n < 1:
+            raise ValueError(f"{name} must be at least 1, got {n}")

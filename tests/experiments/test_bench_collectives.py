@@ -1,0 +1,104 @@
+"""experiments.bench.collectives at toy size. Oracles: nccl-tests' table of factors; rows against each other."""
+
+import doctest
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from experiments.bench import collectives
+from tests.dist.processes import free_port, run
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
+SMALL = ("--device", "cpu", "--mib", "0.01", "0.1", "--runs", "3", "--calls", "2")
+
+
+def program(*args, n_ranks=None):
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={n_ranks}", f"--master-port={free_port()}"]
+    return subprocess.run(
+        [sys.executable, *(torchrun if n_ranks else []), "-m", "experiments.bench.collectives", *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize(("name", "factor"), [*zip(NAMES, (1.75, 0.875, 0.875, 1.0), strict=True)])
+def test_factors_of_eight_ranks(name, factor):
+    """Oracle: nccl-tests, doc/PERFORMANCE.md, for n = 8."""
+    assert collectives.bus_factor(name, 8) == factor
+    assert collectives.bus_factor(name, 1) == 0.0
+
+
+@pytest.mark.parametrize("n_ranks", [None, 2])
+def test_the_program(tmp_path, n_ranks):
+    done = program(*SMALL, "--json", tmp_path / "rows.json", n_ranks=n_ranks)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| metric |") == 1  # rank 0 alone prints
+    rows = {r["metric"]: r for r in json.loads((tmp_path / "rows.json").read_text())}
+    assert len(rows) == 3 * 4 * 2
+    for name in NAMES:
+        for mib in (0.01, 0.1):
+            time = rows[f"{name} {mib} MiB"]
+            rate, bus = (rows[f"{name} {mib} MiB: {kind} bandwidth"]["value"] for kind in ("algorithm", "bus"))
+            assert time["unit"] == "s" and time["peer"] == "torch.distributed" and time["value"] > 0
+            # 2^20 bytes, cut to whole floats for each rank
+            assert rate * time["peer_value"] * 1e9 == pytest.approx(mib * 2**20, abs=8)
+            assert bus == pytest.approx(rate * collectives.bus_factor(name, n_ranks or 1))
+            assert time["device"] == f"{n_ranks or 1} x cpu, gloo"
+
+
+def on_rank(name):
+    """Bytes of the larger buffer; both calls do the same."""
+    size, ours, engine = collectives.calls(name, 100, torch.float32, torch.device("cpu"))
+    buffers = engine.args
+    largest = max(x.nbytes for x in buffers if isinstance(x, torch.Tensor))
+    for x in buffers:
+        if isinstance(x, torch.Tensor):
+            x.copy_(torch.arange(len(x)) + 7 * dist.get_rank())  # ours has one of them as its argument
+    got = ours()
+    engine()
+    assert torch.equal(got, buffers[0])
+    return size, largest
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_calls_do_the_same_to_buffers_of_the_stated_size(name):
+    assert run(on_rank, name) == [(96, 96)] * 2
+
+
+def on_rank_slow():
+    import time
+
+    return collectives.seconds(lambda: time.sleep(0.01 * dist.get_rank()), 8, 3, torch.device("cpu"))
+
+
+def test_seconds_are_those_of_one_call_on_the_slowest_rank():
+    first, second = run(on_rank_slow)
+    assert first == second and len(first) == 3
+    assert 0.01 <= min(first) < 0.04  # 0.08 are all eight
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--names", "gossip"), "names: 'gossip' is not one of"),
+        (("--mib", "0"), "mib must be above 0, got (0.0,)"),
+        (("--runs", "0"), "runs must be above 0"),
+    ],
+)
+def test_errors_are_one_line(args, message):
+    done = program("--device", "cpu", *args)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_examples():
+    assert doctest.testmod(collectives).failed == 0
