@@ -70,7 +70,9 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
         return in_stages(*first, jit(stages[-1], donate, **compile_options))
     name = getattr(f, "__name__", type(f).__name__)
 
-    def run(args: tuple, kwargs: dict, always: list[Tensor]) -> tuple[list[int], Any]:
+    def run(args: tuple, kwargs: dict, always: list[Tensor], numbers: tuple[int, ...]) -> tuple[list[int], Any]:
+        if numbers:
+            args = _as_numbers(args, donate, numbers)
         out = f(*args, **kwargs)
         return _store(args, donate, out, always) if donate else ([], out)
 
@@ -84,11 +86,12 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
             return f(*args, **kwargs)
         if not donate:
             with nested_graph_breaks():
-                return compiled(args, kwargs, [])[1]
+                return compiled(args, kwargs, [], ())[1]
         old, treedef = optree.tree_flatten(_donated(args, donate))
         check_memory("jit", old, args, kwargs, donate)
         # Compiled code works on aliases and returns them where it stored a result. After it, the old ones go.
-        aliases = treedef.unflatten([x.data if isinstance(x, Tensor) else x for x in old])
+        aliases = treedef.unflatten([_alias(x) for x in old])
+        numbers = tuple([i for i, x in enumerate(old) if _is_number(x)])
         new_args = list(args)
         for i, arg in zip(donate, aliases, strict=True):
             new_args[i] = arg
@@ -97,13 +100,37 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
                 true_on[x.device] = torch.ones((), dtype=torch.bool, device=x.device)
         keep_writes_behind_reads()
         with nested_graph_breaks():
-            unmatched, out = compiled(tuple(new_args), kwargs, list(true_on.values()))
+            unmatched, out = compiled(tuple(new_args), kwargs, list(true_on.values()), numbers)
         if unmatched:
             raise ValueError(unmatched_message("jit", args, donate, unmatched))
         consume(old, donated_type)
         return out
 
     return jitted
+
+
+def _is_number(x: Any) -> bool:
+    """0-d fp64, which dynamo takes for a Python float: what is written into such an argument is lost (torch 2.13)."""
+    return isinstance(x, Tensor) and x.ndim == 0 and x.dtype == torch.float64
+
+
+def _alias(x: Any) -> Any:
+    return x.data.view(1) if _is_number(x) else x.data if isinstance(x, Tensor) else x
+
+
+def _as_numbers(args: tuple, donate: tuple[int, ...], numbers: tuple[int, ...]) -> tuple:
+    """The arguments with the numbers among donated leaves as f expects them: views of the vectors that came."""
+    count = 0
+
+    def restore(x: Any) -> Any:
+        nonlocal count
+        count += 1
+        return x.view(()) if count - 1 in numbers else x
+
+    new_args = list(args)
+    for i in donate:
+        new_args[i] = _tree_traced.map(restore, args[i])
+    return tuple(new_args)
 
 
 def consume(leaves: list[Any], donated_type: type[Tensor]) -> None:

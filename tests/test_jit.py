@@ -297,3 +297,27 @@ def test_one_copy_of_the_state_is_held():
         peaks.append(float(out.stdout))
     without, with_donation = peaks
     assert without > 3 and with_donation < (1.4 if torch.__version__ >= "2.13" else 4.6), peaks
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64], ids=str)
+def test_numbers_are_stored(dtype, backend):
+    """Oracle: the plain call; 0-d leaves beside a 1-d one, changed, swapped and passed on, three times."""
+
+    def f(s, x):
+        return {"a": s["a"] + x, "b": s["c"] * 1, "c": s["b"] * 1, "kept": s["kept"], "v": s["v"] + s["a"]}, s["a"] * 2
+
+    start = {k: torch.tensor(float(i), dtype=dtype) for i, k in enumerate(["a", "b", "c", "kept"])}
+    start["v"] = torch.ones(1, dtype=dtype)
+    plain, state = start, tree.map(torch.clone, start)
+    places = {k: x.data_ptr() for k, x in state.items()}
+    step = jit(f, donate=0, backend=backend)
+    for i in range(3):
+        x = torch.tensor(i + 2.0, dtype=dtype)
+        plain, expected = f(plain, x)
+        state, twice = step(state, x)
+        assert torch.equal(twice, expected)
+        for k in plain:
+            assert torch.equal(state[k], plain[k]) and state[k].shape == plain[k].shape, k
+            assert state[k].data_ptr() == places[k]
