@@ -97,3 +97,8 @@ def test_ruff_lints_dist_and_bans_bare_imports(project):
     (project / "purelm" / "bad.py").unlink()
     (project / "dist" / "bad.py").unlink()
     assert "TID251" in done.stdout and "dist/bad.py" in done.stdout, done.stdout
+
+
+def test_pytest_finds_the_tests_of_dist(request):
+    """Its default is to walk past any folder of that name."""
+    assert not {"dist", "build"} & {*request.config.getini("norecursedirs")}
