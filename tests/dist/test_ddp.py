@@ -137,6 +137,28 @@ def test_buckets_are_sent_while_backward_runs():
         assert sent == [n]
 
 
+def on_rank_copies():
+    """Bytes of gradients that autograd still holds when backward is over, beside the messages."""
+    held = []
+    finish = ddp._Reducer.finish
+    ddp._Reducer.finish = lambda self, grads: held.append(sum(g.untyped_storage().nbytes() for g in grads)) or finish(
+        self, grads
+    )
+    try:
+        gradient = overlapped_value_and_grad(loss, has_aux=True)
+        for _ in range(2):
+            gradient(params_of(), batch_of(0, 2))
+    finally:
+        ddp._Reducer.finish = finish
+    return held
+
+
+def test_gradients_under_way_are_held_once():
+    """A number for each leaf, and not a second copy of all gradients."""
+    n = len(tree.leaves(params_of()))
+    assert run(on_rank_copies) == [[8 * n, 8 * n]] * 2
+
+
 def uneven(params, batch):
     """Rank 0 uses a, rank 1 uses b, both use c twice; d is used by none, e is no parameter."""
     which = params["a"] if rank_of(None) == 0 else params["b"]

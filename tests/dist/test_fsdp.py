@@ -72,7 +72,7 @@ def test_compiled_blocks():
 
 def on_rank_messages(wrap):
     """Units whole or under way at once, and what is gathered and scattered."""
-    alive, most, gathers, scatters = set(), [], [], []
+    alive, most, gathers, scatters, events = set(), [], [], [], []
     start, get, drop, scatter = fsdp._Unit.start, fsdp._Unit.get, fsdp._Unit.drop, fsdp.Bound.scatter
 
     def spy_start(self):
@@ -80,6 +80,7 @@ def on_rank_messages(wrap):
         start(self)
         if before:
             gathers.append(self.number)
+            events.append(f"gather {self.number}")
             alive.add(self.number)
             most.append(len(alive))
 
@@ -88,21 +89,31 @@ def on_rank_messages(wrap):
         alive.discard(self.number)
 
     fsdp._Unit.start, fsdp._Unit.drop = spy_start, spy_drop
-    fsdp.Bound.scatter = lambda self, unit, grads: scatters.append(unit.number) or scatter(self, unit, grads)
+
+    def spy_scatter(self, unit, grads):
+        scatters.append(unit.number)
+        events.append(f"scatter {unit.number}")
+        return scatter(self, unit, grads)
+
+    fsdp.Bound.scatter = spy_scatter
     try:
         plan = fsdp.plan(params_of())
         loss = partial(fsdp.transformer_loss, cfg=CFG, plan=plan, wrap_block=WRAPS[wrap])
         fsdp.differentiate(loss)(plan.shard(params_of()), my_batch())
     finally:
         fsdp._Unit.start, fsdp._Unit.get, fsdp._Unit.drop, fsdp.Bound.scatter = start, get, drop, scatter
-    return gathers, scatters, max(most), len(alive)
+    return gathers, scatters, max(most), len(alive), events
 
 
 @pytest.mark.parametrize("wrap", ["plain", "remat"])
 def test_two_units_at_a_time_and_one_gather_each_way(wrap):
     """Embedding 0, blocks 1 to 3, head 4; the embedding's backward needs no weights."""
     first, second = run(on_rank_messages, wrap)
-    assert first == second == ([0, 1, 2, 3, 4, 4, 3, 2, 1], [4, 3, 2, 1, 0], 2, 0)
+    assert first == second
+    *counts, events = first
+    assert counts == [[0, 1, 2, 3, 4, 4, 3, 2, 1], [4, 3, 2, 1, 0], 2, 0]
+    for n in (4, 3, 2):  # the block before is under way while this one's backward runs
+        assert len(events) - events[::-1].index(f"gather {n - 1}") <= events.index(f"scatter {n}")
 
 
 def on_rank_saved():
