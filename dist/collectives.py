@@ -19,9 +19,9 @@ from torch import Tensor
 
 from purelm import tree
 from purelm.dist.agreement import check_same_kind
-from purelm.dist.world import Group, rank_of, size_of
+from purelm.dist.world import Group, all_gather_single, rank_of, reduce_scatter_single, size_of
 
-__all__ = ["all_gather", "all_reduce", "broadcast", "reduce", "reduce_scatter"]
+__all__ = ["Linear", "all_gather", "all_reduce", "broadcast", "reduce", "reduce_scatter", "total"]
 
 
 def broadcast(values: Any, src: int = 0, group: Group = None, *, check: bool = True) -> Any:
@@ -83,7 +83,26 @@ def _with_axis(x: Tensor, what: str) -> Tensor:
     return x
 
 
-class _Broadcast(torch.autograd.Function):
+def total(x: Tensor, group: Group) -> Tensor:
+    """The sum over ranks, by one message, in new memory; no gradient."""
+    y = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(y, group=group)
+    return y
+
+
+class Linear(torch.autograd.Function):
+    """A linear map forward(x, *rest) whose backward is another such map of the gradient and the same rest."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.rest = inputs[1:]
+
+    @staticmethod
+    def differentiated(adjoint: Any, ctx: Any, dy: Tensor) -> Any:
+        return adjoint.apply(dy, *ctx.rest), *[None for _ in ctx.rest]
+
+
+class _Broadcast(Linear):
     @staticmethod
     def forward(x: Tensor, src: int, group: Group) -> Tensor:
         y = x.contiguous().clone()
@@ -91,15 +110,11 @@ class _Broadcast(torch.autograd.Function):
         return y
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.src, ctx.group = inputs
-
-    @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return _Reduce.apply(dy, ctx.src, ctx.group), None, None
+        return Linear.differentiated(_Reduce, ctx, dy)
 
 
-class _Reduce(torch.autograd.Function):
+class _Reduce(Linear):
     @staticmethod
     def forward(x: Tensor, dst: int, group: Group) -> Tensor:
         y = x.contiguous().clone()
@@ -107,57 +122,39 @@ class _Reduce(torch.autograd.Function):
         return y if rank_of(group) == dst else torch.zeros_like(y)  # others' buffers hold anything
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.dst, ctx.group = inputs
-
-    @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return _Broadcast.apply(dy, ctx.dst, ctx.group), None, None
+        return Linear.differentiated(_Broadcast, ctx, dy)
 
 
-class _AllReduce(torch.autograd.Function):
+class _AllReduce(Linear):
     @staticmethod
     def forward(x: Tensor, mean: bool, group: Group) -> Tensor:
-        y = x.contiguous().clone()
-        dist.all_reduce(y, group=group)
-        return y / size_of(group) if mean else y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.mean, ctx.group = inputs
+        return total(x, group) / size_of(group) if mean else total(x, group)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return _AllReduce.apply(dy, ctx.mean, ctx.group), None, None
+        return Linear.differentiated(_AllReduce, ctx, dy)
 
 
-class _AllGather(torch.autograd.Function):
+class _AllGather(Linear):
     @staticmethod
     def forward(x: Tensor, group: Group) -> Tensor:
         y = x.new_empty((size_of(group) * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(y, x.contiguous(), group=group)
+        all_gather_single(y, x.contiguous(), group)
         return y
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.group = inputs
-
-    @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return _ReduceScatter.apply(dy, ctx.group), None
+        return Linear.differentiated(_ReduceScatter, ctx, dy)
 
 
-class _ReduceScatter(torch.autograd.Function):
+class _ReduceScatter(Linear):
     @staticmethod
     def forward(x: Tensor, group: Group) -> Tensor:
         y = x.new_empty((x.shape[0] // size_of(group), *x.shape[1:]))
-        dist.reduce_scatter_tensor(y, x.contiguous(), group=group)
+        reduce_scatter_single(y, x.contiguous(), group)
         return y
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.group = inputs
-
-    @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return _AllGather.apply(dy, ctx.group), None
+        return Linear.differentiated(_AllGather, ctx, dy)

@@ -9,9 +9,9 @@ losses that are divided by a denominator of all ranks, so that padding and weigh
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import optree
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from purelm import tree
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import all_reduce, broadcast
+from purelm.dist.sharding import BUCKET_BYTES, Pending, buckets, split_as
 from purelm.dist.world import Group, device_of, rank_of, size_of
 from purelm.train import with_denominator
 from purelm.transforms import accumulate, value_and_grad
@@ -34,7 +35,6 @@ __all__ = [
     "with_global_denominator",
 ]
 
-BUCKET_BYTES = 25 << 20
 Op = Literal["sum", "mean"]
 Strategy = Literal["per_leaf", "flat", "bucketed"]
 
@@ -68,8 +68,8 @@ def all_reduce_mean(
         check_same_kind(grads, group, "gradients")
     leaves, treedef = tree.flatten(grads)
     limit = {"per_leaf": 0, "flat": math.inf, "bucketed": bucket_bytes}[strategy]
-    buckets = _buckets(leaves, limit, range(len(leaves))[::-1])
-    under_way = [(at, _send([leaves[i] for i in at], group, op, wire)) for at in buckets]
+    last_first = _buckets(leaves, limit, range(len(leaves))[::-1])
+    under_way = [(at, _send([leaves[i] for i in at], group, op, wire)) for at in last_first]
     out: list[Any] = list(leaves)
     for at, message in under_way:
         for i, x in zip(at, message.wait(), strict=True):
@@ -226,45 +226,16 @@ def _check_options(op: str, bucket_bytes: float) -> None:
         raise ValueError(f"bucket_bytes must be at least 1, got {bucket_bytes}")
 
 
-def _buckets(leaves: Sequence[Tensor], limit: float, order: Sequence[int]) -> list[list[int]]:
-    """Numbers of leaves in this order: stretches of one dtype and of at most `limit` bytes, one leaf at least."""
-    if limit == math.inf:  # one for each dtype, neighbours or not
-        by_kind: dict[Any, list[int]] = {}
-        for i in order:
-            by_kind.setdefault((leaves[i].dtype, leaves[i].device), []).append(i)
-        return list(by_kind.values())
-    out: list[list[int]] = []
-    room: float = 0
-    kind: Any = None
-    for i in order:
-        x = leaves[i]
-        n = x.numel() * x.element_size()
-        if not out or n > room or (x.dtype, x.device) != kind:
-            out.append([])
-            room, kind = limit, (x.dtype, x.device)
-        out[-1].append(i)
-        room -= n
-    return out
+def _buckets(leaves: Sequence[Tensor], limit: float, order: Iterable[int]) -> list[list[int]]:
+    return buckets(leaves, limit, order, lambda i: None)
 
 
-class _Message(NamedTuple):
-    """A bucket under way."""
-
-    work: Any
-    buffer: Tensor
-    like: list[tuple[torch.Size, torch.dtype]]
-
-    def wait(self) -> list[Tensor]:
-        self.work.wait()
-        parts = self.buffer.split([math.prod(shape) for shape, _ in self.like])
-        return [p.view(shape).to(dtype) for p, (shape, dtype) in zip(parts, self.like, strict=True)]
-
-
-def _send(tensors: list[Tensor], group: Group, op: Op, wire: torch.dtype | None) -> _Message:
+def _send(tensors: list[Tensor], group: Group, op: Op, wire: torch.dtype | None) -> Pending:
     buffer = torch.cat([x.reshape(-1).to(wire or x.dtype) for x in tensors])
     how = dist.ReduceOp.AVG if op == "mean" else dist.ReduceOp.SUM
     work = dist.all_reduce(buffer, op=how, group=group, async_op=True)
-    return _Message(work, buffer, [(x.shape, x.dtype) for x in tensors])
+    shapes, dtypes = [x.shape for x in tensors], [x.dtype for x in tensors]  # not the gradients themselves
+    return Pending(work, lambda: [x.to(d) for x, d in zip(split_as(buffer, shapes), dtypes, strict=True)])
 
 
 class _Reducer:
@@ -285,7 +256,7 @@ class _Reducer:
         self.found: dict[int, Tensor] = {}  # in the order of arrival
         self.missing = set(range(len(inputs)))
         self.buckets: list[list[int]] = []
-        self.under_way: list[_Message] = []
+        self.under_way: list[Pending] = []
         if order is not None:
             self._cut(order)
         self.handles = [x.register_hook(self._hook(i)) for i, x in enumerate(inputs)]

@@ -30,6 +30,7 @@ from purelm.dist.collectives import all_reduce
 from purelm.dist.ddp import all_reduce_mean
 from purelm.dist.sharding import Pending, gather_parts, part_of, part_shape, scatter_sums, unshard, whole_of
 from purelm.dist.world import Group, rank_of, size_of
+from purelm.dist.zero import global_norm
 from purelm.models import transformer
 from purelm.ops import REFERENCE, Ops
 from purelm.transforms import accumulate, value_and_grad
@@ -71,8 +72,7 @@ class Plan:
         """The global norm of a local gradient tree: parts summed over ranks, replicated leaves counted once."""
         cut = tree.map(lambda g, r: None if r else g, grads, self.replicated)
         once = tree.map(lambda g, r: g if r else None, grads, self.replicated)
-        squares = tree.global_norm(cut) ** 2
-        return torch.sqrt(all_reduce(squares, self.group, check=False) + tree.global_norm(once) ** 2)
+        return torch.hypot(global_norm(self.group)(cut), tree.global_norm(once))
 
     def bind(self, local: Any, order: list[Any] | None = None) -> "Bound":
         """For one evaluation. order: subtrees of `local` in the order in which they will be gathered."""

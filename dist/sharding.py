@@ -6,17 +6,31 @@ or for paths, see what they would see of the whole; a 0-d leaf becomes a part of
 and every element-wise optimizer leaves them zeros.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from purelm import tree
-from purelm.dist.world import Group, rank_of, size_of
+from purelm.dist.world import Group, all_gather_single, rank_of, reduce_scatter_single, size_of
 
-__all__ = ["Pending", "gather_parts", "part_of", "part_shape", "scatter_sums", "shard", "unshard", "whole_of"]
+__all__ = [
+    "BUCKET_BYTES",
+    "Pending",
+    "buckets",
+    "gather_parts",
+    "part_of",
+    "part_shape",
+    "scatter_sums",
+    "shard",
+    "split_as",
+    "unshard",
+    "whole_of",
+]
+
+BUCKET_BYTES = 25 << 20  # of one message; as torch's DistributedDataParallel (bucket_cap_mb = 25)
 
 
 def part_shape(shape: Sequence[int], n_ranks: int) -> tuple[int, ...]:
@@ -101,7 +115,7 @@ def gather_parts(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group
     sizes = [p.numel() for p in parts]
     flat = torch.cat([p.reshape(-1) for p in parts])
     message = flat.new_empty(N, flat.numel())
-    work = dist.all_gather_into_tensor(message.view(-1), flat, group=group, async_op=True)
+    work = all_gather_single(message.view(-1), flat, group, async_op=True)
 
     def finish() -> list[Tensor]:
         out = []
@@ -121,29 +135,49 @@ def scatter_sums(wholes: Sequence[Tensor], group: Group = None) -> Pending:
     shapes = [part_shape(x.shape, N) for x in wholes]
     if N == 1:
         return Pending(None, lambda: [x[None] if x.ndim == 0 else x for x in wholes])
-    message = wholes[0].new_empty(N, sum(_numel(s) for s in shapes))
+    message = wholes[0].new_empty(N, sum(math.prod(s) for s in shapes))
     at = 0
     for x, shape in zip(wholes, shapes, strict=True):
-        column = message[:, at : at + _numel(shape)]
+        column = message[:, at : at + math.prod(shape)]
         x = x[None] if x.ndim == 0 else x
         if x.shape[0] == N * shape[0]:
             column.copy_(x.reshape(N, -1))
         else:
             for rank in range(N):
                 column[rank] = part_of(x, rank, N).view(-1)
-        at += _numel(shape)
+        at += math.prod(shape)
     out = message.new_empty(message.shape[1])
-    work = dist.reduce_scatter_tensor(out, message.view(-1), group=group, async_op=True)
-    sizes = [_numel(s) for s in shapes]
+    work = reduce_scatter_single(out, message.view(-1), group, async_op=True)
 
     def finish(sent: Tensor = message) -> list[Tensor]:  # held until the work is done
-        return [p.view(s) for p, s in zip(out.split(sizes), shapes, strict=True)]
+        return split_as(out, shapes)
 
     return Pending(work, finish)
 
 
-def _numel(shape: Sequence[int]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
+def split_as(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The tensors of these shapes that lie one after another in flat, as views."""
+    return [y.view(tuple(shape)) for y, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes, strict=True)]
+
+
+def buckets(
+    leaves: Sequence[Tensor | None], limit: float, order: Iterable[int], kind: Callable[[int], Hashable]
+) -> list[list[int]]:
+    """Numbers of leaves, in this order, cut in messages: one dtype, device and kind, at most `limit` bytes or one leaf.
+
+    Absent leaves are in none. Messages are in the order of their first leaves.
+    """
+    found: list[list[int]] = []
+    last: dict[Hashable, tuple[list[int], float]] = {}  # of each kind: the message that is being filled, and its room
+    for i in order:
+        x = leaves[i]
+        if x is None:
+            continue
+        key, size = (x.dtype, x.device, kind(i)), x.numel() * x.element_size()
+        at, room = last.get(key, ([], limit))
+        if not at or size > room:
+            at, room = [], limit
+            found.append(at)
+        at.append(i)
+        last[key] = at, room - size
+    return found

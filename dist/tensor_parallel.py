@@ -37,6 +37,7 @@ from purelm.dist.collectives import all_reduce
 from purelm.dist.conjugates import enter, gather_time, leave, scatter_time
 from purelm.dist.sharding import gather_parts, part_of
 from purelm.dist.world import Group, rank_of, size_of
+from purelm.dist.zero import global_norm
 from purelm.models import transformer
 from purelm.models.config import Config
 from purelm.models.transformer import BlockFn, Params, identity
@@ -124,8 +125,8 @@ class Plan:
         if size_of(self.group) == 1:
             return tree.global_norm(grads)
         cut, whole = tree.partition(lambda path, x: cut_axis(path) is not None, grads)
-        squares = all_reduce(tree.global_norm(cut).square(), self.group, check=False)
-        return torch.sqrt(squares + tree.global_norm(whole).to(squares.device).square())
+        over_ranks = global_norm(self.group)(cut)
+        return torch.hypot(over_ranks, tree.global_norm(whole).to(over_ranks.device))
 
     def _is_share(self, path: str, _: Any) -> bool:
         return cut_axis(path) is None and (self.sequence_parallel or path.split(".")[-2] in HEAD_NORMS)

@@ -12,13 +12,23 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["Group", "World", "device_of", "rank_of", "size_of", "start"]
+__all__ = [
+    "Group",
+    "World",
+    "all_gather_single",
+    "device_of",
+    "rank_of",
+    "reduce_scatter_single",
+    "size_of",
+    "start",
+]
 
 Group = dist.ProcessGroup | None  # None: all processes
 
@@ -90,3 +100,18 @@ def device_of(group: Group) -> torch.device:
     if dist.is_initialized() and "nccl" in dist.get_backend(group):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+# torch 2.13 renamed two functions, and warns of the old names; 2.11 has only those.
+
+
+def all_gather_single(out: Tensor, x: Tensor, group: Group = None, async_op: bool = False) -> Any:
+    """torch.distributed's: x of all ranks, one after another, into out."""
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    return getattr(dist, name)(out, x, group=group, async_op=async_op)
+
+
+def reduce_scatter_single(out: Tensor, x: Tensor, group: Group = None, async_op: bool = False) -> Any:
+    """torch.distributed's: this rank's share of the sum of x over ranks, into out."""
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    return getattr(dist, name)(out, x, group=group, async_op=async_op)

@@ -17,7 +17,7 @@ optimizer that it wraps is compiled. In a world of one it is that optimizer, to 
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,17 @@ from purelm import tree
 from purelm._between import between_graphs, not_traced
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import all_reduce
-from purelm.dist.sharding import Pending, gather_parts, part_of, scatter_sums, shard, unshard
+from purelm.dist.sharding import (
+    BUCKET_BYTES,
+    Pending,
+    buckets,
+    gather_parts,
+    part_of,
+    scatter_sums,
+    shard,
+    split_as,
+    unshard,
+)
 from purelm.dist.world import Group, device_of, rank_of, size_of
 from purelm.optim import Optimizer
 
@@ -45,7 +55,6 @@ __all__ = [
 
 Reduce = Literal["sum", "mean"] | None
 
-BUCKET_BYTES = 25 * 2**20  # of one message; as torch's DistributedDataParallel (bucket_cap_mb = 25)
 _IN_FLIGHT = 2  # messages at a time: while one travels, the next is packed
 
 
@@ -211,11 +220,11 @@ def from_owners(
         n = sum(x.numel() for x in of)
         flat = torch.cat([x.detach().reshape(-1) for x in of]) if src == rank else of[0].new_empty(n)
         work = dist.broadcast(flat, group=group, group_src=src, async_op=True)
-        return Pending(work, lambda: _split(flat, of))
+        return Pending(work, lambda: split_as(flat, [x.shape for x in of]))
 
     out = list(values)
-    buckets = _buckets(values, owners, bucket_bytes)
-    for at, found in zip(buckets, _in_turn(message(at) for at in buckets), strict=True):
+    in_messages = _messages(values, bucket_bytes, owners)
+    for at, found in zip(in_messages, _in_turn(map(message, in_messages)), strict=True):
         for i, x in zip(at, found, strict=True):
             out[i] = x
     return out
@@ -291,12 +300,12 @@ def _scatter(
     """This rank's parts of the sums over ranks, over the divisor, bucket by bucket."""
     N, rank = size_of(group), rank_of(group)
     out = [None if g is None else part_of(g, rank, N) if not g.numel() else g for g in wholes]
-    buckets = _buckets(wholes, [0] * len(wholes), limit)
+    in_messages = _messages(wholes, limit)
 
     def message(at: list[int]) -> Pending:
         return scatter_sums([wholes[i].to(wire or wholes[i].dtype) for i in at], group)  # type: ignore[union-attr]
 
-    for at, parts in zip(buckets, _in_turn(message(at) for at in buckets), strict=True):
+    for at, parts in zip(in_messages, _in_turn(map(message, in_messages)), strict=True):
         for i, part in zip(at, parts, strict=True):
             out[i] = _divided(part.to(out[i].dtype), divisor)  # type: ignore[union-attr]
     return out
@@ -305,12 +314,12 @@ def _scatter(
 def _gather(parts: Sequence[Tensor | None], like: Sequence[Tensor], group: Group, limit: int) -> list[Tensor | None]:
     """Whole leaves of the shapes of `like`, bucket by bucket."""
     out = [None if u is None or u.numel() else u.new_empty(p.shape) for u, p in zip(parts, like, strict=True)]
-    buckets = _buckets(parts, [0] * len(parts), limit // size_of(group))
+    in_messages = _messages(parts, limit // size_of(group))
 
     def message(at: list[int]) -> Pending:
         return gather_parts([parts[i] for i in at], [like[i].shape for i in at], group)  # type: ignore[misc]
 
-    for at, found in zip(buckets, _in_turn(message(at) for at in buckets), strict=True):
+    for at, found in zip(in_messages, _in_turn(map(message, in_messages)), strict=True):
         for i, x in zip(at, found, strict=True):
             out[i] = x
     return out
@@ -321,35 +330,24 @@ def _to_owners(
 ) -> list[Tensor | None]:
     """The sums over ranks, over the divisor, of the leaves that this rank owns; others are of no meaning."""
     rank, out = rank_of(group), list(wholes)
-    buckets = _buckets(wholes, owners, limit)
+    in_messages = _messages(wholes, limit, owners)
 
     def message(at: list[int]) -> Pending:
         of: list[Any] = [wholes[i] for i in at]
         flat = torch.cat([x.reshape(-1) for x in of])
         work = dist.reduce(flat, group=group, group_dst=owners[at[0]], async_op=True)
-        return Pending(work, lambda: _split(flat, of) if owners[at[0]] == rank else of)
+        return Pending(work, lambda: split_as(flat, [x.shape for x in of]) if owners[at[0]] == rank else of)
 
-    for at, sums in zip(buckets, _in_turn(message(at) for at in buckets), strict=True):
+    for at, sums in zip(in_messages, _in_turn(map(message, in_messages)), strict=True):
         for i, x in zip(at, sums, strict=True):
             out[i] = _divided(x, divisor) if owners[i] == rank else x
     return out
 
 
-def _buckets(values: Sequence[Tensor | None], owners: Sequence[int], limit: int) -> list[list[int]]:
-    """Indices of the leaves of each message: one owner, one dtype, and at most `limit` bytes or one leaf."""
-    found: list[list[int]] = []
-    last: dict[Hashable, tuple[list[int], int]] = {}
-    for i, x in enumerate(values):
-        if x is None or not x.numel():
-            continue
-        kind, size = (owners[i], x.dtype), x.numel() * x.element_size()
-        at, full = last.get(kind, ([], limit))
-        if full + size > limit:
-            at, full = [], 0
-            found.append(at)
-        at.append(i)
-        last[kind] = at, full + size
-    return found
+def _messages(values: Sequence[Tensor | None], limit: int, owners: Sequence[int] = ()) -> list[list[int]]:
+    """Numbers of the leaves of each message, of one owner each; what has no element is not sent."""
+    filled = [i for i, x in enumerate(values) if x is not None and x.numel()]
+    return buckets(values, limit, filled, lambda i: owners[i] if owners else None)
 
 
 def _in_turn(messages: Iterable[Pending]) -> Iterator[list[Tensor]]:
@@ -361,10 +359,6 @@ def _in_turn(messages: Iterable[Pending]) -> Iterator[list[Tensor]]:
             yield under_way.popleft().wait()
     while under_way:
         yield under_way.popleft().wait()
-
-
-def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    return [y.view(x.shape) for y, x in zip(flat.split([x.numel() for x in like]), like, strict=True)]
 
 
 def _divided(x: Tensor, divisor: int) -> Tensor:

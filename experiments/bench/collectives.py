@@ -25,7 +25,7 @@ import tyro
 from experiments.bench.report import publish, row
 from experiments.console import pick_device, program, say
 from purelm.dist import collectives
-from purelm.dist.world import start
+from purelm.dist.world import all_gather_single, reduce_scatter_single, start
 
 Call = Callable[[], Any]
 
@@ -66,10 +66,10 @@ def calls(name: str, n_bytes: int, dtype: torch.dtype, device: torch.device) -> 
     if name == "all_reduce":
         return size, partial(collectives.all_reduce, whole, check=False), partial(dist.all_reduce, whole)
     if name == "all_gather":
-        engine = partial(dist.all_gather_into_tensor, whole, part)
+        engine = partial(all_gather_single, whole, part)
         return size, partial(collectives.all_gather, part, check=False), engine
     if name == "reduce_scatter":
-        engine = partial(dist.reduce_scatter_tensor, part, whole)
+        engine = partial(reduce_scatter_single, part, whole)
         return size, partial(collectives.reduce_scatter, whole, check=False), engine
     if name == "broadcast":
         return size, partial(collectives.broadcast, whole, check=False), partial(dist.broadcast, whole, 0)

@@ -16,8 +16,16 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch.distributed
+
 TIMEOUT = 120.0  # seconds of one call
 COLLECTIVE_TIMEOUT = 20.0  # a collective that one rank never enters
+
+# What torch.distributed calls them: 2.13 renamed both.
+ALL_GATHER = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
+REDUCE_SCATTER = (
+    "reduce_scatter_single" if hasattr(torch.distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
+)
 
 _pools: dict[int, "_Pool"] = {}
 

@@ -21,7 +21,7 @@ from purelm.ops.linear_cross_entropy import linear_cross_entropy
 from purelm.optim import adamw, chain, clip_by_global_norm, schedules
 from purelm.train import Precision, init_state, make_step
 from purelm.transforms import remat, save_matmuls, value_and_grad
-from tests.dist.processes import RankError, run
+from tests.dist.processes import ALL_GATHER, REDUCE_SCATTER, RankError, run
 
 T = 8
 GQA = transformer.Config(
@@ -291,7 +291,7 @@ def test_cross_entropy_over_a_divided_vocabulary(options):
     run(on_rank_cross_entropy, options)
 
 
-COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
+COLLECTIVES = ("all_reduce", ALL_GATHER, REDUCE_SCATTER)
 
 
 def counted(f):
@@ -334,10 +334,10 @@ def test_messages(chunk):
         assert both == [n] * (1 + 2 * L) + loss + [n] * (1 + 2 * L)  # those of the sublayers, and the loss's hidden
         ends = 1 + 2 * L  # with the embedding's scatter, and the loss's gather
         assert run(on_rank_messages, True, L, False, chunk)[0] == {
-            "all_reduce": loss, "all_gather_into_tensor": [n] * ends, "reduce_scatter_tensor": [n] * ends,
+            "all_reduce": loss, ALL_GATHER: [n] * ends, REDUCE_SCATTER: [n] * ends,
         }  # fmt: skip
         assert run(on_rank_messages, True, L, True, chunk)[0] == {
-            "all_reduce": loss, "all_gather_into_tensor": [n] * 2 * ends, "reduce_scatter_tensor": [n] * 2 * ends,
+            "all_reduce": loss, ALL_GATHER: [n] * 2 * ends, REDUCE_SCATTER: [n] * 2 * ends,
         }  # fmt: skip
 
 

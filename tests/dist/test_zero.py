@@ -36,7 +36,7 @@ from purelm.optim import (
 )
 from purelm.train import Precision, init_state, make_step
 from purelm.transforms import jit
-from tests.dist.processes import RankError, run
+from tests.dist.processes import ALL_GATHER, REDUCE_SCATTER, RankError, run
 
 SHAPES = {
     "w": (4, 3),
@@ -241,7 +241,7 @@ def on_rank_messages(wrapper, bucket_bytes):
     params = {"a": torch.zeros(8, 4), "b": torch.zeros(7, dtype=torch.bfloat16), "c": torch.zeros(16), "d": None}
     optimizer = WRAPPERS[wrapper](adamw(), bucket_bytes=bucket_bytes, check=False)
     state = optimizer.init(params)
-    names = {"reduce_scatter_tensor": 1, "all_gather_into_tensor": 0, "reduce": 0, "broadcast": 0}
+    names = {REDUCE_SCATTER: 1, ALL_GATHER: 0, "reduce": 0, "broadcast": 0}
     originals = {name: counted(name, size) for name, size in names.items()}
     try:
         optimizer.update(params, state, params, 0.1)
@@ -257,11 +257,11 @@ def test_messages_are_those_of_the_docstring():
     assert (
         sent[0]
         == sent[1]
-        == [("reduce_scatter_tensor", 192), ("reduce_scatter_tensor", 16), ("all_gather_into_tensor", 224)]
+        == [(REDUCE_SCATTER, 192), (REDUCE_SCATTER, 16), (ALL_GATHER, 224)]
     )
     sent = run(on_rank_messages, "sharded", 64)[0]
-    assert sent == [("reduce_scatter_tensor", n) for n in (128, 16, 64)] + [
-        ("all_gather_into_tensor", n) for n in (128, 32, 64)
+    assert sent == [(REDUCE_SCATTER, n) for n in (128, 16, 64)] + [
+        (ALL_GATHER, n) for n in (128, 32, 64)
     ]
     sent = run(on_rank_messages, "whole_tensors", 10**6)
     assert (
