@@ -60,7 +60,7 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
     >>> step = jit(lambda state, x: ({"w": state["w"] + x}, x.sum()), donate=0)
     >>> state, total = step(state, x)  # doctest: +SKIP
     """
-    donate = (donate,) if isinstance(donate, int) else tuple(donate)
+    donate = (donate,) if isinstance(donate, int) else tuple(sorted(donate))
     if len(set(donate)) != len(donate) or any(i < 0 for i in donate):
         raise ValueError(f"jit: donate is {donate}; distinct positions from 0 are needed")
     stages: tuple[Any, ...] = getattr(f, "stages_of_purelm", ())
@@ -70,11 +70,13 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
         return in_stages(*first, jit(stages[-1], donate, **compile_options))
     name = getattr(f, "__name__", type(f).__name__)
 
-    def run(args: tuple, kwargs: dict, always: list[Tensor], numbers: tuple[int, ...]) -> tuple[list[int], Any]:
+    def run(args: tuple, kwargs: dict, always: list[Tensor], numbers: tuple) -> tuple[list[Any], Any]:
+        views: list[Tensor] = []
+        vectors: list[Tensor] = []
         if numbers:
-            args = _as_numbers(args, donate, numbers)
+            args = _as_numbers(args, donate, numbers, views, vectors)
         out = f(*args, **kwargs)
-        return _store(args, donate, out, always) if donate else ([], out)
+        return _store(args, donate, out, always, views, vectors) if donate else ([], out)
 
     compiled = torch.compile(own_cache(run, name), **compile_options)
     donated_type = donated_type_of(f"jit({name})")
@@ -91,7 +93,8 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
         check_memory("jit", old, args, kwargs, donate)
         # Compiled code works on aliases and returns them where it stored a result. After it, the old ones go.
         aliases = treedef.unflatten([_alias(x) for x in old])
-        numbers = tuple([i for i, x in enumerate(old) if _is_number(x)])
+        are_numbers = [_is_number(x) for x in old]
+        numbers = tuple(treedef.unflatten(are_numbers)) if any(are_numbers) else ()
         new_args = list(args)
         for i, arg in zip(donate, aliases, strict=True):
             new_args[i] = arg
@@ -102,7 +105,8 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
         with nested_graph_breaks():
             unmatched, out = compiled(tuple(new_args), kwargs, list(true_on.values()), numbers)
         if unmatched:
-            raise ValueError(unmatched_message("jit", args, donate, unmatched))
+            at = [i for i, left in enumerate(optree.tree_leaves(unmatched)) if left]
+            raise ValueError(unmatched_message("jit", args, donate, at))
         consume(old, donated_type)
         return out
 
@@ -118,18 +122,24 @@ def _alias(x: Any) -> Any:
     return x.data.view(1) if _is_number(x) else x.data if isinstance(x, Tensor) else x
 
 
-def _as_numbers(args: tuple, donate: tuple[int, ...], numbers: tuple[int, ...]) -> tuple:
-    """The arguments with the numbers among donated leaves as f expects them: views of the vectors that came."""
-    count = 0
+def _as_numbers(
+    args: tuple, donate: tuple[int, ...], numbers: tuple, views: list[Tensor], vectors: list[Tensor]
+) -> tuple:
+    """The arguments with the numbers among donated leaves as f expects them: `views` of the `vectors` that came.
 
-    def restore(x: Any) -> Any:
-        nonlocal count
-        count += 1
-        return x.view(()) if count - 1 in numbers else x
+    numbers: for each donated argument a tree of bools. Not leaves counted: orders of walks differ in a trace.
+    """
+
+    def restored(x: Any, is_number: bool) -> Any:
+        if not is_number:
+            return x
+        vectors.append(x)
+        views.append(x.view(()))
+        return views[-1]
 
     new_args = list(args)
-    for i in donate:
-        new_args[i] = _tree_traced.map(restore, args[i])
+    for i, are in zip(donate, numbers, strict=True):
+        new_args[i] = _tree_traced.map(restored, args[i], are)
     return tuple(new_args)
 
 
@@ -151,10 +161,19 @@ def _donated(args: tuple, donate: tuple[int, ...]) -> tuple:
     return tuple(args[i] for i in donate)
 
 
-def _store(args: tuple, donate: tuple[int, ...], out: Any, always: list[Tensor]) -> tuple[list[int], Any]:
-    """Write the results into the donated tensors; (numbers of donated tensors without a result, results).
+def _store(
+    args: tuple,
+    donate: tuple[int, ...],
+    out: Any,
+    always: list[Tensor],
+    views: list[Tensor],
+    vectors: list[Tensor],
+) -> tuple[list[Any], Any]:
+    """Write the results into the donated tensors; (trees of bools if some donated tensors match no result, results).
 
-    The results have the donated tensor itself where one was matched. If a number is returned, nothing was written.
+    The results have the donated tensor itself where one was matched. True is at those without; nothing is written then.
+    Numbers are written by the vectors that they are views of: after a break in the graph the views are arguments of the
+    next graph, and writes into those would be lost.
     Written for dynamo, which traces it: few operations a leaf, and linear when results come in the donated order.
     """
     old: list[Any] = []
@@ -179,17 +198,24 @@ def _store(args: tuple, donate: tuple[int, ...], out: Any, always: list[Tensor])
                     slots[k] = free.pop(position)
                     break
     if free:
-        return free, None
+        left = set(free)
+        where = iter(range(len(old)))
+        return [_tree_traced.map(lambda x: next(where) in left, args[i]) for i in donate], None
     # A result may be a view or a copy of a donated tensor that is about to be overwritten: read all before writing.
     for k, x in enumerate(new):
         slot = slots[k]
         if isinstance(x, Tensor) and (slot is None or x is not old[slot]):
             new[k] = _read(x.detach(), always)
+    vector_of: dict[Any, Tensor] = {}
+    for x, y in zip(views, vectors, strict=True):
+        vector_of[x] = y
     for k, slot in enumerate(slots):
-        if slot is not None:
-            if new[k] is not old[slot]:
-                old[slot].copy_(new[k])
-            new[k] = old[slot]
+        if slot is None:
+            continue
+        vector = vector_of.get(old[slot]) if views else None
+        if new[k] is not old[slot]:
+            (old[slot] if vector is None else vector).copy_(new[k])
+        new[k] = old[slot] if vector is None else vector.view(())
     # partial(next, iterator)(leaf) is the iterator's next item; a lambda would be one more call to trace for each.
     return [], _tree_traced.map(functools.partial(next, iter(new)), out)
 
@@ -263,7 +289,8 @@ def unmatched_message(who: str, args: tuple, donate: tuple[int, ...], unmatched:
     def describe(path: str, x: Any) -> None:
         found.append(f"{path} {tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else path)
 
-    tree.map_with_path(describe, {str(i): args[i] for i in donate})
+    for i in sorted(donate):
+        tree.map_with_path(describe, {str(i): args[i]})
     names = ", ".join(found[i] for i in unmatched)
     return f"{who}: donated tensors match no result in shape, dtype and device (donate less): {names}"
 

@@ -126,6 +126,9 @@ def test_errors_leave_all_arguments_intact():
     x, y = torch.ones(2), torch.ones(3)
     unmatched = "match no result.*0.w.1 \\(3,\\) torch.float32$"
     raises_and_keeps(ValueError, unmatched, run(lambda s: {"w": [s["w"][0] + 1, 0.0]}), {"w": [x, y]})
+    swapped = "match no result.*: 0.a \\(3,\\) torch.float32$"  # named by name, in whatever order the tree comes
+    raises_and_keeps(ValueError, swapped, run(lambda s: {"b": s["b"] + 1}), {"b": x, "a": y})
+    raises_and_keeps(ValueError, "match no result.*: 0 \\(3,\\)", run(lambda a, b: b + 1, donate=(1, 0)), y, x)
     raises_and_keeps(ValueError, "match no result", run(lambda s: s.bfloat16()), x)
     raises_and_keeps(ValueError, "match no result", run(lambda s: s[:1]), x)
     raises_and_keeps(ValueError, "arguments 0.a and 0.b share memory", run(dict), {"a": x, "b": x})
@@ -302,14 +305,20 @@ def test_one_copy_of_the_state_is_held():
 @pytest.mark.compile
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64], ids=str)
-def test_numbers_are_stored(dtype, backend):
-    """Oracle: the plain call; 0-d leaves beside a 1-d one, changed, swapped and passed on, three times."""
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "pieces"])
+def test_numbers_are_stored(dtype, backend, in_pieces):
+    """Oracle: the plain call; 0-d leaves beside a 1-d one, changed, swapped and passed on, three times.
+
+    Names are not in the order of the alphabet, nor is all one graph: both have lost numbers.
+    """
 
     def f(s, x):
+        if in_pieces:
+            torch._dynamo.graph_break()
         return {"a": s["a"] + x, "b": s["c"] * 1, "c": s["b"] * 1, "kept": s["kept"], "v": s["v"] + s["a"]}, s["a"] * 2
 
     start = {k: torch.tensor(float(i), dtype=dtype) for i, k in enumerate(["a", "b", "c", "kept"])}
-    start["v"] = torch.ones(1, dtype=dtype)
+    start = {"v": torch.ones(1, dtype=dtype), **start}
     plain, state = start, tree.map(torch.clone, start)
     places = {k: x.data_ptr() for k, x in state.items()}
     step = jit(f, donate=0, backend=backend)
