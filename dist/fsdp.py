@@ -17,7 +17,7 @@ Messages and bytes a step, of n bytes of parameters in `compute`: an all_gather 
 Every rank must run the same blocks in the same order.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ from purelm.ops import REFERENCE, Ops
 from purelm.transforms import accumulate, value_and_grad
 
 __all__ = ["Bound", "Plan", "differentiate", "plan", "transformer_loss"]
+
+Deliver = Callable[[list[Tensor], Pending], None]
 
 
 def vectors(path: str, x: Tensor) -> bool:
@@ -74,9 +76,12 @@ class Plan:
         once = tree.map(lambda g, r: g if r else None, grads, self.replicated)
         return torch.hypot(global_norm(self.group)(cut), tree.global_norm(once))
 
-    def bind(self, local: Any, order: list[Any] | None = None) -> "Bound":
-        """For one evaluation. order: subtrees of `local` in the order in which they will be gathered."""
-        return Bound(self, local, order or [])
+    def bind(self, local: Any, order: list[Any] | None = None, deliver: Deliver | None = None) -> "Bound":
+        """For one evaluation. order: subtrees of `local` in the order in which they will be gathered.
+
+        deliver: takes parts and their gradients under way, in place of autograd, for which the parts then have none.
+        """
+        return Bound(self, local, order or [], deliver)
 
 
 def plan(
@@ -136,8 +141,8 @@ def transformer_loss(
 class Bound:
     """A plan and the tensors of one evaluation: `params`, and functions that gather what they are given of them."""
 
-    def __init__(self, plan: Plan, local: Any, order: list[Any]):
-        self.plan = plan
+    def __init__(self, plan: Plan, local: Any, order: list[Any], deliver: Deliver | None = None):
+        self.plan, self.deliver = plan, deliver
         leaves, treedef = tree.flatten(local)
         flags = tree.leaves(plan.replicated)
         if len(leaves) != len(flags):
@@ -217,11 +222,14 @@ class Bound:
         names = ("embedding", "linear", "linear_cross_entropy", "rms_norm", "layer_norm")
         return ops._replace(**{name: on_parts(getattr(ops, name)) for name in names})
 
-    def scatter(self, unit: "_Unit", grads: list[Tensor]) -> list[Tensor]:
+    def scatter(self, unit: "_Unit", grads: list[Tensor]) -> Sequence[Tensor | None]:
         """Gradients of the unit's parts: sent now; at the end of backward all have arrived."""
         parts = unit.parts
         wire = self.plan.reduce or parts[0].dtype
         pending = scatter_sums([g.to(wire) for g in grads], self.plan.group)
+        if self.deliver is not None:
+            self.deliver(parts, pending)
+            return [None] * len(parts)
         used = [id(p) for other in self.units for p in other.parts]
         if any(p.dtype != wire or used.count(id(p)) > 1 for p in parts):  # autograd itself will read them
             return [g.to(p.dtype) for g, p in zip(pending.wait(), parts, strict=True)]
@@ -251,7 +259,7 @@ class _Unit:
         self.pending: Pending | None = None
         self.wholes: list[Tensor] | None = None
         self.storages: dict[int, int] = {}
-        self.noted = False  # whether backward will ask for them
+        self.noted = self.read = 0  # how often backward will ask for them, and has
 
     def start(self) -> None:
         """Send the parts, if they are neither here nor under way."""
@@ -282,7 +290,7 @@ class _Unit:
         i = self.storages.get(x.untyped_storage().data_ptr()) if type(x) is Tensor and x.numel() else None
         if i is None:
             return x
-        self.noted = True
+        self.noted += 1
         return self, i, x.size(), x.stride(), x.storage_offset()
 
 
@@ -294,6 +302,9 @@ def _unpack(packed: Any) -> Tensor:
     whole = unit.get()[i]
     if first:
         unit.prefetch(-1)
+    unit.read += 1
+    if unit.read % unit.noted == 0 and not any(p.requires_grad for p in unit.parts):
+        unit.drop()  # no gradient will come back, at which it would be
     return whole.as_strided(size, stride, offset)
 
 

@@ -1,7 +1,7 @@
 """torch's class-based interfaces over purelm's functions, for programs that are written against torch.optim.
 
 Optimizers here change parameters in place, as torch.optim does: that is what such programs expect. The arithmetic is
-that of the optimizer that they wrap.
+that of the optimizer that they wrap. `functional`, `ddp` and `fsdp` take modules (interop_modules, interop_fsdp).
 """
 
 from collections.abc import Callable, Iterable
@@ -15,9 +15,19 @@ from purelm import tree
 from purelm.dist import zero
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.world import Group, rank_of, size_of
+from purelm.interop_fsdp import fsdp
+from purelm.interop_modules import ddp, functional
 from purelm.optim import Optimizer, apply_updates
 
-__all__ = ["ShardedOptimizer", "TorchOptimizer", "sharded_optimizer", "whole_state_dict"]
+__all__ = [
+    "ShardedOptimizer",
+    "TorchOptimizer",
+    "ddp",
+    "fsdp",
+    "functional",
+    "sharded_optimizer",
+    "whole_state_dict",
+]
 
 Params = Iterable[Any]  # as of torch.optim: tensors, (name, tensor) pairs, or dicts with "params" and options
 
