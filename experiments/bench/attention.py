@@ -85,7 +85,6 @@ def time_major(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda q, k, v: f(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
-@cache
 def flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -118,8 +117,10 @@ def functions(shape: Shape, peers: tuple[str, ...], device: torch.device) -> dic
     if "efficient" in peers or not half:
         out["efficient"] = time_major(sdpa(SDPBackend.EFFICIENT_ATTENTION))
     if "flex" in peers and half:
+        torch.compiler.reset()  # or, after eight shapes, dynamo would run it eagerly, all scores in memory
         mask = causal_blocks(shape.length, device) if shape.causal else None
-        out["flex"] = time_major(lambda q, k, v: flex()(q, k, v, block_mask=mask))
+        attend = flex()
+        out["flex"] = time_major(lambda q, k, v: attend(q, k, v, block_mask=mask))
     return out
 
 
@@ -178,8 +179,9 @@ def cell(shape: Shape, args: Args, device: torch.device) -> list[dict[str, Any]]
     generator = torch.Generator(device).manual_seed(0)
     tensors = [torch.randn(size, generator=generator, device=device, dtype=DTYPES[shape.dtype]) for _ in range(4)]
     rows, found = [], {}
+    compared = functions(shape, args.peers, device)
     for part in args.parts:
-        for name, f in functions(shape, args.peers, device).items():
+        for name, f in compared.items():
             found[name] = measure(f, tensors, part, device, 0 if args.clock == "device" else args.rep)
         texts = []
         for name, ms in found.items():
