@@ -36,7 +36,7 @@ def cuda_graph(f: Callable[..., Any], donate: int | tuple[int, ...] = (), *, n_w
     intermediate results. Without a tensor on a GPU, or inside a function that is being compiled, f is called as it is.
 
     ValueError: a donated tensor that matches no result or shares memory with another argument; a tensor that requires
-    grad or is not on the GPU. RuntimeError: f does what a graph cannot hold.
+    grad or is not on the GPU; a leaf that cannot be hashed. RuntimeError: f does what a graph cannot hold.
 
     >>> step = cuda_graph(jit(make_step(loss, optimizer, schedule), donate=0), donate=0)  # doctest: +SKIP
     """
@@ -68,6 +68,10 @@ def cuda_graph(f: Callable[..., Any], donate: int | tuple[int, ...] = (), *, n_w
                     raise ValueError("cuda_graph: an argument requires grad, which ends at a graph; pass x.detach()")
                 leaves[i] = x.contiguous()  # as it will lie in the graph's own memory
         kind = treedef, *[_kind(x) for x in leaves]
+        try:
+            hash(kind)
+        except TypeError as error:
+            raise ValueError(f"cuda_graph: arguments are trees of tensors and of hashable values: {error}") from error
         if n_calls.get(kind, 0) < n_warmup:
             n_calls[kind] = n_calls.get(kind, 0) + 1
             if len(n_calls) > MOST_COUNTS:

@@ -129,8 +129,8 @@ def make_step(
         lr = schedule(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, lr)
         new = TrainState(apply_updates(state.params, updates), opt_state, state.step + 1)
-        if "grad_norm" not in metrics:
-            metrics = {**metrics, "grad_norm": tree.global_norm(grads)}
+        if norm is tree.global_norm:
+            metrics = {**metrics, "grad_norm": norm(grads)}
         return new, {**metrics, "lr": lr}
 
     # Cut where graphs end anyway; what talks to other processes runs between two of them, as it is.

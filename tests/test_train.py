@@ -218,3 +218,128 @@ def test_a_reduction_stays_plain_python_between_compiled_stages():
     assert seen[0::2] == pytest.approx(seen[1::2], rel=1e-9)
     for x, y in zip(tree.leaves(a.params), tree.leaves(b.params), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-7)  # lr * gradient: lr is float32
+
+
+# A quadratic, whose gradients are known in closed form: 0.5 sum_i w_i |x_i - p|^2 / denominator.
+
+
+def quadratic(params, batch):
+    part = batch["w"][:, None] * (params["p"] - batch["x"])
+    loss = 0.5 * (part * (params["p"] - batch["x"])).sum() / batch.get("denominator", 1.0)
+    return loss, {"weight": batch["w"].sum().detach()}
+
+
+def quadratic_gradient(params, batch):
+    denominator = batch.get("denominator", 1.0)
+    return {"p": (batch["w"][:, None] * (params["p"] - batch["x"])).sum(0) / denominator}
+
+
+def quadratic_batch(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(6, 3, generator=g, dtype=torch.float64),
+        "w": torch.rand(6, generator=g, dtype=torch.float64),
+    }
+
+
+def quadratic_state():
+    return init_state({"p": torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)}, sgd(), F64)
+
+
+def quadratic_step(how, loss_fn=quadratic, **options):
+    """With learning rate 0.25, so that new = p - g / 4."""
+    step = make_step(loss_fn, sgd(), schedules.constant(0.25), precision=F64, **options)
+    return step if how == "eager" else jit(step, backend="eager")
+
+
+HOW = pytest.mark.parametrize("how", ["eager", pytest.param("jit", marks=pytest.mark.compile)])
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # float64, other order of sums
+
+
+@HOW
+@pytest.mark.parametrize("parts", [1, 3])
+def test_prepare_is_called_once_before_the_batch_is_cut(parts, how):
+    """Oracle: the same step on a batch that has the denominator; and gradients in closed form."""
+    seen = []
+
+    def prepare(batch, factor):
+        if how == "eager":  # else it is traced
+            seen.append(tuple(batch["x"].shape))
+        return {**batch, "denominator": factor * batch["w"].sum()}
+
+    batch, state = quadratic_batch(), quadratic_state()
+    gradients = {}
+    for factor in (1.0, 4.0):
+        step = quadratic_step(how, prepare=lambda b, factor=factor: prepare(b, factor), microbatches=parts)
+        by_hand = {**batch, "denominator": factor * batch["w"].sum()}
+        (new, metrics), (wanted, expected) = step(state, batch), quadratic_step("eager")(state, by_hand)
+        assert set(batch) == {"x", "w"}
+        torch.testing.assert_close(new.params["p"], wanted.params["p"], **CLOSE)
+        torch.testing.assert_close(metrics, expected, **CLOSE)
+        gradients[factor] = (state.params["p"] - new.params["p"]) / 0.25
+        torch.testing.assert_close(gradients[factor], quadratic_gradient(state.params, by_hand)["p"], **CLOSE)
+    torch.testing.assert_close(gradients[1.0], 4 * gradients[4.0], **CLOSE)
+    assert seen == ([(6, 3)] * 2 if how == "eager" else [])
+
+
+@HOW
+@pytest.mark.parametrize("given", [None, "largest"])
+@pytest.mark.parametrize("reduce", [None, "twice"])
+def test_grad_norm_is_the_norm_of_reduced_gradients(reduce, given, how):
+    """Oracle: the gradient in closed form. What the loss calls grad_norm does not take its place."""
+    calls = []
+
+    def largest(grads):  # plain Python also under jit: it may be a message (an assert would have dynamo give up)
+        calls.append(torch.compiler.is_compiling())
+        return grads["p"].abs().max()
+
+    def with_its_own(params, batch):
+        loss, metrics = quadratic(params, batch)
+        return loss, {**metrics, "grad_norm": torch.full((), -7.0)}
+
+    options = {} if given is None else {"norm": largest}
+    if reduce == "twice":
+        options["reduce"] = lambda grads: tree.map(lambda g: 2 * g, grads)
+    batch, state = quadratic_batch(), quadratic_state()
+    g = quadratic_gradient(state.params, batch)["p"] * (2 if reduce == "twice" else 1)
+    wanted = g.square().sum().sqrt() if given is None else g.abs().max()
+    for loss_fn in (quadratic, with_its_own):
+        new, metrics = quadratic_step(how, loss_fn, **options)(state, batch)
+        torch.testing.assert_close(metrics["grad_norm"], wanted, **CLOSE)
+        torch.testing.assert_close(new.params["p"], state.params["p"] - g / 4, **CLOSE)
+        assert set(metrics) == {"weight", "loss", "lr", "grad_norm"}
+    assert calls == ([] if given is None else [False, False])
+
+
+@HOW
+def test_differentiate_takes_the_place_of_autograd(how):
+    """Three times the gradient written by hand, called as plain Python. Oracle: autograd's step, reduced by 3 g."""
+    calls = []
+
+    def differentiate(loss_fn):
+        def gradient(params, batch):
+            calls.append((torch.compiler.is_compiling(), *batch))
+            with torch.no_grad():
+                found = loss_fn(params, batch)
+            return found, tree.map(lambda g: 3 * g, quadratic_gradient(params, batch))
+
+        return gradient
+
+    def prepare(batch):
+        return {**batch, "denominator": batch["w"].sum()}
+
+    batch, a, b = quadratic_batch(), quadratic_state(), quadratic_state()
+    step = quadratic_step(how, differentiate=differentiate, prepare=prepare)
+    plain = quadratic_step("eager", prepare=prepare, reduce=lambda grads: tree.map(lambda g: 3 * g, grads))
+    for _ in range(2):
+        (a, metrics), (b, expected) = step(a, batch), plain(b, batch)
+        torch.testing.assert_close(a.params["p"], b.params["p"], **CLOSE)
+        torch.testing.assert_close(metrics, expected, **CLOSE)
+    assert calls == [(False, "x", "w", "denominator")] * 2
+
+
+def test_differentiate_cuts_its_own_microbatches():
+    message = "make_step: with differentiate, microbatches are its own argument"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        make_step(loss_fn, sgd(), schedules.constant(1.0), differentiate=lambda loss: loss, microbatches=2)
+    make_step(loss_fn, sgd(), schedules.constant(1.0), differentiate=lambda loss: loss, microbatches=1)

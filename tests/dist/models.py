@@ -1,4 +1,4 @@
-"""A small Transformer and its batches for tests of several processes: each can make everyone's data."""
+"""A small Transformer and its batches for tests of several processes: each can make everyone's data. Comparisons."""
 
 import torch
 
@@ -34,3 +34,9 @@ def assert_close(a, b, rtol=1e-12, atol=1e-13):
     assert tree.structure(a) == tree.structure(b)
     for path, x, y in zip(tree.paths(a), tree.leaves(a), tree.leaves(b), strict=True):
         torch.testing.assert_close(x, y, rtol=rtol, atol=atol, msg=lambda text, path=path: f"{path}: {text}")
+
+
+def equal(a, b):
+    """To the last bit, in form and dtype too."""
+    pairs = zip(tree.leaves(a), tree.leaves(b), strict=True)
+    return tree.structure(a) == tree.structure(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)

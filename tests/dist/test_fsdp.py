@@ -16,7 +16,7 @@ from purelm.optim.clip import clip
 from purelm.train import Precision, init_state, make_step
 from purelm.transforms import jit, remat, save_matmuls, value_and_grad
 from tests.dist.models import CFG, TIED, assert_close, batch_of, params_of
-from tests.dist.processes import RankError, run
+from tests.dist.processes import run
 
 FLOAT64 = Precision(torch.float64, torch.float64, torch.float64)
 WRAPS = {
@@ -224,12 +224,10 @@ def on_rank_wrong():
         fsdp.transformer_loss(params, my_batch(), CFG, plan)
     with pytest.raises(ValueError, match="denominator of all ranks"):
         fsdp.transformer_loss(plan.shard(params), batch_of(0, 2), CFG, plan)
-    raise ValueError("reached")
 
 
 def test_wrong_arguments():
-    with pytest.raises(RankError, match="reached"):
-        run(on_rank_wrong)
+    run(on_rank_wrong)
 
 
 @pytest.mark.parametrize("cfg", [CFG, TIED], ids=["plain", "tied"])

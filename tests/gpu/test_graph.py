@@ -152,6 +152,8 @@ def test_what_a_graph_cannot_hold_is_refused_and_nothing_breaks():
         mixed(x, torch.ones(2))
     with pytest.raises(ValueError, match=r"requires grad.*pass x.detach\(\)"):
         fits(torch.ones(3, device=CUDA, requires_grad=True))
+    with pytest.raises(ValueError, match="trees of tensors and of hashable values"):
+        mixed(x, {1, 2})
 
 
 def test_a_donated_tensor_without_a_result():
