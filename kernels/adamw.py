@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from purelm import tree
+from purelm._donate import check_memory, consume, donated_type_of
 from purelm.optim.adamw import AdamWState
 from purelm.optim.adamw import adamw as reference
 from purelm.optim.base import Mask, Optimizer, Tree, apply_updates, compute_dtype, scalar, unzip
@@ -75,10 +76,15 @@ def adamw_step(
     eps_root: float = 0.0,
     decay_order: Literal["before", "after"] = "before",
     dtype: torch.dtype | None = None,
+    donate: bool = False,
 ) -> Callable[[Tree, AdamWState, Tree, Tensor | float], tuple[Tree, AdamWState]]:
     """The function (grads, state, params, lr) -> (params', state'): `adamw`'s update and `apply_updates` at once.
 
     The same bits as one after the other, in fewer bytes. The state is that of `adamw(...).init(params)`.
+
+    donate: params', m' and v' are written over params, m and v, whose tensors are empty afterwards, as `jit` has it:
+    one copy of a model's parameters and state is held and not two. ValueError where they share memory or require grad.
+    Inside torch.compile it means nothing: donate to jit.
 
     >>> params = {"w": torch.ones(2)}
     >>> step = adamw_step(weight_decay=0.1)
@@ -86,9 +92,17 @@ def adamw_step(
     tensor([0.4500, 0.4500])
     """
     _, run = _fused(betas, eps, weight_decay, mask, eps_placement, eps_root, decay_order, dtype)
+    donated = donated_type_of("adamw_step")
 
     def step(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
-        return run(grads, state, params, lr, True)
+        if not donate or torch.compiler.is_compiling():
+            return run(grads, state, params, lr, True)
+        old = tree.leaves((params, state.m, state.v))
+        check_memory("adamw_step", old, (grads, (params, state.m, state.v), state.step), {}, (1,))
+        aliases = tree.map(lambda x: x.data, (params, state.m, state.v))
+        out = run(grads, AdamWState(state.step, *aliases[1:]), aliases[0], lr, True, True)
+        consume(old, donated)
+        return out
 
     return step
 
@@ -132,7 +146,7 @@ def _fused(
         return torch.stack((-step_size, root_scale, eps_root * correction2, 1 - decay, decay))
 
     def run(
-        grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float, apply: bool
+        grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float, apply: bool, in_place: bool = False
     ) -> tuple[Tree, AdamWState]:
         if torch.compiler.is_compiling():
             updates, state = plain.update(grads, state, params, lr)
@@ -152,7 +166,8 @@ def _fused(
         n, out = len(rows), []
         if n:
             flags = decays, 1 - b1, b2, 1 - b2, eps, eps_root != 0.0, outside, before, apply
-            out = _step(*[list(column) for column in zip(*rows, strict=True)], scalars(step, lr), *flags)
+            columns = [list(column) for column in zip(*rows, strict=True)]
+            out = (_step_in_place if in_place else _step)(*columns, scalars(step, lr), *flags)
 
         def given(rate: float, i: int, p: Tensor, m: Tensor, v: Tensor) -> tuple:
             if i < 0:
@@ -189,6 +204,26 @@ def _step(
     """Updates (new parameters with `apply`), then new m, then new v, a tensor for each leaf; see `scalars` above."""
     from purelm.kernels import adamw_triton
 
+    _check(params, grads, m, v)
+    hyper = one_minus_b1, b2, one_minus_b2, eps, has_root, outside, before, apply
+    return adamw_triton.step(params, grads, m, v, scalars, decays, *hyper)
+
+
+def _step_in_place(params: list[Tensor], grads: list[Tensor], m: list[Tensor], v: list[Tensor], *rest: Any) -> Any:
+    """`_step` with `apply`, written over params, m and v. Eager only."""
+    to = [*params, *m, *v]
+    if params[0].device.type == "cuda" and all(x.is_contiguous() for x in to):
+        from purelm.kernels import adamw_triton
+
+        _check(params, grads, m, v)
+        return adamw_triton.step(params, grads, m, v, *rest, in_place=True)
+    for x, new in zip(to, _step(params, grads, m, v, *rest), strict=True):
+        x.copy_(new)
+    return to
+
+
+def _check(params: Sequence[Tensor], grads: Sequence[Tensor], m: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+    """What the kernel cannot do."""
     for name, tensors in (("params", params), ("grads", grads), ("m", m), ("v", v)):
         for x in tensors:
             if x.dtype not in DTYPES:
@@ -198,8 +233,6 @@ def _step(
                 )
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("adamw: its table of addresses cannot be captured in a CUDA graph: use purelm.optim.adamw")
-    hyper = one_minus_b1, b2, one_minus_b2, eps, has_root, outside, before, apply
-    return adamw_triton.step(params, grads, m, v, scalars, decays, *hyper)
 
 
 @_step.register_kernel("cpu")

@@ -123,6 +123,7 @@ def step(
     scalars: Tensor,
     decays: Sequence[bool],
     *hyper: float | bool,
+    in_place: bool = False,
 ) -> list[Tensor]:
     """Updates (fp32; with `apply` new parameters), new m and new v of all leaves.
 
@@ -132,10 +133,15 @@ def step(
     down all the others.
 
     hyper: 1 - b1, b2, 1 - b2, eps, whether there is eps_root, eps "outside", decay "before", apply.
+    in_place: the results are written over params, m and v, which must be contiguous. A program reads each number before
+    it writes it.
     """
     apply = hyper[-1]
-    out_u = [x.new_empty(x.shape, dtype=x.dtype if apply else torch.float32) for x in params]
-    out_m, out_v = [x.new_empty(x.shape) for x in m], [x.new_empty(x.shape) for x in v]
+    if in_place:
+        out_u, out_m, out_v = list(params), list(m), list(v)
+    else:
+        out_u = [x.new_empty(x.shape, dtype=x.dtype if apply else torch.float32) for x in params]
+        out_m, out_v = [x.new_empty(x.shape) for x in m], [x.new_empty(x.shape) for x in v]
     groups: dict[tuple, list[int]] = {}
     inputs = [[x.contiguous() for x in column] for column in (params, grads, m, v)]  # held until all is launched
     for i, leaf in enumerate(zip(*inputs, strict=True)):

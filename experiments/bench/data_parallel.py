@@ -6,6 +6,8 @@ Ways: per_leaf, flat, bucketed (after backward), overlapped (while it runs), zer
 (DistributedDataParallel) and torch_fsdp2 (fully_shard on each block). All run the same maths: forward, backward, AdamW,
 fp32 masters, bf16 compute on a GPU; each rank has its own batch. "alone" is one rank's step without any message: what a
 way takes longer is its exposed communication. Times are medians of the slowest rank; memory is the peak of rank 0.
+With --ops fused purelm's kernels make the update, in place, and only blocks are compiled; else the update is compiled.
+The peers' blocks are compiled one by one, as purelm's are.
 """
 
 import gc
@@ -28,16 +30,19 @@ from experiments.bench.report import publish, row
 from experiments.bench.train_step import SIZES
 from experiments.console import program, say
 from experiments.ops import OpsName, ops_named
-from purelm import random
+from purelm import random, tree
 from purelm.dist import ddp, fsdp, world, zero
 from purelm.dist.ddp import all_reduce_mean, with_global_denominator
+from purelm.kernels.adamw import adamw as kernels_adamw
+from purelm.kernels.adamw import adamw_step
 from purelm.models import transformer
 from purelm.optim import adamw, schedules
-from purelm.train import FULL, MIXED, Precision, init_state, make_step
+from purelm.train import FULL, MIXED, Precision, TrainState, identity, init_state, make_step, with_denominator
 from purelm.transforms import jit, remat
 
 OURS = ("alone", "per_leaf", "flat", "bucketed", "overlapped", "zero1", "fsdp")
 PEERS = ("torch_ddp", "torch_fsdp2")
+ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
 PEER_OF = {"fsdp": "torch_fsdp2"}  # of the others torch_ddp
 
 
@@ -80,7 +85,7 @@ def our_step(
     cuda, ops = here.device.type == "cuda", ops_named(args.ops)
     precision = MIXED if cuda else FULL
     params = transformer.init(random.key(0, device=here.device), cfg)
-    optimizer = adamw(betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = (kernels_adamw if args.ops == "fused" else adamw)(**ADAMW)
     inner = remat if args.remat else transformer.identity
     wrap: Any = (lambda f: jit(inner(f))) if compiled else inner
     bucket_bytes = int(args.bucket_mb * 2**20)
@@ -110,10 +115,12 @@ def our_step(
     if way == "zero1":
         optimizer = zero.sharded(optimizer, reduce=None, check=False)
     step = make_step(loss, optimizer, schedules.constant(3e-4), **options)
-    if compiled:
+    if compiled and args.ops != "fused":
         step = jit(step, donate=0)
     state = init_state(params, optimizer)
     del params
+    if args.ops == "fused" and way != "zero1":
+        return _by_kernels(state, loss, options)
 
     def run(batch: dict) -> Tensor:
         nonlocal state
@@ -123,24 +130,40 @@ def our_step(
     return run
 
 
+def _by_kernels(state: TrainState, loss: Callable[..., Any], options: dict[str, Any]) -> Callable[[dict], Tensor]:
+    """make_step's step without the norm of gradients, which the peers do not have either, and updated in place."""
+    precision, prepare = options["precision"], options.get("prepare", with_denominator)
+    gradient = options["differentiate"](lambda params, batch: loss(tree.cast(params, precision.compute), batch))
+    reduce, update = options.get("reduce", identity), adamw_step(**ADAMW, donate=True)
+    params, opt_state = state.params, state.opt_state
+    lr = torch.tensor(3e-4, device=state.step.device)
+
+    def run(batch: dict) -> Tensor:
+        nonlocal params, opt_state
+        (value, _), grads = gradient(params, prepare(batch))
+        params, opt_state = update(reduce(grads), opt_state, params, lr)
+        return value
+
+    return run
+
+
 def peer_step(way: str, cfg: transformer.Config, here: world.World, compiled: bool) -> Callable[[dict], Tensor]:
     torch.manual_seed(0)
     cuda = here.device.type == "cuda"
     model: Any = Module(cfg, cfg.ff_width).to(here.device)
+    if compiled:
+        for block in model.blocks:
+            block.compile()
     if way == "torch_fsdp2":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cuda else MixedPrecisionPolicy()
         for block in model.blocks:
-            if compiled:
-                block.compile()
             fully_shard(block, mp_policy=mixed)
         fully_shard(model, mp_policy=mixed)
     else:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[here.device] if cuda else None)
-        if compiled:
-            model = torch.compile(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, **ADAMW, fused=True)
 
     def run(batch: dict) -> Tensor:
         with torch.autocast(here.device.type, torch.bfloat16, enabled=cuda and way == "torch_ddp"):

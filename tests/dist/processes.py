@@ -1,6 +1,7 @@
 """Functions run on several processes at once, over Gloo: started once for a test session, torch imported once.
 
-    results = run(function, *args)            # function(*args) on each of two ranks; a list of what they returned
+    results = run(function, *args)             # function(*args) on each of two ranks; a list of what they returned
+    results = run(function, *args, gpus=True)  # over NCCL, each with a GPU of its own
 
 function is a module-level function of a test file (it is sent by name). An exception on any rank is raised here with
 that rank's traceback. What hangs is killed after TIMEOUT, and so is a pool in which a rank died.
@@ -27,7 +28,7 @@ REDUCE_SCATTER = (
     "reduce_scatter_single" if hasattr(torch.distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
 )
 
-_pools: dict[int, "_Pool"] = {}
+_pools: dict[tuple[int, bool], "_Pool"] = {}
 
 
 class RankError(Exception):
@@ -38,14 +39,20 @@ class RankError(Exception):
         super().__init__("\n".join(f"rank {rank}: {trace}" for rank, (_, trace) in errors.items()))
 
 
-def _work(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
+def _work(rank: int, size: int, port: int, gpus: bool, tasks: Any, results: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
-    os.environ["TRITON_INTERPRET"] = "1"
+    if not gpus:
+        os.environ["TRITON_INTERPRET"] = "1"
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT))
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT)
+    if gpus:
+        torch.cuda.set_device(rank)
+        dist.init_process_group("nccl", timeout=timeout, device_id=torch.device("cuda", rank))
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
     while (task := tasks.get()) is not None:
         function, args = task
         try:
@@ -62,14 +69,14 @@ def free_port() -> int:
 
 
 class _Pool:
-    def __init__(self, size: int):
+    def __init__(self, size: int, gpus: bool):
         context = multiprocessing.get_context("spawn")
         port = free_port()
-        self.size = size
+        self.size, self.gpus = size, gpus
         self.tasks = [context.Queue() for _ in range(size)]
         self.results = context.Queue()
         self.processes = [
-            context.Process(target=_work, args=(r, size, port, self.tasks[r], self.results), daemon=True)
+            context.Process(target=_work, args=(r, size, port, gpus, self.tasks[r], self.results), daemon=True)
             for r in range(size)
         ]
         for process in self.processes:
@@ -99,16 +106,17 @@ class _Pool:
         return [found[r] for r in range(self.size)]
 
     def stop(self) -> None:
-        _pools.pop(self.size, None)
+        _pools.pop((self.size, self.gpus), None)
         for process in self.processes:
             process.kill()
 
 
-def run(function: Callable[..., Any], *args: Any, size: int = 2) -> list[Any]:
+def run(function: Callable[..., Any], *args: Any, size: int = 2, gpus: bool = False) -> list[Any]:
     """What function(*args) returns on each of `size` ranks; RankError if any raised."""
-    if size not in _pools:
-        _pools[size] = _Pool(size)
-    return _pools[size].run(function, args)
+    key = size, gpus
+    if key not in _pools:
+        _pools[key] = _Pool(size, gpus)
+    return _pools[key].run(function, args)
 
 
 @atexit.register

@@ -272,6 +272,12 @@ def test_adamw_equals_the_reference(kwargs, dtype):
         applied, new = adamw_step(**kwargs)(grads, state, params, lr)
         for a, b in zip(tree.leaves((applied, new)), tree.leaves((apply_updates(params, got[0]), got[1])), strict=True):
             assert torch.equal(a, b)
+        # In place: the same bits over copies of what was given.
+        given = tree.map(torch.clone, (state, params))
+        places = [x.data_ptr() for x in tree.leaves((given[1], given[0].m, given[0].v))]
+        over = adamw_step(**kwargs, donate=True)(grads, *given, lr)
+        assert all(torch.equal(a, b) for a, b in zip(tree.leaves(over), tree.leaves((applied, new)), strict=True))
+        assert [x.data_ptr() for x in tree.leaves((over[0], over[1].m, over[1].v))] == places
         updates, state = expected
         params = apply_updates(params, updates)
 

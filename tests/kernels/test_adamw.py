@@ -11,6 +11,7 @@ import torch
 
 from purelm import tree
 from purelm.kernels import adamw as module
+from purelm.kernels import adamw_triton
 from purelm.kernels.adamw import adamw, adamw_step
 from purelm.optim import apply_updates, chain, clip_by_global_norm, is_matrix, partitioned, sgd
 from purelm.optim.adamw import AdamWState
@@ -117,6 +118,49 @@ def test_step_is_update_and_apply_in_the_kernel(kwargs, dtype, launched):
     assert_same_bits(got, (apply_updates(params, updates), expected))
     assert all(torch.equal(a, b) for a, b in zip(before, tree.leaves((params, grads, state)), strict=True))
     assert sorted(launched) == [3, 3, 5, 5]
+
+
+@pytest.mark.parametrize("kwargs", VARIANTS, ids=lambda kwargs: "-".join(kwargs) or "defaults")
+def test_donated_memory_receives_the_results(kwargs):
+    """Oracle: the step without donation, to the bit, and the addresses given; a leaf that lies apart, too."""
+    params, _, state = run(reference(**kwargs), 2, torch.float32)
+    params["b"] = params["b"].new_zeros(*params["b"].shape, 2)[..., 0]
+    grads, lr = trees(9, torch.float32), torch.tensor(0.02)
+    for missing in (False, True):
+        if missing:
+            grads["b"] = None
+        expected = tree.map(torch.clone, adamw_step(**kwargs)(grads, state, params, lr))
+        given = tree.leaves((params, state.m, state.v))
+        places, kept = [x.data_ptr() for x in given], [x.clone() for x in tree.leaves(grads)]
+        params, state = adamw_step(**kwargs, donate=True)(grads, state, params, lr)
+        assert_same_bits((params, state), expected)
+        assert [x.data_ptr() for x in tree.leaves((params, state.m, state.v))] == places
+        assert all(torch.equal(a, b) for a, b in zip(tree.leaves(grads), kept, strict=True))
+        with pytest.raises(RuntimeError, match="donated to adamw_step"):
+            given[0].sum()
+
+
+def test_memory_that_cannot_be_donated():
+    params = {"w": torch.ones(4)}
+    step, state = adamw_step(donate=True), adamw().init(params)
+    with pytest.raises(ValueError, match="share memory"):
+        step({"w": params["w"]}, state, params, 0.1)
+    with pytest.raises(ValueError, match="requires grad"):
+        step({"w": torch.ones(4)}, state, {"w": torch.ones(4, requires_grad=True)}, 0.1)
+    assert torch.equal(params["w"], torch.ones(4)) and torch.equal(state.m["w"], torch.zeros(4))  # nothing was taken
+
+
+@INTERPRETED
+def test_in_place_in_the_kernel():
+    """Oracle: the same launch into new memory."""
+    generator = torch.Generator().manual_seed(0)
+    p, g, m, v = ([torch.rand(n, generator=generator) for n in (32, 7)] for _ in range(4))
+    scalars = torch.tensor([-0.1, 0.5, 0.0, 0.9, 0.1], dtype=torch.float64)
+    rest = scalars, [True, False], 0.1, 0.99, 0.01, 1e-8, False, True, True, True
+    expected = adamw_triton.step(p, g, m, v, *rest)
+    got = adamw_triton.step(p, g, m, v, *rest, in_place=True)
+    assert all(a is b for a, b in zip(got, [*p, *m, *v], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @INTERPRETED

@@ -1,0 +1,223 @@
+"""purelm.dist over NCCL, a GPU a rank. Oracle: one process with the whole batch, on its own GPU, in float64."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from purelm import random, tree
+from purelm.dist import checkpoint, collectives, ddp, fsdp, tensor_parallel, zero
+from purelm.dist.agreement import check_equal
+from purelm.dist.world import rank_of, size_of
+from purelm.interop import ddp as ddp_module
+from purelm.interop import fsdp as fsdp_module
+from purelm.models import transformer
+from purelm.optim import adamw, schedules
+from purelm.optim.clip import clip
+from purelm.train import FULL, MIXED, Precision, init_state, make_step
+from purelm.transforms import jit, remat
+from tests.dist.models import CFG, TIED, assert_close, batch_of, params_of
+from tests.dist.processes import RankError, run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two accelerators (make gpu-test)"),
+]
+FLOAT64 = Precision(torch.float64, torch.float64, torch.float64)
+CUDA = torch.device("cuda")  # the current one: each rank sets its own
+SMALL = transformer.Config(vocab_size=512, context_length=128, d_model=256, n_layers=3, n_heads=4, d_ff=512)
+
+
+def here(values):
+    return tree.to(values, CUDA)
+
+
+def on_rank_collectives():
+    """Closed forms, of messages that are larger than NCCL's own small ones."""
+    rank, N = rank_of(None), size_of(None)
+    x = here({"a": torch.arange(1 << 21, dtype=torch.float64) + rank, "b": torch.full((3,), 1.0 + rank)})
+    total = collectives.all_reduce(x)
+    assert torch.equal(total["a"], N * torch.arange(1 << 21, device=CUDA).double() + N * (N - 1) / 2)
+    for strategy in ("per_leaf", "flat", "bucketed"):
+        mean = ddp.all_reduce_mean(x, None, strategy)
+        assert torch.equal(mean["b"], torch.full((3,), 1.0 + (N - 1) / 2, device=CUDA))
+    assert torch.equal(collectives.broadcast(x)["b"], torch.ones(3, device=CUDA))
+
+
+def test_collectives():
+    run(on_rank_collectives, gpus=True)
+
+
+def ways(way, params, optimizer):
+    """(local state, step, whole parameters of a state)"""
+    options = {"prepare": ddp.with_global_denominator, "precision": FLOAT64}
+    schedule = schedules.constant(1e-2)
+
+    def loss(p, b):
+        return transformer.loss(p, b, CFG, wrap_block=remat)
+
+    if way == "fsdp":
+        plan = fsdp.plan(params)
+        options |= {"differentiate": partial(fsdp.differentiate, microbatches=2), "norm": plan.norm}
+        options["reduce"] = lambda grads: clip(grads, 0.5, norm=plan.norm)[0]
+        loss = partial(fsdp.transformer_loss, cfg=CFG, plan=plan, wrap_block=remat)
+        step = make_step(loss, optimizer, schedule, **options)
+        return init_state(plan.shard(params), optimizer, FLOAT64), step, plan.unshard
+    options["reduce"] = lambda grads: clip(grads, 0.5)[0]
+    if way in ("overlapped", "zero1"):
+        # Small buckets: several under way.
+        options["differentiate"] = partial(ddp.differentiate, microbatches=2, bucket_bytes=4096)
+    else:
+        options["reduce"] = lambda grads: clip(ddp.all_reduce_mean(grads, None, way, op="sum"), 0.5)[0]
+    if way == "zero1":
+        optimizer = zero.sharded(optimizer, reduce=None)
+    return init_state(params, optimizer, FLOAT64), make_step(loss, optimizer, schedule, **options), lambda p: p
+
+
+def on_rank_trains(way):
+    params, optimizer = here(params_of()), adamw(weight_decay=0.1)
+    alone = make_step(
+        lambda p, b: transformer.loss(p, b, CFG), optimizer, schedules.constant(1e-2),
+        precision=FLOAT64, reduce=lambda grads: clip(grads, 0.5)[0],
+    )  # fmt: skip
+    expected = init_state(params, optimizer, FLOAT64)
+    state, step, whole = ways(way, params, optimizer)
+    for i in range(4):
+        expected, theirs = alone(expected, here(batch_of(0, 1, step=i)))
+        state, metrics = step(state, here(batch_of(rank_of(None), 2, step=i)))
+        if way in ("overlapped", "zero1", "fsdp"):
+            torch.testing.assert_close(metrics["loss"], theirs["loss"], rtol=1e-9, atol=0)
+    assert_close(whole(state.params), expected.params, 1e-9, 1e-11)  # Adam divides small numbers
+    check_equal(whole(state.params))
+
+
+@pytest.mark.parametrize("way", ["per_leaf", "flat", "bucketed", "overlapped", "zero1", "fsdp"])
+def test_training_is_that_of_one_process(way):
+    run(on_rank_trains, way, gpus=True)
+
+
+def on_rank_tensor_parallel(sequence_parallel):
+    cfg = replace(CFG, vocab_size=20)
+    plan = tensor_parallel.Plan(cfg, None, sequence_parallel)
+    params = here(params_of(cfg))
+    batch = here(batch_of(0, 1, cfg))
+
+    def gradient(loss, p):
+        p = tree.map(lambda x: x.detach().requires_grad_(), p)
+        value, _ = loss(p, batch)
+        grads = torch.autograd.grad(value, tree.leaves(p))
+        return value.detach(), tree.unflatten(tree.flatten(p)[1], list(grads))
+
+    value, grads = gradient(partial(transformer.loss, cfg=cfg), params)
+    own, local = gradient(plan.loss, plan.shard(params))
+    torch.testing.assert_close(own, value, rtol=1e-12, atol=0)
+    assert_close(plan.unshard(plan.reduce(local)), grads, 1e-10, 1e-13)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence"])
+def test_tensor_parallel_gradients(sequence_parallel):
+    run(on_rank_tensor_parallel, sequence_parallel, gpus=True)
+
+
+def on_rank_kernels(compiled):
+    """bf16 by the kernels, sharded, against one process: rounding differs only where gradients are summed."""
+    from purelm.kernels.fused import FUSED
+
+    params = here(transformer.init(random.key(0), SMALL))
+    x = random.randint(random.key(1), (8, SMALL.context_length + 1), 0, SMALL.vocab_size).to(CUDA)
+    batch = {"tokens": x[:, :-1].contiguous(), "targets": x[:, 1:].contiguous()}
+    mine = tree.map(lambda t: t.chunk(2)[rank_of(None)], batch)
+    plan = fsdp.plan(params, compute=torch.bfloat16)
+    wrap = (lambda f: jit(remat(f))) if compiled else remat
+    optimizer, schedule = adamw(), schedules.constant(1e-3)
+    step = make_step(
+        partial(fsdp.transformer_loss, cfg=SMALL, plan=plan, ops=FUSED, wrap_block=wrap), optimizer, schedule,
+        precision=FULL, differentiate=fsdp.differentiate, prepare=ddp.with_global_denominator, norm=plan.norm,
+    )  # fmt: skip
+    alone = make_step(lambda p, b: transformer.loss(p, b, SMALL, ops=FUSED), optimizer, schedule, precision=MIXED)
+    state, expected = init_state(plan.shard(params), optimizer), init_state(params, optimizer)
+    for _ in range(5):
+        state, metrics = step(state, mine)
+        expected, theirs = alone(expected, batch)
+    # bf16 has 8 bits: a loss of about 6 nats over 1,024 targets agrees much better than 2**-8
+    torch.testing.assert_close(metrics["loss"], theirs["loss"], rtol=2e-3, atol=0)
+    torch.testing.assert_close(metrics["grad_norm"], theirs["grad_norm"], rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compile)], ids=["eager", "compiled"])
+def test_kernels_on_sharded_parameters(compiled):
+    run(on_rank_kernels, compiled, gpus=True)
+
+
+def on_rank_saves(folder):
+    params = here(params_of())
+    plan = fsdp.plan(params)
+    local = plan.shard(params)
+
+    def cut(path, x):
+        return x.ndim > 1
+
+    checkpoint.save(folder, 3, {"params": local}, like={"params": plan.like}, sharded=cut)
+    found, _ = checkpoint.load(folder, {"params": plan.like}, sharded=cut, device=CUDA)
+    assert_close(found["params"], local, 0, 0)
+
+
+def test_checkpoints(tmp_path):
+    """And one process reads what two wrote."""
+    run(on_rank_saves, tmp_path, gpus=True)
+    like = tree.map(lambda x: torch.empty_like(x, device="meta"), params_of())
+    found, _ = checkpoint.load(tmp_path, {"params": like}, sharded=lambda path, x: x.ndim > 1)
+    assert_close(found["params"], params_of(), 0, 0)
+
+
+def on_rank_differs():
+    ddp.all_reduce_mean({"w": torch.ones(2 + rank_of(None), device=CUDA)})
+
+
+def test_a_rank_that_differs_raises_on_all():
+    with pytest.raises(RankError) as error:
+        run(on_rank_differs, gpus=True)
+    assert sorted(error.value.errors) == [0, 1] and all("w" in text for text in error.value.errors.values())
+
+
+def on_rank_module(kind):
+    """A torch module of two layers, SGD, in float64."""
+    torch.manual_seed(0)
+    alone = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)).double().to(CUDA)
+    theirs = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)).double().to(CUDA)
+    theirs.load_state_dict(alone.state_dict())
+    model = ddp_module(theirs) if kind == "ddp" else fsdp_module(theirs)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (alone, model)]
+    x = random.normal(random.key(3), (8, 6), dtype=torch.float64).to(CUDA)
+    for _ in range(4):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        alone(x).square().mean().backward()
+        model(x.chunk(2)[rank_of(None)]).square().mean().backward()
+        model.finish_gradient_synchronization()
+        for optimizer in optimizers:
+            optimizer.step()
+    found = dict(model.module.named_parameters()) if kind == "ddp" else model.gather_full_params()
+    assert_close({k: v.detach() for k, v in found.items()}, {k: v.detach() for k, v in alone.named_parameters()})
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_modules(kind):
+    run(on_rank_module, kind, gpus=True)
+
+
+def on_rank_tied():
+    params = here(params_of(TIED))
+    plan = fsdp.plan(params)
+    batch = ddp.with_global_denominator(here(batch_of(rank_of(None), 2, TIED)))
+    loss = partial(fsdp.transformer_loss, cfg=TIED, plan=plan)
+    (value, _), grads = fsdp.differentiate(loss)(plan.shard(params), batch)
+    whole = partial(transformer.loss, cfg=TIED)
+    (expected, _), theirs = fsdp.differentiate(whole)(params, here(batch_of(0, 1, TIED)))
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    assert_close(plan.unshard(grads), theirs, 1e-10, 1e-13)
+
+
+def test_tied_embeddings():
+    run(on_rank_tied, gpus=True)
