@@ -18,7 +18,7 @@ Every rank must run the same blocks in the same order.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from purelm.dist.sharding import Pending, gather_parts, part_of, part_shape, sca
 from purelm.dist.world import Group, rank_of, size_of
 from purelm.dist.zero import global_norm
 from purelm.models import transformer
+from purelm.models.regional import made_once
 from purelm.ops import REFERENCE, Ops
 from purelm.transforms import accumulate, value_and_grad
 
@@ -130,12 +131,18 @@ def transformer_loss(
         batch,
         cfg,
         ops=bound.ops(ops),
-        wrap_block=lambda f: bound.gathered(wrap_block(f)),
+        wrap_block=lambda f: bound.gathered(_wrapped(wrap_block, f, ops)),
         **options,
     )
     names = list(metrics)
     total = _Total.apply(plan.group, value, *[metrics[name].to(value.dtype) for name in names])
     return total[0], {name: x.to(metrics[name].dtype) for name, x in zip(names, total[1:], strict=True)}
+
+
+def _wrapped(wrap_block: Callable[[transformer.BlockFn], transformer.BlockFn], f: Any, ops: Ops) -> Any:
+    """wrap_block of the block, with ops that know nothing of this evaluation: in there all parameters are whole."""
+    plain = replace(f, ops=ops)
+    return made_once(wrap_block, plain, lambda: wrap_block(plain))
 
 
 class Bound:

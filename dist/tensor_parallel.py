@@ -40,6 +40,7 @@ from purelm.dist.world import Group, rank_of, size_of
 from purelm.dist.zero import global_norm
 from purelm.models import transformer
 from purelm.models.config import Config
+from purelm.models.regional import made_once
 from purelm.models.transformer import BlockFn, Params, identity
 from purelm.ops import REFERENCE, Ops
 
@@ -93,13 +94,18 @@ class Plan:
             return transformer.loss(params, batch, self.cfg, ops=ops, wrap_block=wrap_block, **options)
         if self.sequence_parallel and T % N:
             raise ValueError(f'batch["tokens"] has {T} positions; sequence_parallel needs a multiple of the {N} ranks')
+
+        def wrapped(f: Any) -> BlockFn:
+            key = self, replace(f, ops=ops)  # the ops of f are made anew in each evaluation, of the same things
+            return made_once(wrap_block, key, lambda: wrap_block(self._wrap_block(f)))
+
         marked = {k: {"weight": _Vocabulary(v["weight"])} if k in VOCABULARY else v for k, v in params.items()}
         return transformer.loss(
             marked,
             batch,
             local_config(self.cfg, self.group),
             ops=self._ops(ops),
-            wrap_block=lambda f: wrap_block(self._wrap_block(f)),
+            wrap_block=wrapped,
             **options,
         )
 

@@ -4,12 +4,12 @@
     params = init(random.key(0), cfg)
     logits_BTV = apply(params, tokens_BT, cfg)
 
-Parts lie beside this file: config, initialise, layers (the block), cache (prefill and decode).
+Parts lie beside this file: config, initialise, layers (the block), regional (what is made of a block, made once), cache
+(prefill and decode).
 Legend: B batch, T positions, D d_model, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from purelm.models.config import Config, RopeScaling, config_from_dict
 from purelm.models.initialise import Variance, course_init, gpt2_init, init, param_shapes, scaled_residual
 from purelm.models.layers import (
     Context,
-    attend_all,
     block,
     context,
     embed,
@@ -30,11 +29,13 @@ from purelm.models.layers import (
     segment_positions,
     unembedding,
 )
+from purelm.models.regional import Block, made_once
 from purelm.models.tokens import check_tokens
 from purelm.ops import REFERENCE, Ops
 from purelm.ops.precision import accumulator
 
 __all__ = [
+    "Block",
     "BlockFn",
     "Config",
     "KVCache",
@@ -67,6 +68,10 @@ def identity(f: BlockFn) -> BlockFn:
     return f
 
 
+def _wrapped(wrap_block: Callable[[BlockFn], BlockFn], f: Block) -> BlockFn:
+    return made_once(wrap_block, f, lambda: wrap_block(f))
+
+
 def hidden(
     params: Params,
     tokens_BT: Int[Tensor, "b t"],
@@ -86,7 +91,7 @@ def hidden(
     x_BTD = embed(params, tokens_BT, positions, cfg, ops)
     ctx = context(positions, segment_ids, cfg, length=T, dtype=x_BTD.dtype)
     windows = {cfg.window_of(i) for i in range(cfg.n_layers)}
-    blocks = {w: wrap_block(partial(block, cfg=cfg, ops=ops, attend=attend_all(cfg, ops, w))) for w in windows}
+    blocks = {w: _wrapped(wrap_block, Block(cfg, ops, w)) for w in windows}
     for i, layer in enumerate(params["layers"]):
         x_BTD = blocks[cfg.window_of(i)](layer, x_BTD, ctx)
     return norm(params.get("ln_final"), x_BTD, cfg, ops)
@@ -107,7 +112,9 @@ def apply(
         tokens_BT: ids in 0..vocab_size-1, not checked here (`check_tokens` does).
         ops: the maths to compute with.
         wrap_block: maps the block function (params, x_BTD, ctx) -> x_BTD to one of the same signature; remat,
-            regional compilation and gathers of sharded parameters enter here.
+            regional compilation and gathers of sharded parameters enter here. It is called once for equal cfg and ops,
+            as long as it is the same function: make it outside of the loss, or wrap_block=lambda f: jit(f) in there
+            compiles at each evaluation.
         segment_ids: documents of a packed row; tokens see only equal ids, so that a packed batch gives what separate
             documents give. Learned positions restart where an id begins.
 

@@ -242,3 +242,21 @@ def test_alone(cfg):
     assert_close(plan.unshard(grads), theirs)
     assert_close(plan.unshard(local), params, 0, 0)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+
+
+def on_rank_wrapped_once():
+    made = []
+
+    def wrap(f):
+        made.append(f)
+        return remat(f)
+
+    plan = fsdp.plan(params_of())
+    for _ in range(3):
+        fsdp.transformer_loss(plan.shard(params_of()), my_batch(), CFG, plan, wrap_block=wrap)
+    return len(made)
+
+
+def test_blocks_are_wrapped_once():
+    """Or compiled blocks would be compiled in every step."""
+    assert run(on_rank_wrapped_once) == [1, 1]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.dist.processes import free_port
 
@@ -96,9 +97,14 @@ def test_compiled(data, tmp_path, alone):
 
 
 def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(data, tmp_path):
-    """kill -9 of one rank after the first checkpoint; torchrun starts both again; the curve has no gap."""
+    """kill -9 of one rank after the first checkpoint; torchrun starts both again; the curve has no gap.
+
+    Over NCCL where there are two GPUs.
+    """
     run = tmp_path / "run"
+    device = "cuda" if torch.cuda.device_count() > 1 else "cpu"
     flags = ["--steps", "400", "--compile", "no", "--save-every", "20", "--keep-last", "2", "--eval-every", "0"]
+    flags += ["--device", device]
     process = subprocess.Popen(
         command(data, run, *flags, n=2, restarts=1), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )

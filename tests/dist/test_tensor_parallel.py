@@ -438,3 +438,19 @@ def test_refused_on_every_rank(case, message):
 @pytest.mark.parametrize("module", [tensor_parallel, vocab_parallel, conjugates])
 def test_examples(module):
     assert doctest.testmod(module).failed == 0
+
+
+def on_rank_wrapped_once():
+    made = []
+
+    def wrap(f):
+        made.append(f)
+        return f
+
+    plan = Plan(GQA)
+    losses = [plan.loss(plan.shard(params_of(GQA)), batch_of(GQA, "plain"), wrap_block=wrap)[0] for _ in range(3)]
+    return len(made), float(losses[0]) == float(losses[2])
+
+
+def test_blocks_are_wrapped_once():
+    assert run(on_rank_wrapped_once) == [(1, True)] * 2
