@@ -87,6 +87,7 @@ def overlapped_value_and_grad(
     op: Op = "mean",
     bucket_bytes: int = BUCKET_BYTES,
     wire: torch.dtype | None = None,
+    compute: torch.dtype | None = None,
     check: bool = True,
 ) -> Callable[..., tuple[Any, Any]]:
     """`value_and_grad` whose gradients are averaged (or summed) over ranks while backward still runs.
@@ -98,7 +99,9 @@ def overlapped_value_and_grad(
     parts of the batch as by `accumulate`, and only the last part's backward sends anything.
 
     The overlap needs a backward pass that ends leaf by leaf: eager, rematerialised or compiled block by block. That of
-    a model compiled as a whole hands over all gradients at its end.
+    a model compiled as a whole hands over all gradients at its end. So does one that begins with a cast of all
+    parameters, since autograd runs first what was made last: give the dtype as `compute` instead. f then sees
+    parameters of that dtype, and gradients become the parameters' own as they arrive, before they are added or sent.
     """
     _check_options(op, bucket_bytes)
     if microbatches < 1 or (microbatches > 1 and argnums != 0):
@@ -106,9 +109,9 @@ def overlapped_value_and_grad(
     orders: dict[Any, list[int]] = {}  # by the kind of what is differentiated: the numbers of leaves as they come
     local = value_and_grad(f, argnums, has_aux)
 
-    def sending(kind: Any, before: list[Tensor] | None) -> Callable[..., tuple[Any, Any]]:
+    def sending(kind: Any, masters: list[Tensor], before: list[Tensor] | None) -> Callable[..., tuple[Any, Any]]:
         def watch(inputs: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
-            reducer = _Reducer(inputs, before, orders.get(kind), group, op, bucket_bytes, wire)
+            reducer = _Reducer(inputs, masters, before, orders.get(kind), group, op, bucket_bytes, wire)
 
             def finish(grads: list[Tensor]) -> list[Tensor]:
                 grads, orders[kind] = reducer.finish(grads)
@@ -119,16 +122,25 @@ def overlapped_value_and_grad(
         return value_and_grad(f, argnums, has_aux, watch=watch)
 
     def overlapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if size_of(group) == 1:
-            return (accumulate(local, microbatches) if microbatches > 1 else local)(*args, **kwargs)
-        rank_of(group)
         differentiated = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums)
+
+        def alone(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            value, grads = local(*args, **kwargs)
+            return value, tree.map(lambda g, p: g if g is None else g.to(p.dtype), grads, differentiated)
+
+        if compute is not None:
+            numbers = (argnums,) if isinstance(argnums, int) else argnums
+            args = tuple(tree.cast(x, compute) if i in numbers else x for i, x in enumerate(args))
+        if size_of(group) == 1:
+            return (accumulate(alone, microbatches) if microbatches > 1 else alone)(*args, **kwargs)
+        rank_of(group)
         kind = optree.tree_structure(differentiated), *[(x.shape, x.dtype) for x in tree.leaves(differentiated)]
         if check and kind not in orders:
             check_same_kind(differentiated, group, "parameters")
+        last = partial(sending, kind, [x for x in tree.leaves(differentiated) if tree.is_floating(x)])
         if microbatches == 1:
-            return sending(kind, None)(*args, **kwargs)
-        return _in_parts(local, partial(sending, kind), microbatches, *args)
+            return last(None)(*args, **kwargs)
+        return _in_parts(alone, last, microbatches, *args)
 
     return overlapped
 
@@ -168,16 +180,17 @@ def differentiate(
     microbatches: int = 1,
     bucket_bytes: int = BUCKET_BYTES,
     wire: torch.dtype | None = None,
+    compute: torch.dtype | None = None,
 ) -> Callable[[Any, Any], tuple[tuple[Tensor, dict[str, Tensor]], Any]]:
     """(params, batch) -> ((loss, metrics), grads) over all ranks' batches: for `make_step(..., differentiate=...)`.
 
     loss_fn divides by batch["denominator"]: make_step's `prepare` should be `with_global_denominator`. Loss, metrics
     and gradients are then sums over ranks, as they would come from one process with the whole batch. The metric
-    non_finite_rank is the first rank whose own loss is inf or nan, -1 if none is.
+    non_finite_rank is the first rank whose own loss is inf or nan, -1 if none is. compute: that of make_step's
+    `precision`, given here too, so that nothing is cast before the first block; or gradients all come at the end.
     """
-    both = overlapped_value_and_grad(
-        loss_fn, group, has_aux=True, microbatches=microbatches, op="sum", bucket_bytes=bucket_bytes, wire=wire
-    )
+    options: dict[str, Any] = {"bucket_bytes": bucket_bytes, "wire": wire, "compute": compute}
+    both = overlapped_value_and_grad(loss_fn, group, has_aux=True, microbatches=microbatches, op="sum", **options)
 
     def gradient(params: Any, batch: Any) -> tuple[tuple[Tensor, dict[str, Tensor]], Any]:
         (loss, metrics), grads = both(params, batch)
@@ -244,6 +257,7 @@ class _Reducer:
     def __init__(
         self,
         inputs: list[Tensor],
+        masters: list[Tensor],
         before: list[Tensor] | None,
         order: list[int] | None,
         group: Group,
@@ -251,7 +265,7 @@ class _Reducer:
         bucket_bytes: int,
         wire: torch.dtype | None,
     ):
-        self.inputs, self.before, self.order, self.group = inputs, before, order, group
+        self.masters, self.before, self.order, self.group = masters, before, order, group
         self.bucket_bytes, self.options = bucket_bytes, (group, op, wire)
         self.found: dict[int, Tensor] = {}  # in the order of arrival
         self.missing = set(range(len(inputs)))
@@ -262,7 +276,7 @@ class _Reducer:
         self.handles = [x.register_hook(self._hook(i)) for i, x in enumerate(inputs)]
 
     def _cut(self, order: list[int]) -> None:
-        self.buckets = _buckets(self.inputs, self.bucket_bytes, order)
+        self.buckets = _buckets(self.masters, self.bucket_bytes, order)
         self.to_come = [len(b) for b in self.buckets]
         self.bucket_of = {i: k for k, bucket in enumerate(self.buckets) for i in bucket}
 
@@ -275,6 +289,7 @@ class _Reducer:
         return arrived
 
     def _take(self, i: int, g: Tensor) -> None:
+        g = g.to(self.masters[i].dtype)
         self.found[i] = g if self.before is None else g + self.before[i]
         self.missing.discard(i)
         if self.order is not None:

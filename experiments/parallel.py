@@ -124,6 +124,7 @@ def _replicated(world: World, cfg: Parallel, job: Job) -> Run:
             microbatches=job.microbatches,
             bucket_bytes=max(int(cfg.bucket_mb * 2**20), 1),
             wire=torch.bfloat16 if cfg.wire == "bf16" else None,
+            compute=job.precision.compute,
         ),
         prepare=ddp.with_global_denominator,
     )

@@ -1,6 +1,8 @@
 """Every benchmark that the device can run, one after another, each in a process of its own.
 
 python -m experiments.bench.all [--device cuda] [--data FOLDER] [--json FOLDER]
+
+With two GPUs or more, those of several processes too, under torchrun.
 """
 
 import subprocess
@@ -8,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 
 from experiments.console import pick_device, program, say
@@ -41,16 +44,36 @@ def programs(args: Args) -> list[tuple[str, list[str]]]:
     ]
 
 
+def programs_of_many(n: int) -> list[tuple[str, list[str]]]:
+    """Those that n GPUs can run together."""
+    if n < 2:
+        return []
+    xl = ["--sizes", "xl", "--ops", "fused"]
+    return [
+        ("collectives", []),
+        ("data_parallel", ["--sizes", "134m", "xl", "--ops", "fused"]),
+        ("memory", xl),
+        *([("step_8b", [])] if n == 2 else []),
+    ]
+
+
+def launcher(n: int) -> list[str]:
+    """What stands before the name of a module."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "-m", "--"]
+    return [sys.executable, *(torchrun if n > 1 else ["-m"])]
+
+
 @program
 def main(args: Args) -> None:
-    pick_device(args.device)
+    device = pick_device(args.device)
+    n = torch.cuda.device_count() if device.type == "cuda" else 1
     failed = []
     if args.device == "cpu" and args.data is None:
         say("tokenizer benchmarks left out: give --data FOLDER (make bench DATA=FOLDER)")
-    for name, flags in programs(args):
+    for name, flags, ranks in [*((*p, 1) for p in programs(args)), *((*p, n) for p in programs_of_many(n))]:
         print(f"\n## {name}\n", flush=True)
         json = [] if args.json is None else ["--json", str(args.json / f"{name}.json")]
-        if subprocess.run([sys.executable, "-m", f"experiments.bench.{name}", *flags, *json]).returncode:
+        if subprocess.run([*launcher(ranks), f"experiments.bench.{name}", *flags, *json]).returncode:
             failed.append(name)
     if failed:
         raise ValueError(f"these benchmarks failed: {', '.join(failed)}")

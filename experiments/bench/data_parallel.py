@@ -95,7 +95,7 @@ def our_step(
 
     options: dict[str, Any] = {"precision": precision}
     if way in ("overlapped", "zero1"):
-        options["differentiate"] = partial(ddp.differentiate, bucket_bytes=bucket_bytes)
+        options["differentiate"] = partial(ddp.differentiate, bucket_bytes=bucket_bytes, compute=precision.compute)
         options["prepare"] = with_global_denominator
     elif way == "fsdp":
         plan = fsdp.plan(params, compute=torch.bfloat16 if cuda else None)

@@ -15,7 +15,7 @@ from purelm.dist.world import rank_of, size_of
 from purelm.models import transformer
 from purelm.optim import adamw, chain, clip_by_global_norm, schedules
 from purelm.train import Precision, init_state, make_step
-from purelm.transforms import jit, remat, value_and_grad
+from purelm.transforms import accumulate, jit, remat, value_and_grad
 from tests.dist.models import CFG, TIED, assert_close, batch_of, params_of
 from tests.dist.processes import RankError, run
 
@@ -135,6 +135,85 @@ def test_buckets_are_sent_while_backward_runs():
     assert first == ([n] * n, n) and second == third == (list(range(1, n + 1)), n)
     for sent, n in run(on_rank_order, 1 << 30)[0]:
         assert sent == [n]
+
+
+class _Tick(torch.autograd.Function):
+    """Identity; backward leaves a note."""
+
+    @staticmethod
+    def forward(ctx, x, events):
+        ctx.events = events
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.events.append("block")
+        return g, None
+
+
+def on_rank_interleaved(inside):
+    events = []
+    one = ddp._send
+    ddp._send = lambda *args: events.append("message") or one(*args)
+
+    def ticking(f):
+        return lambda layer, x, ctx: _Tick.apply(f(layer, x, ctx), events)
+
+    def mixed(params, batch):
+        return loss(tree.cast(params, torch.float32) if inside else params, batch, wrap_block=ticking)
+
+    options = {"has_aux": True, "bucket_bytes": 1000, "compute": None if inside else torch.float32}
+    gradient = overlapped_value_and_grad(mixed, **options)
+    try:
+        for _ in range(2):
+            events.clear()
+            gradient(params_of(), batch_of(0, 2))
+    finally:
+        ddp._send = one
+    return events
+
+
+def test_a_cast_before_the_first_block_holds_all_messages_back():
+    """Autograd runs first what was made last. With `compute`, messages go between the blocks."""
+    late, early = run(on_rank_interleaved, True)[0], run(on_rank_interleaved, False)[0]
+    assert late.count("block") == early.count("block") == 3
+    assert late[:3] == ["block"] * 3 and late.count("message") > 6
+    first, second, third = (i for i, event in enumerate(early) if event == "block")
+    assert second - first > 1 and third - second > 1
+
+
+def on_rank_compute(microbatches, group_of_one):
+    """Masters fp64, maths fp32. Oracle: the cast inside of the loss, gradients of parts added in fp64."""
+    params, batch = params_of(), with_global_denominator(batch_of(rank_of(None), 2))
+    seen = []
+
+    def watching(params, batch):
+        seen.append({x.dtype for x in tree.leaves(params)})
+        return loss(params, batch)
+
+    def cast_inside(params, batch):
+        return loss(tree.cast(params, torch.float32), batch)
+
+    groups = [torch.distributed.new_group([r]) for r in range(2)]
+    group = groups[rank_of(None)] if group_of_one else None
+    gradient = overlapped_value_and_grad(
+        watching, group, has_aux=True, op="sum", microbatches=microbatches, bucket_bytes=2000, compute=torch.float32
+    )
+    plain = value_and_grad(cast_inside, has_aux=True)
+    (value, _), mine = (accumulate(plain, microbatches) if microbatches > 1 else plain)(params, batch)
+    expected = mine if group_of_one else tree.map(lambda g: all_reduce(g, check=False), mine)
+    for _ in range(2):
+        (found, _), grads = gradient(params, batch)
+        assert torch.equal(found, value)
+        assert all(g.dtype == torch.float64 for g in tree.leaves(grads))
+        assert_close(grads, expected, 1e-14, 1e-16)
+    assert all(dtypes == {torch.float32} for dtypes in seen)
+
+
+@pytest.mark.parametrize("group_of_one", [False, True], ids=["two", "one"])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_compute_is_a_cast_inside_of_the_loss(microbatches, group_of_one):
+    run(on_rank_compute, microbatches, group_of_one)
 
 
 def on_rank_copies():
