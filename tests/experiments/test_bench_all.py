@@ -1,6 +1,7 @@
 """The list of benchmarks. Oracle: each program's own arguments."""
 
 from importlib import import_module
+from itertools import pairwise
 
 import pytest
 import tyro
@@ -15,7 +16,7 @@ def test_every_program_understands_its_flags(found):
     assert found
     for name, flags in found:
         args = tyro.cli(import_module(f"experiments.bench.{name}").Args, args=flags)
-        for flag, value in zip(flags, flags[1:], strict=False):
+        for flag, value in pairwise(flags):
             if flag.startswith("--") and not value.startswith("--"):
                 got = getattr(args, flag[2:].replace("-", "_"))
                 assert value in (map(str, got) if isinstance(got, tuple) else [str(got)])
