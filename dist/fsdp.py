@@ -17,6 +17,7 @@ Messages and bytes a step, of n bytes of parameters in `compute`: an all_gather 
 Every rank must run the same blocks in the same order.
 """
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -149,7 +150,7 @@ class Bound:
     """A plan and the tensors of one evaluation: `params`, and functions that gather what they are given of them."""
 
     def __init__(self, plan: Plan, local: Any, order: list[Any], deliver: Deliver | None = None):
-        self.plan, self.deliver = plan, deliver
+        self.plan, self.schedule = plan, _Schedule(plan, deliver)
         leaves, treedef = tree.flatten(local)
         flags = tree.leaves(plan.replicated)
         if len(leaves) != len(flags):
@@ -172,9 +173,15 @@ class Bound:
             leaves[i] = leaves[i].to(plan.compute or leaves[i].dtype)
         self.params = tree.unflatten(treedef, leaves)
         subtrees = [[x for x in tree.leaves(subtree) if id(x) in self.shapes] for subtree in order]
-        self.units = [_Unit(self, i, parts) for i, parts in enumerate(subtrees)]
+        self.units: list[_Unit] = []
+        for parts in subtrees:
+            self._add(parts)
         self.position = 0  # of the unit that is expected next
-        self.scatters: list[Pending] = []
+
+    def _add(self, parts: list[Tensor]) -> "_Unit":
+        unit = _Unit(self.schedule, parts, [self.shapes[id(p)] for p in parts])
+        self.units.append(unit)
+        return unit
 
     def _unit(self, parts: list[Tensor]) -> "_Unit":
         """The next unit of these parts (tied embeddings are two); one that was not announced comes last."""
@@ -183,8 +190,7 @@ class Bound:
             if [id(p) for p in self.units[i].parts] == [id(p) for p in parts]:
                 self.position = i + 1
                 return self.units[i]
-        self.units.append(_Unit(self, n, parts))
-        return self.units[-1]
+        return self._add(parts)
 
     def gathered(self, f: Callable[..., Any]) -> Callable[..., Any]:
         """f(params, ...) as a function of a subtree of `self.params`."""
@@ -229,6 +235,24 @@ class Bound:
         names = ("embedding", "linear", "linear_cross_entropy", "rms_norm", "layer_norm")
         return ops._replace(**{name: on_parts(getattr(ops, name)) for name in names})
 
+
+def _merged(some: Mapping[int, Any], others: list[Any]) -> list[Any]:
+    return [some.get(i, x) for i, x in enumerate(others)]
+
+
+class _Schedule:
+    """What the units of an evaluation share.
+
+    It holds none of them, nor do they hold each other: a cycle would keep the parameters of each step until Python's
+    garbage collector comes by. In forward `Bound` holds them, then the graph.
+    """
+
+    def __init__(self, plan: Plan, deliver: Deliver | None):
+        self.plan, self.deliver = plan, deliver
+        self.units: list[weakref.ref[_Unit]] = []
+        self.ids: list[int] = []  # of all parts, as often as they are used
+        self.scatters: list[Pending] = []
+
     def scatter(self, unit: "_Unit", grads: list[Tensor]) -> Sequence[Tensor | None]:
         """Gradients of the unit's parts: sent now; at the end of backward all have arrived."""
         parts = unit.parts
@@ -237,8 +261,7 @@ class Bound:
         if self.deliver is not None:
             self.deliver(parts, pending)
             return [None] * len(parts)
-        used = [id(p) for other in self.units for p in other.parts]
-        if any(p.dtype != wire or used.count(id(p)) > 1 for p in parts):  # autograd itself will read them
+        if any(p.dtype != wire or self.ids.count(id(p)) > 1 for p in parts):  # autograd itself will read them
             return [g.to(p.dtype) for g, p in zip(pending.wait(), parts, strict=True)]
         if not self.scatters:
             torch.autograd.Variable._execution_engine.queue_callback(self._arrived)
@@ -253,16 +276,13 @@ class Bound:
         self.scatters = []
 
 
-def _merged(some: Mapping[int, Any], others: list[Any]) -> list[Any]:
-    return [some.get(i, x) for i, x in enumerate(others)]
-
-
 class _Unit:
     """Parameters that are gathered together."""
 
-    def __init__(self, bound: Bound, number: int, parts: list[Tensor]):
-        self.bound, self.number, self.parts = bound, number, parts
-        self.shapes = [bound.shapes[id(p)] for p in parts]
+    def __init__(self, schedule: _Schedule, parts: list[Tensor], shapes: list[torch.Size]):
+        self.schedule, self.number, self.parts, self.shapes = schedule, len(schedule.units), parts, shapes
+        schedule.units.append(weakref.ref(self))
+        schedule.ids += [id(p) for p in parts]
         self.pending: Pending | None = None
         self.wholes: list[Tensor] | None = None
         self.storages: dict[int, int] = {}
@@ -271,7 +291,7 @@ class _Unit:
     def start(self) -> None:
         """Send the parts, if they are neither here nor under way."""
         if self.pending is None and self.wholes is None:
-            plan = self.bound.plan
+            plan = self.schedule.plan
             with torch.no_grad():
                 parts = [p.to(plan.compute or p.dtype) for p in self.parts]
                 self.pending = gather_parts(parts, self.shapes, plan.group)
@@ -289,9 +309,10 @@ class _Unit:
 
     def prefetch(self, step: int) -> None:
         """Start the neighbour: at most this unit and that one are whole at a time."""
-        units, i = self.bound.units, self.number + step
-        if 0 <= i < len(units) and (step > 0 or units[i].noted):
-            units[i].start()
+        units, i = self.schedule.units, self.number + step
+        other = units[i]() if 0 <= i < len(units) else None
+        if other is not None and (step > 0 or other.noted):
+            other.start()
 
     def pack(self, x: Tensor) -> Any:
         i = self.storages.get(x.untyped_storage().data_ptr()) if type(x) is Tensor and x.numel() else None
@@ -327,7 +348,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         unit = ctx.unit
         unit.drop()
-        return None, *unit.bound.scatter(unit, list(grads))
+        return None, *unit.schedule.scatter(unit, list(grads))
 
 
 class _SumGradients(torch.autograd.Function):

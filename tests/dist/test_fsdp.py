@@ -1,5 +1,7 @@
 """Fully sharded parameters on two Gloo processes. Oracle: one process with whole parameters and the whole batch."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -73,7 +75,7 @@ def test_compiled_blocks():
 def on_rank_messages(wrap):
     """Units whole or under way at once, and what is gathered and scattered."""
     alive, most, gathers, scatters, events = set(), [], [], [], []
-    start, get, drop, scatter = fsdp._Unit.start, fsdp._Unit.get, fsdp._Unit.drop, fsdp.Bound.scatter
+    start, get, drop, scatter = fsdp._Unit.start, fsdp._Unit.get, fsdp._Unit.drop, fsdp._Schedule.scatter
 
     def spy_start(self):
         before = self.pending is None and self.wholes is None
@@ -95,13 +97,13 @@ def on_rank_messages(wrap):
         events.append(f"scatter {unit.number}")
         return scatter(self, unit, grads)
 
-    fsdp.Bound.scatter = spy_scatter
+    fsdp._Schedule.scatter = spy_scatter
     try:
         plan = fsdp.plan(params_of())
         loss = partial(fsdp.transformer_loss, cfg=CFG, plan=plan, wrap_block=WRAPS[wrap])
         fsdp.differentiate(loss)(plan.shard(params_of()), my_batch())
     finally:
-        fsdp._Unit.start, fsdp._Unit.get, fsdp._Unit.drop, fsdp.Bound.scatter = start, get, drop, scatter
+        fsdp._Unit.start, fsdp._Unit.get, fsdp._Unit.drop, fsdp._Schedule.scatter = start, get, drop, scatter
     return gathers, scatters, max(most), len(alive), events
 
 
@@ -141,6 +143,33 @@ def on_rank_saved():
 def test_what_was_gathered_is_dropped():
     (n_between, alive, after), _ = run(on_rank_saved)
     assert n_between > 20 and alive == 0 and after == 0
+
+
+def on_rank_let_go(wrap):
+    """Bounds and units that are alive when an evaluation is over, without the garbage collector."""
+    alive = []
+    kinds = {cls: cls.__init__ for cls in (fsdp.Bound, fsdp._Unit)}
+    for cls, init in kinds.items():
+        cls.__init__ = lambda self, *args, init=init: init(self, *args) or alive.append(weakref.ref(self))
+    plan = fsdp.plan(params_of())
+    loss = partial(fsdp.transformer_loss, cfg=CFG, plan=plan, wrap_block=WRAPS[wrap])
+    gc.disable()
+    try:
+        fsdp.differentiate(loss)(plan.shard(params_of()), my_batch())
+        counts = [len(alive), sum(ref() is not None for ref in alive)]
+        with torch.no_grad():
+            loss(plan.shard(params_of()), my_batch())
+        return [*counts, len(alive), sum(ref() is not None for ref in alive)]
+    finally:
+        gc.enable()
+        for cls, init in kinds.items():
+            cls.__init__ = init
+
+
+@pytest.mark.parametrize("wrap", ["plain", "remat"])
+def test_parameters_are_let_go_with_the_graph(wrap):
+    """One evaluation has a Bound and five units."""
+    assert run(on_rank_let_go, wrap) == [[6, 0, 12, 0]] * 2
 
 
 def trained(plan, params, step, batches, optimizer, n=4):

@@ -146,7 +146,7 @@ def test_compute_dtype_alone():
 def watched(model):
     """events: what is gathered and scattered; alive: units that are whole or under way; most: of those at once."""
     alive, most, events = set(), [0], []
-    start, drop, scatter = sharded._Unit.start, sharded._Unit.drop, sharded.Bound.scatter
+    start, drop, scatter = sharded._Unit.start, sharded._Unit.drop, sharded._Schedule.scatter
     names = {id(p): name.removesuffix(".weight") for name, p in model.module.named_parameters()}
 
     def spy_start(self):
@@ -168,11 +168,11 @@ def watched(model):
     for one in model.modules():
         if isinstance(one, Linear):
             one.register_forward_pre_hook(lambda m, args: events.append(f"forward {names[id(m.weight)]}"))
-    sharded._Unit.start, sharded._Unit.drop, sharded.Bound.scatter = spy_start, spy_drop, spy_scatter
+    sharded._Unit.start, sharded._Unit.drop, sharded._Schedule.scatter = spy_start, spy_drop, spy_scatter
     try:
         yield alive, most, events
     finally:
-        sharded._Unit.start, sharded._Unit.drop, sharded.Bound.scatter = start, drop, scatter
+        sharded._Unit.start, sharded._Unit.drop, sharded._Schedule.scatter = start, drop, scatter
 
 
 def on_rank_messages(kind):
