@@ -152,8 +152,8 @@ def peer_step(way: str, cfg: transformer.Config, here: world.World, compiled: bo
     cuda = here.device.type == "cuda"
     model: Any = Module(cfg, cfg.ff_width).to(here.device)
     if compiled:
-        for block in model.blocks:
-            block.compile()
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = torch.compile(block)  # not block.compile(): fully_shard's hooks stay outside of this
     if way == "torch_fsdp2":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
