@@ -116,25 +116,33 @@ def transformer_loss(
     *,
     ops: Ops = REFERENCE,
     wrap_block: Callable[[transformer.BlockFn], transformer.BlockFn] = transformer.identity,
+    tensor_parallel: Any = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`transformer.loss` of sharded parameters, summed over ranks, and metrics likewise.
 
     batch["denominator"] must be that of all ranks (ddp.with_global_denominator). The embedding, each block, and the
     unembedding, which stays whole over all chunks of the loss, are units of their own.
+
+    tensor_parallel: a `tensor_parallel.Plan` over another axis of a mesh. `local` is plan.shard of its shard, plan
+    being that of what it shards; gradients go through its `reduce` afterwards.
     """
     if "denominator" not in batch:
         raise ValueError("batch has no denominator of all ranks: use ddp.with_global_denominator")
     head = local["token_embeddings" if cfg.tie_embeddings else "lm_head"]
     bound = plan.bind(local, [local["token_embeddings"], *local["layers"], head])
-    value, metrics = transformer.loss(
-        bound.params,
-        batch,
-        cfg,
-        ops=bound.ops(ops),
-        wrap_block=lambda f: bound.gathered(_wrapped(wrap_block, f, ops)),
-        **options,
-    )
+    if tensor_parallel is not None:
+        options = {**options, "ops": ops, "wrap_block": wrap_block, "bound": bound}
+        value, metrics = tensor_parallel.loss(bound.params, batch, **options)
+    else:
+        value, metrics = transformer.loss(
+            bound.params,
+            batch,
+            cfg,
+            ops=bound.ops(ops),
+            wrap_block=lambda f: bound.gathered(_wrapped(wrap_block, f, ops)),
+            **options,
+        )
     names = list(metrics)
     total = _Total.apply(plan.group, value, *[metrics[name].to(value.dtype) for name in names])
     return total[0], {name: x.to(metrics[name].dtype) for name, x in zip(names, total[1:], strict=True)}
@@ -223,7 +231,8 @@ class Bound:
 
         def on_parts(op: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
-                parts = {i: x for i, x in enumerate(args) if id(x) in self.shapes}
+                # In trees, too: tensor_parallel marks matrices.
+                parts = {i: x for i, x in enumerate(args) if any(id(leaf) in self.shapes for leaf in tree.leaves(x))}
                 if not parts:
                     return op(*args, **kwargs)
                 return self.gathered(lambda some, others: op(*_merged(some, others), **kwargs))(

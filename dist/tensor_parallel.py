@@ -81,30 +81,36 @@ class Plan:
         wrap_block: Callable[[BlockFn], BlockFn] = identity,
         z_loss: float = 0.0,
         chunk: int | None = None,
+        bound: Any = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """`transformer.loss` of the whole model, from this rank's parameters and the whole batch; equal on all ranks.
 
         Gradients are those of the whole, cut like the parameters, once `reduce` has been applied. ops.attention and
         the like run on this rank's heads; ops.linear_cross_entropy gives way to `vocab_parallel`'s. wrap_block sees
-        one layer's local parameters.
+        one layer's local parameters. bound: an `fsdp.Bound` whose `params` these are: this rank's parameters are cut
+        over another group besides, and gathered when they are used (`fsdp.transformer_loss(tensor_parallel=)`).
         """
         options: dict[str, Any] = {"z_loss": z_loss, "chunk": chunk}
         N, T = size_of(self.group), batch["tokens"].shape[1]
-        if N == 1:
+        if N == 1 and bound is None:
             return transformer.loss(params, batch, self.cfg, ops=ops, wrap_block=wrap_block, **options)
         if self.sequence_parallel and T % N:
             raise ValueError(f'batch["tokens"] has {T} positions; sequence_parallel needs a multiple of the {N} ranks')
 
+        local_ops = self._ops(ops)
+
         def wrapped(f: Any) -> BlockFn:
-            key = self, replace(f, ops=ops)  # the ops of f are made anew in each evaluation, of the same things
-            return made_once(wrap_block, key, lambda: wrap_block(self._wrap_block(f)))
+            key = self, replace(f, ops=ops)  # local_ops are made anew in each evaluation, of the same things
+            plain = replace(f, ops=local_ops)
+            made = made_once(wrap_block, key, lambda: wrap_block(self._wrap_block(plain)))
+            return made if bound is None else bound.gathered(made)
 
         marked = {k: {"weight": _Vocabulary(v["weight"])} if k in VOCABULARY else v for k, v in params.items()}
         return transformer.loss(
             marked,
             batch,
             local_config(self.cfg, self.group),
-            ops=self._ops(ops),
+            ops=local_ops if bound is None else bound.ops(local_ops),
             wrap_block=wrapped,
             **options,
         )

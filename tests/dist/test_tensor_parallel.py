@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from purelm import random, tree
-from purelm.dist import conjugates, tensor_parallel, vocab_parallel
+from purelm.dist import conjugates, fsdp, tensor_parallel, vocab_parallel
 from purelm.dist.agreement import check_equal
 from purelm.dist.collectives import all_reduce
 from purelm.dist.ddp import all_reduce_mean
@@ -200,6 +200,44 @@ def on_rank_mesh(sequence_parallel):
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence"])
 def test_with_data_parallelism(sequence_parallel):
     run(on_rank_mesh, sequence_parallel, size=4)
+
+
+def on_rank_sharded(name, sequence_parallel, wrap):
+    """2 x 2: each model rank's parameters cut once more over the data ranks. Twice: units are gathered ahead."""
+    cfg, rank, n = CASES[name][0], dist.get_rank(), dist.get_world_size() // 2  # ranks along the model
+    models = [dist.new_group(list(range(i, i + n))) for i in range(0, 2 * n, n)]
+    data = [dist.new_group([i, i + n]) for i in range(n)]
+    model, over_data = Plan(cfg, models[rank // n], sequence_parallel), data[rank % n]
+    shares = model.shard(params_of(cfg))
+    plan = fsdp.plan(shares, over_data)
+    batch = {**batch_of(cfg, "segments", rows=8)}
+    batch["denominator"] = batch["weights"].sum()
+    mine = {k: x if x.ndim == 0 else x.chunk(2)[rank // n] for k, x in batch.items()}
+    loss = partial(
+        fsdp.transformer_loss, cfg=cfg, plan=plan, tensor_parallel=model, wrap_block=wrap, z_loss=0.1, chunk=5
+    )
+    expected, theirs = value_and_grad(partial(transformer.loss, cfg=cfg, z_loss=0.1), has_aux=True)(
+        params_of(cfg), batch
+    )
+    local = plan.shard(shares)
+    for _ in range(2):
+        (value, metrics), grads = value_and_grad(loss, has_aux=True)(local, mine)
+        torch.testing.assert_close(value, expected[0], rtol=1e-11, atol=0)
+        torch.testing.assert_close(metrics["n_targets"], expected[1]["n_targets"], rtol=1e-6, atol=0)
+        assert_close(model.unshard(plan.unshard(model.reduce(grads))), theirs, **TOLERANCE[torch.float64])
+    halves = [2 * p.numel() >= s.numel() > p.numel() for p, s in zip(*map(tree.leaves, (local, shares)), strict=True)]
+    assert sum(halves) >= 9 * cfg.n_layers - 4  # matrices are cut
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence"])
+@pytest.mark.parametrize("wrap", [transformer.identity, remat], ids=["plain", "remat"])
+@pytest.mark.parametrize("name", ["gqa", "tied_odd", "head_norms"])
+def test_with_sharded_parameters(name, sequence_parallel, wrap):
+    run(on_rank_sharded, name, sequence_parallel, wrap, size=4)
+
+
+def test_sharded_parameters_and_one_rank_along_the_model():
+    run(on_rank_sharded, "gqa", False, transformer.identity)
 
 
 def on_rank_layout(name):
