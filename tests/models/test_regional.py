@@ -90,7 +90,7 @@ class Unhashable:
 
 
 def test_makers_that_cannot_be_looked_up():
-    for maker, key in ((Unhashable(), 0), (Unhashable, [])):
+    for maker, key in ((Unhashable(), 0), (Unhashable, ([],))):
         first = made_once(maker, key, object)
         assert made_once(maker, key, object) is not first
     value, _ = transformer.loss(params_of(), BATCH, CFG, wrap_block=Unhashable())
