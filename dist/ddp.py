@@ -60,7 +60,7 @@ def all_reduce_mean(
     """
     if strategy not in ("per_leaf", "flat", "bucketed"):
         raise ValueError(f'strategy must be "per_leaf", "flat" or "bucketed", got {strategy!r}')
-    _check_options(op, bucket_bytes)
+    check_options(op, bucket_bytes)
     if size_of(group) == 1:
         return grads
     rank_of(group)
@@ -68,8 +68,8 @@ def all_reduce_mean(
         check_same_kind(grads, group, "gradients")
     leaves, treedef = tree.flatten(grads)
     limit = {"per_leaf": 0, "flat": math.inf, "bucketed": bucket_bytes}[strategy]
-    last_first = _buckets(leaves, limit, range(len(leaves))[::-1])
-    under_way = [(at, _send([leaves[i] for i in at], group, op, wire)) for at in last_first]
+    last_first = cut(leaves, limit, range(len(leaves))[::-1])
+    under_way = [(at, send_bucket([leaves[i] for i in at], group, op, wire)) for at in last_first]
     out: list[Any] = list(leaves)
     for at, message in under_way:
         for i, x in zip(at, message.wait(), strict=True):
@@ -103,7 +103,7 @@ def overlapped_value_and_grad(
     parameters, since autograd runs first what was made last: give the dtype as `compute` instead. f then sees
     parameters of that dtype, and gradients become the parameters' own as they arrive, before they are added or sent.
     """
-    _check_options(op, bucket_bytes)
+    check_options(op, bucket_bytes)
     if microbatches < 1 or (microbatches > 1 and argnums != 0):
         raise ValueError(f"microbatches is {microbatches} and argnums {argnums}: several microbatches need argnums 0")
     orders: dict[Any, list[int]] = {}  # by the kind of what is differentiated: the numbers of leaves as they come
@@ -232,18 +232,18 @@ def with_global_denominator(batch: Any, group: Group = None) -> Any:
     return {**batch, "denominator": all_reduce(batch["denominator"], group, check=False)}
 
 
-def _check_options(op: str, bucket_bytes: float) -> None:
+def check_options(op: str, bucket_bytes: float) -> None:
     if op not in ("sum", "mean"):
         raise ValueError(f'op must be "sum" or "mean", got {op!r}')
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be at least 1, got {bucket_bytes}")
 
 
-def _buckets(leaves: Sequence[Tensor], limit: float, order: Iterable[int]) -> list[list[int]]:
+def cut(leaves: Sequence[Tensor], limit: float, order: Iterable[int]) -> list[list[int]]:
     return buckets(leaves, limit, order, lambda i: None)
 
 
-def _send(tensors: list[Tensor], group: Group, op: Op, wire: torch.dtype | None) -> Pending:
+def send_bucket(tensors: list[Tensor], group: Group, op: Op, wire: torch.dtype | None) -> Pending:
     buffer = torch.cat([x.reshape(-1).to(wire or x.dtype) for x in tensors])
     how = dist.ReduceOp.AVG if op == "mean" else dist.ReduceOp.SUM
     work = dist.all_reduce(buffer, op=how, group=group, async_op=True)
@@ -276,7 +276,7 @@ class _Reducer:
         self.handles = [x.register_hook(self._hook(i)) for i, x in enumerate(inputs)]
 
     def _cut(self, order: list[int]) -> None:
-        self.buckets = _buckets(self.masters, self.bucket_bytes, order)
+        self.buckets = cut(self.masters, self.bucket_bytes, order)
         self.to_come = [len(b) for b in self.buckets]
         self.bucket_of = {i: k for k, bucket in enumerate(self.buckets) for i in bucket}
 
@@ -300,7 +300,7 @@ class _Reducer:
         # In the order of buckets, whatever order gradients come in: every rank must send the same.
         while len(self.under_way) < len(self.buckets) and not self.to_come[len(self.under_way)]:
             bucket = self.buckets[len(self.under_way)]
-            self.under_way.append(_send([self.found.pop(j) for j in bucket], *self.options))
+            self.under_way.append(send_bucket([self.found.pop(j) for j in bucket], *self.options))
 
     def finish(self, grads: list[Tensor]) -> tuple[list[Tensor], list[int]]:
         """Reduced gradients, and the order in which they come."""

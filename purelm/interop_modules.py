@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import broadcast
-from purelm.dist.ddp import BUCKET_BYTES, _buckets, _check_options, _send
+from purelm.dist.ddp import BUCKET_BYTES, check_options, cut, send_bucket
 from purelm.dist.sharding import Pending
 from purelm.dist.world import Group, size_of
 
@@ -80,7 +80,7 @@ class DataParallel(nn.Module):
 
     def __init__(self, module: nn.Module, group: Group, bucket_bytes: int, wire: torch.dtype | None):
         super().__init__()
-        _check_options("mean", bucket_bytes)
+        check_options("mean", bucket_bytes)
         _same_everywhere(module, group)
         self.module = module
         self._sends = True
@@ -118,7 +118,7 @@ class _Means:
 
     def __init__(self, params: list[nn.Parameter], group: Group, bucket_bytes: float, wire: torch.dtype | None):
         self.params, self.group, self.wire = params, group, wire
-        self.buckets = _buckets(params, bucket_bytes, range(len(params))[::-1])
+        self.buckets = cut(params, bucket_bytes, range(len(params))[::-1])
         self.here: set[int] = set()
         self.under_way: list[tuple[list[bool], Pending]] = []
 
@@ -139,7 +139,7 @@ class _Means:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         # A number for each says whether any rank has it. Ones are made on the device: a list would be waited for.
         flags = grads[0].new_ones(len(used)) if all(used) else grads[0].new_tensor(used)
-        self.under_way.append((used, _send([*grads, flags], self.group, "mean", self.wire)))
+        self.under_way.append((used, send_bucket([*grads, flags], self.group, "mean", self.wire)))
         for p in params:
             p.grad = None  # the message has it
 

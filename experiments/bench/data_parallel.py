@@ -25,7 +25,7 @@ import tyro
 from torch import Tensor
 
 from experiments.bench.course_sizes import SIZES as COURSE
-from experiments.bench.module_baseline import Module
+from experiments.bench.module_baseline import Module, on_many, step_of
 from experiments.bench.report import publish, row
 from experiments.bench.train_step import SIZES
 from experiments.console import program, say
@@ -154,26 +154,9 @@ def peer_step(way: str, cfg: transformer.Config, here: world.World, compiled: bo
     if compiled:
         for i, block in enumerate(model.blocks):
             model.blocks[i] = torch.compile(block)  # not block.compile(): fully_shard's hooks stay outside of this
-    if way == "torch_fsdp2":
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cuda else MixedPrecisionPolicy()
-        for block in model.blocks:
-            fully_shard(block, mp_policy=mixed)
-        fully_shard(model, mp_policy=mixed)
-    else:
-        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[here.device] if cuda else None)
+    model = on_many(model, way, here.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, **ADAMW, fused=True)
-
-    def run(batch: dict) -> Tensor:
-        with torch.autocast(here.device.type, torch.bfloat16, enabled=cuda and way == "torch_ddp"):
-            loss = model(batch["tokens"], batch["targets"])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return run
+    return step_of(model, optimizer, here.device, autocast=cuda and way == "torch_ddp")
 
 
 def seconds(run: Callable[[dict], Tensor], batch: dict, here: world.World, steps: int) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from experiments.bench.module_baseline import Module
+from experiments.bench.module_baseline import Module, on_many
 from purelm import random, tree
 from purelm.dist import ddp, fsdp, world, zero
 from purelm.dist.ddp import with_global_denominator
@@ -73,9 +73,9 @@ def ours(
     else:
 
         def loss(params: Any, batch: Any) -> Any:
-            return transformer.loss(tree.cast(params, precision.compute), batch, cfg, ops=ops, wrap_block=wrap)
+            return transformer.loss(params, batch, cfg, ops=ops, wrap_block=wrap)
 
-        gradient = ddp.differentiate(loss, bucket_bytes=bucket_bytes)
+        gradient = ddp.differentiate(loss, bucket_bytes=bucket_bytes, compute=precision.compute)
     state, grads = init_state(params, optimizer), None
     del params
     lr = torch.tensor(3e-4, device=here.device)
@@ -107,14 +107,7 @@ def peer(way: str, cfg: transformer.Config, here: world.World) -> Phases:
     torch.manual_seed(0)
     with here.device:
         model: Any = Module(cfg, cfg.ff_width)
-    if way == "torch_fsdp2":
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cuda else MixedPrecisionPolicy()
-        for part in (*model.blocks, model):
-            fully_shard(part, mp_policy=mixed)
-    else:
-        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[here.device] if cuda else None)
+    model = on_many(model, way, here.device)
     options: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
     if way == "torch_zero":
         from torch.distributed.optim import ZeroRedundancyOptimizer

@@ -1,6 +1,8 @@
-"""The peer of bench/train_step: the same Transformer as idiomatic nn.Modules with autocast and fused AdamW."""
+"""The peer of the benches of training: the same Transformer as idiomatic nn.Modules with autocast and fused AdamW."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,3 +64,33 @@ class Module(nn.Module):
             x = block(x, cos, sin)
         logits = self.lm_head(self.ln_final(x))
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def on_many(model: Any, way: str, device: torch.device) -> Any:
+    """model on several processes: torch_fsdp2, fully_shard of each block and of the rest; else DistributedDataParallel.
+
+    On a GPU fully_shard has bf16 parameters and fp32 messages of gradients; the other wants autocast around it.
+    """
+    cuda = device.type == "cuda"
+    if way != "torch_fsdp2":
+        return nn.parallel.DistributedDataParallel(model, device_ids=[device] if cuda else None)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cuda else MixedPrecisionPolicy()
+    for part in (*model.blocks, model):
+        fully_shard(part, mp_policy=mixed)
+    return model
+
+
+def step_of(model: Any, optimizer: torch.optim.Optimizer, device: torch.device, autocast: bool) -> Callable:
+    """batch -> loss: forward, backward and update; in bf16 where autocast is on."""
+
+    def run(batch: dict) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = model(batch["tokens"], batch["targets"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return run

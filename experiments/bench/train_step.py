@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 import tyro
 
-from experiments.bench.module_baseline import Module
+from experiments.bench.module_baseline import Module, step_of
 from experiments.bench.report import publish, row
 from experiments.console import pick_device, program, say
 from experiments.ops import SDPA, ops_named
@@ -94,18 +94,7 @@ def module_step(cfg: transformer.Config, device: torch.device) -> Callable[[dict
     torch.manual_seed(0)
     model = Module(cfg, cfg.ff_width).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    compiled = torch.compile(model)
-    mixed = device.type == "cuda"
-
-    def run(batch: dict) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            loss = compiled(batch["tokens"], batch["targets"])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return run
+    return step_of(torch.compile(model), optimizer, device, autocast=device.type == "cuda")
 
 
 def fused_step(cfg: transformer.Config, device: torch.device) -> Callable[[dict], torch.Tensor]:

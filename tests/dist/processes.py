@@ -2,6 +2,7 @@
 
     results = run(function, *args)             # function(*args) on each of two ranks; a list of what they returned
     results = run(function, *args, gpus=True)  # over NCCL, each with a GPU of its own
+    done = program("experiments.pretrain", "--steps", 4, n_ranks=2)  # a program under torchrun
 
 function is a module-level function of a test file (it is sent by name). An exception on any rank is raised here with
 that rank's traceback. What hangs is killed after TIMEOUT, and so is a pool in which a rank died.
@@ -12,13 +13,18 @@ import multiprocessing
 import os
 import queue
 import socket
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed
 
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TIMEOUT = 120.0  # seconds of one call
 COLLECTIVE_TIMEOUT = 20.0  # a collective that one rank never enters
 
@@ -117,6 +123,26 @@ def run(function: Callable[..., Any], *args: Any, size: int = 2, gpus: bool = Fa
     if key not in _pools:
         _pools[key] = _Pool(size, gpus)
     return _pools[key].run(function, args)
+
+
+def launcher(n_ranks: int, *flags: str) -> list[str]:
+    """What stands before a module's name: torchrun with these flags, or without it for one rank, which is quicker."""
+    if n_ranks == 1:
+        return [sys.executable, "-m"]
+    port = f"--master-port={free_port()}"
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n_ranks}", port, *flags, "-m", "--"]
+
+
+def program(module: str, *args: Any, n_ranks: int = 2) -> subprocess.CompletedProcess:
+    """The module run as a program from the root of the project, on so many ranks of one thread."""
+    return subprocess.run(
+        [*launcher(n_ranks), module, *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env=ENVIRONMENT,
+    )
 
 
 @atexit.register

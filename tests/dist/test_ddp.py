@@ -62,7 +62,7 @@ def test_every_leaf_is_in_one_bucket(limit):
     """Oracle: counting."""
     kinds = [(3, 32), (9, 32), (0, 32), (2, 64), (30, 64), (1, 32)]
     leaves = [torch.zeros(n, dtype=torch.float32 if bits == 32 else torch.float64) for n, bits in kinds]
-    buckets = ddp._buckets(leaves, limit, [5, 4, 3, 2, 1, 0])
+    buckets = ddp.cut(leaves, limit, [5, 4, 3, 2, 1, 0])
     assert sorted(i for b in buckets for i in b) == list(range(6)) and all(buckets)
     assert all(len({leaves[i].dtype for i in b}) == 1 for b in buckets)
     assert all(len(b) == 1 or sum(leaves[i].nbytes for i in b) <= limit for b in buckets)
@@ -109,8 +109,8 @@ def test_overlapped_gradients_of_compiled_blocks():
 def on_rank_order(bucket_bytes):
     """When each bucket was sent: how many leaves had no gradient yet."""
     sent, arrived = [], []
-    one = ddp._send
-    ddp._send = lambda tensors, *rest: sent.append(len(arrived)) or one(tensors, *rest)
+    one = ddp.send_bucket
+    ddp.send_bucket = lambda tensors, *rest: sent.append(len(arrived)) or one(tensors, *rest)
     take = ddp._Reducer._take
     ddp._Reducer._take = lambda self, i, g: arrived.append(i) or take(self, i, g)
     gradient = overlapped_value_and_grad(loss, has_aux=True, bucket_bytes=bucket_bytes)
@@ -122,7 +122,7 @@ def on_rank_order(bucket_bytes):
             _, grads = gradient(params_of(), batch_of(0, 2))
             out.append((list(sent), len(arrived)))
     finally:
-        ddp._send, ddp._Reducer._take = one, take
+        ddp.send_bucket, ddp._Reducer._take = one, take
     assert_close(grads, value_and_grad(loss, has_aux=True)(params_of(), batch_of(0, 2))[1])
     return out
 
@@ -153,8 +153,8 @@ class _Tick(torch.autograd.Function):
 
 def on_rank_interleaved(inside):
     events = []
-    one = ddp._send
-    ddp._send = lambda *args: events.append("message") or one(*args)
+    one = ddp.send_bucket
+    ddp.send_bucket = lambda *args: events.append("message") or one(*args)
 
     def ticking(f):
         return lambda layer, x, ctx: _Tick.apply(f(layer, x, ctx), events)
@@ -169,7 +169,7 @@ def on_rank_interleaved(inside):
             events.clear()
             gradient(params_of(), batch_of(0, 2))
     finally:
-        ddp._send = one
+        ddp.send_bucket = one
     return events
 
 

@@ -4,17 +4,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.dist.processes import free_port
+from tests.dist.processes import ENVIRONMENT, ROOT, launcher
 
-ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (
     "--model.vocab-size 61 --model.d-model 32 --model.n-layers 2 --model.n-heads 4 --model.context-length 32 "
     "--batch-size 8 --log-every 1 --eval-every 8 --eval-tokens 2000 --eval-stride 16 --save-every 8 --keep-last 9 "
@@ -32,17 +29,9 @@ def data(tmp_path_factory):
     return folder
 
 
-def command(data, run, *flags, n=1, restarts=0, **options):
-    launcher = [sys.executable]
-    if n > 1:
-        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", str(free_port())]
-        launcher += [*torchrun, "--max-restarts", str(restarts)]
+def command(data, run, *flags, n=1, restarts=0):
     files = ["--run", str(run), "--train", str(data / "train.bin"), "--heldout", str(data / "heldout.bin")]
-    separator = ["--"] if n > 1 else []
-    return [*launcher, "-m", *separator, "experiments.pretrain", *files, *FLAGS, *flags]
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return [*launcher(n, f"--max-restarts={restarts}"), "experiments.pretrain", *files, *FLAGS, *flags]
 
 
 def pretrain(*args, **options):

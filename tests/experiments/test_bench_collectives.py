@@ -2,33 +2,21 @@
 
 import doctest
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from experiments.bench import collectives
-from tests.dist.processes import free_port, run
+from tests.dist import processes
+from tests.dist.processes import run
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
 SMALL = ("--device", "cpu", "--mib", "0.01", "0.1", "--runs", "3", "--calls", "2")
 
 
-def program(*args, n_ranks=None):
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={n_ranks}", f"--master-port={free_port()}"]
-    return subprocess.run(
-        [sys.executable, *(torchrun if n_ranks else []), "-m", "experiments.bench.collectives", *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def program(*args, n_ranks=1):
+    return processes.program("experiments.bench.collectives", *args, n_ranks=n_ranks)
 
 
 @pytest.mark.parametrize(("name", "factor"), [*zip(NAMES, (1.75, 0.875, 0.875, 1.0), strict=True)])
@@ -38,7 +26,7 @@ def test_factors_of_eight_ranks(name, factor):
     assert collectives.bus_factor(name, 1) == 0.0
 
 
-@pytest.mark.parametrize("n_ranks", [None, 2])
+@pytest.mark.parametrize("n_ranks", [1, 2])
 def test_the_program(tmp_path, n_ranks):
     done = program(*SMALL, "--json", tmp_path / "rows.json", n_ranks=n_ranks)
     assert done.returncode == 0, done.stderr
@@ -52,8 +40,8 @@ def test_the_program(tmp_path, n_ranks):
             assert time["unit"] == "s" and time["peer"] == "torch.distributed" and time["value"] > 0
             # 2^20 bytes, cut to whole floats for each rank
             assert rate * time["peer_value"] * 1e9 == pytest.approx(mib * 2**20, abs=8)
-            assert bus == pytest.approx(rate * collectives.bus_factor(name, n_ranks or 1))
-            assert time["device"] == f"{n_ranks or 1} x cpu, gloo"
+            assert bus == pytest.approx(rate * collectives.bus_factor(name, n_ranks))
+            assert time["device"] == f"{n_ranks} x cpu, gloo"
 
 
 def on_rank(name):

@@ -1,28 +1,15 @@
 """experiments.bench.data_parallel at toy size, on two Gloo processes: every way runs, beside its peer."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-from tests.dist.processes import free_port
+from tests.dist import processes
 
-ROOT = Path(__file__).resolve().parents[2]
 WAYS = ("alone", "per_leaf", "flat", "bucketed", "overlapped", "zero1", "fsdp", "torch_ddp", "torch_fsdp2")
 
 
 def program(*args, n_ranks=2):
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={n_ranks}", f"--master-port={free_port()}"]
     small = ["--device", "cpu", "--sizes", "3m", "--batch-size", "1", "--context-length", "16", "--steps", "1"]
-    return subprocess.run(
-        [sys.executable, *torchrun, "-m", "--", "experiments.bench.data_parallel", *small, *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return processes.program("experiments.bench.data_parallel", *small, *args, n_ranks=n_ranks)
 
 
 def test_every_way_has_a_row_and_a_peer(tmp_path):

@@ -3,9 +3,6 @@
 import dataclasses
 import doctest
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +18,7 @@ from purelm.dist.world import World
 from purelm.models import transformer
 from purelm.optim import adamw, schedules
 from purelm.train import init_state, make_step
-from tests.dist.processes import free_port
+from tests.dist import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -158,18 +155,8 @@ def test_plot_stacks_what_is_held(tmp_path, monkeypatch):
 
 
 def program(*args, n_ranks=2):
-    """On ranks started by torchrun; one is started without it, which is quicker."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={n_ranks}", f"--master-port={free_port()}"]
     small = ["--device", "cpu", "--sizes", "3m", "--batch-size", "1", "--context-length", "16"]
-    how = ["-m", "--"] if n_ranks > 1 else ["-m"]
-    return subprocess.run(
-        [sys.executable, *(torchrun if n_ranks > 1 else []), *how, "experiments.bench.memory", *small, *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return processes.program("experiments.bench.memory", *small, *args, n_ranks=n_ranks)
 
 
 def test_two_ranks_hold_what_the_formula_says(tmp_path):

@@ -3,9 +3,6 @@
 import doctest
 import gzip
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +29,7 @@ from experiments.overlap import (
     times,
     to_rows,
 )
-from tests.dist.processes import free_port
+from tests.dist import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 points = st.integers(0, 20)
@@ -153,18 +150,8 @@ def test_rows_and_table_by_hand():
 
 
 def program(*args, n_ranks=2):
-    """On ranks started by torchrun; one is started without it, which is quicker."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={n_ranks}", f"--master-port={free_port()}"]
     small = ["--device", "cpu", "--size", "3m", "--batch-size", "1", "--context-length", "16", "--steps", "1"]
-    how = ["-m", "--"] if n_ranks > 1 else ["-m"]
-    return subprocess.run(
-        [sys.executable, *(torchrun if n_ranks > 1 else []), *how, "experiments.overlap", *small, *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return processes.program("experiments.overlap", *small, *args, n_ranks=n_ranks)
 
 
 def test_program_leaves_rows_a_picture_and_traces(tmp_path):

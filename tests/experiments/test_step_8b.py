@@ -1,12 +1,8 @@
 """The 8B step at toy size, on two processes. Oracle: the loss of one process on both batches."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +12,8 @@ from purelm import random
 from purelm.models import transformer
 from purelm.optim import adamw, schedules
 from purelm.train import init_state, make_step
-from tests.dist.processes import free_port
+from tests.dist.processes import program
 
-ROOT = Path(__file__).resolve().parents[2]
 TOY = step_8b.Args(
     device="cpu", n_layers=2, d_model=16, d_ff=32, n_heads=2, vocab_size=37, context_length=24, ops="reference"
 )
@@ -44,17 +39,8 @@ def expected():
 @pytest.mark.parametrize("keep", ["inputs", "attention", "all"])
 def test_losses_are_those_of_one_process(keep, tmp_path):
     """fp32 sums in another order: 1e-4; four digits are printed."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "-m", "--"]
-    profile = ["--profile"] if keep == "all" else []
-    flags = [*FLAGS, "--keep", keep, *profile, "--json", str(tmp_path / "rows.json")]
-    done = subprocess.run(
-        [sys.executable, *torchrun, "experiments.bench.step_8b", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    flags = [*FLAGS, "--keep", keep, *(["--profile"] if keep == "all" else [])]
+    done = program("experiments.bench.step_8b", *flags, "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stderr[-3000:]
     text = done.stdout + done.stderr
     # Not by lines: the other rank's warnings may come on the same one.
@@ -62,4 +48,4 @@ def test_losses_are_those_of_one_process(keep, tmp_path):
     assert losses == pytest.approx(expected(), abs=2e-4)
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [r["unit"] for r in rows] == ["s", "tokens/s"] and rows[0]["value"] > 0
-    assert ("aten::mm" in text) == bool(profile)
+    assert ("aten::mm" in text) == (keep == "all")
