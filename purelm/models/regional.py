@@ -31,6 +31,10 @@ class Block:
     ops: Ops
     window: int | None
 
+    def __hash__(self) -> int:
+        # torch 2.11's dynamo hashes a block made inside of a compiled function before its fields are there
+        return hash((Block, getattr(self, "cfg", None), getattr(self, "window", None)))
+
     def __call__(self, layer: Params, x_BTD: Tensor, ctx: Context) -> Tensor:
         attend = attend_all(self.cfg, self.ops, self.window)
         return block(layer, x_BTD, ctx, cfg=self.cfg, ops=self.ops, attend=attend)
