@@ -243,11 +243,17 @@ def cut(leaves: Sequence[Tensor], limit: float, order: Iterable[int]) -> list[li
     return buckets(leaves, limit, order, lambda i: None)
 
 
-def send_bucket(tensors: list[Tensor], group: Group, op: Op, wire: torch.dtype | None) -> Pending:
-    buffer = torch.cat([x.reshape(-1).to(wire or x.dtype) for x in tensors])
+def send_bucket(
+    tensors: list[Tensor], group: Group, op: Op, wire: torch.dtype | None, dtypes: Sequence[torch.dtype] | None = None
+) -> Pending:
+    """Sums (means) of these tensors, in `dtypes`, by default their own; sent in `wire`, by default the first of them."""
+    dtypes = dtypes or [x.dtype for x in tensors]
+    shapes = [x.shape for x in tensors]  # and not the gradients themselves, which are let go when they are sent
+    buffer = tensors[0].new_empty(sum(s.numel() for s in shapes), dtype=wire or dtypes[0])
+    for piece, x in zip(split_as(buffer, shapes), tensors, strict=True):
+        piece.copy_(x)  # cast and packed in one pass
     how = dist.ReduceOp.AVG if op == "mean" else dist.ReduceOp.SUM
     work = dist.all_reduce(buffer, op=how, group=group, async_op=True)
-    shapes, dtypes = [x.shape for x in tensors], [x.dtype for x in tensors]  # not the gradients themselves
     return Pending(work, lambda: [x.to(d) for x, d in zip(split_as(buffer, shapes), dtypes, strict=True)])
 
 
@@ -269,6 +275,7 @@ class _Reducer:
         self.bucket_bytes, self.options = bucket_bytes, (group, op, wire)
         self.found: dict[int, Tensor] = {}  # in the order of arrival
         self.missing = set(range(len(inputs)))
+        self.nothing: dict[Any, Tensor] = {}
         self.buckets: list[list[int]] = []
         self.under_way: list[Pending] = []
         if order is not None:
@@ -283,14 +290,16 @@ class _Reducer:
     def _hook(self, i: int) -> Callable[[Tensor], Tensor]:
         def arrived(g: Tensor) -> Tensor:
             self._take(i, g)
-            # autograd keeps what is returned until the end: a number in place of a copy of all gradients
-            return g.new_zeros(()).expand_as(g)
+            # autograd keeps what is returned until the end: one number in place of a copy of all gradients
+            kind = g.dtype, g.device
+            if kind not in self.nothing:
+                self.nothing[kind] = g.new_zeros(())
+            return self.nothing[kind].expand_as(g)
 
         return arrived
 
     def _take(self, i: int, g: Tensor) -> None:
-        g = g.to(self.masters[i].dtype)
-        self.found[i] = g if self.before is None else g + self.before[i]
+        self.found[i] = g if self.before is None else g.to(self.masters[i].dtype) + self.before[i]
         self.missing.discard(i)
         if self.order is not None:
             self._count(i)
@@ -300,7 +309,8 @@ class _Reducer:
         # In the order of buckets, whatever order gradients come in: every rank must send the same.
         while len(self.under_way) < len(self.buckets) and not self.to_come[len(self.under_way)]:
             bucket = self.buckets[len(self.under_way)]
-            self.under_way.append(send_bucket([self.found.pop(j) for j in bucket], *self.options))
+            dtypes = [self.masters[j].dtype for j in bucket]
+            self.under_way.append(send_bucket([self.found.pop(j) for j in bucket], *self.options, dtypes))
 
     def finish(self, grads: list[Tensor]) -> tuple[list[Tensor], list[int]]:
         """Reduced gradients, and the order in which they come."""

@@ -266,7 +266,9 @@ class _Schedule:
         """Gradients of the unit's parts: sent now; at the end of backward all have arrived."""
         parts = unit.parts
         wire = self.plan.reduce or parts[0].dtype
-        pending = scatter_sums([g.to(wire) for g in grads], self.plan.group)
+        for early in self.scatters[:-1]:  # lets go of their messages: two at a time, with the one that comes
+            early.wait()
+        pending = scatter_sums(grads, self.plan.group, wire)
         if self.deliver is not None:
             self.deliver(parts, pending)
             return [None] * len(parts)
@@ -275,8 +277,6 @@ class _Schedule:
         if not self.scatters:
             torch.autograd.Variable._execution_engine.queue_callback(self._arrived)
         self.scatters.append(pending)
-        for early in self.scatters[:-2]:  # lets go of their messages
-            early.wait()
         return pending.early()
 
     def _arrived(self) -> None:

@@ -126,22 +126,24 @@ def gather_parts(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group
     return Pending(work, finish)
 
 
-def scatter_sums(wholes: Sequence[Tensor], group: Group = None) -> Pending:
-    """This rank's parts of the sums over ranks of whole leaves, of one dtype, by one reduce_scatter.
+def scatter_sums(wholes: Sequence[Tensor], group: Group = None, dtype: torch.dtype | None = None) -> Pending:
+    """This rank's parts of the sums over ranks of whole leaves, by one reduce_scatter.
 
-    The adjoint of `gather_parts`. Bytes sent: (N - 1) / N of the leaves'.
+    The adjoint of `gather_parts`. dtype: of the message, the sums and the results; by default the leaves', which is
+    one. Bytes sent: (N - 1) / N of the message's.
     """
+    dtype = dtype or wholes[0].dtype
     N = size_of(group)
     shapes = [part_shape(x.shape, N) for x in wholes]
     if N == 1:
-        return Pending(None, lambda: [x[None] if x.ndim == 0 else x for x in wholes])
-    message = wholes[0].new_empty(N, sum(math.prod(s) for s in shapes))
+        return Pending(None, lambda: [(x[None] if x.ndim == 0 else x).to(dtype) for x in wholes])
+    message = wholes[0].new_empty((N, sum(math.prod(s) for s in shapes)), dtype=dtype)
     at = 0
     for x, shape in zip(wholes, shapes, strict=True):
         column = message[:, at : at + math.prod(shape)]
         x = x[None] if x.ndim == 0 else x
         if x.shape[0] == N * shape[0]:
-            column.copy_(x.reshape(N, -1))
+            column.copy_(x.reshape(N, -1))  # cast and packed in one pass
         else:
             for rank in range(N):
                 column[rank] = part_of(x, rank, N).view(-1)

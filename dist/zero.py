@@ -303,7 +303,7 @@ def _scatter(
     in_messages = _messages(wholes, limit)
 
     def message(at: list[int]) -> Pending:
-        return scatter_sums([wholes[i].to(wire or wholes[i].dtype) for i in at], group)  # type: ignore[union-attr]
+        return scatter_sums([wholes[i] for i in at], group, wire)  # type: ignore[misc]
 
     for at, parts in zip(in_messages, _in_turn(map(message, in_messages)), strict=True):
         for i, part in zip(at, parts, strict=True):

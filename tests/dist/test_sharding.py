@@ -41,6 +41,11 @@ def on_rank(dtypes):
     for got, x in zip(pending.wait(), made(3), strict=True):
         torch.testing.assert_close(got, part_of(x * 3, rank, N), rtol=1e-14, atol=0)
     assert pending.wait() is pending.wait()
+    # cast as they are packed: what a cast before would give, in the message's dtype
+    for got, x in zip(scatter_sums(wholes, dtype=torch.float32).wait(), wholes, strict=True):
+        right = sum(part_of((x / (rank + 1) * (r + 1)).float(), rank, N) for r in range(N))
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, right)
     # <gather p, y> = <p, scatter y>, p being zero where rows were filled up
     p = [part_of(x, rank, N) for x in made(4)]
     y = [torch.cos(x + rank) for x in made(5)]
@@ -62,6 +67,7 @@ def test_alone():
         assert torch.equal(x, y) and x.shape == y.shape
     for x, y in zip(scatter_sums(values).wait(), parts, strict=True):
         assert torch.equal(x, y)
+    assert {x.dtype for x in scatter_sums(values, dtype=torch.bfloat16).wait()} == {torch.bfloat16}
     with pytest.raises(ValueError, match="7 parts, but `like` has 6 leaves"):
         unshard(parts, values[1:])
 
