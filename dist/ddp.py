@@ -246,7 +246,7 @@ def cut(leaves: Sequence[Tensor], limit: float, order: Iterable[int]) -> list[li
 def send_bucket(
     tensors: list[Tensor], group: Group, op: Op, wire: torch.dtype | None, dtypes: Sequence[torch.dtype] | None = None
 ) -> Pending:
-    """Sums (means) of these tensors, in `dtypes`, by default their own; sent in `wire`, by default the first of them."""
+    """Sums (means) of these tensors, in `dtypes`, by default their own; sent in `wire`, by default the first."""
     dtypes = dtypes or [x.dtype for x in tensors]
     shapes = [x.shape for x in tensors]  # and not the gradients themselves, which are let go when they are sent
     buffer = tensors[0].new_empty(sum(s.numel() for s in shapes), dtype=wire or dtypes[0])
