@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-import optree
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +28,7 @@ from purelm.transforms import accumulate, value_and_grad
 __all__ = [
     "BUCKET_BYTES",
     "all_reduce_mean",
+    "default_bucket_bytes",
     "differentiate",
     "overlapped_value_and_grad",
     "sum_metrics",
@@ -45,14 +45,15 @@ def all_reduce_mean(
     strategy: Strategy = "bucketed",
     *,
     op: Op = "mean",
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     wire: torch.dtype | None = None,
     check: bool = True,
 ) -> Any:
     """The mean (or sum) of a gradient tree over the ranks, on every rank, as new tensors of the same dtypes.
 
     Messages: one a leaf with "per_leaf"; one a dtype with "flat", which holds a second copy of all gradients; with
-    "bucketed" one for each stretch of leaves of up to bucket_bytes, last leaves first. All are under way at once.
+    "bucketed" one for each stretch of leaves that holds bucket_bytes, last leaves first (by default
+    `default_bucket_bytes`). All are under way at once.
     Bytes a rank sends: 2 (N - 1) / N of the tree's, in `wire` if given: gradients are rounded to it, and added in it.
 
     >>> all_reduce_mean({"w": torch.ones(2)})  # alone
@@ -67,7 +68,7 @@ def all_reduce_mean(
     if check:
         check_same_kind(grads, group, "gradients")
     leaves, treedef = tree.flatten(grads)
-    limit = {"per_leaf": 0, "flat": math.inf, "bucketed": bucket_bytes}[strategy]
+    limit = {"per_leaf": 0, "flat": math.inf, "bucketed": bucket_bytes or default_bucket_bytes(leaves)}[strategy]
     last_first = cut(leaves, limit, range(len(leaves))[::-1])
     under_way = [(at, send_bucket([leaves[i] for i in at], group, op, wire)) for at in last_first]
     out: list[Any] = list(leaves)
@@ -85,7 +86,7 @@ def overlapped_value_and_grad(
     has_aux: bool = False,
     microbatches: int = 1,
     op: Op = "mean",
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     wire: torch.dtype | None = None,
     compute: torch.dtype | None = None,
     check: bool = True,
@@ -106,15 +107,15 @@ def overlapped_value_and_grad(
     check_options(op, bucket_bytes)
     if microbatches < 1 or (microbatches > 1 and argnums != 0):
         raise ValueError(f"microbatches is {microbatches} and argnums {argnums}: several microbatches need argnums 0")
-    orders: dict[Any, list[int]] = {}  # by the kind of what is differentiated: the numbers of leaves as they come
+    known: dict[Any, list[list[int]]] = {}  # by the kind of what is differentiated: numbers of leaves, in buckets
     local = value_and_grad(f, argnums, has_aux)
 
     def sending(kind: Any, masters: list[Tensor], before: list[Tensor] | None) -> Callable[..., tuple[Any, Any]]:
-        def watch(inputs: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
-            reducer = _Reducer(inputs, masters, before, orders.get(kind), group, op, bucket_bytes, wire)
+        def watch(inputs: list[Tensor]) -> Callable[[], list[Tensor]]:
+            reducer = _Reducer(inputs, masters, before, known.get(kind), group, op, wire)
 
-            def finish(grads: list[Tensor]) -> list[Tensor]:
-                grads, orders[kind] = reducer.finish(grads)
+            def finish() -> list[Tensor]:
+                grads, known[kind] = reducer.finish(bucket_bytes or default_bucket_bytes(masters))
                 return grads
 
             return finish
@@ -128,16 +129,19 @@ def overlapped_value_and_grad(
             value, grads = local(*args, **kwargs)
             return value, tree.map(lambda g, p: g if g is None else g.to(p.dtype), grads, differentiated)
 
+        leaves, treedef = tree.flatten(differentiated)
         if compute is not None:
+            lower = tree.unflatten(treedef, _cast(leaves, compute))
             numbers = (argnums,) if isinstance(argnums, int) else argnums
-            args = tuple(tree.cast(x, compute) if i in numbers else x for i, x in enumerate(args))
+            by_number = dict(zip(numbers, (lower,) if isinstance(argnums, int) else lower, strict=True))
+            args = tuple(by_number.get(i, x) for i, x in enumerate(args))
         if size_of(group) == 1:
             return (accumulate(alone, microbatches) if microbatches > 1 else alone)(*args, **kwargs)
         rank_of(group)
-        kind = optree.tree_structure(differentiated), *[(x.shape, x.dtype) for x in tree.leaves(differentiated)]
-        if check and kind not in orders:
+        kind = treedef, *[(x.shape, x.dtype) for x in leaves]
+        if check and kind not in known:
             check_same_kind(differentiated, group, "parameters")
-        last = partial(sending, kind, [x for x in tree.leaves(differentiated) if tree.is_floating(x)])
+        last = partial(sending, kind, [x for x in leaves if tree.is_floating(x)])
         if microbatches == 1:
             return last(None)(*args, **kwargs)
         return _in_parts(alone, last, microbatches, *args)
@@ -178,7 +182,7 @@ def differentiate(
     group: Group = None,
     *,
     microbatches: int = 1,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     wire: torch.dtype | None = None,
     compute: torch.dtype | None = None,
 ) -> Callable[[Any, Any], tuple[tuple[Tensor, dict[str, Tensor]], Any]]:
@@ -232,15 +236,32 @@ def with_global_denominator(batch: Any, group: Group = None) -> Any:
     return {**batch, "denominator": all_reduce(batch["denominator"], group, check=False)}
 
 
-def check_options(op: str, bucket_bytes: float) -> None:
+@torch.no_grad()
+def _cast(leaves: list[Any], dtype: torch.dtype) -> list[Any]:
+    """Leaves as `tree.cast` gives them, by one launch."""
+    at = [i for i, x in enumerate(leaves) if tree.is_floating(x) and x.dtype != dtype]
+    out = list(leaves)
+    for i in at:
+        out[i] = torch.empty_like(leaves[i], dtype=dtype)
+    if at:
+        torch._foreach_copy_([out[i] for i in at], [leaves[i] for i in at])
+    return out
+
+
+def default_bucket_bytes(leaves: Iterable[Tensor]) -> int:
+    """25 MiB, or 1/64 of a larger model: messages cost the host 0.1 ms each, and the last of them cannot hide."""
+    return max(BUCKET_BYTES, sum(x.nbytes for x in leaves) // 64)
+
+
+def check_options(op: str, bucket_bytes: float | None) -> None:
     if op not in ("sum", "mean"):
         raise ValueError(f'op must be "sum" or "mean", got {op!r}')
-    if bucket_bytes < 1:
+    if bucket_bytes is not None and bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be at least 1, got {bucket_bytes}")
 
 
 def cut(leaves: Sequence[Tensor], limit: float, order: Iterable[int]) -> list[list[int]]:
-    return buckets(leaves, limit, order, lambda i: None)
+    return buckets(leaves, limit, order, at_least=True)
 
 
 def send_bucket(
@@ -248,83 +269,81 @@ def send_bucket(
 ) -> Pending:
     """Sums (means) of these tensors, in `dtypes`, by default their own; sent in `wire`, by default the first."""
     dtypes = dtypes or [x.dtype for x in tensors]
-    shapes = [x.shape for x in tensors]  # and not the gradients themselves, which are let go when they are sent
-    buffer = tensors[0].new_empty(sum(s.numel() for s in shapes), dtype=wire or dtypes[0])
-    for piece, x in zip(split_as(buffer, shapes), tensors, strict=True):
-        piece.copy_(x)  # cast and packed in one pass
+    wire = wire or dtypes[0]
+    if len(tensors) == 1:
+        pieces = [tensors[0].to(wire, copy=True, memory_format=torch.contiguous_format)]
+        buffer = pieces[0]
+    else:
+        shapes = [x.shape for x in tensors]
+        buffer = tensors[0].new_empty(sum(s.numel() for s in shapes), dtype=wire)
+        pieces = split_as(buffer, shapes)
+        torch._foreach_copy_(pieces, tensors)  # cast and packed in one pass
     how = dist.ReduceOp.AVG if op == "mean" else dist.ReduceOp.SUM
     work = dist.all_reduce(buffer, op=how, group=group, async_op=True)
-    return Pending(work, lambda: [x.to(d) for x, d in zip(split_as(buffer, shapes), dtypes, strict=True)])
+    # Not the gradients themselves, which are let go when they are sent.
+    return Pending(work, lambda: [x if x.dtype == d else x.to(d) for x, d in zip(pieces, dtypes, strict=True)])
 
 
 class _Reducer:
-    """Hooks on the leaves of one backward pass: gradients in, buckets out."""
+    """Hooks on the leaves of one backward pass: gradients in, buckets out.
+
+    The first pass learns in which order gradients come. From then on there is one hook a bucket, on the leaf that came
+    last: a hook is some 30 us of the thread that runs backward, a large part of what it has for a layer.
+    """
 
     def __init__(
         self,
         inputs: list[Tensor],
         masters: list[Tensor],
         before: list[Tensor] | None,
-        order: list[int] | None,
+        buckets: list[list[int]] | None,
         group: Group,
         op: Op,
-        bucket_bytes: int,
         wire: torch.dtype | None,
     ):
-        self.masters, self.before, self.order, self.group = masters, before, order, group
-        self.bucket_bytes, self.options = bucket_bytes, (group, op, wire)
-        self.found: dict[int, Tensor] = {}  # in the order of arrival
-        self.missing = set(range(len(inputs)))
-        self.nothing: dict[Any, Tensor] = {}
-        self.buckets: list[list[int]] = []
+        self.inputs, self.masters, self.before = inputs, masters, before
+        self.group, self.options = group, (group, op, wire)
+        self.buckets = buckets or []
+        self.came: list[int] = []
         self.under_way: list[Pending] = []
-        if order is not None:
-            self._cut(order)
-        self.handles = [x.register_hook(self._hook(i)) for i, x in enumerate(inputs)]
+        hooks = [(i, self._arrived(i)) for i in range(len(inputs))] if buckets is None else []
+        hooks += [(bucket[-1], self._send_whole) for bucket in self.buckets]
+        self.handles = [inputs[i].register_post_accumulate_grad_hook(hook) for i, hook in hooks]
 
-    def _cut(self, order: list[int]) -> None:
-        self.buckets = cut(self.masters, self.bucket_bytes, order)
-        self.to_come = [len(b) for b in self.buckets]
-        self.bucket_of = {i: k for k, bucket in enumerate(self.buckets) for i in bucket}
+    def _arrived(self, i: int) -> Callable[[Tensor], None]:
+        return lambda x: self.came.append(i)
 
-    def _hook(self, i: int) -> Callable[[Tensor], Tensor]:
-        def arrived(g: Tensor) -> Tensor:
-            self._take(i, g)
-            # autograd keeps what is returned until the end: one number in place of a copy of all gradients
-            kind = g.dtype, g.device
-            if kind not in self.nothing:
-                self.nothing[kind] = g.new_zeros(())
-            return self.nothing[kind].expand_as(g)
-
-        return arrived
-
-    def _take(self, i: int, g: Tensor) -> None:
-        self.found[i] = g if self.before is None else g.to(self.masters[i].dtype) + self.before[i]
-        self.missing.discard(i)
-        if self.order is not None:
-            self._count(i)
-
-    def _count(self, i: int) -> None:
-        self.to_come[self.bucket_of[i]] -= 1
-        # In the order of buckets, whatever order gradients come in: every rank must send the same.
-        while len(self.under_way) < len(self.buckets) and not self.to_come[len(self.under_way)]:
+    def _send_whole(self, x: Tensor | None = None) -> None:
+        """In the order of buckets, whatever order gradients come in: every rank must send the same."""
+        while len(self.under_way) < len(self.buckets):
             bucket = self.buckets[len(self.under_way)]
-            dtypes = [self.masters[j].dtype for j in bucket]
-            self.under_way.append(send_bucket([self.found.pop(j) for j in bucket], *self.options, dtypes))
+            grads = [self.inputs[i].grad for i in bucket]
+            if any(g is None for g in grads):
+                return
+            dtypes = [self.masters[i].dtype for i in bucket]
+            if self.before is not None:
+                grads = [g.to(d) + self.before[i] for g, d, i in zip(grads, dtypes, bucket, strict=True)]  # type: ignore
+            self.under_way.append(send_bucket(grads, *self.options, dtypes))  # type: ignore[arg-type]
+            for i in bucket:
+                self.inputs[i].grad = None  # the message has it
 
-    def finish(self, grads: list[Tensor]) -> tuple[list[Tensor], list[int]]:
-        """Reduced gradients, and the order in which they come."""
+    def finish(self, limit: float) -> tuple[list[Tensor], list[list[int]]]:
+        """Reduced gradients, and the buckets in which they go; limit: of buckets that are not known yet."""
         for handle in self.handles:
             handle.remove()
-        for i in sorted(self.missing):
-            self._take(i, grads[i])
-        if self.order is None:
-            mine = torch.tensor(list(self.found), device=device_of(self.group))
-            self.order = broadcast(mine, group=self.group, check=False).tolist()
-            self._cut(self.order)
-            for i in self.order:
-                self._count(i)
+        sent = {i for bucket in self.buckets[: len(self.under_way)] for i in bucket}
+        for i, x in enumerate(self.inputs):
+            if x.grad is None and i not in sent:
+                x.grad = torch.zeros_like(x)
+                self.came.append(i)
+        if not self.buckets:
+            order = torch.tensor(self.came, device=device_of(self.group))
+            order = broadcast(order, group=self.group, check=False)
+            self.buckets = cut(self.masters, limit, order.tolist())
+        with torch.no_grad():
+            self._send_whole()
+        grads = list(self.inputs)
         for bucket, message in zip(self.buckets, self.under_way, strict=True):
             for i, g in zip(bucket, message.wait(), strict=True):
                 grads[i] = g
-        return grads, self.order
+        return grads, self.buckets

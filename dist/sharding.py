@@ -163,10 +163,17 @@ def split_as(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def buckets(
-    leaves: Sequence[Tensor | None], limit: float, order: Iterable[int], kind: Callable[[int], Hashable]
+    leaves: Sequence[Tensor | None],
+    limit: float,
+    order: Iterable[int],
+    kind: Callable[[int], Hashable] = lambda i: None,
+    *,
+    at_least: bool = False,
 ) -> list[list[int]]:
     """Numbers of leaves, in this order, cut in messages: one dtype, device and kind, at most `limit` bytes or one leaf.
 
+    at_least: a message is full once it holds `limit` bytes, its last leaf included, as DistributedDataParallel has
+    it: a norm between two large matrices then goes with one of them.
     Absent leaves are in none. Messages are in the order of their first leaves.
     """
     found: list[list[int]] = []
@@ -177,7 +184,7 @@ def buckets(
             continue
         key, size = (x.dtype, x.device, kind(i)), x.numel() * x.element_size()
         at, room = last.get(key, ([], limit))
-        if not at or size > room:
+        if not at or (room <= 0 if at_least else size > room):
             at, room = [], limit
             found.append(at)
         at.append(i)

@@ -55,7 +55,7 @@ class Args:
     """profiled steps"""
     warmup: int = 3
     """steps before them"""
-    bucket_mb: float = 25.0
+    bucket_mb: float | None = None
     ops: OpsName = "sdpa"
     remat: bool = False
     compile: bool | None = None

@@ -40,8 +40,8 @@ class Parallel:
     mode: Literal["ddp", "zero1", "fsdp"] = "ddp"
     """ddp: gradients are summed while backward runs. zero1: and each rank holds 1/N of the optimizer's state.
     fsdp: and 1/N of the parameters, gathered block by block"""
-    bucket_mb: float = 25.0
-    """ddp, zero1: of one message of gradients"""
+    bucket_mb: float | None = None
+    """ddp, zero1: of one message of gradients; by default 25, or 1/64 of the model where that is more"""
     wire: Literal["fp32", "bf16"] = "fp32"
     """of gradients under way"""
     timeout: float = 600.0
@@ -122,7 +122,7 @@ def _replicated(world: World, cfg: Parallel, job: Job) -> Run:
         differentiate=partial(
             ddp.differentiate,
             microbatches=job.microbatches,
-            bucket_bytes=max(int(cfg.bucket_mb * 2**20), 1),
+            bucket_bytes=None if cfg.bucket_mb is None else max(int(cfg.bucket_mb * 2**20), 1),
             wire=torch.bfloat16 if cfg.wire == "bf16" else None,
             compute=job.precision.compute,
         ),

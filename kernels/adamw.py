@@ -26,7 +26,7 @@ from purelm import tree
 from purelm._donate import check_memory, consume, donated_type_of
 from purelm.optim.adamw import AdamWState
 from purelm.optim.adamw import adamw as reference
-from purelm.optim.base import Mask, Optimizer, Tree, apply_updates, compute_dtype, scalar, unzip
+from purelm.optim.base import Mask, Optimizer, Tree, apply_updates, chosen_by, compute_dtype, scalar
 
 __all__ = ["adamw", "adamw_step"]
 
@@ -97,10 +97,12 @@ def adamw_step(
     def step(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
         if not donate or torch.compiler.is_compiling():
             return run(grads, state, params, lr, True)
-        old = tree.leaves((params, state.m, state.v))
-        check_memory("adamw_step", old, (grads, (params, state.m, state.v), state.step), {}, (1,))
-        aliases = tree.map(lambda x: x.data, (params, state.m, state.v))
-        out = run(grads, AdamWState(state.step, *aliases[1:]), aliases[0], lr, True, True)
+        leaves = tree.flatten_up_to(params, grads, state.m, state.v)
+        (ps, gs, ms, vs), _ = leaves
+        old = ps + ms + vs
+        args = grads, (params, state.m, state.v), state.step
+        check_memory("adamw_step", old, args, {}, (1,), [*gs, state.step])
+        out = run(grads, state, params, lr, True, leaves)
         consume(old, donated)
         return out
 
@@ -117,7 +119,10 @@ def _fused(
     decay_order: Literal["before", "after"],
     dtype: torch.dtype | None,
 ) -> tuple[Callable[[Tree], AdamWState], Callable[..., tuple[Tree, AdamWState]]]:
-    """(init, run), where run(grads, state, params, lr, apply) gives updates, or with apply new parameters."""
+    """(init, run), where run(grads, state, params, lr, apply) gives updates, or with apply new parameters.
+
+    donated: all leaves, as `tree.flatten_up_to` gives them, where the results are to be written over them.
+    """
     b1, b2 = betas
     plain = reference(
         betas,
@@ -146,35 +151,27 @@ def _fused(
         return torch.stack((-step_size, root_scale, eps_root * correction2, 1 - decay, decay))
 
     def run(
-        grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float, apply: bool, in_place: bool = False
+        grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float, apply: bool, donated: Any = None
     ) -> tuple[Tree, AdamWState]:
         if torch.compiler.is_compiling():
             updates, state = plain.update(grads, state, params, lr)
             return apply_updates(params, updates) if apply else updates, state
-        rows: list[tuple] = []
-        decays: list[bool] = []
-
-        def collect(rate: float, p: Tensor, g: Tensor | None, m: Tensor, v: Tensor) -> tuple:
-            if g is None:
-                return (-1,)
-            rows.append((p, g, m, v))
-            decays.append(bool(rate))
-            return (len(rows) - 1,)
-
-        (index,) = unzip(1, collect, params, grads, state.m, state.v, weight_decay=weight_decay, mask=mask)
+        (ps, gs, ms, vs), treedef = donated or tree.flatten_up_to(params, grads, state.m, state.v)
+        chosen = [True] * len(ps) if mask is None else tree.leaves(chosen_by(mask, params))
         step = state.step + 1
-        n, out = len(rows), []
-        if n:
-            flags = decays, 1 - b1, b2, 1 - b2, eps, eps_root != 0.0, outside, before, apply
-            columns = [list(column) for column in zip(*rows, strict=True)]
-            out = (_step_in_place if in_place else _step)(*columns, scalars(step, lr), *flags)
-
-        def given(rate: float, i: int, p: Tensor, m: Tensor, v: Tensor) -> tuple:
-            if i < 0:
-                return p if apply else None, m, v
-            return out[i], out[n + i], out[2 * n + i]
-
-        first, m, v = unzip(3, given, index, params, state.m, state.v)
+        at = [i for i, g in enumerate(gs) if g is not None]
+        if at:
+            flags = 1 - b1, b2, 1 - b2, eps, eps_root != 0.0, outside, before, apply
+            some = [[column[i] for i in at] for column in (ps, gs, ms, vs)]
+            decays = [bool(weight_decay) and chosen[i] for i in at]
+            found = (_step_in_place if donated else _step)(*some, scalars(step, lr), decays, *flags)
+        first: list[Tensor | None] = list(ps) if apply else [None] * len(ps)
+        for k, i in enumerate(at):
+            first[i], ms[i], vs[i] = found[k], found[len(at) + k], found[2 * len(at) + k]
+        if donated:  # what has no gradient moves to the results as it is
+            for i in set(range(len(ps))).difference(at):
+                first[i], ms[i], vs[i] = ps[i].data, ms[i].data, vs[i].data
+        first, m, v = (tree.unflatten(treedef, column) for column in (first, ms, vs))
         return first, AdamWState(step, m, v)
 
     return init, run
@@ -211,12 +208,13 @@ def _step(
 
 def _step_in_place(params: list[Tensor], grads: list[Tensor], m: list[Tensor], v: list[Tensor], *rest: Any) -> Any:
     """`_step` with `apply`, written over params, m and v. Eager only."""
-    to = [*params, *m, *v]
+    to = [x.data for x in (*params, *m, *v)]  # the results, when what was donated is emptied
     if params[0].device.type == "cuda" and all(x.is_contiguous() for x in to):
         from purelm.kernels import adamw_triton
 
         _check(params, grads, m, v)
-        return adamw_triton.step(params, grads, m, v, *rest, in_place=True)
+        adamw_triton.step(params, grads, m, v, *rest, in_place=True)
+        return to
     for x, new in zip(to, _step(params, grads, m, v, *rest), strict=True):
         x.copy_(new)
     return to
@@ -225,12 +223,11 @@ def _step_in_place(params: list[Tensor], grads: list[Tensor], m: list[Tensor], v
 def _check(params: Sequence[Tensor], grads: Sequence[Tensor], m: Sequence[Tensor], v: Sequence[Tensor]) -> None:
     """What the kernel cannot do."""
     for name, tensors in (("params", params), ("grads", grads), ("m", m), ("v", v)):
-        for x in tensors:
-            if x.dtype not in DTYPES:
-                raise ValueError(
-                    f"adamw: {name} must be float32, bfloat16 or float16 on a GPU, got {x.dtype}: use the reference, "
-                    "purelm.optim.adamw"
-                )
+        for dtype in {x.dtype for x in tensors}.difference(DTYPES):
+            raise ValueError(
+                f"adamw: {name} must be float32, bfloat16 or float16 on a GPU, got {dtype}: use the reference, "
+                "purelm.optim.adamw"
+            )
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("adamw: its table of addresses cannot be captured in a CUDA graph: use purelm.optim.adamw")
 

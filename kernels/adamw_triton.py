@@ -18,6 +18,7 @@ __all__ = ["step"]
 
 COLUMNS = 10  # first, numel, decays, and the addresses of p, g, m, v, update or new p, new m, new v
 BLOCK, BLOCKS_PER_PROGRAM, NUM_WARPS = 1024, 8, 4  # 8 numbers to a thread: two 16-byte loads of each fp32 tensor
+CHUNK = BLOCK * BLOCKS_PER_PROGRAM
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -89,28 +90,21 @@ def _step(
 
 
 def _launch(
-    leaves: list[tuple[Tensor, ...]], decays: list[bool], scalars: Tensor, hyper: tuple, dtypes: tuple, aligned: bool
+    rows: list[int], n_programs: int, scalars: Tensor, hyper: tuple, device: torch.device, dtypes: tuple, aligned: bool
 ) -> None:
-    """One launch over leaves (p, g, m, v, update, new m, new v) of the same dtypes, all aligned or not."""
-    device = leaves[0][0].device
-    chunk, first = BLOCK * BLOCKS_PER_PROGRAM, 0
-    rows: list[int] = []
-    for leaf, decay in zip(leaves, decays, strict=True):
-        n = leaf[0].numel()
-        rows += (first, n, decay, *[x.data_ptr() for x in leaf])
-        first += triton.cdiv(n, chunk)
-    if first == 0:
+    """One launch over the leaves of a table, all of these dtypes, all aligned or not."""
+    if not n_programs:  # all empty
         return
-    cuda = device.type == "cuda"
+    cuda, n_leaves = device.type == "cuda", len(rows) // COLUMNS
     # The copy does not wait for the device, and pinned memory is not reused before the copy is done.
     table = torch.tensor(rows, dtype=torch.int64, pin_memory=cuda).to(device, non_blocking=True)
     one_minus_b1, b2, one_minus_b2, eps, has_root, outside, before, apply = hyper
-    with device_of(leaves[0][0]):
-        _step[(first,)](
-            table, scalars, len(leaves), ONE_MINUS_B1=one_minus_b1, B2=b2, ONE_MINUS_B2=one_minus_b2, EPS=eps,
+    with device_of(table):
+        _step[(n_programs,)](
+            table, scalars, n_leaves, ONE_MINUS_B1=one_minus_b1, B2=b2, ONE_MINUS_B2=one_minus_b2, EPS=eps,
             HAS_ROOT=has_root, OUTSIDE=outside, BEFORE=before, APPLY=apply,
             P=DTYPES[dtypes[0]], G=DTYPES[dtypes[1]], M=DTYPES[dtypes[2]], V=DTYPES[dtypes[3]], ALIGNED=aligned,
-            LEAVES=triton.next_power_of_2(len(leaves)), WIDTH=COLUMNS, BLOCK=BLOCK, BLOCKS=BLOCKS_PER_PROGRAM,
+            LEAVES=triton.next_power_of_2(n_leaves), WIDTH=COLUMNS, BLOCK=BLOCK, BLOCKS=BLOCKS_PER_PROGRAM,
             num_warps=NUM_WARPS,
         )  # fmt: skip
 
@@ -142,12 +136,17 @@ def step(
     else:
         out_u = [x.new_empty(x.shape, dtype=x.dtype if apply else torch.float32) for x in params]
         out_m, out_v = [x.new_empty(x.shape) for x in m], [x.new_empty(x.shape) for x in v]
-    groups: dict[tuple, list[int]] = {}
     inputs = [[x.contiguous() for x in column] for column in (params, grads, m, v)]  # held until all is launched
-    for i, leaf in enumerate(zip(*inputs, strict=True)):
-        aligned = leaf[0].numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in leaf)
-        groups.setdefault((leaf[0].device, aligned, *(x.dtype for x in leaf)), []).append(i)
-    for (_, aligned, *dtypes), members in groups.items():
-        leaves = [(*(column[i] for column in inputs), out_u[i], out_m[i], out_v[i]) for i in members]
-        _launch(leaves, [decays[i] for i in members], scalars, hyper, tuple(dtypes), aligned)
+    tables: dict[tuple, tuple[list[int], int]] = {}  # of each launch: its rows, and its programs so far
+    for i, (p, g, m_, v_) in enumerate(zip(*inputs, strict=True)):
+        n = p.numel()
+        to_p, to_g, to_m, to_v = p.data_ptr(), g.data_ptr(), m_.data_ptr(), v_.data_ptr()
+        new = (to_p, to_m, to_v) if in_place else (out_u[i].data_ptr(), out_m[i].data_ptr(), out_v[i].data_ptr())
+        aligned = not (n | to_p | to_g | to_m | to_v) % 16
+        key = p.device, aligned, p.dtype, g.dtype, m_.dtype, v_.dtype
+        rows, first = tables.get(key) or ([], 0)
+        rows += (first, n, decays[i], to_p, to_g, to_m, to_v, *new)
+        tables[key] = rows, first - (-n // CHUNK)
+    for (device, aligned, *dtypes), (rows, n_programs) in tables.items():
+        _launch(rows, n_programs, scalars, hyper, device, tuple(dtypes), aligned)
     return [*out_u, *out_m, *out_v]

@@ -234,8 +234,13 @@ def _read(x: Tensor, always: list[Tensor]) -> Tensor:
     return x.clone()  # no donated tensor is there: nothing is overwritten
 
 
-def check_memory(who: str, old: list[Any], args: tuple, kwargs: dict, donate: tuple[int, ...]) -> None:
-    """ValueError unless nothing but one donated tensor lives in each donated tensor's memory."""
+def check_memory(
+    who: str, old: list[Any], args: tuple, kwargs: dict, donate: tuple[int, ...], others: list[Any] | None = None
+) -> None:
+    """ValueError unless nothing but one donated tensor lives in each donated tensor's memory.
+
+    others: the leaves of all that is not donated, where they are known.
+    """
     donated, storages = [], []
     for x in old:
         if isinstance(x, Tensor):
@@ -246,8 +251,9 @@ def check_memory(who: str, old: list[Any], args: tuple, kwargs: dict, donate: tu
                 donated.append(x)
                 storages.append(storage)
     unique = set(storages)
-    others = [x for i, arg in enumerate(args) if i not in donate for x in optree.tree_leaves(arg)]
-    others += optree.tree_leaves(kwargs)
+    if others is None:
+        others = [x for i, arg in enumerate(args) if i not in donate for x in optree.tree_leaves(arg)]
+        others += optree.tree_leaves(kwargs)
     suspects = [y for y in others if isinstance(y, Tensor) and _storage(y) in unique]
     if len(unique) == len(storages) and not suspects:
         return

@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import broadcast
-from purelm.dist.ddp import BUCKET_BYTES, check_options, cut, send_bucket
+from purelm.dist.ddp import check_options, cut, default_bucket_bytes, send_bucket
 from purelm.dist.sharding import Pending
 from purelm.dist.world import Group, size_of
 
@@ -60,14 +60,14 @@ def functional(module: nn.Module) -> tuple[dict[str, Tensor], Callable[..., Any]
 
 
 def ddp(
-    module: nn.Module, group: Group = None, *, bucket_bytes: int = BUCKET_BYTES, wire: torch.dtype | None = None
+    module: nn.Module, group: Group = None, *, bucket_bytes: int | None = None, wire: torch.dtype | None = None
 ) -> "DataParallel":
     """module with gradients that are means over ranks, sent while backward runs; module itself is `.module`.
 
     Parameters and buffers become rank 0's now, buffers never again. Messages a step: one for each stretch of parameters
-    of up to bucket_bytes, the last registered ones first, always in that order; bytes a rank sends: 2 (N - 1) / N of
-    the gradients', in `wire` if given: gradients are rounded to it, and added in it. A bucket goes when its last
-    gradient is there and all before it have gone.
+    that holds bucket_bytes (by default `purelm.dist.ddp.default_bucket_bytes`), the last registered ones first, always
+    in that order; bytes a rank sends: 2 (N - 1) / N of the gradients', in `wire` if given: gradients are rounded to it,
+    and added in it. A bucket goes when its last gradient is there and all before it have gone.
 
     A parameter that some ranks do not use counts as zeros there; one that none uses keeps .grad None. What requires
     gradients is fixed now. ValueError on all ranks, naming the parameter, where ranks' modules differ.
@@ -78,13 +78,14 @@ def ddp(
 class DataParallel(nn.Module):
     """What `ddp` returns."""
 
-    def __init__(self, module: nn.Module, group: Group, bucket_bytes: int, wire: torch.dtype | None):
+    def __init__(self, module: nn.Module, group: Group, bucket_bytes: int | None, wire: torch.dtype | None):
         super().__init__()
         check_options("mean", bucket_bytes)
         _same_everywhere(module, group)
         self.module = module
         self._sends = True
-        self._means = _Means([p for p in module.parameters() if p.requires_grad], group, bucket_bytes, wire)
+        params = [p for p in module.parameters() if p.requires_grad]
+        self._means = _Means(params, group, bucket_bytes or default_bucket_bytes(params), wire)
         if size_of(group) > 1:
             for i, p in enumerate(self._means.params):
                 p.register_post_accumulate_grad_hook(partial(self._arrived, i))

@@ -26,7 +26,7 @@ from purelm._graph import cuda_graph
 __all__ = ["accumulate", "cuda_graph", "grad", "in_stages", "jit", "remat", "save_matmuls", "value_and_grad"]
 
 
-Watch = Callable[[list[Tensor]], Callable[[list[Tensor]], list[Tensor]]]
+Watch = Callable[[list[Tensor]], Callable[[], list[Tensor]]]
 
 
 @not_traced
@@ -46,8 +46,8 @@ def value_and_grad(
     two places has a gradient for each. Value, aux and gradients are detached.
 
     watch: called before f with the detached floating leaves, in order; it may put hooks on them (data parallelism
-    sends gradients while backward runs). It returns a function of their gradients, called when backward is over, whose
-    results take their place.
+    sends gradients while backward runs). Backward leaves gradients in their .grad, None where the value does not
+    depend on a leaf, and the function that watch returned, called when backward is over, gives those of all leaves.
 
     >>> loss = lambda params, x: ((params["w"] * x) ** 2).sum()
     >>> value_and_grad(loss)({"w": torch.tensor([1.0, 2.0])}, torch.tensor([3.0, 1.0]))
@@ -70,12 +70,14 @@ def value_and_grad(
         with torch.enable_grad():
             value, aux = _value_and_aux(call(function, *new_args, **kwargs), has_aux)
         grads: list[Any] = [None] * len(flat)
-        if value.requires_grad:
+        if finish is not None:
+            if value.requires_grad:
+                torch.autograd.backward(value, inputs=inputs)
+            found = tuple(finish())
+        elif value.requires_grad:
             found = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
         else:
             found = tuple(torch.zeros_like(x) for x in inputs)
-        if finish is not None:
-            found = tuple(finish(list(found)))
         for k, g in zip(at, found, strict=True):
             grads[k] = g.detach()
         by_argument = treedef.unflatten(grads)

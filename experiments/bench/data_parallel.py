@@ -58,7 +58,8 @@ class Args:
     """sequences of each rank; default that of the size"""
     context_length: int | None = None
     steps: int = 10
-    bucket_mb: float = 25.0
+    bucket_mb: float | None = None
+    """purelm's; by default that of ddp.default_bucket_bytes"""
     ops: OpsName = "sdpa"
     remat: bool = False
     compile: bool | None = None
@@ -88,7 +89,7 @@ def our_step(
     optimizer = (kernels_adamw if args.ops == "fused" else adamw)(**ADAMW)
     inner = remat if args.remat else transformer.identity
     wrap: Any = (lambda f: jit(inner(f))) if compiled else inner
-    bucket_bytes = int(args.bucket_mb * 2**20)
+    bucket_bytes = None if args.bucket_mb is None else int(args.bucket_mb * 2**20)
 
     def loss(params: Any, batch: Any) -> Any:
         return transformer.loss(params, batch, cfg, ops=ops, wrap_block=wrap)

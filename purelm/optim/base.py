@@ -103,11 +103,11 @@ def partitioned(predicate: Mask, yes: Optimizer, no: Optimizer) -> Optimizer:
         )
 
     def init(params: Tree) -> PartitionedState:
-        p_yes, p_no = split(_chosen(predicate, params), params)
+        p_yes, p_no = split(chosen_by(predicate, params), params)
         return PartitionedState(yes.init(p_yes), no.init(p_no))
 
     def update(grads: Tree, state: PartitionedState, params: Tree, lr: Tensor | float) -> tuple[Tree, PartitionedState]:
-        chosen = _chosen(predicate, params)
+        chosen = chosen_by(predicate, params)
         (g_yes, g_no), (p_yes, p_no) = split(chosen, grads), split(chosen, params)
         u_yes, s_yes = yes.update(g_yes, state.yes, p_yes, lr)
         u_no, s_no = no.update(g_no, state.no, p_no, lr)
@@ -145,7 +145,7 @@ def is_matrix(path: str, leaf: Tensor) -> bool:
 # Helpers of the optimizers in this folder.
 
 
-def _chosen(mask: Mask, params: Tree) -> Tree:
+def chosen_by(mask: Mask, params: Tree) -> Tree:
     """A tree of bools of the form of params."""
     if mask is None:
         return tree.map(lambda p: True, params)

@@ -65,7 +65,9 @@ def test_every_leaf_is_in_one_bucket(limit):
     buckets = ddp.cut(leaves, limit, [5, 4, 3, 2, 1, 0])
     assert sorted(i for b in buckets for i in b) == list(range(6)) and all(buckets)
     assert all(len({leaves[i].dtype for i in b}) == 1 for b in buckets)
-    assert all(len(b) == 1 or sum(leaves[i].nbytes for i in b) <= limit for b in buckets)
+    assert all(len(b) == 1 or sum(leaves[i].nbytes for i in b[:-1]) < limit for b in buckets)
+    unfilled = [b for b in buckets if sum(leaves[i].nbytes for i in b) < limit]
+    assert len({leaves[b[0]].dtype for b in unfilled}) == len(unfilled)  # the last one of its dtype at most
     if limit == float("inf"):
         assert len(buckets) == 2
     if limit == 0:
@@ -107,13 +109,17 @@ def test_overlapped_gradients_of_compiled_blocks():
 
 
 def on_rank_order(bucket_bytes):
-    """When each bucket was sent: how many leaves had no gradient yet."""
+    """When each bucket was sent: how many leaves' gradients had come."""
     sent, arrived = [], []
     one = ddp.send_bucket
     ddp.send_bucket = lambda tensors, *rest: sent.append(len(arrived)) or one(tensors, *rest)
-    take = ddp._Reducer._take
-    ddp._Reducer._take = lambda self, i, g: arrived.append(i) or take(self, i, g)
-    gradient = overlapped_value_and_grad(loss, has_aux=True, bucket_bytes=bucket_bytes)
+
+    def counting(params, batch):
+        for x in tree.leaves(params):
+            x.register_hook(lambda g: arrived.append(g.shape))
+        return loss(params, batch)
+
+    gradient = overlapped_value_and_grad(counting, has_aux=True, bucket_bytes=bucket_bytes)
     out = []
     try:
         for _ in range(3):
@@ -122,7 +128,7 @@ def on_rank_order(bucket_bytes):
             _, grads = gradient(params_of(), batch_of(0, 2))
             out.append((list(sent), len(arrived)))
     finally:
-        ddp.send_bucket, ddp._Reducer._take = one, take
+        ddp.send_bucket = one
     assert_close(grads, value_and_grad(loss, has_aux=True)(params_of(), batch_of(0, 2))[1])
     return out
 
@@ -217,12 +223,17 @@ def test_compute_is_a_cast_inside_of_the_loss(microbatches, group_of_one):
 
 
 def on_rank_copies():
-    """Bytes of gradients that autograd still holds when backward is over, beside the messages."""
+    """Bytes of gradients that leaves still hold when backward is over, beside the messages."""
     held = []
     finish = ddp._Reducer.finish
-    ddp._Reducer.finish = lambda self, grads: held.append(sum(g.untyped_storage().nbytes() for g in grads)) or finish(
-        self, grads
-    )
+
+    def noted(self, limit):
+        held.append(sum(x.grad.nbytes for x in self.inputs if x.grad is not None))
+        out = finish(self, limit)
+        assert all(x.grad is None for x in self.inputs)
+        return out
+
+    ddp._Reducer.finish = noted
     try:
         gradient = overlapped_value_and_grad(loss, has_aux=True)
         for _ in range(2):
@@ -233,9 +244,36 @@ def on_rank_copies():
 
 
 def test_gradients_under_way_are_held_once():
-    """A number for each leaf, and not a second copy of all gradients."""
-    n = len(tree.leaves(params_of()))
-    assert run(on_rank_copies) == [[8 * n, 8 * n]] * 2
+    """The first call sends at its end; then what was sent is in its message alone."""
+    assert run(on_rank_copies) == [[tree.n_bytes(params_of()), 0]] * 2
+
+
+def on_rank_hooks():
+    """How many hooks there are in each call."""
+    counts = []
+    one = torch.Tensor.register_post_accumulate_grad_hook
+    torch.Tensor.register_post_accumulate_grad_hook = lambda x, hook: counts.append(1) or one(x, hook)
+    found = []
+    try:
+        gradient = overlapped_value_and_grad(loss, has_aux=True)
+        for _ in range(2):
+            gradient(params_of(), batch_of(0, 2))
+            found.append(len(counts))
+            counts.clear()
+    finally:
+        torch.Tensor.register_post_accumulate_grad_hook = one
+    return found
+
+
+def test_a_hook_a_bucket():
+    """Python in backward holds launches up: a hook for each leaf to learn the order, then one for each message."""
+    assert run(on_rank_hooks) == [[len(tree.leaves(params_of())), 1]] * 2
+
+
+def test_default_size_of_buckets():
+    """Oracle: the rule, of meta tensors."""
+    assert ddp.default_bucket_bytes([torch.empty(1000, device="meta")]) == 25 << 20
+    assert ddp.default_bucket_bytes([torch.empty(1 << 30, device="meta")] * 2) == 1 << 27
 
 
 def uneven(params, batch):

@@ -59,8 +59,8 @@ def launched(monkeypatch):
     from purelm.kernels import adamw_triton as kernels
 
     launches = []
-    one = kernels._launch
-    monkeypatch.setattr(kernels, "_launch", lambda *args: launches.append(len(args[0])) or one(*args))
+    one, width = kernels._launch, kernels.COLUMNS
+    monkeypatch.setattr(kernels, "_launch", lambda *args: launches.append(len(args[0]) // width) or one(*args))
     monkeypatch.setattr(module, "_step", kernels.step)
     return launches
 
