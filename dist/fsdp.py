@@ -302,8 +302,7 @@ class _Unit:
         if self.pending is None and self.wholes is None:
             plan = self.schedule.plan
             with torch.no_grad():
-                parts = [p.to(plan.compute or p.dtype) for p in self.parts]
-                self.pending = gather_parts(parts, self.shapes, plan.group)
+                self.pending = gather_parts(self.parts, self.shapes, plan.group, plan.compute)
 
     def get(self) -> list[Tensor]:
         if self.wholes is None:

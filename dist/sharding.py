@@ -6,6 +6,7 @@ or for paths, see what they would see of the whole; a 0-d leaf becomes a part of
 and every element-wise optimizer leaves them zeros.
 """
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
@@ -59,6 +60,8 @@ def part_of(x: Tensor, rank: int, n_ranks: int) -> Tensor:
 
 def whole_of(parts: Tensor, shape: Sequence[int]) -> Tensor:
     """The leaf of this shape from all ranks' parts one after another."""
+    if len(shape) and parts.shape[0] == shape[0]:
+        return parts
     return parts[: shape[0]] if len(shape) else parts[0]
 
 
@@ -104,24 +107,31 @@ class Pending:
         return self._results
 
 
-def gather_parts(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: Group = None) -> Pending:
-    """Whole leaves of these shapes from every rank's parts, of one dtype, by one all_gather.
+def gather_parts(
+    parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: Group = None, dtype: torch.dtype | None = None
+) -> Pending:
+    """Whole leaves of these shapes from every rank's parts, by one all_gather.
 
-    Bytes sent: (N - 1) times those of the parts. The results are copied out of the message, each dense.
+    dtype: of the message and the results; by default the widest of the parts'. Bytes sent: (N - 1) times those of the
+    parts in it. The results are copied out of the message, each dense.
     """
+    dtype = dtype or functools.reduce(torch.promote_types, [p.dtype for p in parts])
     N = size_of(group)
     if N == 1:
-        return Pending(None, lambda: [whole_of(p, s) for p, s in zip(parts, shapes, strict=True)])
-    sizes = [p.numel() for p in parts]
-    flat = torch.cat([p.reshape(-1) for p in parts])
+        return Pending(None, lambda: [whole_of(p.to(dtype), s) for p, s in zip(parts, shapes, strict=True)])
+    # Of the parts themselves only shapes are kept, and one launch packs them, one more unpacks: with one a leaf the
+    # host has more to do than for the layer that they belong to.
+    sizes, shapes_of_parts = [p.numel() for p in parts], [p.shape for p in parts]
+    flat = parts[0].new_empty(sum(sizes), dtype=dtype)
+    torch._foreach_copy_(list(flat.split(sizes)), [p.reshape(-1) for p in parts])
     message = flat.new_empty(N, flat.numel())
     work = all_gather_single(message.view(-1), flat, group, async_op=True)
 
     def finish() -> list[Tensor]:
-        out = []
-        for column, p, shape in zip(message.split(sizes, 1), parts, shapes, strict=True):
-            out.append(whole_of(column.reshape(N * p.shape[0], *p.shape[1:]), shape))
-        return out
+        out = [message.new_empty(N, size) for size in sizes]
+        torch.split_with_sizes_copy(message, sizes, 1, out=out)
+        by_shape = zip(out, shapes_of_parts, shapes, strict=True)
+        return [whole_of(x.view(N * part[0], *part[1:]), shape) for x, part, shape in by_shape]
 
     return Pending(work, finish)
 
@@ -135,19 +145,13 @@ def scatter_sums(wholes: Sequence[Tensor], group: Group = None, dtype: torch.dty
     dtype = dtype or wholes[0].dtype
     N = size_of(group)
     shapes = [part_shape(x.shape, N) for x in wholes]
+    wholes = [x[None] if x.ndim == 0 else x for x in wholes]
     if N == 1:
-        return Pending(None, lambda: [(x[None] if x.ndim == 0 else x).to(dtype) for x in wholes])
+        return Pending(None, lambda: [x.to(dtype) for x in wholes])
     message = wholes[0].new_empty((N, sum(math.prod(s) for s in shapes)), dtype=dtype)
-    at = 0
-    for x, shape in zip(wholes, shapes, strict=True):
-        column = message[:, at : at + math.prod(shape)]
-        x = x[None] if x.ndim == 0 else x
-        if x.shape[0] == N * shape[0]:
-            column.copy_(x.reshape(N, -1))  # cast and packed in one pass
-        else:
-            for rank in range(N):
-                column[rank] = part_of(x, rank, N).view(-1)
-        at += math.prod(shape)
+    filled = [x for x in wholes if x.numel()]
+    if filled:  # cut, filled up with zeros, cast and packed by one launch
+        torch._chunk_cat(filled, 0, N, out=message)
     out = message.new_empty(message.shape[1])
     work = reduce_scatter_single(out, message.view(-1), group, async_op=True)
 
