@@ -73,10 +73,14 @@ class Plan:
         return tree.unflatten(treedef, leaves)
 
     def norm(self, grads: Any) -> Tensor:
-        """The global norm of a local gradient tree: parts summed over ranks, replicated leaves counted once."""
-        cut = tree.map(lambda g, r: None if r else g, grads, self.replicated)
-        once = tree.map(lambda g, r: g if r else None, grads, self.replicated)
-        return torch.hypot(global_norm(self.group)(cut), tree.global_norm(once))
+        """The global norm of a local gradient tree: parts summed over ranks, replicated leaves counted once.
+
+        Leaves may be absent, the same ones on every rank.
+        """
+        cut = tree.map(lambda r, g: None if r else g, self.replicated, grads)
+        once = tree.map(lambda r, g: g if r else None, self.replicated, grads)
+        over_ranks = global_norm(self.group)(cut)
+        return torch.hypot(over_ranks, tree.global_norm(once).to(over_ranks.device))
 
     def bind(self, local: Any, order: list[Any] | None = None, deliver: Deliver | None = None) -> "Bound":
         """For one evaluation. order: subtrees of `local` in the order in which they will be gathered.
@@ -125,7 +129,8 @@ def transformer_loss(
     unembedding, which stays whole over all chunks of the loss, are units of their own.
 
     tensor_parallel: a `tensor_parallel.Plan` over another axis of a mesh. `local` is plan.shard of its shard, plan
-    being that of what it shards; gradients go through its `reduce` afterwards.
+    being that of what it shards; gradients go through its `reduce` afterwards, and their norm is
+    `tensor_parallel.global_norm(grads, norm=plan.norm)`.
     """
     if "denominator" not in batch:
         raise ValueError("batch has no denominator of all ranks: use ddp.with_global_denominator")

@@ -129,16 +129,19 @@ class Plan:
         flat, unravel = tree.ravel(shares)
         return tree.combine(unravel(all_reduce(flat, self.group, check=False)), complete)
 
-    def global_norm(self, grads: Params) -> Float[Tensor, ""]:
+    def global_norm(
+        self, grads: Params, norm: Callable[[Any], Tensor] = tree.global_norm
+    ) -> Float[Tensor, ""]:
         """`tree.global_norm` of the whole, from what `reduce` returned; one all_reduce of one number.
 
-        For `make_step(norm=)` and `clip_by_global_norm(norm=)`.
+        For `make_step(norm=)` and `clip_by_global_norm(norm=)`. norm: of this rank's tree; where its leaves are cut
+        over another axis besides, `fsdp.Plan.norm`: `partial(model.global_norm, norm=plan.norm)`.
         """
         if size_of(self.group) == 1:
-            return tree.global_norm(grads)
+            return norm(grads)
         cut, whole = tree.partition(lambda path, x: cut_axis(path) is not None, grads)
-        over_ranks = global_norm(self.group)(cut)
-        return torch.hypot(over_ranks, tree.global_norm(whole).to(over_ranks.device))
+        over_ranks = global_norm(self.group)(norm(cut))
+        return torch.hypot(over_ranks, norm(whole).to(over_ranks.device))
 
     def _is_share(self, path: str, _: Any) -> bool:
         return cut_axis(path) is None and (self.sequence_parallel or path.split(".")[-2] in HEAD_NORMS)

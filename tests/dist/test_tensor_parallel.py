@@ -224,7 +224,10 @@ def on_rank_sharded(name, sequence_parallel, wrap):
         (value, metrics), grads = value_and_grad(loss, has_aux=True)(local, mine)
         torch.testing.assert_close(value, expected[0], rtol=1e-11, atol=0)
         torch.testing.assert_close(metrics["n_targets"], expected[1]["n_targets"], rtol=1e-6, atol=0)
-        assert_close(model.unshard(plan.unshard(model.reduce(grads))), theirs, **TOLERANCE[torch.float64])
+        grads = model.reduce(grads)
+        assert_close(model.unshard(plan.unshard(grads)), theirs, **TOLERANCE[torch.float64])
+        norm = model.global_norm(grads, norm=plan.norm)
+        torch.testing.assert_close(norm, tree.global_norm(theirs), **TOLERANCE[torch.float64])
     halves = [2 * p.numel() >= s.numel() > p.numel() for p, s in zip(*map(tree.leaves, (local, shares)), strict=True)]
     assert sum(halves) >= 9 * cfg.n_layers - 4  # matrices are cut
 
