@@ -131,7 +131,7 @@ def overlapped_value_and_grad(
 
         leaves, treedef = tree.flatten(differentiated)
         if compute is not None:
-            lower = tree.unflatten(treedef, _cast(leaves, compute))
+            lower = tree.unflatten(treedef, cast_leaves(leaves, compute))
             numbers = (argnums,) if isinstance(argnums, int) else argnums
             by_number = dict(zip(numbers, (lower,) if isinstance(argnums, int) else lower, strict=True))
             args = tuple(by_number.get(i, x) for i, x in enumerate(args))
@@ -237,7 +237,7 @@ def with_global_denominator(batch: Any, group: Group = None) -> Any:
 
 
 @torch.no_grad()
-def _cast(leaves: list[Any], dtype: torch.dtype) -> list[Any]:
+def cast_leaves(leaves: Sequence[Any], dtype: torch.dtype) -> list[Any]:
     """Leaves as `tree.cast` gives them, by one launch."""
     at = [i for i, x in enumerate(leaves) if tree.is_floating(x) and x.dtype != dtype]
     out = list(leaves)
@@ -265,7 +265,11 @@ def cut(leaves: Sequence[Tensor], limit: float, order: Iterable[int]) -> list[li
 
 
 def send_bucket(
-    tensors: list[Tensor], group: Group, op: Op, wire: torch.dtype | None, dtypes: Sequence[torch.dtype] | None = None
+    tensors: Sequence[Tensor],
+    group: Group,
+    op: Op,
+    wire: torch.dtype | None,
+    dtypes: Sequence[torch.dtype] | None = None,
 ) -> Pending:
     """Sums (means) of these tensors, in `dtypes`, by default their own; sent in `wire`, by default the first."""
     dtypes = dtypes or [x.dtype for x in tensors]
@@ -277,7 +281,7 @@ def send_bucket(
         shapes = [x.shape for x in tensors]
         buffer = tensors[0].new_empty(sum(s.numel() for s in shapes), dtype=wire)
         pieces = split_as(buffer, shapes)
-        torch._foreach_copy_(pieces, tensors)  # cast and packed in one pass
+        torch._foreach_copy_(pieces, list(tensors))  # cast and packed in one pass
     how = dist.ReduceOp.AVG if op == "mean" else dist.ReduceOp.SUM
     work = dist.all_reduce(buffer, op=how, group=group, async_op=True)
     # Not the gradients themselves, which are let go when they are sent.

@@ -17,6 +17,7 @@ Messages and bytes a step, of n bytes of parameters in `compute`: an all_gather 
 Every rank must run the same blocks in the same order.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from purelm import tree
 from purelm.dist.collectives import all_reduce
-from purelm.dist.ddp import all_reduce_mean
+from purelm.dist.ddp import cast_leaves, send_bucket
 from purelm.dist.sharding import Pending, gather_parts, part_of, part_shape, scatter_sums, unshard, whole_of
 from purelm.dist.world import Group, rank_of, size_of
 from purelm.dist.zero import global_norm
@@ -180,10 +181,11 @@ class Bound:
                 self.shapes[id(x)] = like.shape
         self.leaves = list(leaves)  # ids stay theirs
         if whole and N > 1:
-            for i, x in zip(whole, _SumGradients.apply(plan.group, *[leaves[i] for i in whole]), strict=True):
+            for i, x in zip(whole, _Replicated.apply(plan, *[leaves[i] for i in whole]), strict=True):
                 leaves[i] = x
-        for i in whole:
-            leaves[i] = leaves[i].to(plan.compute or leaves[i].dtype)
+        elif plan.compute is not None:
+            for i in whole:
+                leaves[i] = leaves[i].to(plan.compute)
         self.params = tree.unflatten(treedef, leaves)
         subtrees = [[x for x in tree.leaves(subtree) if id(x) in self.shapes] for subtree in order]
         self.units: list[_Unit] = []
@@ -364,17 +366,19 @@ class _Gather(torch.autograd.Function):
         return None, *unit.schedule.scatter(unit, list(grads))
 
 
-class _SumGradients(torch.autograd.Function):
-    """Identity; backward, gradients are summed over ranks, in one message."""
+class _Replicated(torch.autograd.Function):
+    """Whole leaves, cast to `plan.compute`; backward, gradients are raised and summed over ranks, in one message."""
 
     @staticmethod
-    def forward(ctx: Any, group: Group, *leaves: Tensor) -> Any:
-        ctx.group = group
-        return tuple(x.view_as(x) for x in leaves)
+    def forward(ctx: Any, plan: Plan, *leaves: Tensor) -> Any:
+        ctx.group, ctx.dtypes = plan.group, [x.dtype for x in leaves]
+        lower = leaves if plan.compute is None else cast_leaves(leaves, plan.compute)
+        return tuple(y.view_as(y) if y is x else y for x, y in zip(leaves, lower, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return None, *all_reduce_mean(list(grads), ctx.group, "flat", op="sum", check=False)
+        widest = functools.reduce(torch.promote_types, ctx.dtypes)
+        return None, *send_bucket(grads, ctx.group, "sum", widest, ctx.dtypes).wait()
 
 
 class _Total(torch.autograd.Function):
