@@ -20,7 +20,7 @@ from torch import Tensor
 from purelm import tree
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import all_reduce, broadcast
-from purelm.dist.sharding import BUCKET_BYTES, Pending, buckets, split_as
+from purelm.dist.sharding import BUCKET_BYTES, Pending, buckets, scatter_sums, split_as
 from purelm.dist.world import Group, device_of, rank_of, size_of
 from purelm.train import with_denominator
 from purelm.transforms import accumulate, value_and_grad
@@ -89,15 +89,18 @@ def overlapped_value_and_grad(
     bucket_bytes: int | None = None,
     wire: torch.dtype | None = None,
     compute: torch.dtype | None = None,
+    parts: bool = False,
     check: bool = True,
 ) -> Callable[..., tuple[Any, Any]]:
     """`value_and_grad` whose gradients are averaged (or summed) over ranks while backward still runs.
 
     Value and aux are this rank's own. The first call learns in which order gradients come (rank 0 tells all) and sends
     them at its end. From then on a bucket is sent as soon as its last gradient is there; buckets always go in the same
-    order, so that ranks may use different parts of the parameters: what a rank does not use counts as zeros and is
-    sent at the end. With microbatches, f(params, batch) is evaluated on
-    parts of the batch as by `accumulate`, and only the last part's backward sends anything.
+    order, so that ranks may use different parameters: what a rank does not use counts as zeros and is sent at the end.
+    With microbatches, f(params, batch) is evaluated on each as by `accumulate`, and only the last one's backward sends.
+
+    parts: of each gradient this rank gets its own part only (`sharding.part_of`), in a group of one the whole. It takes
+    a reduce_scatter, half of what an all_reduce sends, and 1/N of the memory: for `zero.sharded(reduce="parts")`.
 
     The overlap needs a backward pass that ends leaf by leaf: eager, rematerialised or compiled block by block. That of
     a model compiled as a whole hands over all gradients at its end. So does one that begins with a cast of all
@@ -109,10 +112,11 @@ def overlapped_value_and_grad(
         raise ValueError(f"microbatches is {microbatches} and argnums {argnums}: several microbatches need argnums 0")
     known: dict[Any, list[list[int]]] = {}  # by the kind of what is differentiated: numbers of leaves, in buckets
     local = value_and_grad(f, argnums, has_aux)
+    send = partial(scatter_bucket if parts else send_bucket, group=group, op=op, wire=wire)
 
     def sending(kind: Any, masters: list[Tensor], before: list[Tensor] | None) -> Callable[..., tuple[Any, Any]]:
         def watch(inputs: list[Tensor]) -> Callable[[], list[Tensor]]:
-            reducer = _Reducer(inputs, masters, before, known.get(kind), group, op, wire)
+            reducer = _Reducer(inputs, masters, before, known.get(kind), group, send)
 
             def finish() -> list[Tensor]:
                 grads, known[kind] = reducer.finish(bucket_bytes or default_bucket_bytes(masters))
@@ -185,6 +189,7 @@ def differentiate(
     bucket_bytes: int | None = None,
     wire: torch.dtype | None = None,
     compute: torch.dtype | None = None,
+    parts: bool = False,
 ) -> Callable[[Any, Any], tuple[tuple[Tensor, dict[str, Tensor]], Any]]:
     """(params, batch) -> ((loss, metrics), grads) over all ranks' batches: for `make_step(..., differentiate=...)`.
 
@@ -192,8 +197,9 @@ def differentiate(
     and gradients are then sums over ranks, as they would come from one process with the whole batch. The metric
     non_finite_rank is the first rank whose own loss is inf or nan, -1 if none is. compute: that of make_step's
     `precision`, given here too, so that nothing is cast before the first block; or gradients all come at the end.
+    parts: gradients are this rank's parts of them; make_step's `norm` is then `zero.global_norm(group)`.
     """
-    options: dict[str, Any] = {"bucket_bytes": bucket_bytes, "wire": wire, "compute": compute}
+    options: dict[str, Any] = {"bucket_bytes": bucket_bytes, "wire": wire, "compute": compute, "parts": parts}
     both = overlapped_value_and_grad(loss_fn, group, has_aux=True, microbatches=microbatches, op="sum", **options)
 
     def gradient(params: Any, batch: Any) -> tuple[tuple[Tensor, dict[str, Tensor]], Any]:
@@ -288,6 +294,19 @@ def send_bucket(
     return Pending(work, lambda: [x if x.dtype == d else x.to(d) for x, d in zip(pieces, dtypes, strict=True)])
 
 
+def scatter_bucket(
+    tensors: Sequence[Tensor], group: Group, op: Op, wire: torch.dtype | None, dtypes: Sequence[torch.dtype]
+) -> Pending:
+    """This rank's parts of what `send_bucket` gives."""
+    message = scatter_sums(tensors, group, wire or dtypes[0])
+    divisor = size_of(group) if op == "mean" else 1
+
+    def finish() -> list[Tensor]:
+        return [x if divisor == 1 else x / divisor for x in map(torch.Tensor.to, message.wait(), dtypes)]
+
+    return Pending(message, finish)
+
+
 class _Reducer:
     """Hooks on the leaves of one backward pass: gradients in, buckets out.
 
@@ -302,11 +321,10 @@ class _Reducer:
         before: list[Tensor] | None,
         buckets: list[list[int]] | None,
         group: Group,
-        op: Op,
-        wire: torch.dtype | None,
+        send: Callable[..., Pending],
     ):
         self.inputs, self.masters, self.before = inputs, masters, before
-        self.group, self.options = group, (group, op, wire)
+        self.group, self.send = group, send
         self.buckets = buckets or []
         self.came: list[int] = []
         self.under_way: list[Pending] = []
@@ -327,7 +345,7 @@ class _Reducer:
             dtypes = [self.masters[i].dtype for i in bucket]
             if self.before is not None:
                 grads = [g.to(d) + self.before[i] for g, d, i in zip(grads, dtypes, bucket, strict=True)]  # type: ignore
-            self.under_way.append(send_bucket(grads, *self.options, dtypes))  # type: ignore[arg-type]
+            self.under_way.append(self.send(grads, dtypes=dtypes))
             for i in bucket:
                 self.inputs[i].grad = None  # the message has it
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from purelm import tree
 from purelm._between import between_graphs, not_traced
+from purelm._donate import check_memory, consume, donated_type_of
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import all_reduce
 from purelm.dist.sharding import (
@@ -50,10 +51,11 @@ __all__ = [
     "gather_state",
     "global_norm",
     "sharded",
+    "sharded_step",
     "whole_tensors",
 ]
 
-Reduce = Literal["sum", "mean"] | None
+Reduce = Literal["sum", "mean", "parts"] | None
 
 _IN_FLIGHT = 2  # messages at a time: while one travels, the next is packed
 
@@ -82,7 +84,8 @@ def sharded(
 
     Args:
         reduce: what becomes of the ranks' gradients: their "mean" or "sum"; None where they are reduced already, and
-            equal: no reduce_scatter then.
+            equal: no reduce_scatter then. "parts": what comes are this rank's parts of the reduced gradients, as
+            `ddp.differentiate(parts=True)` makes them while backward runs (ZeRO stage 2).
         wire: dtype in which gradients are sent and summed; None is their own. The mean is divided in their own.
         bucket_bytes: of a message; a leaf above it has one of its own.
     """
@@ -101,7 +104,9 @@ def sharded(
         if check:
             check_same_kind({"grads": grads, "params": params}, group, "zero.sharded")
         wholes, build = _aligned(params, grads)
-        if reduce is None:
+        if reduce == "parts":
+            cut = wholes
+        elif reduce is None:
             cut = [None if g is None else part_of(g, rank_of(group), N) for g in wholes]
         else:
             cut = _scatter(wholes, group, N if reduce == "mean" else 1, wire, bucket_bytes)
@@ -109,6 +114,44 @@ def sharded(
         return build(_gather(_aligned(params, parts)[0], tree.leaves(params), group, bucket_bytes)), state
 
     return Optimizer(init, between_graphs(update, like=optimizer.update))
+
+
+def sharded_step(
+    step: Callable[..., tuple[Any, Any]],
+    group: Group = None,
+    *,
+    bucket_bytes: int = BUCKET_BYTES,
+    donate: bool = False,
+) -> Callable[[Any, Any, Any, Tensor | float], tuple[Any, Any]]:
+    """(grads, state, params, lr) -> (params', state') from such a step of one process (`kernels.adamw.adamw_step`).
+
+    grads are this rank's parts (`ddp.differentiate(parts=True)`), the state is that of
+    `sharded(optimizer).init(params)`. Each rank's part of the parameters is stepped, in a copy, and what becomes of it
+    gathered: the bytes of the parameters, (N - 1) / N of them sent; `sharded` and `apply_updates` hold all updates
+    besides.
+
+    donate: params' are written over params, bucket by bucket, whose tensors are empty afterwards, as `jit` has it;
+    ValueError where they share memory or require grad. With step=adamw_step(..., donate=True) nothing is held twice but
+    1/N of the parameters and two buckets. In a group of one it is the step itself.
+    """
+    _check_arguments("sharded_step", None, bucket_bytes)
+    donated = donated_type_of("sharded_step")
+
+    def stepped(grads: Any, state: Any, params: Any, lr: Tensor | float) -> tuple[Any, Any]:
+        if size_of(group) == 1:
+            return step(grads, state, params, lr)
+        leaves, treedef = tree.flatten(params)
+        if donate:
+            check_memory("sharded_step", leaves, (params, grads, state), {}, (0,))
+        parts, state = step(grads, state, shard(params, group), lr)
+        out: list[Any] = [x.data for x in leaves] if donate else [torch.empty_like(x) for x in leaves]
+        for at, wholes in _gathered(tree.leaves(parts), leaves, group, bucket_bytes):
+            torch._foreach_copy_([out[i] for i in at], wholes)
+        if donate:
+            consume(leaves, donated)
+        return tree.unflatten(treedef, out), state
+
+    return stepped
 
 
 def whole_tensors(
@@ -314,15 +357,22 @@ def _scatter(
 def _gather(parts: Sequence[Tensor | None], like: Sequence[Tensor], group: Group, limit: int) -> list[Tensor | None]:
     """Whole leaves of the shapes of `like`, bucket by bucket."""
     out = [None if u is None or u.numel() else u.new_empty(p.shape) for u, p in zip(parts, like, strict=True)]
+    for at, found in _gathered(parts, like, group, limit):
+        for i, x in zip(at, found, strict=True):
+            out[i] = x
+    return out
+
+
+def _gathered(
+    parts: Sequence[Tensor | None], like: Sequence[Tensor], group: Group, limit: int
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """(numbers of leaves, whole leaves) of each message."""
     in_messages = _messages(parts, limit // size_of(group))
 
     def message(at: list[int]) -> Pending:
         return gather_parts([parts[i] for i in at], [like[i].shape for i in at], group)  # type: ignore[misc]
 
-    for at, found in zip(in_messages, _in_turn(map(message, in_messages)), strict=True):
-        for i, x in zip(at, found, strict=True):
-            out[i] = x
-    return out
+    return zip(in_messages, _in_turn(map(message, in_messages)), strict=True)
 
 
 def _to_owners(
@@ -392,7 +442,9 @@ def _holders(values: Any, group: Group) -> dict[str, list[int]]:
 
 
 def _check_arguments(what: str, reduce: Reduce, bucket_bytes: int) -> None:
-    if reduce not in ("sum", "mean", None):
-        raise ValueError(f'{what}: reduce must be "sum", "mean" or None, got {reduce!r}')
+    allowed = ("sum", "mean", "parts", None) if what == "sharded" else ("sum", "mean", None)
+    if reduce not in allowed:
+        names = ", ".join(f'"{x}"' for x in allowed if x)
+        raise ValueError(f"{what}: reduce must be one of {names} or None, got {reduce!r}")
     if bucket_bytes < 1:
         raise ValueError(f"{what}: bucket_bytes must be at least 1, got {bucket_bytes}")

@@ -35,7 +35,7 @@ from purelm import random
 from purelm.dist import world
 
 # Of bench.data_parallel, but for the one that sends nothing.
-Way = Literal["per_leaf", "flat", "bucketed", "overlapped", "zero1", "fsdp", "torch_ddp", "torch_fsdp2"]
+Way = Literal["per_leaf", "flat", "bucketed", "overlapped", "zero1", "zero2", "fsdp", "torch_ddp", "torch_fsdp2"]
 STEP = PHASE + "step"
 Interval = tuple[float, float]  # begin and end; here in us
 

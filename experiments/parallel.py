@@ -38,8 +38,8 @@ class Parallel:
     """What several processes share (torchrun --nproc-per-node N -m experiments.pretrain ...); alone it says nothing."""
 
     mode: Literal["ddp", "zero1", "fsdp"] = "ddp"
-    """ddp: gradients are summed while backward runs. zero1: and each rank holds 1/N of the optimizer's state.
-    fsdp: and 1/N of the parameters, gathered block by block"""
+    """ddp: gradients are summed while backward runs. zero1: and each rank holds 1/N of the optimizer's state, and of
+    the sums (Muon: of its state). fsdp: and 1/N of the parameters, gathered block by block"""
     bucket_mb: float | None = None
     """ddp, zero1: of one message of gradients; by default 25, or 1/64 of the model where that is more"""
     wire: Literal["fp32", "bf16"] = "fp32"
@@ -111,9 +111,13 @@ def alone(job: Job, device: torch.device, *, compiled: bool, graph: bool) -> Run
 def _replicated(world: World, cfg: Parallel, job: Job) -> Run:
     """ddp and zero1: every rank has all parameters."""
     optimizer = job.core
-    if cfg.mode == "zero1":
-        optimizer = (zero.whole_tensors if job.whole_matrices else zero.sharded)(job.core, reduce=None, check=False)
-    optimizer = _clipped(optimizer, job.max_norm)  # by the norm of whole gradients, which every rank has
+    parts = cfg.mode == "zero1" and not job.whole_matrices
+    if parts:
+        optimizer = zero.sharded(job.core, reduce="parts", check=False)
+    elif cfg.mode == "zero1":
+        optimizer = zero.whole_tensors(job.core, reduce=None, check=False)
+    norm = zero.global_norm() if parts else tree.global_norm
+    optimizer = _clipped(optimizer, job.max_norm, norm)
     step = make_step(
         lambda p, b: transformer.loss(p, b, job.model, ops=job.ops, wrap_block=job.wrap_block),
         optimizer,
@@ -125,8 +129,10 @@ def _replicated(world: World, cfg: Parallel, job: Job) -> Run:
             bucket_bytes=None if cfg.bucket_mb is None else max(int(cfg.bucket_mb * 2**20), 1),
             wire=torch.bfloat16 if cfg.wire == "bf16" else None,
             compute=job.precision.compute,
+            parts=parts,
         ),
         prepare=ddp.with_global_denominator,
+        norm=norm,
     )
 
     def evaluate(params: Any, batches: Iterable[dict[str, Tensor]], n_bytes: int) -> Score:
@@ -206,8 +212,10 @@ def _fsdp(world: World, cfg: Parallel, job: Job) -> Run:
 _nothing = Optimizer(lambda params: (), lambda grads, state, params, lr: (grads, state))
 
 
-def _clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
-    return chain(clip_by_global_norm(max_norm), optimizer) if max_norm > 0 else optimizer
+def _clipped(
+    optimizer: Optimizer, max_norm: float, norm: Callable[[Any], Tensor] = tree.global_norm
+) -> Optimizer:
+    return chain(clip_by_global_norm(max_norm, norm=norm), optimizer) if max_norm > 0 else optimizer
 
 
 def _meta(values: Any) -> Any:

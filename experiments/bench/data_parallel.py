@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 -m -- experiments.bench.data_parallel [--sizes 134m xl] [--ways overlapped fsdp ...]
 
-Ways: per_leaf, flat, bucketed (after backward), overlapped (while it runs), zero1, fsdp; and the peers torch_ddp
+Ways: per_leaf, flat, bucketed (after backward), overlapped (while it runs), zero1 (and the optimizer's state is cut),
+zero2 (and the sums of gradients; with --ops fused its update is in place), fsdp; and the peers torch_ddp
 (DistributedDataParallel) and torch_fsdp2 (fully_shard on each block). All run the same maths: forward, backward, AdamW,
 fp32 masters, bf16 compute on a GPU; each rank has its own batch. "alone" is one rank's step without any message: what a
 way takes longer is its exposed communication. Times are medians of the slowest rank; memory is the peak of rank 0.
@@ -40,7 +41,7 @@ from purelm.optim import adamw, schedules
 from purelm.train import FULL, MIXED, Precision, TrainState, identity, init_state, make_step, with_denominator
 from purelm.transforms import jit, remat
 
-OURS = ("alone", "per_leaf", "flat", "bucketed", "overlapped", "zero1", "fsdp")
+OURS = ("alone", "per_leaf", "flat", "bucketed", "overlapped", "zero1", "zero2", "fsdp")
 PEERS = ("torch_ddp", "torch_fsdp2")
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
 PEER_OF = {"fsdp": "torch_fsdp2"}  # of the others torch_ddp
@@ -95,9 +96,12 @@ def our_step(
         return transformer.loss(params, batch, cfg, ops=ops, wrap_block=wrap)
 
     options: dict[str, Any] = {"precision": precision}
-    if way in ("overlapped", "zero1"):
-        options["differentiate"] = partial(ddp.differentiate, bucket_bytes=bucket_bytes, compute=precision.compute)
+    if way in ("overlapped", "zero1", "zero2"):
+        more: dict[str, Any] = {"bucket_bytes": bucket_bytes, "compute": precision.compute, "parts": way == "zero2"}
+        options["differentiate"] = partial(ddp.differentiate, **more)
         options["prepare"] = with_global_denominator
+        if way == "zero2":
+            options["norm"] = zero.global_norm()
     elif way == "fsdp":
         plan = fsdp.plan(params, compute=torch.bfloat16 if cuda else None)
         loss = partial(fsdp.transformer_loss, cfg=cfg, plan=plan, ops=ops, wrap_block=wrap)
@@ -113,15 +117,16 @@ def our_step(
         if way != "alone":
             strategy = cast(Any, way)
             options["reduce"] = partial(all_reduce_mean, strategy=strategy, bucket_bytes=bucket_bytes, check=False)
-    if way == "zero1":
-        optimizer = zero.sharded(optimizer, reduce=None, check=False)
+    if way in ("zero1", "zero2"):
+        optimizer = zero.sharded(optimizer, reduce=None if way == "zero1" else "parts", check=False)
     step = make_step(loss, optimizer, schedules.constant(3e-4), **options)
     if compiled and args.ops != "fused":
         step = jit(step, donate=0)
     state = init_state(params, optimizer)
     del params
     if args.ops == "fused" and way != "zero1":
-        return _by_kernels(state, loss, options)
+        update = adamw_step(**ADAMW, donate=True)
+        return _by_kernels(state, loss, options, zero.sharded_step(update, donate=True) if way == "zero2" else update)
 
     def run(batch: dict) -> Tensor:
         nonlocal state
@@ -131,11 +136,13 @@ def our_step(
     return run
 
 
-def _by_kernels(state: TrainState, loss: Callable[..., Any], options: dict[str, Any]) -> Callable[[dict], Tensor]:
+def _by_kernels(
+    state: TrainState, loss: Callable[..., Any], options: dict[str, Any], update: Callable[..., Any]
+) -> Callable[[dict], Tensor]:
     """make_step's step without the norm of gradients, which the peers do not have either, and updated in place."""
     precision, prepare = options["precision"], options.get("prepare", with_denominator)
     gradient = options["differentiate"](lambda params, batch: loss(tree.cast(params, precision.compute), batch))
-    reduce, update = options.get("reduce", identity), adamw_step(**ADAMW, donate=True)
+    reduce = options.get("reduce", identity)
     params, opt_state = state.params, state.opt_state
     lr = torch.tensor(3e-4, device=state.step.device)
 

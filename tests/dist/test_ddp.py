@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from purelm import tree
-from purelm.dist import ddp
+from purelm.dist import ddp, zero
 from purelm.dist.agreement import check_equal
 from purelm.dist.collectives import all_reduce
 from purelm.dist.ddp import all_reduce_mean, overlapped_value_and_grad, with_global_denominator
+from purelm.dist.sharding import shard
 from purelm.dist.world import rank_of, size_of
 from purelm.models import transformer
 from purelm.optim import adamw, chain, clip_by_global_norm, schedules
@@ -112,7 +113,7 @@ def on_rank_order(bucket_bytes):
     """When each bucket was sent: how many leaves' gradients had come."""
     sent, arrived = [], []
     one = ddp.send_bucket
-    ddp.send_bucket = lambda tensors, *rest: sent.append(len(arrived)) or one(tensors, *rest)
+    ddp.send_bucket = lambda tensors, **rest: sent.append(len(arrived)) or one(tensors, **rest)
 
     def counting(params, batch):
         for x in tree.leaves(params):
@@ -160,7 +161,7 @@ class _Tick(torch.autograd.Function):
 def on_rank_interleaved(inside):
     events = []
     one = ddp.send_bucket
-    ddp.send_bucket = lambda *args: events.append("message") or one(*args)
+    ddp.send_bucket = lambda *args, **rest: events.append("message") or one(*args, **rest)
 
     def ticking(f):
         return lambda layer, x, ctx: _Tick.apply(f(layer, x, ctx), events)
@@ -302,8 +303,40 @@ def test_ranks_that_use_different_parameters(bucket_bytes, op):
     run(on_rank_uneven, bucket_bytes, op)
 
 
-def trained(step_of, batches, n=5):
-    optimizer = chain(clip_by_global_norm(0.5), adamw(weight_decay=0.1))
+def on_rank_parts(microbatches, bucket_bytes, op, compute):
+    """Oracle: the parts of whole gradients, which the same function gives without `parts`."""
+    rank, N = rank_of(None), size_of(None)
+    batch = with_global_denominator(batch_of(rank, N))
+    params = {**params_of(), "number": torch.tensor(2.0, dtype=torch.float64)}
+
+    def scaled(params, batch):
+        value, metrics = loss(params, batch)
+        return value * params["number"], metrics
+
+    options = {"microbatches": microbatches, "bucket_bytes": bucket_bytes, "op": op, "compute": compute}
+    make = partial(overlapped_value_and_grad, scaled, has_aux=True, **options)
+    (value, _), whole = make()(params, batch)
+    sending = make(parts=True)
+    one, ddp.send_bucket = ddp.send_bucket, None  # no all_reduce
+    try:
+        for _ in range(2):
+            (found, _), mine = sending(params, batch)
+            assert torch.equal(found, value)
+            assert tree.map(lambda x: x.shape, mine) == tree.map(lambda x: x.shape, shard(whole))
+            assert_close(mine, shard(whole), 1e-12, 1e-15)
+    finally:
+        ddp.send_bucket = one
+
+
+@pytest.mark.parametrize("op", ["mean", "sum"])
+@pytest.mark.parametrize("compute", [None, torch.float32], ids=str)
+@pytest.mark.parametrize(("microbatches", "bucket_bytes", "size"), [(1, 1, 2), (2, 2000, 3), (1, None, 2)])
+def test_parts_of_gradients(microbatches, bucket_bytes, size, op, compute):
+    run(on_rank_parts, microbatches, bucket_bytes, op, compute, size=size)
+
+
+def trained(step_of, batches, n=5, wrap=lambda optimizer: optimizer, norm=tree.global_norm):
+    optimizer = wrap(chain(clip_by_global_norm(0.5, norm=norm), adamw(weight_decay=0.1)))
     step = step_of(optimizer)
     state = init_state(params_of(), optimizer, precision=FLOAT64)
     rows = []
@@ -323,10 +356,17 @@ def on_rank_training(how):
         "reduce": {"reduce": partial(all_reduce_mean, op="sum")},
         "overlapped": {"differentiate": ddp.differentiate},
         "microbatches": {"differentiate": partial(ddp.differentiate, microbatches=2, bucket_bytes=500)},
+        "parts": {"differentiate": partial(ddp.differentiate, bucket_bytes=500, parts=True)},
     }[how]
     options["prepare"] = with_global_denominator
-    state, rows = trained(partial(alone_step, **options), lambda i: batch_of(rank, N, step=i))
+    more = {}
+    if how == "parts":
+        options["norm"] = zero.global_norm()
+        more = {"wrap": partial(zero.sharded, reduce="parts"), "norm": zero.global_norm()}
+    state, rows = trained(partial(alone_step, **options), lambda i: batch_of(rank, N, step=i), **more)
     expected, theirs = trained(alone_step, lambda i: batch_of(0, 1, step=i))
+    if how == "parts":
+        state = state._replace(opt_state=zero.gather_state(state.opt_state, expected.opt_state))
     assert_close(state, expected, 1e-10, 1e-12)  # AdamW divides by roots of small numbers
     check_equal(state)
     for a, b in zip(rows, theirs, strict=True):
@@ -335,7 +375,7 @@ def on_rank_training(how):
             torch.testing.assert_close(a["loss"], b["loss"], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("how", ["reduce", "overlapped", "microbatches"])
+@pytest.mark.parametrize("how", ["reduce", "overlapped", "microbatches", "parts"])
 def test_training_is_that_of_one_process(how):
     run(on_rank_training, how)
 

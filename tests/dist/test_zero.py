@@ -17,6 +17,7 @@ from purelm.dist import zero
 from purelm.dist.agreement import check_equal
 from purelm.dist.sharding import shard
 from purelm.dist.world import rank_of, size_of
+from purelm.kernels import adamw as kernels
 from purelm.optim import (
     adamw,
     apply_updates,
@@ -327,10 +328,12 @@ def test_alone_it_is_the_optimizer(wrapper):
 
 def test_wrong_arguments():
     for name, wrapper in WRAPPERS.items():
-        with pytest.raises(ValueError, match=f'{name}: reduce must be "sum", "mean" or None, got \'max\''):
+        with pytest.raises(ValueError, match=f'{name}: reduce must be one of "sum", "mean".* or None, got \'max\''):
             wrapper(adamw(), reduce="max")
         with pytest.raises(ValueError, match=f"{name}: bucket_bytes must be at least 1, got 0"):
             wrapper(adamw(), bucket_bytes=0)
+    with pytest.raises(ValueError, match='whole_tensors: reduce must be one of "sum", "mean" or None, got \'parts\''):
+        zero.whole_tensors(adamw(), reduce="parts")
 
 
 def on_rank_norm(dtype):
@@ -490,3 +493,47 @@ def test_compiled_and_donated(name):
 
 def test_examples():
     assert doctest.testmod(zero).failed == 0
+
+
+def on_rank_step(donate, bucket_bytes, dtype):
+    """Oracle: the step of one process, to the bit, since AdamW is element-wise. With donation in the same memory."""
+    params, options = made(0, (dtype,)), {"weight_decay": 0.1}
+    state = kernels.adamw(**options).init(params)
+    mine = zero.sharded(kernels.adamw(**options)).init(params)
+    whole = kernels.adamw_step(**options)
+    inner = kernels.adamw_step(**options, donate=donate)
+    step = zero.sharded_step(inner, bucket_bytes=bucket_bytes, donate=donate)
+    copy = tree.map(torch.clone, params)
+    for i in range(3):
+        grads = made(i + 1, (dtype,))
+        if i == 1:
+            grads["nest"][0]["w"] = None  # keeps its value
+        given, at = copy, [x.data_ptr() for x in tree.leaves(copy)]
+        params, state = whole(grads, state, params, 0.1)
+        copy, mine = step(shard(grads), mine, copy, 0.1)
+        assert ([x.data_ptr() for x in tree.leaves(copy)] == at) == donate
+        assert tree.structure(copy) == tree.structure(params)
+        for a, b in zip(tree.leaves((copy, zero.gather_state(mine, state))), tree.leaves((params, state)), strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+        if donate:
+            with pytest.raises(RuntimeError, match="was donated to sharded_step"):
+                tree.leaves(given)[0].sum()
+    if donate:
+        leaves = tree.leaves(copy)
+        with pytest.raises(ValueError, match="share memory"):
+            step({"a": shard(leaves[0])}, mine, {"a": leaves[0], "b": leaves[0]}, 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("bucket_bytes", "size"), [(1, 2), (100, 3), (10**9, 2)])
+@pytest.mark.parametrize("donate", [False, True], ids=["new", "donated"])
+def test_sharded_step(donate, bucket_bytes, size, dtype):
+    run(on_rank_step, donate, bucket_bytes, dtype, size=size)
+
+
+def test_sharded_step_alone():
+    """Oracle: the step itself."""
+    params, grads = made(0, (torch.float32,)), made(1, (torch.float32,))
+    state, step = kernels.adamw().init(params), kernels.adamw_step()
+    for a, b in zip(*(tree.leaves(s(grads, state, params, 0.1)) for s in (step, zero.sharded_step(step))), strict=True):
+        assert torch.equal(a, b)

@@ -4,7 +4,7 @@ import json
 
 from tests.dist import processes
 
-WAYS = ("alone", "per_leaf", "flat", "bucketed", "overlapped", "zero1", "fsdp", "torch_ddp", "torch_fsdp2")
+WAYS = ("alone", "per_leaf", "flat", "bucketed", "overlapped", "zero1", "zero2", "fsdp", "torch_ddp", "torch_fsdp2")
 
 
 def program(*args, n_ranks=2):
@@ -16,7 +16,7 @@ def test_every_way_has_a_row_and_a_peer(tmp_path):
     done = program("--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {r["metric"]: r for r in json.loads((tmp_path / "rows.json").read_text())}
-    for way in WAYS[:7]:
+    for way in WAYS[:8]:
         row = rows[f"3m, 1 x 16 a rank, {way}"]
         assert row["peer"] == ("torch_fsdp2" if way == "fsdp" else "torch_ddp") and row["ratio"] > 0
         assert way == "alone" or f"3m, {way}, exposed communication" in rows
