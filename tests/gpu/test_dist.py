@@ -9,9 +9,11 @@ import torch
 from purelm import random, tree
 from purelm.dist import checkpoint, collectives, ddp, fsdp, tensor_parallel, zero
 from purelm.dist.agreement import check_equal
+from purelm.dist.sharding import shard
 from purelm.dist.world import rank_of, size_of
 from purelm.interop import ddp as ddp_module
 from purelm.interop import fsdp as fsdp_module
+from purelm.kernels import adamw as kernels
 from purelm.models import transformer
 from purelm.optim import adamw, schedules
 from purelm.optim.clip import clip
@@ -65,13 +67,17 @@ def ways(way, params, optimizer):
         step = make_step(loss, optimizer, schedule, **options)
         return init_state(plan.shard(params), optimizer, FLOAT64), step, plan.unshard
     options["reduce"] = lambda grads: clip(grads, 0.5)[0]
-    if way in ("overlapped", "zero1"):
+    if way in ("overlapped", "zero1", "zero2"):
         # Small buckets: several under way.
-        options["differentiate"] = partial(ddp.differentiate, microbatches=2, bucket_bytes=4096)
+        more = {"microbatches": 2, "bucket_bytes": 4096, "parts": way == "zero2"}
+        options["differentiate"] = partial(ddp.differentiate, **more)
     else:
         options["reduce"] = lambda grads: clip(ddp.all_reduce_mean(grads, None, way, op="sum"), 0.5)[0]
     if way == "zero1":
         optimizer = zero.sharded(optimizer, reduce=None)
+    if way == "zero2":
+        optimizer, options["norm"] = zero.sharded(optimizer, reduce="parts"), zero.global_norm()
+        options["reduce"] = lambda grads: clip(grads, 0.5, norm=zero.global_norm())[0]
     return init_state(params, optimizer, FLOAT64), make_step(loss, optimizer, schedule, **options), lambda p: p
 
 
@@ -86,15 +92,34 @@ def on_rank_trains(way):
     for i in range(4):
         expected, theirs = alone(expected, here(batch_of(0, 1, step=i)))
         state, metrics = step(state, here(batch_of(rank_of(None), 2, step=i)))
-        if way in ("overlapped", "zero1", "fsdp"):
+        if way in ("overlapped", "zero1", "zero2", "fsdp"):
             torch.testing.assert_close(metrics["loss"], theirs["loss"], rtol=1e-9, atol=0)
     assert_close(whole(state.params), expected.params, 1e-9, 1e-11)  # Adam divides small numbers
     check_equal(whole(state.params))
 
 
-@pytest.mark.parametrize("way", ["per_leaf", "flat", "bucketed", "overlapped", "zero1", "fsdp"])
+@pytest.mark.parametrize("way", ["per_leaf", "flat", "bucketed", "overlapped", "zero1", "zero2", "fsdp"])
 def test_training_is_that_of_one_process(way):
     run(on_rank_trains, way, gpus=True)
+
+
+def on_rank_sharded_step():
+    """Oracle: the kernel's step on the whole, to the bit; parameters and moments stay where they are."""
+    params = here(transformer.init(random.key(0), SMALL))
+    state, mine = kernels.adamw().init(params), zero.sharded(kernels.adamw()).init(params)
+    whole, update = kernels.adamw_step(), zero.sharded_step(kernels.adamw_step(donate=True), donate=True)
+    local = tree.map(torch.clone, params)
+    at = [x.data_ptr() for x in tree.leaves((local, mine.m, mine.v))]
+    for i in range(3):
+        grads = here(transformer.init(random.key(1 + i), SMALL))
+        params, state = whole(grads, state, params, 0.1)
+        local, mine = update(shard(grads), mine, local, 0.1)
+    assert [x.data_ptr() for x in tree.leaves((local, mine.m, mine.v))] == at
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(local), tree.leaves(params), strict=True))
+
+
+def test_sharded_step_in_place():
+    run(on_rank_sharded_step, gpus=True)
 
 
 def on_rank_tensor_parallel(sequence_parallel):
