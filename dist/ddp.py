@@ -20,7 +20,7 @@ from torch import Tensor
 from purelm import tree
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import all_reduce, broadcast
-from purelm.dist.sharding import BUCKET_BYTES, Pending, buckets, scatter_sums, split_as
+from purelm.dist.sharding import BUCKET_BYTES, Pending, buckets, default_bucket_bytes, scatter_sums, split_as
 from purelm.dist.world import Group, device_of, rank_of, size_of
 from purelm.train import with_denominator
 from purelm.transforms import accumulate, value_and_grad
@@ -252,11 +252,6 @@ def cast_leaves(leaves: Sequence[Any], dtype: torch.dtype) -> list[Any]:
     if at:
         torch._foreach_copy_([out[i] for i in at], [leaves[i] for i in at])
     return out
-
-
-def default_bucket_bytes(leaves: Iterable[Tensor]) -> int:
-    """25 MiB, or 1/64 of a larger model: messages cost the host 0.1 ms each, and the last of them cannot hide."""
-    return max(BUCKET_BYTES, sum(x.nbytes for x in leaves) // 64)
 
 
 def check_options(op: str, bucket_bytes: float | None) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "BUCKET_BYTES",
     "Pending",
     "buckets",
+    "default_bucket_bytes",
     "gather_parts",
     "part_of",
     "part_shape",
@@ -32,6 +33,11 @@ __all__ = [
 ]
 
 BUCKET_BYTES = 25 << 20  # of one message; as torch's DistributedDataParallel (bucket_cap_mb = 25)
+
+
+def default_bucket_bytes(leaves: Iterable[Tensor]) -> int:
+    """25 MiB, or 1/64 of a larger model: messages cost the host 0.1 ms each, and the last of them cannot hide."""
+    return max(BUCKET_BYTES, sum(x.nbytes for x in leaves) // 64)
 
 
 def part_shape(shape: Sequence[int], n_ranks: int) -> tuple[int, ...]:

@@ -33,6 +33,7 @@ from purelm.dist.sharding import (
     BUCKET_BYTES,
     Pending,
     buckets,
+    default_bucket_bytes,
     gather_parts,
     part_of,
     scatter_sums,
@@ -40,7 +41,7 @@ from purelm.dist.sharding import (
     split_as,
     unshard,
 )
-from purelm.dist.world import Group, device_of, rank_of, size_of
+from purelm.dist.world import Group, all_gather_single, device_of, rank_of, size_of
 from purelm.optim import Optimizer
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
 
 Reduce = Literal["sum", "mean", "parts"] | None
 
+LARGE = 1 << 20  # bytes of a leaf that is worth a message of its own, if it then needs no copies
 _IN_FLIGHT = 2  # messages at a time: while one travels, the next is packed
 
 
@@ -66,7 +68,7 @@ def sharded(
     *,
     reduce: Reduce = "mean",
     wire: torch.dtype | None = None,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     check: bool = True,
 ) -> Optimizer:
     """An element-wise optimizer whose state is cut over the group's ranks; formula at the top of this file.
@@ -87,7 +89,7 @@ def sharded(
             equal: no reduce_scatter then. "parts": what comes are this rank's parts of the reduced gradients, as
             `ddp.differentiate(parts=True)` makes them while backward runs (ZeRO stage 2).
         wire: dtype in which gradients are sent and summed; None is their own. The mean is divided in their own.
-        bucket_bytes: of a message; a leaf above it has one of its own.
+        bucket_bytes: of a message, by default `default_bucket_bytes`; a leaf above it has one of its own.
     """
     _check_arguments("sharded", reduce, bucket_bytes)
 
@@ -103,15 +105,17 @@ def sharded(
             return call(optimizer.update, grads, state, params, lr)
         if check:
             check_same_kind({"grads": grads, "params": params}, group, "zero.sharded")
+        ps = tree.leaves(params)
+        limit = bucket_bytes or default_bucket_bytes(ps)
         wholes, build = _aligned(params, grads)
         if reduce == "parts":
             cut = wholes
         elif reduce is None:
             cut = [None if g is None else part_of(g, rank_of(group), N) for g in wholes]
         else:
-            cut = _scatter(wholes, group, N if reduce == "mean" else 1, wire, bucket_bytes)
+            cut = _scatter(wholes, group, N if reduce == "mean" else 1, wire, limit)
         parts, state = call(optimizer.update, build(cut), state, shard(params, group), lr)
-        return build(_gather(_aligned(params, parts)[0], tree.leaves(params), group, bucket_bytes)), state
+        return build(_gather(_aligned(params, parts)[0], ps, group, limit)), state
 
     return Optimizer(init, between_graphs(update, like=optimizer.update))
 
@@ -120,7 +124,7 @@ def sharded_step(
     step: Callable[..., tuple[Any, Any]],
     group: Group = None,
     *,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     donate: bool = False,
 ) -> Callable[[Any, Any, Any, Tensor | float], tuple[Any, Any]]:
     """(grads, state, params, lr) -> (params', state') from such a step of one process (`kernels.adamw.adamw_step`).
@@ -138,15 +142,24 @@ def sharded_step(
     donated = donated_type_of("sharded_step")
 
     def stepped(grads: Any, state: Any, params: Any, lr: Tensor | float) -> tuple[Any, Any]:
-        if size_of(group) == 1:
+        N = size_of(group)
+        if N == 1:
             return step(grads, state, params, lr)
         leaves, treedef = tree.flatten(params)
         if donate:
             check_memory("sharded_step", leaves, (params, grads, state), {}, (0,))
-        parts, state = step(grads, state, shard(params, group), lr)
+        stepped_parts, state = step(grads, state, shard(params, group), lr)
+        parts: list[Any] = tree.leaves(stepped_parts)
         out: list[Any] = [x.data for x in leaves] if donate else [torch.empty_like(x) for x in leaves]
-        for at, wholes in _gathered(tree.leaves(parts), leaves, group, bucket_bytes):
+        limit = bucket_bytes or default_bucket_bytes(leaves)
+        # A large leaf that all ranks have an equal part of arrives where it belongs: nothing is packed or copied.
+        large = [i for i, x in enumerate(out) if _lies_in_parts(x, parts[i], N) and x.nbytes >= min(limit, LARGE)]
+        under_way = [all_gather_single(out[i].view(-1), parts[i].view(-1), group, async_op=True) for i in large]
+        small = [None if i in set(large) else x for i, x in enumerate(parts)]
+        for at, wholes in _gathered(small, leaves, group, limit):
             torch._foreach_copy_([out[i] for i in at], wholes)
+        for work in under_way:
+            work.wait()
         if donate:
             consume(leaves, donated)
         return tree.unflatten(treedef, out), state
@@ -159,7 +172,7 @@ def whole_tensors(
     group: Group = None,
     *,
     reduce: Reduce = "mean",
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     check: bool = True,
 ) -> Optimizer:
     """Any optimizer of single leaves, whose state is spread over the group's ranks leaf by leaf.
@@ -194,17 +207,18 @@ def whole_tensors(
             check_same_kind({"grads": grads, "params": params}, group, "zero.whole_tensors")
         wholes, build = _aligned(params, grads)
         ps = tree.leaves(params)
+        limit = bucket_bytes or default_bucket_bytes(ps)
         owners = assign([p.numel() for p in ps], N)
         at = [i for i, g in enumerate(wholes) if g is not None]
         if reduce is not None:
-            wholes = _to_owners(wholes, owners, group, N if reduce == "mean" else 1, bucket_bytes)
+            wholes = _to_owners(wholes, owners, group, N if reduce == "mean" else 1, limit)
         mine = [g if r == rank else None for g, r in zip(wholes, owners, strict=True)]
         found, state = call(optimizer.update, build(mine), state, _owned(params, owners, rank), lr)
 
         own = _aligned(params, found)[0]
         updates: list[Tensor | None] = [None] * len(ps)
         sent = [_in_wide(own[i], ps[i]) for i in at]
-        for i, u in zip(at, from_owners(sent, [owners[i] for i in at], group, bucket_bytes), strict=True):
+        for i, u in zip(at, from_owners(sent, [owners[i] for i in at], group, limit), strict=True):
             updates[i] = u
         return build(updates), state
 
@@ -247,7 +261,7 @@ def assign(sizes: Sequence[int], n_ranks: int, loads: Sequence[int] = ()) -> lis
 
 
 def from_owners(
-    values: Sequence[Tensor], owners: Sequence[int], group: Group = None, bucket_bytes: int = BUCKET_BYTES
+    values: Sequence[Tensor], owners: Sequence[int], group: Group = None, bucket_bytes: int | None = None
 ) -> list[Tensor]:
     """values[i] of rank owners[i], on every rank; what others hold there says only its shape, dtype and device.
 
@@ -266,7 +280,7 @@ def from_owners(
         return Pending(work, lambda: split_as(flat, [x.shape for x in of]))
 
     out = list(values)
-    in_messages = _messages(values, bucket_bytes, owners)
+    in_messages = _messages(values, bucket_bytes or default_bucket_bytes(values), owners)
     for at, found in zip(in_messages, _in_turn(map(message, in_messages)), strict=True):
         for i, x in zip(at, found, strict=True):
             out[i] = x
@@ -318,6 +332,11 @@ def cut_state(whole: Any, like: Any, group: Group = None) -> Any:
 
 
 # Leaves in a list, None where the parameter has none; and messages of many leaves.
+
+
+def _lies_in_parts(whole: Tensor, part: Tensor, N: int) -> bool:
+    """Whether N parts one after another are the leaf, with no rows filled up."""
+    return whole.numel() == N * part.numel() > 0 and whole.is_contiguous() and part.is_contiguous()
 
 
 def _aligned(params: Any, values: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
@@ -441,10 +460,10 @@ def _holders(values: Any, group: Group) -> dict[str, list[int]]:
     return found
 
 
-def _check_arguments(what: str, reduce: Reduce, bucket_bytes: int) -> None:
+def _check_arguments(what: str, reduce: Reduce, bucket_bytes: int | None) -> None:
     allowed = ("sum", "mean", "parts", None) if what == "sharded" else ("sum", "mean", None)
     if reduce not in allowed:
         names = ", ".join(f'"{x}"' for x in allowed if x)
         raise ValueError(f"{what}: reduce must be one of {names} or None, got {reduce!r}")
-    if bucket_bytes < 1:
+    if bucket_bytes is not None and bucket_bytes < 1:
         raise ValueError(f"{what}: bucket_bytes must be at least 1, got {bucket_bytes}")
