@@ -67,6 +67,7 @@ def own_cache(f: Callable[..., Any], name: str | None = None) -> Callable[..., A
     if _eval_frame.get_eval_frame_callback() is not None:
         return f
     label = name or getattr(f, "__name__", type(f).__name__)
+    f = own_code(f)
 
     def called(*args: Any, **kwargs: Any) -> Any:
         return f(*args, **kwargs)
@@ -74,6 +75,23 @@ def own_cache(f: Callable[..., Any], name: str | None = None) -> Callable[..., A
     code_name = "".join(c if c.isalnum() else "_" for c in f"{label}_{next(_number)}")
     code = called.__code__.replace(co_name=code_name)
     return types.FunctionType(code, called.__globals__, code_name, None, called.__closure__)
+
+
+def own_code(f: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of Python's with a code object of its own; anything else as it is.
+
+    Before torch 2.13 a graph that ends inside of f makes f a frame of its own, whose compiled versions go by f's code.
+    They do not look at default arguments: of two lambdas of one line, the second one's ran as the first one's.
+    """
+    if not isinstance(f, types.FunctionType) or getattr(f, "_torchdynamo_disable", False):
+        return f
+    copy = types.FunctionType(
+        f.__code__.replace(co_name=f"{f.__code__.co_name}_{next(_number)}"),
+        f.__globals__, f.__name__, f.__defaults__, f.__closure__,
+    )  # fmt: skip
+    copy.__kwdefaults__ = f.__kwdefaults__
+    copy.__dict__.update(f.__dict__)
+    return copy
 
 
 not_traced(not_traced)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from purelm import _tree_traced, tree
-from purelm._between import own_cache
+from purelm._between import own_cache, own_code
 from purelm._versions import keep_writes_behind_reads, nested_graph_breaks
 
 __all__ = ["check_memory", "consume", "donated_type_of", "in_stages", "jit", "unmatched_message"]
@@ -69,13 +69,14 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
         first = [s if p else jit(s, **compile_options) for s, p in zip(stages, plain, strict=False)]
         return in_stages(*first, jit(stages[-1], donate, **compile_options))
     name = getattr(f, "__name__", type(f).__name__)
+    traced = own_code(f)
 
     def run(args: tuple, kwargs: dict, always: list[Tensor], numbers: tuple) -> tuple[list[Any], Any]:
         views: list[Tensor] = []
         vectors: list[Tensor] = []
         if numbers:
             args = _as_numbers(args, donate, numbers, views, vectors)
-        out = f(*args, **kwargs)
+        out = traced(*args, **kwargs)
         return _store(args, donate, out, always, views, vectors) if donate else ([], out)
 
     compiled = torch.compile(own_cache(run, name), **compile_options)
