@@ -9,33 +9,30 @@ losses that are divided by a denominator of all ranks, so that padding and weigh
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from purelm import tree
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import all_reduce, broadcast
-from purelm.dist.sharding import BUCKET_BYTES, Pending, buckets, default_bucket_bytes, scatter_sums, split_as
+from purelm.dist.messages import Op, Pending, cast_leaves, cut, default_bucket_bytes, send_bucket
+from purelm.dist.sharding import scatter_bucket
 from purelm.dist.world import Group, device_of, rank_of, size_of
 from purelm.train import with_denominator
 from purelm.transforms import accumulate, value_and_grad
 
 __all__ = [
-    "BUCKET_BYTES",
     "all_reduce_mean",
-    "default_bucket_bytes",
     "differentiate",
     "overlapped_value_and_grad",
     "sum_metrics",
     "with_global_denominator",
 ]
 
-Op = Literal["sum", "mean"]
 Strategy = Literal["per_leaf", "flat", "bucketed"]
 
 
@@ -53,7 +50,7 @@ def all_reduce_mean(
 
     Messages: one a leaf with "per_leaf"; one a dtype with "flat", which holds a second copy of all gradients; with
     "bucketed" one for each stretch of leaves that holds bucket_bytes, last leaves first (by default
-    `default_bucket_bytes`). All are under way at once.
+    `messages.default_bucket_bytes`). All are under way at once.
     Bytes a rank sends: 2 (N - 1) / N of the tree's, in `wire` if given: gradients are rounded to it, and added in it.
 
     >>> all_reduce_mean({"w": torch.ones(2)})  # alone
@@ -242,64 +239,11 @@ def with_global_denominator(batch: Any, group: Group = None) -> Any:
     return {**batch, "denominator": all_reduce(batch["denominator"], group, check=False)}
 
 
-@torch.no_grad()
-def cast_leaves(leaves: Sequence[Any], dtype: torch.dtype) -> list[Any]:
-    """Leaves as `tree.cast` gives them, by one launch."""
-    at = [i for i, x in enumerate(leaves) if tree.is_floating(x) and x.dtype != dtype]
-    out = list(leaves)
-    for i in at:
-        out[i] = torch.empty_like(leaves[i], dtype=dtype)
-    if at:
-        torch._foreach_copy_([out[i] for i in at], [leaves[i] for i in at])
-    return out
-
-
 def check_options(op: str, bucket_bytes: float | None) -> None:
     if op not in ("sum", "mean"):
         raise ValueError(f'op must be "sum" or "mean", got {op!r}')
     if bucket_bytes is not None and bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be at least 1, got {bucket_bytes}")
-
-
-def cut(leaves: Sequence[Tensor], limit: float, order: Iterable[int]) -> list[list[int]]:
-    return buckets(leaves, limit, order, at_least=True)
-
-
-def send_bucket(
-    tensors: Sequence[Tensor],
-    group: Group,
-    op: Op,
-    wire: torch.dtype | None,
-    dtypes: Sequence[torch.dtype] | None = None,
-) -> Pending:
-    """Sums (means) of these tensors, in `dtypes`, by default their own; sent in `wire`, by default the first."""
-    dtypes = dtypes or [x.dtype for x in tensors]
-    wire = wire or dtypes[0]
-    if len(tensors) == 1:
-        pieces = [tensors[0].to(wire, copy=True, memory_format=torch.contiguous_format)]
-        buffer = pieces[0]
-    else:
-        shapes = [x.shape for x in tensors]
-        buffer = tensors[0].new_empty(sum(s.numel() for s in shapes), dtype=wire)
-        pieces = split_as(buffer, shapes)
-        torch._foreach_copy_(pieces, list(tensors))  # cast and packed in one pass
-    how = dist.ReduceOp.AVG if op == "mean" else dist.ReduceOp.SUM
-    work = dist.all_reduce(buffer, op=how, group=group, async_op=True)
-    # Not the gradients themselves, which are let go when they are sent.
-    return Pending(work, lambda: [x if x.dtype == d else x.to(d) for x, d in zip(pieces, dtypes, strict=True)])
-
-
-def scatter_bucket(
-    tensors: Sequence[Tensor], group: Group, op: Op, wire: torch.dtype | None, dtypes: Sequence[torch.dtype]
-) -> Pending:
-    """This rank's parts of what `send_bucket` gives."""
-    message = scatter_sums(tensors, group, wire or dtypes[0])
-    divisor = size_of(group) if op == "mean" else 1
-
-    def finish() -> list[Tensor]:
-        return [x if divisor == 1 else x / divisor for x in map(torch.Tensor.to, message.wait(), dtypes)]
-
-    return Pending(message, finish)
 
 
 class _Reducer:

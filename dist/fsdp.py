@@ -29,8 +29,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from purelm import tree
 from purelm.dist.collectives import all_reduce
-from purelm.dist.ddp import cast_leaves, send_bucket
-from purelm.dist.sharding import Pending, gather_parts, part_of, part_shape, scatter_sums, unshard, whole_of
+from purelm.dist.messages import Pending, cast_leaves, send_bucket
+from purelm.dist.sharding import gather_parts, part_of, part_shape, scatter_sums, unshard, whole_of
 from purelm.dist.world import Group, rank_of, size_of
 from purelm.dist.zero import global_norm
 from purelm.models import transformer

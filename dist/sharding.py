@@ -1,4 +1,4 @@
-"""Trees cut along axis 0, and one message for many leaves.
+"""Trees cut along axis 0, gathered and summed into parts, with one message for many leaves.
 
 A leaf (n, ...) on N ranks is cut in parts of m = ceil(n / N) rows, the last ones filled up with zeros, so all ranks
 send equal numbers of bytes whatever n is. A part keeps the leaf's number of axes, so optimizers that ask for matrices,
@@ -8,36 +8,26 @@ and every element-wise optimizer leaves them zeros.
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from purelm import tree
+from purelm.dist.messages import Op, Pending, split_as
 from purelm.dist.world import Group, all_gather_single, rank_of, reduce_scatter_single, size_of
 
 __all__ = [
-    "BUCKET_BYTES",
-    "Pending",
-    "buckets",
-    "default_bucket_bytes",
     "gather_parts",
     "part_of",
     "part_shape",
+    "scatter_bucket",
     "scatter_sums",
     "shard",
-    "split_as",
     "unshard",
     "whole_of",
 ]
-
-BUCKET_BYTES = 25 << 20  # of one message; as torch's DistributedDataParallel (bucket_cap_mb = 25)
-
-
-def default_bucket_bytes(leaves: Iterable[Tensor]) -> int:
-    """25 MiB, or 1/64 of a larger model: messages cost the host 0.1 ms each, and the last of them cannot hide."""
-    return max(BUCKET_BYTES, sum(x.nbytes for x in leaves) // 64)
 
 
 def part_shape(shape: Sequence[int], n_ranks: int) -> tuple[int, ...]:
@@ -90,27 +80,6 @@ def unshard(parts: Any, like: Any, group: Group = None) -> Any:
         for i, x in zip(at, wholes, strict=True):
             out[i] = x
     return tree.unflatten(treedef, out)
-
-
-class Pending:
-    """Results of a collective that is under way: wait() gives them, again and again the same."""
-
-    def __init__(self, work: Any, finish: Callable[[], list[Tensor]]):
-        self._work, self._finish = work, finish
-        self._results: list[Tensor] | None = None
-
-    def early(self) -> list[Tensor]:
-        """Where the results of `scatter_sums` will be: not to be read before wait()."""
-        return self._finish() if self._results is None else self._results
-
-    def wait(self) -> list[Tensor]:
-        """On a GPU the stream waits, not the host."""
-        if self._results is None:
-            if self._work is not None:
-                self._work.wait()
-            self._results = self._finish()
-            self._work, self._finish = None, list  # lets go of the message
-        return self._results
 
 
 def gather_parts(
@@ -167,36 +136,14 @@ def scatter_sums(wholes: Sequence[Tensor], group: Group = None, dtype: torch.dty
     return Pending(work, finish)
 
 
-def split_as(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The tensors of these shapes that lie one after another in flat, as views."""
-    return [y.view(tuple(shape)) for y, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes, strict=True)]
+def scatter_bucket(
+    tensors: Sequence[Tensor], group: Group, op: Op, wire: torch.dtype | None, dtypes: Sequence[torch.dtype]
+) -> Pending:
+    """This rank's parts of what `send_bucket` gives."""
+    message = scatter_sums(tensors, group, wire or dtypes[0])
+    divisor = size_of(group) if op == "mean" else 1
 
+    def finish() -> list[Tensor]:
+        return [x if divisor == 1 else x / divisor for x in map(torch.Tensor.to, message.wait(), dtypes)]
 
-def buckets(
-    leaves: Sequence[Tensor | None],
-    limit: float,
-    order: Iterable[int],
-    kind: Callable[[int], Hashable] = lambda i: None,
-    *,
-    at_least: bool = False,
-) -> list[list[int]]:
-    """Numbers of leaves, in this order, cut in messages: one dtype, device and kind, at most `limit` bytes or one leaf.
-
-    at_least: a message is full once it holds `limit` bytes, its last leaf included, as DistributedDataParallel has
-    it: a norm between two large matrices then goes with one of them.
-    Absent leaves are in none. Messages are in the order of their first leaves.
-    """
-    found: list[list[int]] = []
-    last: dict[Hashable, tuple[list[int], float]] = {}  # of each kind: the message that is being filled, and its room
-    for i in order:
-        x = leaves[i]
-        if x is None:
-            continue
-        key, size = (x.dtype, x.device, kind(i)), x.numel() * x.element_size()
-        at, room = last.get(key, ([], limit))
-        if not at or (room <= 0 if at_least else size > room):
-            at, room = [], limit
-            found.append(at)
-        at.append(i)
-        last[key] = at, room - size
-    return found
+    return Pending(message, finish)

@@ -16,8 +16,7 @@ bytes and of a wait for the device (`agreement.check_same_kind`). Inside torch.c
 optimizer that it wraps is compiled. In a world of one it is that optimizer, to the last bit.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,27 +28,18 @@ from purelm._between import between_graphs, not_traced
 from purelm._donate import check_memory, consume, donated_type_of
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import all_reduce
+from purelm.dist.messages import Pending, by_owner, default_bucket_bytes, from_owners, in_turn, split_as, stand_in
 from purelm.dist.sharding import (
-    BUCKET_BYTES,
-    Pending,
-    buckets,
-    default_bucket_bytes,
     gather_parts,
     part_of,
     scatter_sums,
     shard,
-    split_as,
-    unshard,
 )
 from purelm.dist.world import Group, all_gather_single, device_of, rank_of, size_of
 from purelm.optim import Optimizer
 
 __all__ = [
-    "BUCKET_BYTES",
     "assign",
-    "cut_state",
-    "from_owners",
-    "gather_state",
     "global_norm",
     "sharded",
     "sharded_step",
@@ -59,7 +49,6 @@ __all__ = [
 Reduce = Literal["sum", "mean", "parts"] | None
 
 LARGE = 1 << 20  # bytes of a leaf that is worth a message of its own, if it then needs no copies
-_IN_FLIGHT = 2  # messages at a time: while one travels, the next is packed
 
 
 def sharded(
@@ -89,7 +78,7 @@ def sharded(
             equal: no reduce_scatter then. "parts": what comes are this rank's parts of the reduced gradients, as
             `ddp.differentiate(parts=True)` makes them while backward runs (ZeRO stage 2).
         wire: dtype in which gradients are sent and summed; None is their own. The mean is divided in their own.
-        bucket_bytes: of a message, by default `default_bucket_bytes`; a leaf above it has one of its own.
+        bucket_bytes: of a message, by default `messages.default_bucket_bytes`; a leaf above it has one of its own.
     """
     _check_arguments("sharded", reduce, bucket_bytes)
 
@@ -260,77 +249,6 @@ def assign(sizes: Sequence[int], n_ranks: int, loads: Sequence[int] = ()) -> lis
     return owners
 
 
-def from_owners(
-    values: Sequence[Tensor], owners: Sequence[int], group: Group = None, bucket_bytes: int | None = None
-) -> list[Tensor]:
-    """values[i] of rank owners[i], on every rank; what others hold there says only its shape, dtype and device.
-
-    A broadcast for each owner, dtype and bucket; sent in a ring: the bytes of all values. Results are new:
-    views of the messages they came in.
-    """
-    rank = rank_of(group)
-    if size_of(group) == 1:
-        return list(values)
-
-    def message(at: list[int]) -> Pending:
-        of, src = [values[i] for i in at], owners[at[0]]
-        n = sum(x.numel() for x in of)
-        flat = torch.cat([x.detach().reshape(-1) for x in of]) if src == rank else of[0].new_empty(n)
-        work = dist.broadcast(flat, group=group, group_src=src, async_op=True)
-        return Pending(work, lambda: split_as(flat, [x.shape for x in of]))
-
-    out = list(values)
-    in_messages = _messages(values, bucket_bytes or default_bucket_bytes(values), owners)
-    for at, found in zip(in_messages, _in_turn(map(message, in_messages)), strict=True):
-        for i, x in zip(at, found, strict=True):
-            out[i] = x
-    return out
-
-
-def gather_state(state: Any, like: Any, group: Group = None) -> Any:
-    """The whole state from that of each rank: what one process would hold, for a checkpoint of any number of ranks.
-
-    like: the whole state's shapes: `optimizer.init` of the wrapped optimizer, on meta tensors if you like. Leaves that
-    one rank holds come from it, 0-d ones that all hold are equal, and others that all hold are parts. Of `sharded`,
-    `whole_tensors` and what combines them.
-    """
-    N = size_of(group)
-    if N == 1:
-        return state
-    mine, holders, wanted = _by_path(state), _holders(state, group), _by_path(like)
-    if set(wanted) != set(holders):
-        raise ValueError(f"gather_state: ranks hold {sorted(holders)}, `like` has {sorted(wanted)}")
-    everywhere = [path for path in wanted if len(holders[path]) == N]
-    whole = {path: mine[path] for path in everywhere if mine[path].ndim == 0}
-    cut = [path for path in everywhere if mine[path].ndim > 0]
-    whole |= zip(cut, unshard([mine[p] for p in cut], [wanted[p] for p in cut], group), strict=True)
-    owned = [path for path in wanted if len(holders[path]) < N]
-    device = next((x.device for x in mine.values() if x.ndim), device_of(group))
-    sent = [mine[p] if p in mine else _stand_in(wanted[p], wanted[p].dtype, device) for p in owned]
-    whole |= zip(owned, from_owners(sent, [holders[p][0] for p in owned], group), strict=True)
-    return tree.unflatten(tree.structure(like), [whole[path] for path in wanted])
-
-
-def cut_state(whole: Any, like: Any, group: Group = None) -> Any:
-    """This rank's part of a whole state, the inverse of `gather_state`; no message but the ranks' lists of paths.
-
-    like: a state of this rank, as `sharded(optimizer, group).init(params)` gives it.
-    """
-    rank, N = rank_of(group), size_of(group)
-    if N == 1:
-        return whole
-    given, holders = _by_path(whole), _holders(like, group)
-    if set(given) != set(holders):
-        raise ValueError(f"cut_state: the state has {sorted(given)}, the ranks hold {sorted(holders)}")
-    out = []
-    for path, x in _by_path(like).items():
-        is_cut = len(holders[path]) == N and x.ndim > 0
-        out.append(part_of(given[path], rank, N) if is_cut else given[path])
-        if out[-1].shape != x.shape:
-            raise ValueError(f"cut_state: {path} has shape {tuple(out[-1].shape)}, rank {rank} needs {tuple(x.shape)}")
-    return tree.unflatten(tree.structure(like), out)
-
-
 # Leaves in a list, None where the parameter has none; and messages of many leaves.
 
 
@@ -362,12 +280,12 @@ def _scatter(
     """This rank's parts of the sums over ranks, over the divisor, bucket by bucket."""
     N, rank = size_of(group), rank_of(group)
     out = [None if g is None else part_of(g, rank, N) if not g.numel() else g for g in wholes]
-    in_messages = _messages(wholes, limit)
+    in_messages = by_owner(wholes, limit)
 
     def message(at: list[int]) -> Pending:
         return scatter_sums([wholes[i] for i in at], group, wire)  # type: ignore[misc]
 
-    for at, parts in zip(in_messages, _in_turn(map(message, in_messages)), strict=True):
+    for at, parts in zip(in_messages, in_turn(map(message, in_messages)), strict=True):
         for i, part in zip(at, parts, strict=True):
             out[i] = _divided(part.to(out[i].dtype), divisor)  # type: ignore[union-attr]
     return out
@@ -386,12 +304,12 @@ def _gathered(
     parts: Sequence[Tensor | None], like: Sequence[Tensor], group: Group, limit: int
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """(numbers of leaves, whole leaves) of each message."""
-    in_messages = _messages(parts, limit // size_of(group))
+    in_messages = by_owner(parts, limit // size_of(group))
 
     def message(at: list[int]) -> Pending:
         return gather_parts([parts[i] for i in at], [like[i].shape for i in at], group)  # type: ignore[misc]
 
-    return zip(in_messages, _in_turn(map(message, in_messages)), strict=True)
+    return zip(in_messages, in_turn(map(message, in_messages)), strict=True)
 
 
 def _to_owners(
@@ -399,7 +317,7 @@ def _to_owners(
 ) -> list[Tensor | None]:
     """The sums over ranks, over the divisor, of the leaves that this rank owns; others are of no meaning."""
     rank, out = rank_of(group), list(wholes)
-    in_messages = _messages(wholes, limit, owners)
+    in_messages = by_owner(wholes, limit, owners)
 
     def message(at: list[int]) -> Pending:
         of: list[Any] = [wholes[i] for i in at]
@@ -407,57 +325,20 @@ def _to_owners(
         work = dist.reduce(flat, group=group, group_dst=owners[at[0]], async_op=True)
         return Pending(work, lambda: split_as(flat, [x.shape for x in of]) if owners[at[0]] == rank else of)
 
-    for at, sums in zip(in_messages, _in_turn(map(message, in_messages)), strict=True):
+    for at, sums in zip(in_messages, in_turn(map(message, in_messages)), strict=True):
         for i, x in zip(at, sums, strict=True):
             out[i] = _divided(x, divisor) if owners[i] == rank else x
     return out
-
-
-def _messages(values: Sequence[Tensor | None], limit: int, owners: Sequence[int] = ()) -> list[list[int]]:
-    """Numbers of the leaves of each message, of one owner each; what has no element is not sent."""
-    filled = [i for i, x in enumerate(values) if x is not None and x.numel()]
-    return buckets(values, limit, filled, lambda i: owners[i] if owners else None)
-
-
-def _in_turn(messages: Iterable[Pending]) -> Iterator[list[Tensor]]:
-    """The results of each message; the next one is sent before the last is waited for."""
-    under_way: deque[Pending] = deque()
-    for message in messages:
-        under_way.append(message)
-        if len(under_way) == _IN_FLIGHT:
-            yield under_way.popleft().wait()
-    while under_way:
-        yield under_way.popleft().wait()
 
 
 def _divided(x: Tensor, divisor: int) -> Tensor:
     return x if divisor == 1 else x / divisor
 
 
-def _stand_in(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of x's shape in the memory of one number."""
-    return torch.zeros((), dtype=dtype, device=device).expand(x.shape)
-
-
 def _in_wide(update: Tensor | None, param: Tensor) -> Tensor:
     """An update as it is sent: a dtype that all ranks know, zeros where the optimizer made none."""
     wide = torch.promote_types(param.dtype, torch.float32)
-    return _stand_in(param, wide, param.device) if update is None else update.to(wide)
-
-
-def _by_path(values: Any) -> dict[str, Tensor]:
-    return dict(zip(tree.paths(values), tree.leaves(values), strict=True))
-
-
-def _holders(values: Any, group: Group) -> dict[str, list[int]]:
-    """Path -> the ranks that have it; a message of text."""
-    everyone: list[Any] = [None] * size_of(group)
-    dist.all_gather_object(everyone, list(tree.paths(values)), group=group)
-    found: dict[str, list[int]] = {}
-    for rank, paths in enumerate(everyone):
-        for path in paths:
-            found.setdefault(path, []).append(rank)
-    return found
+    return stand_in(param, wide, param.device) if update is None else update.to(wide)
 
 
 def _check_arguments(what: str, reduce: Reduce, bucket_bytes: int | None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from purelm import checkpoint as one_process
 from purelm import tree
-from purelm.dist import checkpoint, ddp, fsdp, zero
+from purelm.dist import checkpoint, ddp, fsdp, zero, zero_state
 from purelm.dist.agreement import check_equal
 from purelm.dist.collectives import all_reduce, broadcast
 from purelm.dist.world import World
@@ -148,13 +148,13 @@ def _replicated(world: World, cfg: Parallel, job: Job) -> Run:
 
     def save(root: Path, step: int, trees: Trees, **options: Any) -> None:
         if cfg.mode == "zero1":
-            trees = {**trees, "opt_state": zero.gather_state(trees["opt_state"], like["opt_state"])}
+            trees = {**trees, "opt_state": zero_state.gather_state(trees["opt_state"], like["opt_state"])}
         checkpoint.save(root, step, trees, like=like, sharded=False, **options)
 
     def load(root: Path) -> tuple[Trees, dict[str, Any]]:
         trees, meta = checkpoint.load(root, like, sharded=False, device=world.device)
         if cfg.mode == "zero1":
-            trees["opt_state"] = zero.cut_state(trees["opt_state"], state.opt_state)
+            trees["opt_state"] = zero_state.cut_state(trees["opt_state"], state.opt_state)
         return trees, meta
 
     return Run(state, step, evaluate, lambda params: params, save, load)

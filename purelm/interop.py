@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from purelm import tree
-from purelm.dist import zero
+from purelm.dist import messages, zero
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.world import Group, rank_of, size_of
 from purelm.interop_fsdp import fsdp
@@ -93,7 +93,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._local.step()
         with torch.no_grad():
             changed = [p for p in self._owners if p.requires_grad or p.grad is not None]
-            sent = zero.from_owners(changed, [self._owners[p] for p in changed], self.group)
+            sent = messages.from_owners(changed, [self._owners[p] for p in changed], self.group)
             for p, new in zip(changed, sent, strict=True):
                 if self._owners[p] != rank_of(self.group):
                     p.copy_(new)

@@ -21,7 +21,8 @@ from torch.func import functional_call
 
 from purelm import tree
 from purelm.dist import fsdp as sharded
-from purelm.dist.sharding import Pending, unshard
+from purelm.dist.messages import Pending
+from purelm.dist.sharding import unshard
 from purelm.dist.world import Group, size_of
 from purelm.interop_modules import _Means, _same_everywhere
 

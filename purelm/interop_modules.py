@@ -23,8 +23,8 @@ from torch.func import functional_call
 
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import broadcast
-from purelm.dist.ddp import check_options, cut, default_bucket_bytes, send_bucket
-from purelm.dist.sharding import Pending
+from purelm.dist.ddp import check_options
+from purelm.dist.messages import Pending, cut, default_bucket_bytes, send_bucket
 from purelm.dist.world import Group, size_of
 
 __all__ = ["DataParallel", "ddp", "functional"]
@@ -65,7 +65,7 @@ def ddp(
     """module with gradients that are means over ranks, sent while backward runs; module itself is `.module`.
 
     Parameters and buffers become rank 0's now, buffers never again. Messages a step: one for each stretch of parameters
-    that holds bucket_bytes (by default `purelm.dist.ddp.default_bucket_bytes`), the last registered ones first, always
+    that holds bucket_bytes (by default `dist.messages.default_bucket_bytes`), the last registered ones first, always
     in that order; bytes a rank sends: 2 (N - 1) / N of the gradients', in `wire` if given: gradients are rounded to it,
     and added in it. A bucket goes when its last gradient is there and all before it have gone.
 

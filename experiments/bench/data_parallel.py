@@ -60,7 +60,7 @@ class Args:
     context_length: int | None = None
     steps: int = 10
     bucket_mb: float | None = None
-    """purelm's; by default that of ddp.default_bucket_bytes"""
+    """purelm's; by default that of dist.messages.default_bucket_bytes"""
     ops: OpsName = "sdpa"
     remat: bool = False
     compile: bool | None = None

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from purelm import tree
-from purelm.dist import ddp, zero
+from purelm.dist import ddp, messages, zero, zero_state
 from purelm.dist.agreement import check_equal
 from purelm.dist.collectives import all_reduce
 from purelm.dist.ddp import all_reduce_mean, overlapped_value_and_grad, with_global_denominator
@@ -63,7 +63,7 @@ def test_every_leaf_is_in_one_bucket(limit):
     """Oracle: counting."""
     kinds = [(3, 32), (9, 32), (0, 32), (2, 64), (30, 64), (1, 32)]
     leaves = [torch.zeros(n, dtype=torch.float32 if bits == 32 else torch.float64) for n, bits in kinds]
-    buckets = ddp.cut(leaves, limit, [5, 4, 3, 2, 1, 0])
+    buckets = messages.cut(leaves, limit, [5, 4, 3, 2, 1, 0])
     assert sorted(i for b in buckets for i in b) == list(range(6)) and all(buckets)
     assert all(len({leaves[i].dtype for i in b}) == 1 for b in buckets)
     assert all(len(b) == 1 or sum(leaves[i].nbytes for i in b[:-1]) < limit for b in buckets)
@@ -273,8 +273,8 @@ def test_a_hook_a_bucket():
 
 def test_default_size_of_buckets():
     """Oracle: the rule, of meta tensors."""
-    assert ddp.default_bucket_bytes([torch.empty(1000, device="meta")]) == 25 << 20
-    assert ddp.default_bucket_bytes([torch.empty(1 << 30, device="meta")] * 2) == 1 << 27
+    assert messages.default_bucket_bytes([torch.empty(1000, device="meta")]) == 25 << 20
+    assert messages.default_bucket_bytes([torch.empty(1 << 30, device="meta")] * 2) == 1 << 27
 
 
 def uneven(params, batch):
@@ -366,7 +366,7 @@ def on_rank_training(how):
     state, rows = trained(partial(alone_step, **options), lambda i: batch_of(rank, N, step=i), **more)
     expected, theirs = trained(alone_step, lambda i: batch_of(0, 1, step=i))
     if how == "parts":
-        state = state._replace(opt_state=zero.gather_state(state.opt_state, expected.opt_state))
+        state = state._replace(opt_state=zero_state.gather_state(state.opt_state, expected.opt_state))
     assert_close(state, expected, 1e-10, 1e-12)  # AdamW divides by roots of small numbers
     check_equal(state)
     for a, b in zip(rows, theirs, strict=True):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purelm import random, tree
-from purelm.dist import zero
+from purelm.dist import messages, zero, zero_state
 from purelm.dist.agreement import check_equal
 from purelm.dist.sharding import shard
 from purelm.dist.world import rank_of, size_of
@@ -126,9 +126,9 @@ def on_rank_matches(wrapper, name, dtypes, seed, options):
         check_equal(updates, what="updates")
         params = apply_updates(params, updates)
         like = whole.init(tree.map(lambda p: p.to("meta"), params))
-        gathered = zero.gather_state(state, like)
+        gathered = zero_state.gather_state(state, like)
         check(gathered, expected)
-        assert equal(zero.cut_state(gathered, optimizer.init(params)), state)
+        assert equal(zero_state.cut_state(gathered, optimizer.init(params)), state)
 
 
 @pytest.mark.parametrize("seed", [1, 7])
@@ -277,9 +277,9 @@ def test_two_messages_are_under_way():
             log.append(f"wait {self.i}")
             return self.i
 
-    assert list(zero._in_turn(Message(i) for i in range(4))) == [0, 1, 2, 3]
+    assert list(messages.in_turn(Message(i) for i in range(4))) == [0, 1, 2, 3]
     assert log == ["send 0", "send 1", "wait 0", "send 2", "wait 1", "send 3", "wait 2", "wait 3"]
-    assert list(zero._in_turn([])) == []
+    assert list(messages.in_turn([])) == []
 
 
 @given(st.lists(st.integers(0, 1000), max_size=30), st.integers(1, 9))
@@ -321,9 +321,9 @@ def test_alone_it_is_the_optimizer(wrapper):
     optimizer, plain = WRAPPERS[wrapper](adamw()), adamw()
     found = optimizer.update(grads, optimizer.init(params), params, 0.1)
     assert equal(found, plain.update(grads, plain.init(params), params, 0.1))
-    assert zero.gather_state(found[1], None) is zero.cut_state(found[1], None) is found[1]
+    assert zero_state.gather_state(found[1], None) is zero_state.cut_state(found[1], None) is found[1]
     assert torch.equal(zero.global_norm()(grads), tree.global_norm(grads))
-    assert zero.from_owners([grads["nest"][0]["w"]], [0])[0] is grads["nest"][0]["w"]
+    assert messages.from_owners([grads["nest"][0]["w"]], [0])[0] is grads["nest"][0]["w"]
 
 
 def test_wrong_arguments():
@@ -392,11 +392,11 @@ def on_rank_state_errors():
     params = {"a": torch.zeros(4, 2), "b": torch.zeros(3)}
     state = zero.sharded(adamw()).init(params)
     with pytest.raises(ValueError, match=r"gather_state: ranks hold .*'v.b'\], `like` has \['m.a'"):
-        zero.gather_state(state, lion().init(params))
+        zero_state.gather_state(state, lion().init(params))
     with pytest.raises(ValueError, match=r"cut_state: the state has \['m.a', 'm.b', 'step'\], the ranks hold"):
-        zero.cut_state(lion().init(params), state)
+        zero_state.cut_state(lion().init(params), state)
     with pytest.raises(ValueError, match=r"cut_state: m.a has shape \(3, 2\), rank . needs \(2, 2\)"):
-        zero.cut_state(adamw().init({"a": torch.zeros(5, 2), "b": torch.zeros(3)}), state)
+        zero_state.cut_state(adamw().init({"a": torch.zeros(5, 2), "b": torch.zeros(3)}), state)
     with pytest.raises(ValueError):  # a tree of bools for a mask: this rank has no leaf where it has one
         zero.whole_tensors(adamw(mask={"a": True, "b": False})).update(
             params, zero.whole_tensors(adamw()).init(params), params, 0.1
@@ -513,7 +513,8 @@ def on_rank_step(donate, bucket_bytes, dtype):
         copy, mine = step(shard(grads), mine, copy, 0.1)
         assert ([x.data_ptr() for x in tree.leaves(copy)] == at) == donate
         assert tree.structure(copy) == tree.structure(params)
-        for a, b in zip(tree.leaves((copy, zero.gather_state(mine, state))), tree.leaves((params, state)), strict=True):
+        found = tree.leaves((copy, zero_state.gather_state(mine, state)))
+        for a, b in zip(found, tree.leaves((params, state)), strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b)
         if donate:
             with pytest.raises(RuntimeError, match="was donated to sharded_step"):

@@ -1,0 +1,72 @@
+"""State of optimizers that `zero` cuts, as one process would hold it, and back: for checkpoints of any world size."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from purelm import tree
+from purelm.dist.messages import from_owners, stand_in
+from purelm.dist.sharding import part_of, unshard
+from purelm.dist.world import Group, device_of, rank_of, size_of
+
+__all__ = ["cut_state", "gather_state"]
+
+
+def gather_state(state: Any, like: Any, group: Group = None) -> Any:
+    """The whole state from that of each rank: what one process would hold, for a checkpoint of any number of ranks.
+
+    like: the whole state's shapes: `optimizer.init` of the wrapped optimizer, on meta tensors if you like. Leaves that
+    one rank holds come from it, 0-d ones that all hold are equal, and others that all hold are parts. Of `sharded`,
+    `whole_tensors` and what combines them.
+    """
+    N = size_of(group)
+    if N == 1:
+        return state
+    mine, holders, wanted = _by_path(state), _holders(state, group), _by_path(like)
+    if set(wanted) != set(holders):
+        raise ValueError(f"gather_state: ranks hold {sorted(holders)}, `like` has {sorted(wanted)}")
+    everywhere = [path for path in wanted if len(holders[path]) == N]
+    whole = {path: mine[path] for path in everywhere if mine[path].ndim == 0}
+    cut = [path for path in everywhere if mine[path].ndim > 0]
+    whole |= zip(cut, unshard([mine[p] for p in cut], [wanted[p] for p in cut], group), strict=True)
+    owned = [path for path in wanted if len(holders[path]) < N]
+    device = next((x.device for x in mine.values() if x.ndim), device_of(group))
+    sent = [mine[p] if p in mine else stand_in(wanted[p], wanted[p].dtype, device) for p in owned]
+    whole |= zip(owned, from_owners(sent, [holders[p][0] for p in owned], group), strict=True)
+    return tree.unflatten(tree.structure(like), [whole[path] for path in wanted])
+
+
+def cut_state(whole: Any, like: Any, group: Group = None) -> Any:
+    """This rank's part of a whole state, the inverse of `gather_state`; no message but the ranks' lists of paths.
+
+    like: a state of this rank, as `sharded(optimizer, group).init(params)` gives it.
+    """
+    rank, N = rank_of(group), size_of(group)
+    if N == 1:
+        return whole
+    given, holders = _by_path(whole), _holders(like, group)
+    if set(given) != set(holders):
+        raise ValueError(f"cut_state: the state has {sorted(given)}, the ranks hold {sorted(holders)}")
+    out = []
+    for path, x in _by_path(like).items():
+        is_cut = len(holders[path]) == N and x.ndim > 0
+        out.append(part_of(given[path], rank, N) if is_cut else given[path])
+        if out[-1].shape != x.shape:
+            raise ValueError(f"cut_state: {path} has shape {tuple(out[-1].shape)}, rank {rank} needs {tuple(x.shape)}")
+    return tree.unflatten(tree.structure(like), out)
+
+
+def _by_path(values: Any) -> dict[str, Tensor]:
+    return dict(zip(tree.paths(values), tree.leaves(values), strict=True))
+
+
+def _holders(values: Any, group: Group) -> dict[str, list[int]]:
+    """Path -> the ranks that have it; a message of text."""
+    everyone: list[Any] = [None] * size_of(group)
+    dist.all_gather_object(everyone, list(tree.paths(values)), group=group)
+    found: dict[str, list[int]] = {}
+    for rank, paths in enumerate(everyone):
+        for path in paths:
+            found.setdefault(path, []).append(rank)
+    return found
