@@ -6,9 +6,9 @@ Ways: per_leaf, flat, bucketed (after backward), overlapped (while it runs), zer
 zero2 (and the sums of gradients; with --ops fused its update is in place), fsdp; and the peers torch_ddp
 (DistributedDataParallel) and torch_fsdp2 (fully_shard on each block). All run the same maths: forward, backward, AdamW,
 fp32 masters, bf16 compute on a GPU; each rank has its own batch. "alone" is one rank's step without any message: what a
-way takes longer is its exposed communication. Times are medians of the slowest rank; memory is the peak of rank 0.
-With --ops fused purelm's kernels make the update, in place, and only blocks are compiled; else the update is compiled.
-The peers' blocks are compiled one by one, as purelm's are.
+way takes longer is its exposed communication, and alone / way its weak scaling. Times are medians of the slowest rank;
+memory is the peak of rank 0. With --ops fused purelm's kernels make the update, in place, and only blocks are compiled;
+else the update is compiled. The peers' blocks are compiled one by one, as purelm's are.
 """
 
 import gc
@@ -241,6 +241,8 @@ def main(args: Args) -> None:
                 if way != "alone" and found.get("alone", {}).get("ms"):
                     exposed = found[way]["ms"] - found["alone"]["ms"]
                     rows.append(row(f"{size}, {way}, exposed communication", exposed, "ms", device=name))
+                    scaling = 100 * found["alone"]["ms"] / found[way]["ms"]
+                    rows.append(row(f"{size}, {way}, weak scaling", scaling, "%", device=name))
         if here.rank == 0:
             publish(rows, args.json)
 

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.dist import processes
 
 WAYS = ("alone", "per_leaf", "flat", "bucketed", "overlapped", "zero1", "zero2", "fsdp", "torch_ddp", "torch_fsdp2")
@@ -19,7 +21,10 @@ def test_every_way_has_a_row_and_a_peer(tmp_path):
     for way in WAYS[:8]:
         row = rows[f"3m, 1 x 16 a rank, {way}"]
         assert row["peer"] == ("torch_fsdp2" if way == "fsdp" else "torch_ddp") and row["ratio"] > 0
-        assert way == "alone" or f"3m, {way}, exposed communication" in rows
+        if way != "alone":
+            alone = rows["3m, 1 x 16 a rank, alone"]["value"]
+            assert row["value"] - rows[f"3m, {way}, exposed communication"]["value"] == pytest.approx(alone)
+            assert row["value"] * rows[f"3m, {way}, weak scaling"]["value"] / 100 == pytest.approx(alone)
     assert done.stdout.count("| metric |") == 1
 
 
