@@ -32,6 +32,7 @@ from purelm.dist.messages import Pending, by_owner, default_bucket_bytes, from_o
 from purelm.dist.sharding import (
     gather_parts,
     part_of,
+    part_shape,
     scatter_sums,
     shard,
 )
@@ -99,6 +100,7 @@ def sharded(
         wholes, build = _aligned(params, grads)
         if reduce == "parts":
             cut = wholes
+            _check_parts("zero.sharded", params, cut, N)
         elif reduce is None:
             cut = [None if g is None else part_of(g, rank_of(group), N) for g in wholes]
         else:
@@ -134,7 +136,8 @@ def sharded_step(
         N = size_of(group)
         if N == 1:
             return step(grads, state, params, lr)
-        leaves, treedef = tree.flatten(params)
+        (leaves, gs), treedef = tree.flatten_up_to(params, grads)
+        _check_parts("zero.sharded_step", params, gs, N)
         if donate:
             check_memory("sharded_step", leaves, (params, grads, state), {}, (0,))
         stepped_parts, state = step(grads, state, shard(params, group), lr)
@@ -144,8 +147,9 @@ def sharded_step(
         # A large leaf that all ranks have an equal part of arrives where it belongs: nothing is packed or copied.
         large = [i for i, x in enumerate(out) if _lies_in_parts(x, parts[i], N) and x.nbytes >= min(limit, LARGE)]
         under_way = [all_gather_single(out[i].view(-1), parts[i].view(-1), group, async_op=True) for i in large]
-        small = [None if i in set(large) else x for i, x in enumerate(parts)]
-        for at, wholes in _gathered(small, leaves, group, limit):
+        for i in large:
+            parts[i] = None
+        for at, wholes in _gathered(parts, leaves, group, limit):
             torch._foreach_copy_([out[i] for i in at], wholes)
         for work in under_way:
             work.wait()
@@ -250,6 +254,15 @@ def assign(sizes: Sequence[int], n_ranks: int, loads: Sequence[int] = ()) -> lis
 
 
 # Leaves in a list, None where the parameter has none; and messages of many leaves.
+
+
+def _check_parts(who: str, params: Any, grads: Sequence[Tensor | None], N: int) -> None:
+    for i, (p, g) in enumerate(zip(tree.leaves(params), grads, strict=True)):
+        if g is not None and tuple(g.shape) != (expected := part_shape(p.shape, N)):
+            raise ValueError(
+                f"{who}: the gradient of {tree.paths(params)[i]} has shape {tuple(g.shape)}, this rank's part has "
+                f"{expected}: give those of ddp.differentiate(parts=True)"
+            )
 
 
 def _lies_in_parts(whole: Tensor, part: Tensor, N: int) -> bool:

@@ -522,7 +522,22 @@ def on_rank_step(donate, bucket_bytes, dtype):
     if donate:
         leaves = tree.leaves(copy)
         with pytest.raises(ValueError, match="share memory"):
-            step({"a": shard(leaves[0])}, mine, {"a": leaves[0], "b": leaves[0]}, 0.1)
+            step({"a": shard(leaves[0]), "b": None}, mine, {"a": leaves[0], "b": leaves[0]}, 0.1)
+
+
+def on_rank_whole_gradients():
+    params = {"a": {"w": torch.ones(2, 3)}, "b": torch.ones(4)}
+    optimizer = zero.sharded(adamw(), reduce="parts")
+    state = optimizer.init(params)
+    message = r"the gradient of a.w has shape \(2, 3\), this rank's part has \(1, 3\)"
+    for update in (optimizer.update, zero.sharded_step(kernels.adamw_step())):
+        with pytest.raises(ValueError, match=message):
+            update({**params, "b": torch.ones(2)}, state, params, 0.1)
+
+
+def test_whole_gradients_where_parts_are_asked_for():
+    """A part of one row would be broadcast."""
+    run(on_rank_whole_gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
