@@ -319,6 +319,8 @@ def test_compiled_walks_equal_eager_ones_in_one_graph():
         return {
             "map": tree.map(lambda x, y: x - 2 * y, t, unravel(vector)),
             "path": tree.map_with_path(lambda path, x: x * len(path), t),
+            "columns": tree.flatten_up_to(t, unravel(vector), yes)[0],
+            "same": tree.unflatten(tree.flatten_up_to(t, t)[1], leaves),
             "combined": tree.combine(yes, no),
             "yes": yes,
             "paths": tree.paths(t),
