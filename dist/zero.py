@@ -28,12 +28,12 @@ from purelm._between import between_graphs, not_traced
 from purelm._donate import check_memory, consume, donated_type_of
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import all_reduce
-from purelm.dist.messages import Pending, by_owner, default_bucket_bytes, from_owners, in_turn, split_as, stand_in
+from purelm.dist.messages import Op, Pending, by_owner, default_bucket_bytes, from_owners, in_turn, split_as, stand_in
 from purelm.dist.sharding import (
     gather_parts,
     part_of,
     part_shape,
-    scatter_sums,
+    scatter_bucket,
     shard,
 )
 from purelm.dist.world import Group, all_gather_single, device_of, rank_of, size_of
@@ -95,18 +95,18 @@ def sharded(
             return call(optimizer.update, grads, state, params, lr)
         if check:
             check_same_kind({"grads": grads, "params": params}, group, "zero.sharded")
-        ps = tree.leaves(params)
+        (ps, wholes), treedef = tree.flatten_up_to(params, grads)
         limit = bucket_bytes or default_bucket_bytes(ps)
-        wholes, build = _aligned(params, grads)
         if reduce == "parts":
             cut = wholes
             _check_parts("zero.sharded", params, cut, N)
         elif reduce is None:
             cut = [None if g is None else part_of(g, rank_of(group), N) for g in wholes]
         else:
-            cut = _scatter(wholes, group, N if reduce == "mean" else 1, wire, limit)
-        parts, state = call(optimizer.update, build(cut), state, shard(params, group), lr)
-        return build(_gather(_aligned(params, parts)[0], ps, group, limit)), state
+            cut = _scatter(wholes, group, reduce, wire, limit)
+        parts, state = call(optimizer.update, tree.unflatten(treedef, cut), state, shard(params, group), lr)
+        (_, updates), _ = tree.flatten_up_to(params, parts)
+        return tree.unflatten(treedef, _gather(updates, ps, group, limit)), state
 
     return Optimizer(init, between_graphs(update, like=optimizer.update))
 
@@ -198,22 +198,21 @@ def whole_tensors(
             return call(optimizer.update, grads, state, params, lr)
         if check:
             check_same_kind({"grads": grads, "params": params}, group, "zero.whole_tensors")
-        wholes, build = _aligned(params, grads)
-        ps = tree.leaves(params)
+        (ps, wholes), treedef = tree.flatten_up_to(params, grads)
         limit = bucket_bytes or default_bucket_bytes(ps)
         owners = assign([p.numel() for p in ps], N)
         at = [i for i, g in enumerate(wholes) if g is not None]
         if reduce is not None:
             wholes = _to_owners(wholes, owners, group, N if reduce == "mean" else 1, limit)
         mine = [g if r == rank else None for g, r in zip(wholes, owners, strict=True)]
-        found, state = call(optimizer.update, build(mine), state, _owned(params, owners, rank), lr)
+        found, state = call(optimizer.update, tree.unflatten(treedef, mine), state, _owned(params, owners, rank), lr)
 
-        own = _aligned(params, found)[0]
+        (_, own), _ = tree.flatten_up_to(params, found)
         updates: list[Tensor | None] = [None] * len(ps)
         sent = [_in_wide(own[i], ps[i]) for i in at]
         for i, u in zip(at, from_owners(sent, [owners[i] for i in at], group, limit), strict=True):
             updates[i] = u
-        return build(updates), state
+        return tree.unflatten(treedef, updates), state
 
     return Optimizer(init, between_graphs(update, like=optimizer.update))
 
@@ -270,37 +269,26 @@ def _lies_in_parts(whole: Tensor, part: Tensor, N: int) -> bool:
     return whole.numel() == N * part.numel() > 0 and whole.is_contiguous() and part.is_contiguous()
 
 
-def _aligned(params: Any, values: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """What stands in `values` at each leaf of params, None included; and the function back to a tree."""
-    column: list[Any] = []
-
-    def place(p: Tensor, x: Any) -> int:
-        column.append(x)
-        return len(column) - 1
-
-    index = tree.map(place, params, values)
-    return column, lambda leaves: tree.map(lambda i: leaves[i], index)
-
-
 def _owned(params: Any, owners: Sequence[int], rank: int) -> Any:
     leaves, treedef = tree.flatten(params)
     return tree.unflatten(treedef, [p if r == rank else None for p, r in zip(leaves, owners, strict=True)])
 
 
 def _scatter(
-    wholes: Sequence[Tensor | None], group: Group, divisor: int, wire: torch.dtype | None, limit: int
+    wholes: Sequence[Tensor | None], group: Group, op: Op, wire: torch.dtype | None, limit: int
 ) -> list[Tensor | None]:
-    """This rank's parts of the sums over ranks, over the divisor, bucket by bucket."""
+    """This rank's parts of the sums or means over ranks, bucket by bucket."""
     N, rank = size_of(group), rank_of(group)
-    out = [None if g is None else part_of(g, rank, N) if not g.numel() else g for g in wholes]
+    out = [None if g is None or g.numel() else part_of(g, rank, N) for g in wholes]
     in_messages = by_owner(wholes, limit)
 
     def message(at: list[int]) -> Pending:
-        return scatter_sums([wholes[i] for i in at], group, wire)  # type: ignore[misc]
+        of: list[Any] = [wholes[i] for i in at]
+        return scatter_bucket(of, group, op, wire, [x.dtype for x in of])
 
     for at, parts in zip(in_messages, in_turn(map(message, in_messages)), strict=True):
         for i, part in zip(at, parts, strict=True):
-            out[i] = _divided(part.to(out[i].dtype), divisor)  # type: ignore[union-attr]
+            out[i] = part
     return out
 
 

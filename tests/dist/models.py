@@ -40,3 +40,27 @@ def equal(a, b):
     """To the last bit, in form and dtype too."""
     pairs = zip(tree.leaves(a), tree.leaves(b), strict=True)
     return tree.structure(a) == tree.structure(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
+
+
+# Leaves of odd shapes.
+SHAPES = {
+    "w": (4, 3),
+    "odd": (5, 2),
+    "one": (1, 4),
+    "scalar": (),
+    "empty": (0, 3),
+    "hollow": (3, 0),
+    "cube": (2, 3, 2),
+    "embeddings": (7, 3),
+    "vector": (123,),
+}
+
+
+def made(seed, dtypes=(torch.float64,)):
+    """A tree of odd shapes with absent leaves, the dtypes in turn."""
+    key = random.key(seed)
+    leaves = {
+        name: random.normal(random.fold_in(key, i), shape, dtype=torch.float64).to(dtypes[i % len(dtypes)])
+        for i, (name, shape) in enumerate(SHAPES.items())
+    }
+    return {"nest": [leaves, None, {"last": leaves["odd"].T * 0.5}], "none": None}  # last: not contiguous

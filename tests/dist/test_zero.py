@@ -17,7 +17,6 @@ from purelm.dist import messages, zero, zero_state
 from purelm.dist.agreement import check_equal
 from purelm.dist.sharding import shard
 from purelm.dist.world import rank_of, size_of
-from purelm.kernels import adamw as kernels
 from purelm.optim import (
     adamw,
     apply_updates,
@@ -35,20 +34,9 @@ from purelm.optim import (
 )
 from purelm.train import Precision, init_state, make_step
 from purelm.transforms import jit
-from tests.dist.models import equal
+from tests.dist.models import equal, made
 from tests.dist.processes import ALL_GATHER, REDUCE_SCATTER, RankError, run
 
-SHAPES = {
-    "w": (4, 3),
-    "odd": (5, 2),
-    "one": (1, 4),
-    "scalar": (),
-    "empty": (0, 3),
-    "hollow": (3, 0),
-    "cube": (2, 3, 2),
-    "embeddings": (7, 3),
-    "vector": (123,),
-}
 MIXED = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WRAPPERS = {"sharded": zero.sharded, "whole_tensors": zero.whole_tensors}
 ELEMENTWISE = {
@@ -66,16 +54,6 @@ OF_WHOLE_LEAVES = {
     "muon_adamw": lambda norm: muon_adamw(iteration_dtype=torch.float64),
 }
 CASES = [(w, o) for w in WRAPPERS for o in ELEMENTWISE] + [("whole_tensors", o) for o in OF_WHOLE_LEAVES]
-
-
-def made(seed, dtypes=(torch.float64,)):
-    """A tree of odd shapes with absent leaves, the dtypes in turn."""
-    key = random.key(seed)
-    leaves = {
-        name: random.normal(random.fold_in(key, i), shape, dtype=torch.float64).to(dtypes[i % len(dtypes)])
-        for i, (name, shape) in enumerate(SHAPES.items())
-    }
-    return {"nest": [leaves, None, {"last": leaves["odd"].T * 0.5}], "none": None}  # last: not contiguous
 
 
 def gradients(seed, step, rank, dtypes, params):
@@ -493,63 +471,3 @@ def test_compiled_and_donated(name):
 
 def test_examples():
     assert doctest.testmod(zero).failed == 0
-
-
-def on_rank_step(donate, bucket_bytes, dtype):
-    """Oracle: the step of one process, to the bit, since AdamW is element-wise. With donation in the same memory."""
-    params, options = made(0, (dtype,)), {"weight_decay": 0.1}
-    state = kernels.adamw(**options).init(params)
-    mine = zero.sharded(kernels.adamw(**options)).init(params)
-    whole = kernels.adamw_step(**options)
-    inner = kernels.adamw_step(**options, donate=donate)
-    step = zero.sharded_step(inner, bucket_bytes=bucket_bytes, donate=donate)
-    copy = tree.map(torch.clone, params)
-    for i in range(3):
-        grads = made(i + 1, (dtype,))
-        if i == 1:
-            grads["nest"][0]["w"] = None  # keeps its value
-        given, at = copy, [x.data_ptr() for x in tree.leaves(copy)]
-        params, state = whole(grads, state, params, 0.1)
-        copy, mine = step(shard(grads), mine, copy, 0.1)
-        assert ([x.data_ptr() for x in tree.leaves(copy)] == at) == donate
-        assert tree.structure(copy) == tree.structure(params)
-        found = tree.leaves((copy, zero_state.gather_state(mine, state)))
-        for a, b in zip(found, tree.leaves((params, state)), strict=True):
-            assert a.dtype == b.dtype and torch.equal(a, b)
-        if donate:
-            with pytest.raises(RuntimeError, match="was donated to sharded_step"):
-                tree.leaves(given)[0].sum()
-    if donate:
-        leaves = tree.leaves(copy)
-        with pytest.raises(ValueError, match="share memory"):
-            step({"a": shard(leaves[0]), "b": None}, mine, {"a": leaves[0], "b": leaves[0]}, 0.1)
-
-
-def on_rank_whole_gradients():
-    params = {"a": {"w": torch.ones(2, 3)}, "b": torch.ones(4)}
-    optimizer = zero.sharded(adamw(), reduce="parts")
-    state = optimizer.init(params)
-    message = r"the gradient of a.w has shape \(2, 3\), this rank's part has \(1, 3\)"
-    for update in (optimizer.update, zero.sharded_step(kernels.adamw_step())):
-        with pytest.raises(ValueError, match=message):
-            update({**params, "b": torch.ones(2)}, state, params, 0.1)
-
-
-def test_whole_gradients_where_parts_are_asked_for():
-    """A part of one row would be broadcast."""
-    run(on_rank_whole_gradients)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("bucket_bytes", "size"), [(1, 2), (100, 3), (10**9, 2)])
-@pytest.mark.parametrize("donate", [False, True], ids=["new", "donated"])
-def test_sharded_step(donate, bucket_bytes, size, dtype):
-    run(on_rank_step, donate, bucket_bytes, dtype, size=size)
-
-
-def test_sharded_step_alone():
-    """Oracle: the step itself."""
-    params, grads = made(0, (torch.float32,)), made(1, (torch.float32,))
-    state, step = kernels.adamw().init(params), kernels.adamw_step()
-    for a, b in zip(*(tree.leaves(s(grads, state, params, 0.1)) for s in (step, zero.sharded_step(step))), strict=True):
-        assert torch.equal(a, b)
