@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before any group exists, which its default arguments would hold for ever
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
@@ -74,8 +75,8 @@ def start(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     try:
         yield World(dist.get_rank(), dist.get_world_size(), here)
     finally:
-        # Handles of messages in reference cycles would keep the group's threads running until the interpreter is gone,
-        # which then aborts.
+        # What still holds the group (handles of messages in reference cycles, say) keeps its threads running. One that
+        # lets go of its last message while the interpreter is going down takes the process with it: SIGABRT.
         gc.collect()
         dist.destroy_process_group()
 
