@@ -7,6 +7,7 @@ The engine is torch.distributed: NCCL where there are GPUs, Gloo where there are
 for a global group behind your back: each takes a `group`, and None is the world.
 """
 
+import ctypes
 import gc
 import os
 from collections.abc import Iterator
@@ -47,8 +48,8 @@ def start(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     """Join the processes that torchrun started, and leave them at the end; alone, a world of one.
 
     device: "cuda", "cpu" or "auto"; with several GPUs each process takes the one of its LOCAL_RANK. timeout: seconds
-    after which a collective that not all ranks have entered fails instead of waiting on. A group that exists
-    already is used and left standing.
+    after which a collective that not all ranks have entered fails instead of waiting on; an error in here ends this
+    process at once, and torchrun then ends the others. A group that exists already is used and left standing.
     """
     cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -72,13 +73,35 @@ def start(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
         timeout=timedelta(seconds=timeout),
         device_id=here if cuda else None,
     )
+    failed = False
     try:
         yield World(dist.get_rank(), dist.get_world_size(), here)
+    except (Exception, KeyboardInterrupt):
+        failed = True
+        raise
     finally:
-        # What still holds the group (handles of messages in reference cycles, say) keeps its threads running. One that
-        # lets go of its last message while the interpreter is going down takes the process with it: SIGABRT.
-        gc.collect()
-        dist.destroy_process_group()
+        _abandon() if failed else _leave()
+
+
+def _leave() -> None:
+    # What still holds the group (handles of messages in reference cycles, say) keeps its threads running. One that lets
+    # go of its last message while the interpreter is going down takes the process with it: SIGABRT.
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def _abandon() -> None:
+    """Leave without waiting for messages under way, which processes that are elsewhere may never enter.
+
+    The wait would be until the timeout, and the error on its way out would be seen only then.
+    """
+    if dist.get_backend() == "nccl":
+        dist.distributed_c10d._abort_process_group()
+        return
+    # Gloo cannot give a message up, and a group waits for its own when it goes: so these never go.
+    for group in dist.distributed_c10d._world.pg_map:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    dist.destroy_process_group()
 
 
 def size_of(group: Group) -> int:

@@ -14,7 +14,8 @@ else the update is compiled. The peers' blocks are compiled one by one, as purel
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from experiments.bench.course_sizes import SIZES as COURSE
 from experiments.bench.module_baseline import Module, on_many, step_of
-from experiments.bench.report import publish, row
+from experiments.bench.report import publish, row, write
 from experiments.bench.train_step import SIZES
 from experiments.console import program, say
 from experiments.ops import OpsName, ops_named
@@ -187,24 +188,51 @@ def _wait(here: world.World) -> None:
         torch.cuda.synchronize()
 
 
+@contextmanager
+def enough_memory(way: str, here: world.World) -> Iterator[None]:
+    """ValueError where it is not: others wait in a collective to which this rank cannot come, so the program ends."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{way} does not fit into the memory of rank {here.rank}: leave it out of --ways, or give --remat or a "
+            f"smaller --batch-size or --context-length ({str(error).partition('. ')[0]})"
+        ) from error
+
+
 def measure(way: str, cfg: transformer.Config, batch: dict, args: Args, here: world.World, compiled: bool) -> dict:
     cuda = here.device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()
-    try:
+    with enough_memory(way, here):
         run = peer_step(way, cfg, here, compiled) if way in PEERS else our_step(way, cfg, args, here, compiled)
         for _ in range(3):
             run(batch)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         found = {"ms": 1e3 * seconds(run, batch, here, args.steps)}
-    except torch.OutOfMemoryError:
-        return {"ms": None}
     if cuda:
         found["MiB"] = torch.cuda.max_memory_allocated() / 2**20
     del run
     gc.collect()
     return found
+
+
+def to_rows(size: str, shape: str, found: dict[str, dict[str, float]], device: str) -> list[dict]:
+    """Each way of ours beside its peer, where that was measured, and beside one rank alone."""
+    rows = []
+    for way in found:
+        if way in PEERS:
+            continue
+        peer = PEER_OF.get(way, "torch_ddp")
+        for unit, value in found[way].items():
+            other = found.get(peer, {}).get(unit)
+            rows.append(row(f"{size}, {shape}, {way}", value, unit, peer=peer, peer_value=other, device=device))
+        if way != "alone" and "alone" in found:
+            ours, alone = found[way]["ms"], found["alone"]["ms"]
+            rows.append(row(f"{size}, {way}, exposed communication", ours - alone, "ms", device=device))
+            rows.append(row(f"{size}, {way}, weak scaling", 100 * alone / ours, "%", device=device))
+    return rows
 
 
 @program
@@ -218,33 +246,25 @@ def main(args: Args) -> None:
         cuda = here.device.type == "cuda"
         compiled = cuda if args.compile is None else args.compile
         name = f"{here.size} x {torch.cuda.get_device_name() if cuda else 'cpu'}"
-        rows: list[dict] = []
+        done: list[dict] = []
         for size in args.sizes or ("134m" if cuda else "3m",):
             cfg, batch_size = shape(args, size, cuda)
             x = random.randint(random.key(1 + here.rank), (batch_size, cfg.context_length + 1), 0, cfg.vocab_size)
             x = x.to(here.device)
             batch = {"tokens": x[:, :-1].contiguous(), "targets": x[:, 1:].contiguous()}
-            found = {}
+            found: dict[str, dict[str, float]] = {}
+            rows: list[dict] = []
             for way in args.ways:
                 torch._dynamo.reset()
                 found[way] = measure(way, cfg, batch, args, here, compiled)
+                rows = to_rows(size, f"{batch_size} x {cfg.context_length} a rank", found, name)
                 if here.rank == 0:
                     say(f"{size} {way}: {found[way]}")
-            for way in args.ways:
-                if way in PEERS or found[way]["ms"] is None:
-                    continue
-                peer = PEER_OF.get(way, "torch_ddp")
-                for unit in found[way]:
-                    value = found.get(peer, {}).get(unit)
-                    what = f"{size}, {batch_size} x {cfg.context_length} a rank, {way}"
-                    rows.append(row(what, found[way][unit], unit, peer=peer, peer_value=value, device=name))
-                if way != "alone" and found.get("alone", {}).get("ms"):
-                    exposed = found[way]["ms"] - found["alone"]["ms"]
-                    rows.append(row(f"{size}, {way}, exposed communication", exposed, "ms", device=name))
-                    scaling = 100 * found["alone"]["ms"] / found[way]["ms"]
-                    rows.append(row(f"{size}, {way}, weak scaling", scaling, "%", device=name))
+                    if args.json is not None:  # kept, should a later way fail
+                        write(done + rows, args.json)
+            done += rows
         if here.rank == 0:
-            publish(rows, args.json)
+            publish(done, args.json)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import tyro
 
 from experiments.bench import data_parallel
 from experiments.bench.memory_ways import KINDS, Phases, Reading, ours, peer, read
-from experiments.bench.report import publish, row
+from experiments.bench.report import publish, row, write
 from experiments.console import program, say
 from experiments.memory import columns, human
 from experiments.ops import OpsName, ops_named
@@ -59,7 +59,8 @@ class Args:
     batch_size: int | None = None
     """sequences of each rank; default that of the size"""
     context_length: int | None = None
-    bucket_mb: float = 25.0
+    bucket_mb: float | None = None
+    """purelm's; by default that of dist.messages.default_bucket_bytes"""
     ops: OpsName = "sdpa"
     remat: bool = False
     compile: bool = False
@@ -69,8 +70,8 @@ class Args:
     """a picture of the last size"""
 
 
-def measure(way: str, cfg: transformer.Config, batch: dict, args: Args, here: world.World) -> dict[str, Reading] | None:
-    """Readings by stage, of the rank that holds most; None where memory did not suffice."""
+def measure(way: str, cfg: transformer.Config, batch: dict, args: Args, here: world.World) -> dict[str, Reading]:
+    """Readings by stage, of the rank that holds most."""
     base = 0
     if here.device.type == "cuda":
         _workspaces(here.device)
@@ -78,7 +79,7 @@ def measure(way: str, cfg: transformer.Config, batch: dict, args: Args, here: wo
         torch.cuda.empty_cache()
         base = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with data_parallel.enough_memory(way, here):
         phases = _ours(way, cfg, args, here) if way in PEER else peer(way, cfg, here)
         found = {"init": read(phases, base, here.device)}
         phases.differentiate(batch)  # the first step makes state, buckets and workspaces
@@ -88,8 +89,6 @@ def measure(way: str, cfg: transformer.Config, batch: dict, args: Args, here: wo
         found["before"] = read(phases, base, here.device)
         phases.update()
         found["after"] = read(phases, base, here.device)
-    except torch.OutOfMemoryError:
-        return None
     everyone: list[Any] = [None] * here.size
     dist.all_gather_object(everyone, found)
     return max(everyone, key=lambda of: of["after"].held)
@@ -97,7 +96,7 @@ def measure(way: str, cfg: transformer.Config, batch: dict, args: Args, here: wo
 
 def _ours(way: str, cfg: transformer.Config, args: Args, here: world.World) -> Phases:
     wrap: Any = remat if args.remat else transformer.identity
-    bucket_bytes = int(args.bucket_mb * MIB)
+    bucket_bytes = None if args.bucket_mb is None else int(args.bucket_mb * MIB)
     return ours(
         way, cfg, here, ops=ops_named(args.ops), wrap=wrap, bucket_bytes=bucket_bytes, compiled=args.compile
     )
@@ -232,14 +231,14 @@ def main(args: Args) -> None:
             batch = {"tokens": x[:, :-1].contiguous(), "targets": x[:, 1:].contiguous()}
             found, what = {}, f"{size}, {batch_size} x {cfg.context_length} a rank"
             for way in args.ways:
-                readings = measure(way, cfg, batch, args, here)
+                found[way] = {
+                    stage: (reading, formula(cfg, way, stage, batch_size, here.size, args, cuda))
+                    for stage, reading in measure(way, cfg, batch, args, here).items()
+                }
                 if here.rank == 0:
-                    say(f"{what}, {way}: {'out of memory' if readings is None else 'done'}")
-                if readings is not None:
-                    found[way] = {
-                        stage: (reading, formula(cfg, way, stage, batch_size, here.size, args, cuda))
-                        for stage, reading in readings.items()
-                    }
+                    say(f"{what}, {way}: done")
+                    if args.json is not None:  # kept, should a later way fail
+                        write(rows + to_rows(found, what, name), args.json)
             rows += to_rows(found, what, name)
             if here.rank == 0:
                 print(f"{what}, {name}\n\n{table(found)}\n")

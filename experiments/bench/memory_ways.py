@@ -12,7 +12,6 @@ from experiments.bench.module_baseline import Module, on_many
 from purelm import random, tree
 from purelm.dist import ddp, fsdp, world, zero
 from purelm.dist.ddp import with_global_denominator
-from purelm.dist.messages import BUCKET_BYTES
 from purelm.models import transformer
 from purelm.ops import Ops
 from purelm.optim import adamw, apply_updates
@@ -57,7 +56,7 @@ def ours(
     *,
     ops: Ops,
     wrap: Callable[[transformer.BlockFn], transformer.BlockFn] = transformer.identity,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     compiled: bool = False,
 ) -> Phases:
     """unsharded, zero1 or fsdp: the pieces of `make_step`; compiled: the update, which then writes over its state."""

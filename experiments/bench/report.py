@@ -74,8 +74,13 @@ def publish(rows: Sequence[Mapping[str, Any]], json_path: Path | None = None) ->
     if rows:
         print(f"\ndevice: {rows[0]['device']}; " + ", ".join(f"{k} {v}" for k, v in rows[0]["versions"].items()))
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(list(rows), indent=1) + "\n")
+        write(rows, json_path)
+
+
+def write(rows: Sequence[Mapping[str, Any]], json_path: Path) -> None:
+    """The rows as JSON."""
+    json_path.parent.mkdir(parents=True, exist_ok=True)
+    json_path.write_text(json.dumps(list(rows), indent=1) + "\n")
 
 
 Lines = dict[str, dict[float, float]]  # name -> x -> y

@@ -24,7 +24,9 @@ from typing import Any
 import torch.distributed
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# A script outside of the project finds it, too.
+PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
 TIMEOUT = 120.0  # seconds of one call
 COLLECTIVE_TIMEOUT = 20.0  # a collective that one rank never enters
 
@@ -127,10 +129,17 @@ def run(function: Callable[..., Any], *args: Any, size: int = 2, gpus: bool = Fa
 
 def launcher(n_ranks: int, *flags: str) -> list[str]:
     """What stands before a module's name: torchrun with these flags, or without it for one rank, which is quicker."""
-    if n_ranks == 1:
-        return [sys.executable, "-m"]
+    return [sys.executable, "-m"] if n_ranks == 1 else [*_torchrun(n_ranks), *flags, "-m", "--"]
+
+
+def script_launcher(n_ranks: int) -> list[str]:
+    """What stands before a file's name."""
+    return [*_torchrun(n_ranks), "--"]
+
+
+def _torchrun(n_ranks: int) -> list[str]:
     port = f"--master-port={free_port()}"
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n_ranks}", port, *flags, "-m", "--"]
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n_ranks}", port]
 
 
 def program(module: str, *args: Any, n_ranks: int = 2) -> subprocess.CompletedProcess:

@@ -1,9 +1,13 @@
 """experiments.bench.data_parallel at toy size, on two Gloo processes: every way runs, beside its peer."""
 
 import json
+import subprocess
 
 import pytest
+import torch
 
+from experiments.bench.data_parallel import enough_memory
+from purelm.dist.world import World
 from tests.dist import processes
 
 WAYS = ("alone", "per_leaf", "flat", "bucketed", "overlapped", "zero1", "zero2", "fsdp", "torch_ddp", "torch_fsdp2")
@@ -31,3 +35,45 @@ def test_every_way_has_a_row_and_a_peer(tmp_path):
 def test_what_is_unknown_or_alone_is_said():
     assert "ways: magic is not one of alone, per_leaf" in program("--ways", "magic").stderr
     assert "error: one process has nobody to talk to" in program(n_ranks=1).stderr
+
+
+RUNS_OUT = """
+import os
+import sys
+import torch
+import tyro
+from experiments.bench import data_parallel
+
+our_step = data_parallel.our_step
+
+def too_large(way, *args):
+    if way == "flat" and os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+    return our_step(way, *args)
+
+data_parallel.our_step = too_large
+data_parallel.main(tyro.cli(data_parallel.Args))
+"""
+
+
+def test_a_rank_without_memory_ends_the_program_and_what_was_measured_is_kept(tmp_path):
+    script = tmp_path / "runs_out.py"
+    script.write_text(RUNS_OUT)
+    flags = "--device cpu --sizes 3m --batch-size 1 --context-length 16 --steps 1 --ways per_leaf flat bucketed --json"
+    command = [*processes.script_launcher(2), str(script), *flags.split(), str(tmp_path / "rows.json")]
+    done = subprocess.run(
+        command, cwd=processes.ROOT, env=processes.ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "error: flat does not fit into the memory of rank 1: leave it out of --ways" in done.stderr
+    assert "(CUDA out of memory)" in done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [r["metric"] for r in rows] == ["3m, 1 x 16 a rank, per_leaf"]
+
+
+def test_enough_memory_is_silent_and_other_errors_pass():
+    here = World(0, 1, torch.device("cpu"))
+    with enough_memory("flat", here):
+        pass
+    with pytest.raises(KeyError), enough_memory("flat", here):
+        raise KeyError

@@ -21,6 +21,7 @@ from purelm.train import FULL, MIXED, Precision, init_state, make_step
 from purelm.transforms import jit, remat
 from tests.dist.models import CFG, TIED, assert_close, batch_of, params_of
 from tests.dist.processes import RankError, run
+from tests.dist.test_world import fails_in_the_middle
 
 pytestmark = [
     pytest.mark.gpu,
@@ -246,3 +247,9 @@ def on_rank_tied():
 
 def test_tied_embeddings():
     run(on_rank_tied, gpus=True)
+
+
+def test_an_error_does_not_wait_for_messages_under_way(tmp_path):
+    """As tests/dist/test_world has it: the communicators are aborted."""
+    said = fails_in_the_middle(tmp_path, "cuda")
+    assert "RuntimeError: in the middle" in said and "rank      : 1" in said
