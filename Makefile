@@ -1,4 +1,5 @@
-# Four commands: make quickstart, make test, make lint, make bench. The gpu-* ones are the same on an accelerator.
+# Four commands: make quickstart, make test, make lint, make bench. The gpu-* ones are the same on an accelerator, and
+# test-oldest is the suite with the oldest torch that purelm supports, in a folder of its own.
 # PY names another interpreter (one that has the dependencies) and skips the setup: make gpu-test PY=python3
 SHELL := /bin/sh
 VENV_PY := .venv/bin/python
@@ -15,13 +16,17 @@ RUN_ENV := .venv/.run-ready
 DEV_ENV := .venv/.dev-ready
 endif
 
-.PHONY: quickstart test lint bench gpu-test gpu-bench clean
+.PHONY: quickstart test test-oldest lint bench gpu-test gpu-bench clean
 quickstart: $(RUN_ENV)
 	$(PY) -m experiments.quickstart --run $(RUN) $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(DEV_ENV)
 	$(PY) -m pytest -n 2 --dist worksteal
 	$(PY) -m pytest --jaxtyping-packages=purelm.ops,purelm.models,beartype.beartype tests/ops tests/models -m "not compile" -n 2
+
+# Triton's interpreter of that time and its numpy warn of each other.
+test-oldest: .venv-oldest/.dev-ready
+	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal -W ignore::DeprecationWarning -W ignore::UserWarning
 
 lint: $(DEV_ENV)
 	$(PY) -m ruff check .
@@ -48,3 +53,7 @@ clean:
 .venv/.dev-ready: pyproject.toml constraints.txt tools/setup_env.sh
 	./tools/setup_env.sh dev
 	touch $@ .venv/.run-ready
+
+.venv-oldest/.dev-ready: pyproject.toml constraints-oldest.txt tools/setup_env.sh
+	VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt ./tools/setup_env.sh dev
+	touch $@

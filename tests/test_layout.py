@@ -27,7 +27,7 @@ def project(tmp_path_factory):
     """A copy of the tracked files with a probe in kernels/ and in dist/."""
     copy = tmp_path_factory.mktemp("layout") / "project"
     ignore = shutil.ignore_patterns(
-        ".git", ".venv", "runs", "artifacts", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
+        ".git", ".venv*", "runs", "artifacts", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
     )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignore)
     for folder in ("kernels", "dist"):

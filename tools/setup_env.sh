@@ -1,10 +1,13 @@
 #!/bin/sh
 # Makes .venv and installs purelm with the extras named in $1 ("fast,run", "dev", ...). Safe to run again.
+# VENV and CONSTRAINTS name another folder and another file of versions.
 #
 # The one thing pip gets wrong on its own: on a machine without a GPU, the default torch wheel brings several
 # gigabytes of CUDA. So torch is installed first, pinned, and from the CPU index where there is no GPU.
 set -eu
 extras=$1
+venv=${VENV:-.venv}
+constraints=${CONSTRAINTS:-constraints.txt}
 python=${PYTHON:-}
 if [ -z "$python" ]; then
   for candidate in python3 python3.13 python3.12 python3.11; do
@@ -17,29 +20,29 @@ if [ -z "$python" ]; then
 fi
 [ -n "$python" ] || { echo "setup: needs Python 3.11, 3.12 or 3.13 on the PATH (or PYTHON=/path/to/python)" >&2; exit 2; }
 
-if [ ! -x .venv/bin/python ]; then
-  "$python" -m venv .venv || {
+if [ ! -x "$venv/bin/python" ]; then
+  "$python" -m venv "$venv" || {
     echo "setup: '$python -m venv' failed; on Debian or Ubuntu: apt-get install python3-venv" >&2
     exit 2
   }
 fi
-pip="$PWD/.venv/bin/python -m pip --disable-pip-version-check --quiet"
+pip="$PWD/$venv/bin/python -m pip --disable-pip-version-check --quiet"
 
-if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
   index=""
   if ! { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; }; then
     cpu=https://download.pytorch.org/whl/cpu
-    if .venv/bin/python -c "import urllib.request as u; u.urlopen('$cpu/torch/', timeout=10)" 2>/dev/null; then
+    if "$venv/bin/python" -c "import urllib.request as u; u.urlopen('$cpu/torch/', timeout=10)" 2>/dev/null; then
       index="--extra-index-url $cpu"
     else
       echo "setup: no GPU here and $cpu is out of reach: torch comes from pip's own configuration" >&2
     fi
   fi
-  echo "setup: installing torch into .venv"
+  echo "setup: installing torch into $venv"
   # shellcheck disable=SC2086
-  $pip install -c constraints.txt $index torch
+  $pip install -c "$constraints" $index torch
 fi
-echo "setup: installing purelm[$extras] into .venv"
-$pip install -c constraints.txt "setuptools>=77"
+echo "setup: installing purelm[$extras] into $venv"
+$pip install -c "$constraints" "setuptools>=77"
 # No build isolation: an isolated build would fetch its own copy of the build tools on every setup.
-$pip install -c constraints.txt --no-build-isolation -e ".[$extras]"
+$pip install -c "$constraints" --no-build-isolation -e ".[$extras]"
