@@ -19,6 +19,7 @@ Every rank must run the same blocks in the same order.
 
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,6 +58,13 @@ class Plan:
     group: Group
     compute: torch.dtype | None  # of gathered parameters; None: the masters' own
     reduce: torch.dtype | None  # of gradients on the wire; None: the masters'
+
+    @functools.cached_property
+    def _leaves(self) -> list[tuple[bool, torch.Size, tuple[int, ...]]]:
+        """Of each leaf: whether it is replicated, its shape, and that of a rank's."""
+        N = size_of(self.group)
+        both = zip(tree.leaves(self.replicated), [x.shape for x in tree.leaves(self.like)], strict=True)
+        return [(r, shape, tuple(shape) if r else part_shape(shape, N)) for r, shape in both]
 
     def shard(self, params: Any) -> Any:
         """This rank's tree: parts of matrices, cut along axis 0, and whole replicated leaves; memory of its own."""
@@ -166,21 +174,20 @@ class Bound:
     def __init__(self, plan: Plan, local: Any, order: list[Any], deliver: Deliver | None = None):
         self.plan, self.schedule = plan, _Schedule(plan, deliver)
         leaves, treedef = tree.flatten(local)
-        flags = tree.leaves(plan.replicated)
-        if len(leaves) != len(flags):
-            raise ValueError(f"the plan is for {len(flags)} leaves, got {len(leaves)}")
-        N = size_of(plan.group)
+        if len(leaves) != len(plan._leaves):
+            raise ValueError(f"the plan is for {len(plan._leaves)} leaves, got {len(leaves)}")
         self.shapes: dict[int, torch.Size] = {}  # of whole leaves, by the id of their part
-        whole = [i for i, r in enumerate(flags) if r and tree.is_floating(leaves[i])]
-        for i, (x, like) in enumerate(zip(leaves, tree.leaves(plan.like), strict=True)):
-            expected = tuple(like.shape) if flags[i] else part_shape(like.shape, N)
-            if tuple(x.shape) != expected:
+        whole = []
+        for i, (x, (replicated, shape, expected)) in enumerate(zip(leaves, plan._leaves, strict=True)):
+            if x.shape != expected:
                 what = f"{list(tree.paths(local))[i]} has shape {tuple(x.shape)}"
                 raise ValueError(f"{what}, the plan's is {expected}: give plan.shard(params)")
-            if not flags[i]:
-                self.shapes[id(x)] = like.shape
+            if not replicated:
+                self.shapes[id(x)] = shape
+            elif tree.is_floating(x):
+                whole.append(i)
         self.leaves = list(leaves)  # ids stay theirs
-        if whole and N > 1:
+        if whole and size_of(plan.group) > 1:
             for i, x in zip(whole, _Replicated.apply(plan, *[leaves[i] for i in whole]), strict=True):
                 leaves[i] = x
         elif plan.compute is not None:
@@ -266,20 +273,22 @@ class _Schedule:
     def __init__(self, plan: Plan, deliver: Deliver | None):
         self.plan, self.deliver = plan, deliver
         self.units: list[weakref.ref[_Unit]] = []
-        self.ids: list[int] = []  # of all parts, as often as they are used
+        self.uses: Counter[int] = Counter()  # of each part, by its id
         self.scatters: list[Pending] = []
+        self.n_arrived = 0  # of them
 
     def scatter(self, unit: "_Unit", grads: list[Tensor]) -> Sequence[Tensor | None]:
         """Gradients of the unit's parts: sent now; at the end of backward all have arrived."""
         parts = unit.parts
         wire = self.plan.reduce or parts[0].dtype
-        for early in self.scatters[:-1]:  # lets go of their messages: two at a time, with the one that comes
-            early.wait()
+        while self.n_arrived < len(self.scatters) - 1:  # lets go of a message: two at a time, with the one that comes
+            self.scatters[self.n_arrived].wait()
+            self.n_arrived += 1
         pending = scatter_sums(grads, self.plan.group, wire)
         if self.deliver is not None:
             self.deliver(parts, pending)
             return [None] * len(parts)
-        if any(p.dtype != wire or self.ids.count(id(p)) > 1 for p in parts):  # autograd itself will read them
+        if any(p.dtype != wire or self.uses[id(p)] > 1 for p in parts):  # autograd itself will read them
             return [g.to(p.dtype) for g, p in zip(pending.wait(), parts, strict=True)]
         if not self.scatters:
             torch.autograd.Variable._execution_engine.queue_callback(self._arrived)
@@ -289,7 +298,7 @@ class _Schedule:
     def _arrived(self) -> None:
         for pending in self.scatters:
             pending.wait()
-        self.scatters = []
+        self.scatters, self.n_arrived = [], 0
 
 
 class _Unit:
@@ -298,7 +307,7 @@ class _Unit:
     def __init__(self, schedule: _Schedule, parts: list[Tensor], shapes: list[torch.Size]):
         self.schedule, self.number, self.parts, self.shapes = schedule, len(schedule.units), parts, shapes
         schedule.units.append(weakref.ref(self))
-        schedule.ids += [id(p) for p in parts]
+        schedule.uses.update(map(id, parts))
         self.pending: Pending | None = None
         self.wholes: list[Tensor] | None = None
         self.storages: dict[int, int] = {}

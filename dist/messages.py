@@ -48,18 +48,23 @@ class Pending:
     def __init__(self, work: Any, finish: Callable[[], list[Tensor]]):
         self._work, self._finish = work, finish
         self._results: list[Tensor] | None = None
+        self._early: list[Tensor] | None = None
 
     def early(self) -> list[Tensor]:
         """Where the results of `scatter_sums` will be: not to be read before wait()."""
-        return self._finish() if self._results is None else self._results
+        if self._results is not None:
+            return self._results
+        if self._early is None:
+            self._early = self._finish()
+        return self._early
 
     def wait(self) -> list[Tensor]:
         """On a GPU the stream waits, not the host."""
         if self._results is None:
             if self._work is not None:
                 self._work.wait()
-            self._results = self._finish()
-            self._work, self._finish = None, list  # lets go of the message
+            self._results = self._finish() if self._early is None else self._early
+            self._work, self._finish, self._early = None, list, None  # lets go of the message
         return self._results
 
 

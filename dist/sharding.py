@@ -98,7 +98,7 @@ def gather_parts(
     # host has more to do than for the layer that they belong to.
     sizes, shapes_of_parts = [p.numel() for p in parts], [p.shape for p in parts]
     flat = parts[0].new_empty(sum(sizes), dtype=dtype)
-    torch._foreach_copy_(list(flat.split(sizes)), [p.reshape(-1) for p in parts])
+    torch._foreach_copy_(list(flat.split_with_sizes(sizes)), [p.reshape(-1) for p in parts])
     message = flat.new_empty(N, flat.numel())
     work = all_gather_single(message.view(-1), flat, group, async_op=True)
 
