@@ -118,6 +118,30 @@ def test_two_units_at_a_time_and_one_gather_each_way(wrap):
         assert len(events) - events[::-1].index(f"gather {n - 1}") <= events.index(f"scatter {n}")
 
 
+def on_rank_sent():
+    """How many messages of gradients are held, each time that one more is on its way."""
+    sent, held = [], []
+    one = fsdp.scatter_sums
+
+    def spy(*args):
+        sent.append(one(*args))
+        held.append(sum(message._work is not None for message in sent))
+        return sent[-1]
+
+    fsdp.scatter_sums = spy
+    try:
+        plan = fsdp.plan(params_of())
+        fsdp.differentiate(partial(fsdp.transformer_loss, cfg=CFG, plan=plan))(plan.shard(params_of()), my_batch())
+    finally:
+        fsdp.scatter_sums = one
+    return held, sum(message._work is not None for message in sent)
+
+
+def test_two_messages_of_gradients_at_a_time():
+    """Head, blocks and embedding: five."""
+    assert run(on_rank_sent) == [([1, 2, 2, 2, 2], 0)] * 2
+
+
 def on_rank_saved():
     """Nothing whole is alive between forward and backward: no storage of the size of a whole matrix."""
     plan = fsdp.plan(params_of())
