@@ -9,6 +9,7 @@ losses that are divided by a denominator of all ranks, so that padding and weigh
 """
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -128,7 +129,7 @@ def overlapped_value_and_grad(
 
         def alone(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
             value, grads = local(*args, **kwargs)
-            return value, tree.map(lambda g, p: g if g is None else g.to(p.dtype), grads, differentiated)
+            return value, tree.map(lambda p, g: g if g is None else g.to(p.dtype), differentiated, grads)
 
         leaves, treedef = tree.flatten(differentiated)
         if compute is not None:
@@ -137,15 +138,16 @@ def overlapped_value_and_grad(
             by_number = dict(zip(numbers, (lower,) if isinstance(argnums, int) else lower, strict=True))
             args = tuple(by_number.get(i, x) for i, x in enumerate(args))
         if size_of(group) == 1:
-            return (accumulate(alone, microbatches) if microbatches > 1 else alone)(*args, **kwargs)
+            local_only = partial(alone, **kwargs)
+            return accumulate(local_only, microbatches)(*args) if microbatches > 1 else local_only(*args)
         rank_of(group)
-        kind = treedef, *[(x.shape, x.dtype) for x in leaves]
+        kind = treedef, *[(x.shape, x.dtype) if isinstance(x, Tensor) else type(x) for x in leaves]
         if check and kind not in known:
             check_same_kind(differentiated, group, "parameters")
         last = partial(sending, kind, [x for x in leaves if tree.is_floating(x)])
         if microbatches == 1:
             return last(None)(*args, **kwargs)
-        return _in_parts(alone, last, microbatches, *args)
+        return _in_parts(partial(alone, **kwargs), lambda before: partial(last(before), **kwargs), microbatches, *args)
 
     return overlapped
 
@@ -175,7 +177,7 @@ def _in_parts(local: Any, sending: Any, microbatches: int, params: Any, batch: A
 def _added(a: Any, b: Any) -> Any:
     if a is None or (isinstance(a, tuple) and all(x is None for x in a)):
         return b
-    return tree.map(torch.add, a, b)
+    return tree.map(lambda x, y: x + y, a, b)
 
 
 def differentiate(
@@ -267,14 +269,19 @@ class _Reducer:
         self.buckets = buckets or []
         self.came: list[int] = []
         self.under_way: list[Pending] = []
-        hooks = [(i, self._arrived(i)) for i in range(len(inputs))] if buckets is None else []
-        hooks += [(bucket[-1], self._send_whole) for bucket in self.buckets]
+        # A hook that held this object, which holds the leaves, would keep them for ever where backward fails.
+        me, came = weakref.ref(self), self.came
+
+        def send_whole(x: Tensor) -> None:
+            reducer = me()
+            assert reducer is not None  # finish() is still to come
+            reducer._send_whole()
+
+        hooks: list[Any] = [(i, _appends(came, i)) for i in range(len(inputs))] if buckets is None else []
+        hooks += [(bucket[-1], send_whole) for bucket in self.buckets]
         self.handles = [inputs[i].register_post_accumulate_grad_hook(hook) for i, hook in hooks]
 
-    def _arrived(self, i: int) -> Callable[[Tensor], None]:
-        return lambda x: self.came.append(i)
-
-    def _send_whole(self, x: Tensor | None = None) -> None:
+    def _send_whole(self) -> None:
         """In the order of buckets, whatever order gradients come in: every rank must send the same."""
         while len(self.under_way) < len(self.buckets):
             bucket = self.buckets[len(self.under_way)]
@@ -308,3 +315,7 @@ class _Reducer:
             for i, g in zip(bucket, message.wait(), strict=True):
                 grads[i] = g
         return grads, self.buckets
+
+
+def _appends(to: list[int], i: int) -> Callable[[Tensor], None]:
+    return lambda x: to.append(i)

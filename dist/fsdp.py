@@ -72,10 +72,9 @@ class Plan:
         return tree.map(lambda x, r: x.clone() if r else part_of(x, rank, N), params, self.replicated)
 
     def unshard(self, local: Any) -> Any:
-        """The whole tree, on every rank."""
-        leaves, treedef = tree.flatten(local)
-        flags, likes = tree.leaves(self.replicated), tree.leaves(self.like)
-        cut = [i for i, r in enumerate(flags) if not r]
+        """The whole tree, on every rank; None where a leaf is None, on all ranks, as gradients of integers are."""
+        (likes, flags, leaves), treedef = tree.flatten_up_to(self.like, self.replicated, local)
+        cut = [i for i, r in enumerate(flags) if not r and leaves[i] is not None]
         wholes = unshard([leaves[i] for i in cut], [likes[i] for i in cut], self.group)
         for i, x in zip(cut, wholes, strict=True):
             leaves[i] = x
@@ -109,10 +108,12 @@ def plan(
 ) -> Plan:
     """How to shard a tree like `params` (shapes and dtypes are looked at, meta tensors will do).
 
-    replicated: (path, leaf) -> whether every rank keeps the whole leaf; by default all but matrices.
+    replicated: (path, leaf) -> whether every rank keeps the whole leaf; by default all but matrices. Leaves that are
+        not floating all do.
     """
     like = tree.map(lambda x: torch.empty_like(x, device="meta"), params)
-    return Plan(like, tree.map_with_path(replicated, params), group, compute, reduce)
+    flags = tree.map_with_path(lambda path, x: replicated(path, x) or not tree.is_floating(x), params)
+    return Plan(like, flags, group, compute, reduce)
 
 
 def differentiate(loss_fn: Callable[[Any, Any], Any], *, microbatches: int = 1) -> Callable[[Any, Any], Any]:
@@ -194,6 +195,10 @@ class Bound:
             for i in whole:
                 leaves[i] = leaves[i].to(plan.compute)
         self.params = tree.unflatten(treedef, leaves)
+        self.inputs: dict[int, Tensor] = {}  # of _Gather, by the id of the part, where it is not the part itself
+        cut = [x for x in self.leaves if id(x) in self.shapes and x.requires_grad]
+        if cut and deliver is None and size_of(plan.group) > 1 and torch.is_grad_enabled():
+            self.inputs = dict(zip(map(id, cut), _Arrive.apply(self.schedule, *cut), strict=True))
         subtrees = [[x for x in tree.leaves(subtree) if id(x) in self.shapes] for subtree in order]
         self.units: list[_Unit] = []
         for parts in subtrees:
@@ -209,10 +214,13 @@ class Bound:
         """The next unit of these parts (tied embeddings are two); one that was not announced comes last."""
         n = len(self.units)
         for i in [*range(self.position, n), *range(self.position)]:
-            if [id(p) for p in self.units[i].parts] == [id(p) for p in parts]:
-                self.position = i + 1
-                return self.units[i]
-        return self._add(parts)
+            unit = self.units[i]
+            if not unit.used and [id(p) for p in unit.parts] == [id(p) for p in parts]:
+                self.position, unit.used = i + 1, True
+                return unit
+        unit = self._add(parts)
+        unit.used = True
+        return unit
 
     def gathered(self, f: Callable[..., Any]) -> Callable[..., Any]:
         """f(params, ...) as a function of a subtree of `self.params`."""
@@ -228,7 +236,8 @@ class Bound:
                     leaves[i] = whole_of(x.to(self.plan.compute or x.dtype), self.shapes[id(x)])
                 return f(tree.unflatten(treedef, leaves), *args, **kwargs)
             unit = self._unit(parts)
-            for i, x in zip(at, _Gather.apply(unit, *parts), strict=True):
+            inputs = [self.inputs.get(id(x), x) for x in parts]
+            for i, x in zip(at, _Gather.apply(unit, *inputs), strict=True):
                 leaves[i] = x
             params = tree.unflatten(treedef, leaves)
             del leaves, x
@@ -278,9 +287,9 @@ class _Schedule:
         self.n_arrived = 0  # of them
 
     def scatter(self, unit: "_Unit", grads: list[Tensor]) -> Sequence[Tensor | None]:
-        """Gradients of the unit's parts: sent now; at the end of backward all have arrived."""
+        """Gradients of the unit's parts: sent now, and there when `arrived` returns."""
         parts = unit.parts
-        wire = self.plan.reduce or parts[0].dtype
+        wire = self.plan.reduce or functools.reduce(torch.promote_types, [p.dtype for p in parts])
         while self.n_arrived < len(self.scatters) - 1:  # lets go of a message: two at a time, with the one that comes
             self.scatters[self.n_arrived].wait()
             self.n_arrived += 1
@@ -290,12 +299,10 @@ class _Schedule:
             return [None] * len(parts)
         if any(p.dtype != wire or self.uses[id(p)] > 1 for p in parts):  # autograd itself will read them
             return [g.to(p.dtype) for g, p in zip(pending.wait(), parts, strict=True)]
-        if not self.scatters:
-            torch.autograd.Variable._execution_engine.queue_callback(self._arrived)
         self.scatters.append(pending)
-        return pending.early()
+        return pending.early()  # for _Arrive, which reads none of them
 
-    def _arrived(self) -> None:
+    def arrived(self) -> None:
         for pending in self.scatters:
             pending.wait()
         self.scatters, self.n_arrived = [], 0
@@ -311,6 +318,7 @@ class _Unit:
         self.pending: Pending | None = None
         self.wholes: list[Tensor] | None = None
         self.storages: dict[int, int] = {}
+        self.used = False
         self.noted = self.read = 0  # how often backward will ask for them, and has
 
     def start(self) -> None:
@@ -324,7 +332,9 @@ class _Unit:
         if self.wholes is None:
             self.start()
             assert self.pending is not None
-            self.wholes, self.pending = self.pending.wait(), None
+            lower = self.schedule.plan.compute
+            self.wholes = [x.to(lower or p.dtype) for x, p in zip(self.pending.wait(), self.parts, strict=True)]
+            self.pending = None
             self.storages = {x.untyped_storage().data_ptr(): i for i, x in enumerate(self.wholes) if x.numel()}
         return self.wholes
 
@@ -341,7 +351,8 @@ class _Unit:
     def pack(self, x: Tensor) -> Any:
         i = self.storages.get(x.untyped_storage().data_ptr()) if type(x) is Tensor and x.numel() else None
         if i is None:
-            return x
+            # An operator that saves its own result would hold itself, for ever where backward never comes.
+            return x.detach() if x.requires_grad else x
         self.noted += 1
         return self, i, x.size(), x.stride(), x.storage_offset()
 
@@ -358,6 +369,25 @@ def _unpack(packed: Any) -> Tensor:
     if unit.read % unit.noted == 0 and not any(p.requires_grad for p in unit.parts):
         unit.drop()  # no gradient will come back, at which it would be
     return whole.as_strided(size, stride, offset)
+
+
+class _Arrive(torch.autograd.Function):
+    """Parts as they are; backward, waits for their gradients.
+
+    One for all parts of an evaluation, before all units: autograd comes to it when it is done with them, and nobody
+    can read a gradient that is still under way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, schedule: _Schedule, *parts: Tensor) -> Any:
+        ctx.schedule = schedule
+        ctx.set_materialize_grads(False)
+        return tuple(x.view_as(x) for x in parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        ctx.schedule.arrived()
+        return None, *grads
 
 
 class _Gather(torch.autograd.Function):

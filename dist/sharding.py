@@ -125,6 +125,8 @@ def scatter_sums(wholes: Sequence[Tensor], group: Group = None, dtype: torch.dty
         return Pending(None, lambda: [x.to(dtype) for x in wholes])
     message = wholes[0].new_empty((N, sum(math.prod(s) for s in shapes)), dtype=dtype)
     filled = [x for x in wholes if x.numel()]
+    if len({x.dtype for x in filled}) > 1:
+        filled = [x.to(dtype) for x in filled]
     if filled:  # cut, filled up with zeros, cast and packed by one launch
         torch._chunk_cat(filled, 0, N, out=message)
     out = message.new_empty(message.shape[1])

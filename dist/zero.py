@@ -146,13 +146,18 @@ def sharded_step(
         limit = bucket_bytes or default_bucket_bytes(leaves)
         # A large leaf that all ranks have an equal part of arrives where it belongs: nothing is packed or copied.
         large = [i for i, x in enumerate(out) if _lies_in_parts(x, parts[i], N) and x.nbytes >= min(limit, LARGE)]
-        under_way = [all_gather_single(out[i].view(-1), parts[i].view(-1), group, async_op=True) for i in large]
+        # The same ones on every rank, whatever strides its tensors have.
+        dense = [out[i] if out[i].is_contiguous() else out[i].contiguous() for i in large]
+        ours = [parts[i].contiguous().view(-1) for i in large]
+        under_way = [all_gather_single(x.view(-1), y, group, async_op=True) for x, y in zip(dense, ours, strict=True)]
         for i in large:
             parts[i] = None
         for at, wholes in _gathered(parts, leaves, group, limit):
             torch._foreach_copy_([out[i] for i in at], wholes)
-        for work in under_way:
+        for i, x, work in zip(large, dense, under_way, strict=True):
             work.wait()
+            if x is not out[i]:
+                out[i].copy_(x)
         if donate:
             consume(leaves, donated)
         return tree.unflatten(treedef, out), state
@@ -266,7 +271,7 @@ def _check_parts(who: str, params: Any, grads: Sequence[Tensor | None], N: int) 
 
 def _lies_in_parts(whole: Tensor, part: Tensor, N: int) -> bool:
     """Whether N parts one after another are the leaf, with no rows filled up."""
-    return whole.numel() == N * part.numel() > 0 and whole.is_contiguous() and part.is_contiguous()
+    return whole.numel() == N * part.numel() > 0
 
 
 def _owned(params: Any, owners: Sequence[int], rank: int) -> Any:

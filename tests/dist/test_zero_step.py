@@ -48,6 +48,26 @@ def test_sharded_step(donate, bucket_bytes, size, dtype):
     run(on_rank_step, donate, bucket_bytes, dtype, size=size)
 
 
+def on_rank_strides(donate):
+    """Equal values in strides of their own: a message is one of all ranks, whatever they have."""
+    rank = torch.distributed.get_rank()
+    values = {name: torch.randn(4, 6, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("vwx")}
+    params = {name: x.T.contiguous().T if rank == 0 and name == "w" else x.clone() for name, x in values.items()}
+    assert params["w"].is_contiguous() == (rank != 0)
+    grads, options = tree.map(torch.cos, values), {"weight_decay": 0.1}
+    expected, _ = kernels.adamw_step(**options)(grads, kernels.adamw(**options).init(values), values, 0.1)
+    state = zero.sharded(kernels.adamw(**options)).init(params)
+    step = zero.sharded_step(kernels.adamw_step(**options, donate=donate), bucket_bytes=1, donate=donate)
+    found, _ = step(shard(grads), state, params, 0.1)
+    for name, x in expected.items():
+        assert torch.equal(found[name], x), name
+
+
+@pytest.mark.parametrize("donate", [False, True], ids=["new", "donated"])
+def test_strides_may_differ_between_ranks(donate):
+    run(on_rank_strides, donate)
+
+
 def test_sharded_step_alone():
     """Oracle: the step itself."""
     params, grads = made(0, (torch.float32,)), made(1, (torch.float32,))

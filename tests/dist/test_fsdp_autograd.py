@@ -1,0 +1,155 @@
+"""dist.fsdp as a piece of ordinary autograd, in uses that transformer_loss does not have. Oracle: one process."""
+
+import gc
+from functools import partial
+
+import pytest
+import torch
+
+from purelm import tree
+from purelm.dist import fsdp
+from purelm.dist.ddp import with_global_denominator
+from purelm.dist.sharding import part_of
+from purelm.dist.world import rank_of, size_of
+from purelm.models import transformer
+from purelm.optim import schedules, sgd
+from purelm.train import Precision, init_state, make_step
+from purelm.transforms import value_and_grad
+from tests.dist.models import CFG, assert_close, batch_of, params_of
+from tests.dist.processes import run
+
+
+def one_process(penalty=0.0):
+    batch = batch_of(0, 1)
+    batch["denominator"] = batch["weights"].sum()
+
+    def loss(params, batch):
+        value, metrics = transformer.loss(params, batch, CFG)
+        return value + penalty * sum(x.square().sum() for x in tree.leaves(params) if x.ndim > 1), metrics
+
+    return value_and_grad(loss, has_aux=True)(params_of(), batch)[1]
+
+
+def on_rank_uses(use):
+    """Autograd reads gradients wherever it adds, multiplies, casts or copies them: all have arrived by then."""
+    plan = fsdp.plan(params_of())
+    local, batch = plan.shard(params_of()), batch_of(rank_of(None), size_of(None))
+    loss = partial(fsdp.transformer_loss, cfg=CFG, plan=plan)
+    if use == "step":
+        precision = Precision(torch.float64, torch.float32, torch.float64)
+        options = {"differentiate": fsdp.differentiate, "norm": plan.norm, "prepare": with_global_denominator}
+        step = make_step(loss, sgd(), schedules.constant(1.0), precision=precision, **options)
+        state, _ = step(init_state(local, sgd(), precision=precision), batch)
+        found = tree.map(torch.sub, local, state.params)
+        # fp32 has 7 digits, of parameters of size 1
+        return assert_close(found, plan.shard(one_process()), 1e-4, 1e-6)
+    batch = with_global_denominator(batch)
+    if use == "scaled":
+        _, found = fsdp.differentiate(lambda p, b: loss(tree.map(lambda x: 2.0 * (0.5 * x), p), b))(local, batch)
+    elif use == "penalty":  # of parts: their sum over ranks is that of the whole
+
+        def with_penalty(p, b):
+            value, metrics = loss(p, b)
+            return value + 0.5 * sum(x.square().sum() for x in tree.leaves(p) if x.ndim > 1), metrics
+
+        _, found = fsdp.differentiate(with_penalty)(local, batch)
+    else:
+        leaves = tree.map(lambda x: x.requires_grad_(), local)
+        for _ in range(2 if use == "backward twice" else 1):
+            loss(leaves, batch)[0].backward()
+        found = tree.map(lambda x: x.grad / (2 if use == "backward twice" else 1), leaves)
+    assert_close(found, plan.shard(one_process(0.5 if use == "penalty" else 0.0)), 1e-11)
+
+
+@pytest.mark.parametrize("use", ["step", "scaled", "penalty", "backward", "backward twice"])
+def test_gradients_are_not_read_before_they_arrive(use):
+    run(on_rank_uses, use)
+
+
+MATRIX = torch.linspace(-1, 1, 30, dtype=torch.float64).view(5, 6)
+VECTOR = torch.linspace(0, 1, 6, dtype=torch.float64)
+
+
+def on_rank_shared(n_announced):
+    """tanh(W tanh(W x)), the block of W used twice, in a plan that knows of it n times."""
+    params = {"w": MATRIX[:, :5].clone(), "v": VECTOR[:5].clone()}
+    plan = fsdp.plan(params)
+
+    def loss(local):
+        bound = plan.bind(local, [{"w": local["w"]}] * n_announced)
+        block = bound.gathered(lambda p, x: torch.tanh(p["w"] @ x))
+        w = {"w": bound.params["w"]}
+        return block(w, block(w, bound.params["v"])).sum()
+
+    _, expected = value_and_grad(lambda p: torch.tanh(p["w"] @ torch.tanh(p["w"] @ p["v"])).sum())(params)
+    _, found = value_and_grad(loss)(plan.shard(params))
+    # Each rank's is the whole loss: sums over ranks are N times the gradient.
+    N = size_of(None)
+    assert_close(found, plan.shard(tree.map(lambda g: N * g, expected)))
+
+
+@pytest.mark.parametrize("n_announced", [0, 1, 2, 3])
+def test_a_block_that_is_used_twice(n_announced):
+    run(on_rank_shared, n_announced)
+
+
+def on_rank_leaks(how):
+    """Bytes of tensors that are alive after each of some evaluations, of which no backward pass is made."""
+    params = {"w": MATRIX.clone(), "v": VECTOR.clone()}
+    plan = fsdp.plan(params)
+    local = tree.map(lambda x: x.requires_grad_(), plan.shard(params))
+    alive = []
+    for _ in range(4):
+        bound = plan.bind(local, [{"w": local["w"]}])
+        act = {"tanh": torch.tanh, "softmax": partial(torch.softmax, dim=0), "relu": torch.relu}[how]
+        out = bound.gathered(lambda p, x, act=act: act(p["w"] @ x))({"w": bound.params["w"]}, bound.params["v"])
+        del bound, out
+        gc.collect()
+        alive.append(sum(isinstance(x, torch.Tensor | fsdp._Unit | fsdp._Schedule) for x in gc.get_objects()))
+    assert len(set(alive[1:])) == 1, alive
+
+
+@pytest.mark.parametrize("how", ["tanh", "softmax", "relu"])
+def test_a_forward_pass_without_backward_leaves_nothing(how):
+    run(on_rank_leaks, how)
+
+
+def on_rank_kinds(compute):
+    """Integers stay whole and as they are; each floating leaf has its own dtype, or `compute`."""
+    params = {
+        "ids": torch.arange(300, 312).view(4, 3),
+        "narrow": MATRIX.float(),
+        "wide": MATRIX + 1e-12,  # lost in fp32
+        "v": VECTOR,
+    }
+    plan = fsdp.plan(params, compute=compute)
+    seen = {}
+
+    def loss(local):
+        bound = plan.bind(local, [local])
+
+        def f(p):
+            seen.update(p)
+            return sum((x.double() ** 2).sum() for x in tree.leaves(p) if x.is_floating_point())
+
+        return bound.gathered(f)(bound.params)
+
+    _, grads = value_and_grad(loss)(plan.shard(params))
+    assert torch.equal(seen["ids"], params["ids"]) and grads["ids"] is None
+    for name in ("narrow", "wide"):
+        given = params[name].to(compute or params[name].dtype)
+        assert seen[name].dtype == given.dtype and torch.equal(seen[name], given)
+        expected = part_of(2 * size_of(None) * given.to(params[name].dtype), rank_of(None), size_of(None))
+        # bf16 has 8 bits; else sums of two equal numbers are exact
+        torch.testing.assert_close(grads[name], expected, rtol=0 if compute is None else 2e-2, atol=0)
+    whole = plan.unshard(grads)
+    assert whole["ids"] is None and {k: x.shape for k, x in whole.items() if k != "ids"} == {
+        k: x.shape for k, x in params.items() if k != "ids"
+    }
+    torch.testing.assert_close(part_of(whole["wide"], rank_of(None), size_of(None)), grads["wide"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("compute", [None, torch.bfloat16])
+def test_kinds_of_leaves(compute, size):
+    run(on_rank_kinds, compute, size=size) if size > 1 else on_rank_kinds(compute)
