@@ -10,7 +10,8 @@
 used and dropped. What autograd saves of them are notes of where they were; the first note that backward reads gathers
 the block's parameters again. Their gradients are reduce-scattered when the block's backward is done. While one block
 runs, the next one's parameters are under way, in either direction: two blocks' at a time, never more. All of it is
-ordinary autograd: it goes with value_and_grad, accumulate, remat (inside: gathered(remat(block))) and compiled blocks.
+ordinary autograd: it goes with value_and_grad, accumulate, remat (inside: gathered(remat(block))), compiled blocks and
+gradients of gradients of activations; gradients of parameters cannot be differentiated again, which raises.
 
 Messages and bytes a step, of n bytes of parameters in `compute`: an all_gather a block forward and one backward,
 (N - 1) / N n sent each; a reduce_scatter a block, (N - 1) / N n in `reduce`; one all_reduce of what is replicated.
@@ -22,6 +23,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -286,8 +288,8 @@ class _Schedule:
         self.scatters: list[Pending] = []
         self.n_arrived = 0  # of them
 
-    def scatter(self, unit: "_Unit", grads: list[Tensor]) -> Sequence[Tensor | None]:
-        """Gradients of the unit's parts: sent now, and there when `arrived` returns."""
+    def scatter(self, unit: "_Unit", grads: Sequence[Tensor], now: bool = False) -> Sequence[Tensor | None]:
+        """Gradients of the unit's parts: sent now, and there when `arrived` returns, or `now`."""
         parts = unit.parts
         wire = self.plan.reduce or functools.reduce(torch.promote_types, [p.dtype for p in parts])
         while self.n_arrived < len(self.scatters) - 1:  # lets go of a message: two at a time, with the one that comes
@@ -297,7 +299,7 @@ class _Schedule:
         if self.deliver is not None:
             self.deliver(parts, pending)
             return [None] * len(parts)
-        if any(p.dtype != wire or self.uses[id(p)] > 1 for p in parts):  # autograd itself will read them
+        if now or any(p.dtype != wire or self.uses[id(p)] > 1 for p in parts):  # autograd itself will read them
             return [g.to(p.dtype) for g, p in zip(pending.wait(), parts, strict=True)]
         self.scatters.append(pending)
         return pending.early()  # for _Arrive, which reads none of them
@@ -402,7 +404,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         unit = ctx.unit
         unit.drop()
-        return None, *unit.schedule.scatter(unit, list(grads))
+        return None, *_sums(partial(unit.schedule.scatter, unit, now=torch.is_grad_enabled()), grads)
 
 
 class _Replicated(torch.autograd.Function):
@@ -417,7 +419,24 @@ class _Replicated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         widest = functools.reduce(torch.promote_types, ctx.dtypes)
-        return None, *send_bucket(grads, ctx.group, "sum", widest, ctx.dtypes).wait()
+        return None, *_sums(lambda grads: send_bucket(grads, ctx.group, "sum", widest, ctx.dtypes).wait(), grads)
+
+
+def _sums(f: Callable[[Sequence[Tensor]], Sequence[Tensor | None]], grads: Sequence[Tensor]) -> Any:
+    """f(grads), which autograd does not see through."""
+    return _Once.apply(f, *grads) if torch.is_grad_enabled() else f(grads)  # enabled: create_graph
+
+
+class _Once(torch.autograd.Function):
+    """Sums over ranks that are not differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Callable[[Sequence[Tensor]], Sequence[Tensor | None]], *grads: Tensor) -> Any:
+        return tuple(None if x is None else x.clone() for x in f(grads))  # no views of a message
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("fsdp: gradients of sharded parameters cannot be differentiated again")
 
 
 class _Total(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Functions run on several processes at once, over Gloo: started once for a test session, torch imported once.
 
     results = run(function, *args)             # function(*args) on each of two ranks; a list of what they returned
-    results = run(function, *args, gpus=True)  # over NCCL, each with a GPU of its own
+    results = run(function, *args, gpus=True)  # over NCCL, each with a GPU of its own if there are so many
     done = program("experiments.pretrain", "--steps", 4, n_ranks=2)  # a program under torchrun
 
 function is a module-level function of a test file (it is sent by name). An exception on any rank is raised here with
@@ -21,6 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,18 +48,30 @@ class RankError(Exception):
         super().__init__("\n".join(f"rank {rank}: {trace}" for rank, (_, trace) in errors.items()))
 
 
+def take_gpu(rank: int, size: int) -> int:
+    """The GPU of a rank, as LOCAL_RANK too; ranks share GPUs where there are fewer: slower, the same messages.
+
+    NCCL refuses ranks of one host that share a GPU, so each gets a host's name of its own; they talk through sockets.
+    """
+    count = torch.cuda.device_count()
+    if count < size:
+        os.environ.update(NCCL_HOSTID=f"host-{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+    os.environ["LOCAL_RANK"] = str(rank % count)
+    return rank % count
+
+
 def _work(rank: int, size: int, port: int, gpus: bool, tasks: Any, results: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     if not gpus:
         os.environ["TRITON_INTERPRET"] = "1"
-    import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT)
     if gpus:
-        torch.cuda.set_device(rank)
-        dist.init_process_group("nccl", timeout=timeout, device_id=torch.device("cuda", rank))
+        device = torch.device("cuda", take_gpu(rank, size))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timeout)
     while (task := tasks.get()) is not None:

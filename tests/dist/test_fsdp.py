@@ -92,10 +92,10 @@ def on_rank_messages(wrap):
 
     fsdp._Unit.start, fsdp._Unit.drop = spy_start, spy_drop
 
-    def spy_scatter(self, unit, grads):
+    def spy_scatter(self, unit, *args, **kwargs):
         scatters.append(unit.number)
         events.append(f"scatter {unit.number}")
-        return scatter(self, unit, grads)
+        return scatter(self, unit, *args, **kwargs)
 
     fsdp._Schedule.scatter = spy_scatter
     try:

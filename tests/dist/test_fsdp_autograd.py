@@ -1,6 +1,7 @@
 """dist.fsdp as a piece of ordinary autograd, in uses that transformer_loss does not have. Oracle: one process."""
 
 import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ from purelm.optim import schedules, sgd
 from purelm.train import Precision, init_state, make_step
 from purelm.transforms import value_and_grad
 from tests.dist.models import CFG, assert_close, batch_of, params_of
-from tests.dist.processes import run
+from tests.dist.processes import RankError, run
 
 
 def one_process(penalty=0.0):
@@ -93,20 +94,54 @@ def test_a_block_that_is_used_twice(n_announced):
     run(on_rank_shared, n_announced)
 
 
+def on_rank_twice(of):
+    """The derivative of a penalty on gradients, of the block's input or of its parameters."""
+    params = {"w": MATRIX[:, :5].clone(), "v": VECTOR[:5].clone()}
+    plan, x = fsdp.plan(params), VECTOR[1:].clone().requires_grad_()
+
+    def penalty(p, forward):
+        p = tree.map(lambda x: x.clone().requires_grad_(), p)
+        inputs = [x] if of == "input" else [p[of]]
+        (g,) = torch.autograd.grad(forward(p), inputs, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), [p["w"], p["v"]])
+
+    def forward(p):
+        return (torch.tanh(p["w"] @ x) * p["v"].sin()).sum()
+
+    def sharded(p):
+        bound = plan.bind(p, [{"w": p["w"]}])
+        h = bound.gathered(lambda q, x: torch.tanh(q["w"] @ x))({"w": bound.params["w"]}, x)
+        return (h * bound.params["v"].sin()).sum()
+
+    expected, found = penalty(params, forward), penalty(plan.shard(params), sharded)
+    N, rank = size_of(None), rank_of(None)
+    assert_close(list(found), [part_of(N * expected[0], rank, N), N * expected[1]])
+
+
+def test_gradients_of_gradients():
+    """Those of activations; those of parameters are sums over ranks, which raise where they are differentiated."""
+    run(on_rank_twice, "input")
+    for name in ("w", "v"):
+        with pytest.raises(RankError, match="cannot be differentiated again") as error:
+            run(on_rank_twice, name)
+        assert sorted(error.value.errors) == [0, 1]
+
+
 def on_rank_leaks(how):
-    """Bytes of tensors that are alive after each of some evaluations, of which no backward pass is made."""
+    """The graph of an evaluation of which no backward pass is made holds the unit, and it its gathered parameters."""
     params = {"w": MATRIX.clone(), "v": VECTOR.clone()}
     plan = fsdp.plan(params)
     local = tree.map(lambda x: x.requires_grad_(), plan.shard(params))
-    alive = []
-    for _ in range(4):
-        bound = plan.bind(local, [{"w": local["w"]}])
-        act = {"tanh": torch.tanh, "softmax": partial(torch.softmax, dim=0), "relu": torch.relu}[how]
-        out = bound.gathered(lambda p, x, act=act: act(p["w"] @ x))({"w": bound.params["w"]}, bound.params["v"])
-        del bound, out
-        gc.collect()
-        alive.append(sum(isinstance(x, torch.Tensor | fsdp._Unit | fsdp._Schedule) for x in gc.get_objects()))
-    assert len(set(alive[1:])) == 1, alive
+    bound = plan.bind(local, [{"w": local["w"]}])
+    act = {"tanh": torch.tanh, "softmax": partial(torch.softmax, dim=0), "relu": torch.relu}[how]
+    out = bound.gathered(lambda p, x: act(p["w"] @ x))({"w": bound.params["w"]}, bound.params["v"])
+    unit, schedule = weakref.ref(bound.units[0]), weakref.ref(bound.schedule)
+    del bound
+    gc.collect()
+    assert unit() is not None and schedule() is not None  # the graph has them
+    del out
+    gc.collect()
+    assert unit() is None and schedule() is None
 
 
 @pytest.mark.parametrize("how", ["tanh", "softmax", "relu"])

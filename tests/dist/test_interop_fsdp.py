@@ -161,9 +161,9 @@ def watched(model):
         drop(self)
         alive.discard(self)
 
-    def spy_scatter(self, unit, grads):
+    def spy_scatter(self, unit, *args, **kwargs):
         events.append(f"scatter {names[id(unit.parts[0])]}")
-        return scatter(self, unit, grads)
+        return scatter(self, unit, *args, **kwargs)
 
     for one in model.modules():
         if isinstance(one, Linear):

@@ -55,12 +55,16 @@ def test_no_thread_of_the_group_outlives_start(work):
 
 
 FAILS = """
+import os
 import sys
 import time
 import torch
 import torch.distributed
 from purelm.dist import collectives, world
+from tests.dist.processes import take_gpu
 
+if sys.argv[1] == "cuda":
+    take_gpu(int(os.environ["RANK"]), 2)
 with world.start(sys.argv[1], timeout=600.0) as here:
     x = torch.ones(1 << 20, device=here.device)
     collectives.all_reduce(x)
