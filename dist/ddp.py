@@ -277,7 +277,7 @@ class _Reducer:
             assert reducer is not None  # finish() is still to come
             reducer._send_whole()
 
-        hooks: list[Any] = [(i, _appends(came, i)) for i in range(len(inputs))] if buckets is None else []
+        hooks: list[Any] = [(i, lambda x, i=i: came.append(i)) for i in range(len(inputs))] if buckets is None else []
         hooks += [(bucket[-1], send_whole) for bucket in self.buckets]
         self.handles = [inputs[i].register_post_accumulate_grad_hook(hook) for i, hook in hooks]
 
@@ -315,7 +315,3 @@ class _Reducer:
             for i, g in zip(bucket, message.wait(), strict=True):
                 grads[i] = g
         return grads, self.buckets
-
-
-def _appends(to: list[int], i: int) -> Callable[[Tensor], None]:
-    return lambda x: to.append(i)

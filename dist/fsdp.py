@@ -218,9 +218,10 @@ class Bound:
         for i in [*range(self.position, n), *range(self.position)]:
             unit = self.units[i]
             if not unit.used and [id(p) for p in unit.parts] == [id(p) for p in parts]:
-                self.position, unit.used = i + 1, True
-                return unit
-        unit = self._add(parts)
+                self.position = i + 1
+                break
+        else:
+            unit = self._add(parts)
         unit.used = True
         return unit
 
