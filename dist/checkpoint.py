@@ -4,8 +4,9 @@
     trees, meta = load(root, like=wholes)                                     # on every rank, of another world too
 
 `like` has the shapes and dtypes of the whole leaves (meta tensors will do). A leaf is cut along axis 0 as in
-`purelm.dist.sharding`, or replicated. Each rank writes one file: its rows of what is cut, without the zeros that fill
-up the last part, and its share of what is replicated, each leaf once. Rank 0 writes the manifest when all files are
+`purelm.dist.sharding`, or replicated, or one rank's, and None on the others (`zero.whole_tensors`). Each rank writes
+one file: its rows of what is cut, without the zeros that fill up the last part, what it alone has, and its share of
+what is replicated, each leaf once. Nothing is gathered. Rank 0 writes the manifest when all files are
 flushed, and renames the folder, with the promises of `purelm.checkpoint`: a kill of any rank at any instant leaves the
 previous checkpoint loadable. steps, latest, read_manifest and load of that module are for these folders too.
 
@@ -15,7 +16,7 @@ when the group's timeout is over, which is also the time that ranks may lie apar
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,8 +52,12 @@ class _Placed(NamedTuple):
     name: str  # of the tree
     path: str
     like: Tensor  # the whole's shape and dtype
-    local: Tensor
+    local: Tensor | None  # None: another rank's
     shard: int | None  # the rank that writes all of it; None: each writes its rows
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.name}.{self.path}"
 
 
 def save(
@@ -69,7 +74,7 @@ def save(
     """Write `root/step-XXXXXXXX/` together, and return its path on every rank when it is complete.
 
     Args:
-        trees: name -> tree of this rank's parts and of replicated tensors.
+        trees: name -> tree of this rank's parts, of replicated tensors, and of None where one other rank has the leaf.
         like: name -> tree of the same form with the whole leaves' shapes and dtypes.
         sharded: which leaves are parts. None: those that have a part's shape. That cannot mislead: a part looks like
             the whole only where axis 0 has one row or none (or N is 1), and there rank 0's is the whole.
@@ -84,20 +89,21 @@ def save(
         plan = _plan(trees, like, sharded, N)
         if rank == 0:
             begun.append(one_process._begin(Path(root), step, keep_last))
-        return plan, (step, begun[0].name if begun else None)
+        return plan, (step, begun[0].name if begun else None, [p.full_name for p in plan if p.local is None])
 
     try:
         plan, everyone = _together(begin, group, what)
-        if len({s for s, _ in everyone}) > 1:
-            raise ValueError(f"save: ranks differ in step: {[s for s, _ in everyone]}")
-        check_same_kind(dict(trees), group, what)
+        if len({s for s, *_ in everyone}) > 1:
+            raise ValueError(f"save: ranks differ in step: {[s for s, *_ in everyone]}")
+        plan, common = _placed(plan, [absent for *_, absent in everyone])
+        check_same_kind(common, group, what)
         temporary = Path(root) / everyone[0][1]
         path = temporary / _shards.file_name(rank, N)
         _, files = _together(lambda: (None, _shards.write(path, _own(plan, rank, N))), group, what)
 
         def finish() -> tuple[None, None]:
             if rank == 0:
-                content = {"format": one_process.SHARDED, "shards": files, "files": _describe(trees, plan)}
+                content = {"format": one_process.SHARDED, "shards": files, "files": _describe(like, plan)}
                 one_process._finish(temporary, step, {**content, "meta": dict(meta or {})}, keep_last)
             return None, None
 
@@ -114,6 +120,7 @@ def load(
     like: Mapping[str, Any],
     *,
     sharded: Layout = has_axes,
+    absent: Layout = False,
     whole: bool = False,
     step: int | None = None,
     group: Group = None,
@@ -127,6 +134,7 @@ def load(
             ValueError names the first leaf that is stored otherwise.
         sharded: which leaves come back as this rank's part, zeros filled up as `sharding.part_of` does; the others
             come back whole. What was cut or replicated when it was saved need not be now.
+        absent: which leaves are not read, and come back as None: those that another rank is to have.
         whole: all leaves whole, whatever `sharded` says.
         device: where the tensors go; the host holds one leaf's rows from one file at a time.
 
@@ -152,9 +160,10 @@ def load(
         raise ValueError(f"load: ranks see different files at {folder}: is it one file system?")
 
     def read() -> tuple[dict[str, Any], None]:
-        cut = _cut(like, False if whole else sharded)
+        cut, skipped = _cut(like, False if whole else sharded), _cut(like, absent)
+        how = tree.map(lambda is_cut, skip: "skip" if skip else "part" if is_cut else "whole", cut, skipped)
         with _shards.Reader(folder) as reader:
-            return {n: _read(reader, folder, manifest, n, like[n], cut[n], rank, N, device) for n in like}, None
+            return {n: _read(reader, folder, manifest, n, like[n], how[n], rank, N, device) for n in like}, None
 
     return _together(read, group, what)[0], {**manifest["meta"], "step": manifest["step"]}
 
@@ -165,7 +174,7 @@ def _read(
     manifest: Mapping[str, Any],
     name: str,
     like: Any,
-    cut: Any,
+    how: Any,
     rank: int,
     n_ranks: int,
     device: str | torch.device,
@@ -178,10 +187,12 @@ def _read(
     problem = one_process._mismatch(folder / name, kinds, wanted)
     if problem:
         raise ValueError(problem)
-    out = []
-    for path, is_cut in zip(wanted, tree.leaves(cut), strict=True):
+    out: list[Tensor | None] = []
+    for path, kind in zip(wanted, tree.leaves(how), strict=True):
         leaf = stored[path]
-        if is_cut:
+        if kind == "skip":
+            out.append(None)
+        elif kind == "part":
             shape = part_shape(leaf.shape, n_ranks)
             part = torch.zeros(shape, dtype=leaf.dtype, device=device)
             out.append(reader.fill(part, leaf, rank * shape[0]))
@@ -203,66 +214,94 @@ def _cut(like: Mapping[str, Any], sharded: Layout) -> Any:
 
 
 def _plan(trees: Mapping[str, Any], like: Mapping[str, Any], sharded: Layout | None, n_ranks: int) -> list[_Placed]:
-    """Every leaf of all trees and who writes it; ValueError with the path where `trees` and `like` do not fit."""
-    paths = {name: tree.paths(value) for name, value in trees.items()}
-    wanted = {name: tree.paths(value) for name, value in like.items()}
-    if paths != wanted:
-        a, b = ([f"{n}.{p}" for n, found in x.items() for p in found] for x in (paths, wanted))
-        odd = sorted(set(a) ^ set(b)) or sorted(paths.keys() ^ wanted.keys()) or ["their order"]
+    """Every leaf of all trees, and whether ranks have rows of it; ValueError names a leaf that does not fit `like`.
+
+    Leaves that all have whole are rank 0's so far, and so are those of one row or of none: there a part and the whole
+    look the same, and rank 0's is right in both.
+    """
+    if odd := sorted(trees.keys() ^ like.keys()):
         raise ValueError(f"save: trees and like differ in {odd[0]}")
     cut = None if sharded is None else _cut(like, sharded)
     plan = []
     for name, value in trees.items():
-        wholes, flags = tree.leaves(like[name]), None if cut is None else tree.leaves(cut[name])
-        for i, (path, x, whole) in enumerate(zip(paths[name], tree.leaves(value), wholes, strict=True)):
+        paths = tree.paths(like[name])
+        try:
+            (wholes, leaves), _ = tree.flatten_up_to(like[name], value)
+        except ValueError:
+            odd = sorted(set(paths) ^ set(tree.paths(value))) or ["structure"]
+            raise ValueError(f"save: trees and like differ in {name}.{odd[0]}") from None
+        flags = None if cut is None else tree.leaves(cut[name])
+        for i, (path, x, whole) in enumerate(zip(paths, leaves, wholes, strict=True)):
+            if x is None:
+                plan.append(_Placed(name, path, whole, None, 0))
+                continue
             shapes = {True: part_shape(whole.shape, n_ranks), False: tuple(whole.shape)}
             allowed = [shapes[flags[i]]] if flags else list(dict.fromkeys([shapes[True], shapes[False]]))
-            if x.dtype != whole.dtype or tuple(x.shape) not in allowed:
+            if not isinstance(x, Tensor) or x.dtype != whole.dtype or tuple(x.shape) not in allowed:
+                kind = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
                 raise ValueError(
-                    f"save: {name}.{path} is {tuple(x.shape)} {x.dtype}; like says {' or '.join(map(str, allowed))} "
+                    f"save: {name}.{path} is {kind}; like says {' or '.join(map(str, allowed))} "
                     f"{whole.dtype}, for {tuple(whole.shape)} on {n_ranks} ranks"
                 )
             in_parts = tuple(x.shape) == shapes[True] and whole.ndim > 0 and whole.shape[0] > 1
             plan.append(_Placed(name, path, whole, x, None if in_parts else 0))
-    return _spread(plan, n_ranks)
+    return plan
 
 
-def _spread(plan: list[_Placed], n_ranks: int) -> list[_Placed]:
-    """The replicated leaves among the ranks, largest first, each to the rank that has the least so far.
+def _placed(plan: list[_Placed], absent: Sequence[Sequence[str]]) -> tuple[list[_Placed], dict[str, Tensor]]:
+    """Who writes what, alike on all ranks, and the leaves that all have; absent: names of the leaves that ranks lack.
 
-    Leaves of one row or of none stay rank 0's: there a part and the whole look the same, and rank 0's is right in both.
+    A leaf that one rank has is written by it. Those that all have whole are spread, largest first, each to the rank
+    that has the least to write so far.
     """
-    written, out = [0] * n_ranks, list(plan)
-    whole = [i for i, p in enumerate(plan) if p.shard is not None and p.local.shape == p.like.shape]
-    for i in sorted(whole, key=lambda i: -plan[i].local.nbytes):
-        if plan[i].like.ndim == 0 or plan[i].like.shape[0] > 1:
+    lacking = [set(names) for names in absent]
+    out, written = list(plan), [0] * len(absent)
+    common: dict[str, Tensor] = {}
+    for i, p in enumerate(plan):
+        holders = [rank for rank, names in enumerate(lacking) if p.full_name not in names]
+        if len(holders) == len(absent):
+            common[p.full_name] = p.local  # type: ignore[assignment]
+        elif len(holders) == 1:
+            out[i] = p._replace(shard=holders[0])
+            written[holders[0]] += p.like.nbytes
+        else:
+            who = f"ranks {', '.join(map(str, holders))} have" if holders else "no rank has"
+            raise ValueError(f"save: {who} {p.full_name}, the others None: it must be one rank's, or on all")
+    whole = [i for i, p in enumerate(plan) if p.full_name in common and p.shard is not None and len(p.like.shape[:1])]
+    for i in sorted(whole, key=lambda i: -plan[i].like.nbytes):
+        if plan[i].like.shape[0] > 1:
             rank = written.index(min(written))
-            written[rank] += plan[i].local.nbytes
+            written[rank] += plan[i].like.nbytes
             out[i] = plan[i]._replace(shard=rank)
-    return out
+    return out, common
 
 
 def _own(plan: list[_Placed], rank: int, n_ranks: int) -> dict[str, Tensor]:
     """What this rank writes: views, no copies."""
     out = {}
     for p in plan:
+        if p.local is None:
+            continue
         if p.shard is None:
             m = part_shape(p.like.shape, n_ranks)[0]
             rows = min(m, p.like.shape[0] - rank * m)
             if rows > 0:
                 out[f"{p.name}/{p.path}"] = p.local[:rows]
         elif p.shard == rank:
+            if p.local.numel() != p.like.numel():
+                has, whole = tuple(p.local.shape), tuple(p.like.shape)
+                raise ValueError(f"save: {p.full_name} is {has}; no other rank has it, so it must be whole, {whole}")
             out[f"{p.name}/{p.path}"] = p.local.reshape(p.like.shape)
     return out
 
 
-def _describe(trees: Mapping[str, Any], plan: list[_Placed]) -> dict[str, Any]:
+def _describe(like: Mapping[str, Any], plan: list[_Placed]) -> dict[str, Any]:
     return {
         name: {
             "tree": one_process._skeleton(value),
             "leaves": {p.path: _shards.describe(p.like, p.shard) for p in plan if p.name == name},
         }
-        for name, value in trees.items()
+        for name, value in like.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""State of optimizers that `zero` cuts, as one process would hold it, and back: for checkpoints of any world size."""
+"""State of optimizers that `zero` cuts, as one process would hold it, and back."""
 
 from typing import Any
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from purelm import checkpoint as one_process
 from purelm import tree
-from purelm.dist import checkpoint, ddp, fsdp, zero, zero_state
+from purelm.dist import checkpoint, ddp, fsdp, zero
 from purelm.dist.agreement import check_equal
 from purelm.dist.collectives import all_reduce, broadcast
 from purelm.dist.world import World
@@ -146,17 +146,17 @@ def _replicated(world: World, cfg: Parallel, job: Job) -> Run:
     state = init_state(job.params, optimizer)
     like = {"params": _meta(job.params), "opt_state": _clipped(job.core, job.max_norm).init(_meta(job.params))}
 
-    def save(root: Path, step: int, trees: Trees, **options: Any) -> None:
-        if cfg.mode == "zero1":
-            trees = {**trees, "opt_state": zero_state.gather_state(trees["opt_state"], like["opt_state"])}
-        checkpoint.save(root, step, trees, like=like, sharded=False, **options)
+    # Of the optimizer's state each rank saves and loads what it has: its rows, or with whole_tensors its leaves.
+    held = {f"opt_state.{path}" for path in tree.paths(state.opt_state)}
 
-    def load(root: Path) -> tuple[Trees, dict[str, Any]]:
-        trees, meta = checkpoint.load(root, like, sharded=False, device=world.device)
-        if cfg.mode == "zero1":
-            trees["opt_state"] = zero_state.cut_state(trees["opt_state"], state.opt_state)
-        return trees, meta
+    def is_cut(path: str, x: Tensor) -> bool:
+        return parts and path.startswith("opt_state.") and checkpoint.has_axes(path, x)
 
+    def is_of_others(path: str, x: Tensor) -> bool:
+        return path.startswith("opt_state.") and path not in held
+
+    save = partial(checkpoint.save, like=like, sharded=is_cut)
+    load = partial(checkpoint.load, like=like, sharded=is_cut, absent=is_of_others, device=world.device)
     return Run(state, step, evaluate, lambda params: params, save, load)
 
 

@@ -69,13 +69,13 @@ def test_two_processes_have_the_curve_of_one_and_one_goes_on_from_them(data, tmp
     assert_same_curve(again, alone, 1e-4)
 
 
-def test_two_go_on_from_one_in_another_mode(data, tmp_path):
-    """Muon on whole matrices: one process, then zero1 on two, against one process."""
-    flags = ["--compile", "no", "--optim.name", "muon", "--optim.schedule", "constant"]
+def test_muon_goes_on_on_another_number_of_processes(data, tmp_path):
+    """On whole matrices, which have owners: zero1 on two, then on three, against one process."""
+    flags = ["--compile", "no", "--optim.name", "muon", "--optim.schedule", "constant", "--batch-size", "6"]
     expected = pretrain(data, tmp_path / "one", *flags, "--steps", "16")
-    pretrain(data, tmp_path / "run", *flags, "--steps", "8")
-    mode = ["--parallel.mode", "zero1", "--resume"]
-    found = pretrain(data, tmp_path / "run", *flags, *mode, "--steps", "16", n=2)
+    flags += ["--parallel.mode", "zero1"]
+    pretrain(data, tmp_path / "run", *flags, "--steps", "8", n=2)
+    found = pretrain(data, tmp_path / "run", *flags, "--steps", "16", "--resume", n=3)
     assert_same_curve([r for r in found if "loss" in r], [r for r in expected if "loss" in r], 1e-3)
 
 
