@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,7 +173,7 @@ def setup(cfg: Pretrain, world: World) -> Setup:
     compiled = cfg.compile == "yes" or (cfg.compile == "auto" and can_compile(device))
     job = Job(
         model=model,
-        params=tree.to(transformer.init(init_key, model), device),
+        init=partial(transformer.init, init_key, model),
         core=make_core(cfg.optim),
         max_norm=cfg.optim.clip,
         whole_matrices=cfg.optim.name == "muon",
@@ -240,15 +241,17 @@ def save(cfg: Pretrain, ready: Setup, state: TrainState, step: int, seconds: flo
 
 def train(cfg: Pretrain, ready: Setup) -> Result:
     """The loop: step, log one step late (reading a metric waits for the device), evaluate, save."""
-    state, spent, first = ready.run.state, 0.0, 0
+    spent, first = 0.0, 0
     path = cfg.run / "metrics.jsonl"
     if cfg.resume:
         state, spent = restore(cfg, ready)
         first = int(state.step)
         if ready.first:
             say(f"resumed from step {first:,}")
-    elif ready.first:
-        path.unlink(missing_ok=True)
+    else:
+        state = ready.run.init()
+        if ready.first:
+            path.unlink(missing_ok=True)
     sinks = [track.jsonl_sink(path)] if ready.first else []
     if cfg.tensorboard and ready.first:
         sinks.append(track.tensorboard_sink(cfg.run / "tensorboard"))
@@ -345,7 +348,7 @@ def eval_row(result: Score | None, step: int) -> dict[str, Any]:
 def summarise(cfg: Pretrain, model: transformer.Config, result: Result) -> dict[str, Any]:
     """What came out, for the terminal and the report."""
     out: dict[str, Any] = {
-        "parameters": tree.n_params(result.state.params),
+        "parameters": accounting.n_params(model),
         "steps": cfg.steps,
         "tokens": cfg.steps * cfg.batch_size * model.context_length,
         "seconds of training": round(result.seconds, 1),

@@ -2,7 +2,7 @@
 
 `layout(...)` gives a run its functions, so that experiments.loop is the same for one process and many. Batches, losses
 and checkpoints are those of one process, whatever the number of ranks and the mode: a run saved on four ranks by fsdp
-goes on alone, or on two by ddp.
+goes on alone, or on two by ddp. The functions hold no parameters: what a run holds is the state that its loop has.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from purelm import checkpoint as one_process
-from purelm import tree
+from purelm import random, tree
 from purelm.dist import checkpoint, ddp, fsdp, zero
 from purelm.dist.agreement import check_equal
 from purelm.dist.collectives import all_reduce, broadcast
+from purelm.dist.sharding import part_of
 from purelm.dist.world import World
 from purelm.evals import Score, score
 from purelm.models import transformer
@@ -52,7 +53,7 @@ class Job(NamedTuple):
     """What is trained, as one process would."""
 
     model: transformer.Config
-    params: Any  # whole, on this rank's device
+    init: Callable[[], Any]  # whole parameters, on the host; the same on all ranks
     core: Optimizer  # without clipping
     max_norm: float  # of gradients; 0: no clipping
     whole_matrices: bool  # whether the optimizer needs them (Muon)
@@ -66,7 +67,7 @@ class Job(NamedTuple):
 class Run(NamedTuple):
     """The functions of a run on this rank."""
 
-    state: TrainState
+    init: Callable[[], TrainState]  # the state of step 0
     step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Tensor]]]
     evaluate: Callable[[Any, Iterable[dict[str, Tensor]], int], Score]  # (params, batches of all ranks, bytes)
     whole: Callable[[Any], Any]  # params as one process has them, on every rank
@@ -76,11 +77,8 @@ class Run(NamedTuple):
 
 def layout(world: World, cfg: Parallel, job: Job, *, compiled: bool) -> Run:
     """The run of `cfg.mode`. compiled: each block is, and the update, but not what talks to other processes."""
-    # Equal seeds make equal parameters, but not with other versions of a maths library.
-    params = broadcast(tree.cast(job.params, job.precision.param))
-    check_equal(params, what="parameters")
     wrap = job.wrap_block
-    job = job._replace(params=params, wrap_block=(lambda f: jit(wrap(f))) if compiled else wrap)
+    job = job._replace(wrap_block=(lambda f: jit(wrap(f))) if compiled else wrap)
     run = (_fsdp if cfg.mode == "fsdp" else _replicated)(world, cfg, job)
     return run._replace(step=jit(run.step, donate=0)) if compiled else run
 
@@ -102,10 +100,11 @@ def alone(job: Job, device: torch.device, *, compiled: bool, graph: bool) -> Run
         loss_fn = partial(transformer.loss, cfg=job.model, ops=job.ops)
         return score(loss_fn, params, batches, n_bytes, device=device)
 
-    state = init_state(job.params, optimizer, job.precision)
-    like = {"params": _meta(state.params), "opt_state": _meta(state.opt_state)}
-    load = partial(one_process.load, like=like, device=device)
-    return Run(state, step, evaluate, lambda params: params, one_process.save, load)
+    def init() -> TrainState:
+        return init_state(tree.to(job.init(), device), optimizer, job.precision)
+
+    load = partial(one_process.load, like=_like(job, optimizer), device=device)
+    return Run(init, step, evaluate, lambda params: params, one_process.save, load)
 
 
 def _replicated(world: World, cfg: Parallel, job: Job) -> Run:
@@ -143,11 +142,16 @@ def _replicated(world: World, cfg: Parallel, job: Job) -> Run:
         nats, tokens = _sum(world, one.nats, one.n_tokens)
         return Score(nats, tokens, n_bytes)
 
-    state = init_state(job.params, optimizer)
-    like = {"params": _meta(job.params), "opt_state": _clipped(job.core, job.max_norm).init(_meta(job.params))}
+    def init() -> TrainState:
+        params = tree.to(tree.cast(job.init(), job.precision.param), world.device)
+        # Equal seeds make equal parameters, but not with other versions of a maths library.
+        params = broadcast(params)
+        check_equal(params, what="parameters")
+        return init_state(params, optimizer)
 
+    like = _like(job, _clipped(job.core, job.max_norm))
     # Of the optimizer's state each rank saves and loads what it has: its rows, or with whole_tensors its leaves.
-    held = {f"opt_state.{path}" for path in tree.paths(state.opt_state)}
+    held = {f"opt_state.{path}" for path in tree.paths(optimizer.init(like["params"]))}
 
     def is_cut(path: str, x: Tensor) -> bool:
         return parts and path.startswith("opt_state.") and checkpoint.has_axes(path, x)
@@ -157,7 +161,7 @@ def _replicated(world: World, cfg: Parallel, job: Job) -> Run:
 
     save = partial(checkpoint.save, like=like, sharded=is_cut)
     load = partial(checkpoint.load, like=like, sharded=is_cut, absent=is_of_others, device=world.device)
-    return Run(state, step, evaluate, lambda params: params, save, load)
+    return Run(init, step, evaluate, lambda params: params, save, load)
 
 
 def _fsdp(world: World, cfg: Parallel, job: Job) -> Run:
@@ -165,7 +169,7 @@ def _fsdp(world: World, cfg: Parallel, job: Job) -> Run:
         raise ValueError("optim.name muon needs whole matrices, which no rank has: use --parallel.mode zero1, or adamw")
     compute = None if job.precision.compute == job.precision.param else job.precision.compute
     reduce = torch.bfloat16 if cfg.wire == "bf16" else job.precision.reduce
-    plan = fsdp.plan(job.params, compute=compute, reduce=reduce)
+    plan = fsdp.plan(_params_like(job), compute=compute, reduce=reduce)
     # Clipped before the optimizer, by a norm over ranks; in its place a link without state, as in the other modes.
     optimizer = chain(_nothing, job.core) if job.max_norm > 0 else job.core
 
@@ -203,10 +207,20 @@ def _fsdp(world: World, cfg: Parallel, job: Job) -> Run:
     def is_cut(path: str, x: Tensor) -> bool:
         return x.ndim > 1
 
-    like = {"params": plan.like, "opt_state": optimizer.init(plan.like)}
+    def init() -> TrainState:
+        """Leaf by leaf, as `_replicated` does: one at a time is whole on the device."""
+
+        def part(path: str, x: Tensor, replicated: bool) -> Tensor:
+            x = broadcast({path: x.to(world.device, job.precision.param)})[path]
+            check_equal({path: x}, what="parameters")
+            return x if replicated else part_of(x, world.rank, world.size)
+
+        return init_state(tree.map_with_path(part, job.init(), plan.replicated), optimizer)
+
+    like = _like(job, optimizer)
     save = partial(checkpoint.save, like=like, sharded=is_cut)
     load = partial(checkpoint.load, like=like, sharded=is_cut, device=world.device)
-    return Run(init_state(plan.shard(job.params), optimizer), step, evaluate, plan.unshard, save, load)
+    return Run(init, step, evaluate, plan.unshard, save, load)
 
 
 _nothing = Optimizer(lambda params: (), lambda grads, state, params, lr: (grads, state))
@@ -218,8 +232,15 @@ def _clipped(
     return chain(clip_by_global_norm(max_norm, norm=norm), optimizer) if max_norm > 0 else optimizer
 
 
-def _meta(values: Any) -> Any:
-    return tree.map(lambda x: torch.empty_like(x, device="meta"), values)
+def _params_like(job: Job) -> Any:
+    """The whole parameters on the meta device: shapes and dtypes."""
+    return tree.cast(transformer.init(random.key(0, device="meta"), job.model), job.precision.param)
+
+
+def _like(job: Job, optimizer: Optimizer) -> Trees:
+    """What one process would save, likewise."""
+    params = _params_like(job)
+    return {"params": params, "opt_state": optimizer.init(params)}
 
 
 def _weightless(batch: dict[str, Tensor]) -> dict[str, Tensor]:

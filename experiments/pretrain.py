@@ -39,14 +39,14 @@ def run(cfg: Pretrain, here: world.World) -> None:
         cfg = replace(cfg, resume=checkpoint.latest(cfg.run / "checkpoints") is not None)
     ready = start(cfg, here)
     result = train(cfg, ready)
-    params = ready.run.whole(result.state.params)
-    if not ready.first:
-        return
-    result = result._replace(state=result.state._replace(params=params))
     samples = []
     if cfg.sample and cfg.tokenizer is not None:
-        bpe = load_tokenizer(cfg.tokenizer)
-        samples = [(p, complete(result.state.params, ready.model, bpe, p, seed=cfg.seed)) for p in cfg.sample]
+        params = ready.run.whole(result.state.params)
+        if ready.first:
+            bpe = load_tokenizer(cfg.tokenizer)
+            samples = [(p, complete(params, ready.model, bpe, p, seed=cfg.seed)) for p in cfg.sample]
+    if not ready.first:
+        return
     finish(cfg, ready.model, summarise(cfg, ready.model, result), title=f"purelm run {cfg.run.name}", samples=samples)
 
 
