@@ -163,7 +163,9 @@ def load(
         cut, skipped = _cut(like, False if whole else sharded), _cut(like, absent)
         how = tree.map(lambda is_cut, skip: "skip" if skip else "part" if is_cut else "whole", cut, skipped)
         with _shards.Reader(folder) as reader:
-            return {n: _read(reader, folder, manifest, n, like[n], how[n], rank, N, device) for n in like}, None
+            found = {n: _read(reader, folder, manifest, n, like[n], how[n], rank, N, device) for n in like}
+        one_process._check_unchanged(folder, manifest)
+        return found, None
 
     return _together(read, group, what)[0], {**manifest["meta"], "step": manifest["step"]}
 
@@ -225,6 +227,7 @@ def _plan(trees: Mapping[str, Any], like: Mapping[str, Any], sharded: Layout | N
     plan = []
     for name, value in trees.items():
         paths = tree.paths(like[name])
+        one_process._check_paths(name, paths)
         try:
             (wholes, leaves), _ = tree.flatten_up_to(like[name], value)
         except ValueError:
@@ -232,6 +235,8 @@ def _plan(trees: Mapping[str, Any], like: Mapping[str, Any], sharded: Layout | N
             raise ValueError(f"save: trees and like differ in {name}.{odd[0]}") from None
         flags = None if cut is None else tree.leaves(cut[name])
         for i, (path, x, whole) in enumerate(zip(paths, leaves, wholes, strict=True)):
+            if whole.dtype not in _shards._NAMES:
+                raise ValueError(f"save: {name}.{path} is {whole.dtype}, which cannot be stored")
             if x is None:
                 plan.append(_Placed(name, path, whole, None, 0))
                 continue

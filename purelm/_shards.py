@@ -85,17 +85,20 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for block in (len(text).to_bytes(8, "little"), text):
-            file.write(block)
-            digest.update(block)
-        for key in order:
-            if tensors[key].numel():
-                x = tensors[key].detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-                file.write(x.numpy().data)
-                digest.update(x.numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "wb") as file:
+            for block in (len(text).to_bytes(8, "little"), text):
+                file.write(block)
+                digest.update(block)
+            for key in order:
+                if tensors[key].numel():
+                    x = tensors[key].detach().to("cpu").contiguous().resolve_neg().view(-1).view(torch.uint8)
+                    file.write(x.numpy().data)
+                    digest.update(x.numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say where
     return {"file": path.name, "bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}
 
 

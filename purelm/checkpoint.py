@@ -13,7 +13,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _storable(leaves: list[Tensor]) -> list[Tensor]:
     """Contiguous CPU tensors that share memory with nothing (safetensors refuses aliases), copied only if needed."""
     out, seen = [], set()
     for leaf in leaves:
-        x = leaf.detach().to("cpu").contiguous()
+        x = leaf.detach().to("cpu").contiguous().resolve_conj().resolve_neg()
         storage = x.untyped_storage()
         if storage.nbytes() != x.nbytes or storage.data_ptr() in seen:
             x = x.clone()
@@ -99,9 +100,12 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint, its manifest first: what a kill leaves behind then no longer counts as complete."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Delete a checkpoint, renamed first: what a kill leaves behind is not complete, and the next save clears it."""
+    aside = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def steps(root: str | Path) -> list[int]:
@@ -138,30 +142,53 @@ def save(
 
     The order is: write files under a temporary name, flush, write the manifest last, flush, rename, flush the parent.
     A checkpoint of the same step is replaced: the old one keeps its data under `.replaced` until the new one stands.
+    Where anything fails nothing is left of it. One process at a time may save under a root.
     """
-    temporary = _begin(Path(root), step, keep_last)
-    files = {}
     for name, value in trees.items():
-        path = temporary / f"{name}.safetensors"
-        tensors = dict(zip(tree.paths(value), _storable(tree.leaves(value)), strict=True))
-        save_file(tensors, path)
-        _sync(path)
-        files[name] = {
-            "file": path.name,
-            "bytes": path.stat().st_size,
-            "sha256": _sha256(path),
-            "tree": _skeleton(value),
-        }
-    return _finish(temporary, step, {"format": FORMAT, "files": files, "meta": dict(meta or {})}, keep_last)
+        _check_paths(name, tree.paths(value))
+    temporary = _begin(Path(root), step, keep_last)
+    try:
+        files = {}
+        for name, value in trees.items():
+            path = temporary / f"{name}.safetensors"
+            tensors = dict(zip(tree.paths(value), _storable(tree.leaves(value)), strict=True))
+            try:
+                save_file(tensors, path)
+            except SafetensorError as error:  # what a full disk becomes
+                raise OSError(f"{path}: {error}") from error
+            _sync(path)
+            files[name] = {
+                "file": path.name,
+                "bytes": path.stat().st_size,
+                "sha256": _sha256(path),
+                "tree": _skeleton(value),
+            }
+        return _finish(temporary, step, {"format": FORMAT, "files": files, "meta": dict(meta or {})}, keep_last)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _check_paths(name: str, paths: Sequence[str]) -> None:
+    """A leaf is stored by its path, in a file of its tree's name."""
+    if not name or "/" in name:
+        raise ValueError(f"save: {name!r} cannot name a tree: it becomes part of a file's name")
+    if twice := [path for path, n in Counter(paths).items() if n > 1]:
+        raise ValueError(f"save: two leaves of {name} have the path {twice[0]!r}: a key of theirs has a dot")
 
 
 def _begin(root: Path, step: int, keep_last: int | None) -> Path:
     """A new folder for the files, under a name that does not count as a checkpoint."""
     if keep_last is not None and keep_last < 1:
         raise ValueError(f"keep_last must be at least 1 or None, got {keep_last}")
+    if step < 0:
+        raise ValueError(f"step must not be negative, got {step}")
     root.mkdir(parents=True, exist_ok=True)
     for entry in root.glob(".tmp-step-*"):  # left by a killed save
         shutil.rmtree(entry, ignore_errors=True)
+    for old in root.glob("step-*.replaced"):  # by a save that was killed when it was done
+        if (old.with_suffix("") / MANIFEST).is_file():
+            _remove(old)
     temporary = root / f".tmp-step-{step:08d}-{os.getpid()}"
     temporary.mkdir()
     return temporary
@@ -170,7 +197,8 @@ def _begin(root: Path, step: int, keep_last: int | None) -> Path:
 def _finish(temporary: Path, step: int, content: Mapping[str, Any], keep_last: int | None) -> Path:
     """Write the manifest beside the flushed files, and give the folder its name."""
     root, final = temporary.parent, _folder(temporary.parent, step)
-    manifest = {**content, "step": step, "torch": torch.__version__}
+    # As it will be read: keys become texts, tuples lists.
+    manifest = json.loads(json.dumps({**content, "step": step, "torch": torch.__version__}))
     manifest["sha256"] = _seal(manifest)
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _sync(temporary / MANIFEST)
@@ -215,6 +243,12 @@ def read_manifest(root: str | Path, step: int | None = None) -> dict[str, Any]:
     if manifest.get("sha256") != _seal(manifest):
         raise ValueError(f"{path}: its own SHA-256 does not match: the file was changed or damaged")
     return manifest
+
+
+def _check_unchanged(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Files are opened again after they were checked: it must be the same checkpoint's still."""
+    if read_manifest(folder)["sha256"] != manifest["sha256"]:
+        raise ValueError(f"{folder}: was replaced while it was read: load it again")
 
 
 def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
@@ -291,4 +325,5 @@ def load(
             out[name] = tree.unflatten(tree.structure(like[name]), [tensors[k] for k in wanted])
         else:
             out[name] = _rebuild(entry["tree"], tensors, "")
+    _check_unchanged(folder, manifest)
     return out, {**manifest["meta"], "step": manifest["step"]}
