@@ -19,11 +19,8 @@ Every rank must run the same blocks in the same order.
 """
 
 import functools
-import weakref
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +28,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from purelm import tree
-from purelm.dist.collectives import all_reduce
-from purelm.dist.messages import Pending, cast_leaves, send_bucket
-from purelm.dist.sharding import gather_parts, part_of, part_shape, scatter_sums, unshard, whole_of
+from purelm.dist.agreement import check_same_kind
+from purelm.dist.ddp import sum_metrics
+from purelm.dist.fsdp_units import Arrive, Deliver, Gather, Replicated, Schedule, Unit, unpack
+from purelm.dist.sharding import part_of, part_shape, unshard, whole_of
 from purelm.dist.world import Group, rank_of, size_of
 from purelm.dist.zero import global_norm
 from purelm.models import transformer
@@ -42,9 +40,6 @@ from purelm.ops import REFERENCE, Ops
 from purelm.transforms import accumulate, value_and_grad
 
 __all__ = ["Bound", "Plan", "differentiate", "plan", "transformer_loss"]
-
-Deliver = Callable[[list[Tensor], Pending], None]
-
 
 def vectors(path: str, x: Tensor) -> bool:
     """Norms, biases and numbers: too small to be worth a message."""
@@ -107,21 +102,52 @@ def plan(
     compute: torch.dtype | None = None,
     reduce: torch.dtype | None = None,
     replicated: Callable[[str, Tensor], bool] = vectors,
+    check: bool = True,
 ) -> Plan:
     """How to shard a tree like `params` (shapes and dtypes are looked at, meta tensors will do).
+
+    All ranks of the group call it: ValueError on each, naming the leaf, where their trees differ, or what they say of
+    them (check=False leaves that out, and its two messages of 32 bytes).
 
     replicated: (path, leaf) -> whether every rank keeps the whole leaf; by default all but matrices. Leaves that are
         not floating all do.
     """
     like = tree.map(lambda x: torch.empty_like(x, device="meta"), params)
     flags = tree.map_with_path(lambda path, x: replicated(path, x) or not tree.is_floating(x), params)
+    if check:
+        check_same_kind(like, group, "fsdp.plan")
+        check_same_kind({"compute": compute, "reduce": reduce, "replicated": flags}, group, "fsdp.plan")
     return Plan(like, flags, group, compute, reduce)
 
 
 def differentiate(loss_fn: Callable[[Any, Any], Any], *, microbatches: int = 1) -> Callable[[Any, Any], Any]:
-    """value_and_grad, and accumulate: for `make_step(..., differentiate=...)`, which leaves it uncompiled."""
+    """value_and_grad, and accumulate: for `make_step(..., differentiate=...)`, which leaves it uncompiled.
+
+    Metrics of microbatches are added, but for "non_finite_rank": the first one that is a rank.
+    """
     gradient = value_and_grad(loss_fn, has_aux=True)
-    return accumulate(gradient, microbatches) if microbatches > 1 else gradient
+    if microbatches == 1:
+        return gradient
+
+    def accumulated(params: Any, batch: Any) -> Any:
+        ranks: list[Tensor] = []
+
+        def one(params: Any, batch: Any) -> Any:
+            (value, metrics), grads = gradient(params, batch)
+            ranks.extend(metrics[name] for name in metrics if name == "non_finite_rank")
+            return (value, {name: x for name, x in metrics.items() if name != "non_finite_rank"}), grads
+
+        (value, metrics), grads = accumulate(one, microbatches)(params, batch)
+        if ranks:
+            metrics = {**metrics, "non_finite_rank": _first_of(torch.stack(ranks))}
+        return (value, metrics), grads
+
+    return accumulated
+
+
+def _first_of(ranks: Tensor) -> Tensor:
+    """The first that is not -1, else -1."""
+    return ranks[(ranks >= 0).to(torch.int8).argmax()]
 
 
 def transformer_loss(
@@ -135,7 +161,9 @@ def transformer_loss(
     tensor_parallel: Any = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`transformer.loss` of sharded parameters, summed over ranks, and metrics likewise.
+    """`transformer.loss` of sharded parameters, summed over ranks, and metrics likewise, in one message.
+
+    The metric non_finite_rank is the first rank whose own loss is inf or nan, -1 if none is.
 
     batch["denominator"] must be that of all ranks (ddp.with_global_denominator). The embedding, each block, and the
     unembedding, which stays whole over all chunks of the loss, are units of their own.
@@ -160,9 +188,8 @@ def transformer_loss(
             wrap_block=lambda f: bound.gathered(_wrapped(wrap_block, f, ops)),
             **options,
         )
-    names = list(metrics)
-    total = _Total.apply(plan.group, value, *[metrics[name].to(value.dtype) for name in names])
-    return total[0], {name: x.to(metrics[name].dtype) for name, x in zip(names, total[1:], strict=True)}
+    sums = sum_metrics({**metrics, "loss": value}, plan.group)
+    return _OneTerm.apply(value, sums.pop("loss")), sums
 
 
 def _wrapped(wrap_block: Callable[[transformer.BlockFn], transformer.BlockFn], f: Any, ops: Ops) -> Any:
@@ -175,7 +202,7 @@ class Bound:
     """A plan and the tensors of one evaluation: `params`, and functions that gather what they are given of them."""
 
     def __init__(self, plan: Plan, local: Any, order: list[Any], deliver: Deliver | None = None):
-        self.plan, self.schedule = plan, _Schedule(plan, deliver)
+        self.plan, self.schedule = plan, Schedule(plan.group, plan.compute, plan.reduce, deliver)
         leaves, treedef = tree.flatten(local)
         if len(leaves) != len(plan._leaves):
             raise ValueError(f"the plan is for {len(plan._leaves)} leaves, got {len(leaves)}")
@@ -191,28 +218,29 @@ class Bound:
                 whole.append(i)
         self.leaves = list(leaves)  # ids stay theirs
         if whole and size_of(plan.group) > 1:
-            for i, x in zip(whole, _Replicated.apply(plan, *[leaves[i] for i in whole]), strict=True):
+            lower = Replicated.apply(plan.group, plan.compute, *[leaves[i] for i in whole])
+            for i, x in zip(whole, lower, strict=True):
                 leaves[i] = x
         elif plan.compute is not None:
             for i in whole:
                 leaves[i] = leaves[i].to(plan.compute)
         self.params = tree.unflatten(treedef, leaves)
-        self.inputs: dict[int, Tensor] = {}  # of _Gather, by the id of the part, where it is not the part itself
+        self.inputs: dict[int, Tensor] = {}  # of Gather, by the id of the part, where it is not the part itself
         cut = [x for x in self.leaves if id(x) in self.shapes and x.requires_grad]
         if cut and deliver is None and size_of(plan.group) > 1 and torch.is_grad_enabled():
-            self.inputs = dict(zip(map(id, cut), _Arrive.apply(self.schedule, *cut), strict=True))
+            self.inputs = dict(zip(map(id, cut), Arrive.apply(self.schedule, *cut), strict=True))
         subtrees = [[x for x in tree.leaves(subtree) if id(x) in self.shapes] for subtree in order]
-        self.units: list[_Unit] = []
+        self.units: list[Unit] = []
         for parts in subtrees:
             self._add(parts)
         self.position = 0  # of the unit that is expected next
 
-    def _add(self, parts: list[Tensor]) -> "_Unit":
-        unit = _Unit(self.schedule, parts, [self.shapes[id(p)] for p in parts])
+    def _add(self, parts: list[Tensor]) -> "Unit":
+        unit = Unit(self.schedule, parts, [self.shapes[id(p)] for p in parts])
         self.units.append(unit)
         return unit
 
-    def _unit(self, parts: list[Tensor]) -> "_Unit":
+    def _unit(self, parts: list[Tensor]) -> "Unit":
         """The next unit of these parts (tied embeddings are two); one that was not announced comes last."""
         n = len(self.units)
         for i in [*range(self.position, n), *range(self.position)]:
@@ -240,12 +268,12 @@ class Bound:
                 return f(tree.unflatten(treedef, leaves), *args, **kwargs)
             unit = self._unit(parts)
             inputs = [self.inputs.get(id(x), x) for x in parts]
-            for i, x in zip(at, _Gather.apply(unit, *inputs), strict=True):
+            for i, x in zip(at, Gather.apply(unit, *inputs), strict=True):
                 leaves[i] = x
             params = tree.unflatten(treedef, leaves)
             del leaves, x
             unit.prefetch(+1)
-            with saved_tensors_hooks(unit.pack, _unpack):
+            with saved_tensors_hooks(unit.pack, unpack):
                 out = f(params, *args, **kwargs)
             unit.drop()
             return out
@@ -275,178 +303,13 @@ def _merged(some: Mapping[int, Any], others: list[Any]) -> list[Any]:
     return [some.get(i, x) for i, x in enumerate(others)]
 
 
-class _Schedule:
-    """What the units of an evaluation share.
-
-    It holds none of them, nor do they hold each other: a cycle would keep the parameters of each step until Python's
-    garbage collector comes by. In forward `Bound` holds them, then the graph.
-    """
-
-    def __init__(self, plan: Plan, deliver: Deliver | None):
-        self.plan, self.deliver = plan, deliver
-        self.units: list[weakref.ref[_Unit]] = []
-        self.uses: Counter[int] = Counter()  # of each part, by its id
-        self.scatters: list[Pending] = []
-        self.n_arrived = 0  # of them
-
-    def scatter(self, unit: "_Unit", grads: Sequence[Tensor], now: bool = False) -> Sequence[Tensor | None]:
-        """Gradients of the unit's parts: sent now, and there when `arrived` returns, or `now`."""
-        parts = unit.parts
-        wire = self.plan.reduce or functools.reduce(torch.promote_types, [p.dtype for p in parts])
-        while self.n_arrived < len(self.scatters) - 1:  # lets go of a message: two at a time, with the one that comes
-            self.scatters[self.n_arrived].wait()
-            self.n_arrived += 1
-        pending = scatter_sums(grads, self.plan.group, wire)
-        if self.deliver is not None:
-            self.deliver(parts, pending)
-            return [None] * len(parts)
-        if now or any(p.dtype != wire or self.uses[id(p)] > 1 for p in parts):  # autograd itself will read them
-            return [g.to(p.dtype) for g, p in zip(pending.wait(), parts, strict=True)]
-        self.scatters.append(pending)
-        return pending.early()  # for _Arrive, which reads none of them
-
-    def arrived(self) -> None:
-        for pending in self.scatters:
-            pending.wait()
-        self.scatters, self.n_arrived = [], 0
-
-
-class _Unit:
-    """Parameters that are gathered together."""
-
-    def __init__(self, schedule: _Schedule, parts: list[Tensor], shapes: list[torch.Size]):
-        self.schedule, self.number, self.parts, self.shapes = schedule, len(schedule.units), parts, shapes
-        schedule.units.append(weakref.ref(self))
-        schedule.uses.update(map(id, parts))
-        self.pending: Pending | None = None
-        self.wholes: list[Tensor] | None = None
-        self.storages: dict[int, int] = {}
-        self.used = False
-        self.noted = self.read = 0  # how often backward will ask for them, and has
-
-    def start(self) -> None:
-        """Send the parts, if they are neither here nor under way."""
-        if self.pending is None and self.wholes is None:
-            plan = self.schedule.plan
-            with torch.no_grad():
-                self.pending = gather_parts(self.parts, self.shapes, plan.group, plan.compute)
-
-    def get(self) -> list[Tensor]:
-        if self.wholes is None:
-            self.start()
-            assert self.pending is not None
-            lower = self.schedule.plan.compute
-            self.wholes = [x.to(lower or p.dtype) for x, p in zip(self.pending.wait(), self.parts, strict=True)]
-            self.pending = None
-            self.storages = {x.untyped_storage().data_ptr(): i for i, x in enumerate(self.wholes) if x.numel()}
-        return self.wholes
-
-    def drop(self) -> None:
-        self.wholes, self.pending, self.storages = None, None, {}
-
-    def prefetch(self, step: int) -> None:
-        """Start the neighbour: at most this unit and that one are whole at a time."""
-        units, i = self.schedule.units, self.number + step
-        other = units[i]() if 0 <= i < len(units) else None
-        if other is not None and (step > 0 or other.noted):
-            other.start()
-
-    def pack(self, x: Tensor) -> Any:
-        i = self.storages.get(x.untyped_storage().data_ptr()) if type(x) is Tensor and x.numel() else None
-        if i is None:
-            # An operator that saves its own result would hold itself, for ever where backward never comes.
-            return x.detach() if x.requires_grad else x
-        self.noted += 1
-        return self, i, x.size(), x.stride(), x.storage_offset()
-
-
-def _unpack(packed: Any) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
-    unit, i, size, stride, offset = packed
-    first = unit.wholes is None
-    whole = unit.get()[i]
-    if first:
-        unit.prefetch(-1)
-    unit.read += 1
-    if unit.read % unit.noted == 0 and not any(p.requires_grad for p in unit.parts):
-        unit.drop()  # no gradient will come back, at which it would be
-    return whole.as_strided(size, stride, offset)
-
-
-class _Arrive(torch.autograd.Function):
-    """Parts as they are; backward, waits for their gradients.
-
-    One for all parts of an evaluation, before all units: autograd comes to it when it is done with them, and nobody
-    can read a gradient that is still under way.
-    """
+class _OneTerm(torch.autograd.Function):
+    """The sum over ranks; backward, the identity: each rank differentiates its own term of it."""
 
     @staticmethod
-    def forward(ctx: Any, schedule: _Schedule, *parts: Tensor) -> Any:
-        ctx.schedule = schedule
-        ctx.set_materialize_grads(False)
-        return tuple(x.view_as(x) for x in parts)
+    def forward(ctx: Any, own: Tensor, total: Tensor) -> Tensor:
+        return total.view_as(total)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        ctx.schedule.arrived()
-        return None, *grads
-
-
-class _Gather(torch.autograd.Function):
-    """Parts to wholes; backward, sums over ranks of the wholes' gradients to parts."""
-
-    @staticmethod
-    def forward(ctx: Any, unit: _Unit, *parts: Tensor) -> Any:
-        ctx.unit = unit
-        return tuple(x.view_as(x) for x in unit.get())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        unit = ctx.unit
-        unit.drop()
-        return None, *_sums(partial(unit.schedule.scatter, unit, now=torch.is_grad_enabled()), grads)
-
-
-class _Replicated(torch.autograd.Function):
-    """Whole leaves, cast to `plan.compute`; backward, gradients are raised and summed over ranks, in one message."""
-
-    @staticmethod
-    def forward(ctx: Any, plan: Plan, *leaves: Tensor) -> Any:
-        ctx.group, ctx.dtypes = plan.group, [x.dtype for x in leaves]
-        lower = leaves if plan.compute is None else cast_leaves(leaves, plan.compute)
-        return tuple(y.view_as(y) if y is x else y for x, y in zip(leaves, lower, strict=True))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        widest = functools.reduce(torch.promote_types, ctx.dtypes)
-        return None, *_sums(lambda grads: send_bucket(grads, ctx.group, "sum", widest, ctx.dtypes).wait(), grads)
-
-
-def _sums(f: Callable[[Sequence[Tensor]], Sequence[Tensor | None]], grads: Sequence[Tensor]) -> Any:
-    """f(grads), which autograd does not see through."""
-    return _Once.apply(f, *grads) if torch.is_grad_enabled() else f(grads)  # enabled: create_graph
-
-
-class _Once(torch.autograd.Function):
-    """Sums over ranks that are not differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, f: Callable[[Sequence[Tensor]], Sequence[Tensor | None]], *grads: Tensor) -> Any:
-        return tuple(None if x is None else x.clone() for x in f(grads))  # no views of a message
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("fsdp: gradients of sharded parameters cannot be differentiated again")
-
-
-class _Total(torch.autograd.Function):
-    """Numbers summed over ranks; backward, the identity: each rank differentiates its own term of the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, group: Group, *numbers: Tensor) -> Any:
-        return tuple(all_reduce(torch.stack(numbers), group, check=False).unbind())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return None, *grads
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None

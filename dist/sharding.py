@@ -16,7 +16,7 @@ from torch import Tensor
 
 from purelm import tree
 from purelm.dist.messages import Op, Pending, split_as
-from purelm.dist.world import Group, all_gather_single, rank_of, reduce_scatter_single, size_of
+from purelm.dist.world import Group, all_gather_many, rank_of, reduce_scatter_many, size_of
 
 __all__ = [
     "gather_parts",
@@ -83,30 +83,39 @@ def unshard(parts: Any, like: Any, group: Group = None) -> Any:
 
 
 def gather_parts(
-    parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: Group = None, dtype: torch.dtype | None = None
+    parts: Sequence[Tensor],
+    shapes: Sequence[Sequence[int]],
+    group: Group = None,
+    dtype: torch.dtype | None = None,
+    out: Sequence[Tensor] | None = None,
 ) -> Pending:
     """Whole leaves of these shapes from every rank's parts, by one all_gather.
 
     dtype: of the message and the results; by default the widest of the parts'. Bytes sent: (N - 1) times those of the
-    parts in it. The results are copied out of the message, each dense.
+    parts in it. Parts that have it already are sent as they are: they must stay as they are until wait() has returned.
+    out: where the results are put, by default memory of their own; what is dense and has no row too few receives them.
     """
     dtype = dtype or functools.reduce(torch.promote_types, [p.dtype for p in parts])
     N = size_of(group)
+    places: Sequence[Tensor | None] = out or [None] * len(parts)
+    sent: list[Tensor] = []
+    work = None
     if N == 1:
-        return Pending(None, lambda: [whole_of(p.to(dtype), s) for p, s in zip(parts, shapes, strict=True)])
-    # Of the parts themselves only shapes are kept, and one launch packs them, one more unpacks: with one a leaf the
-    # host has more to do than for the layer that they belong to.
-    sizes, shapes_of_parts = [p.numel() for p in parts], [p.shape for p in parts]
-    flat = parts[0].new_empty(sum(sizes), dtype=dtype)
-    torch._foreach_copy_(list(flat.split_with_sizes(sizes)), [p.reshape(-1) for p in parts])
-    message = flat.new_empty(N, flat.numel())
-    work = all_gather_single(message.view(-1), flat, group, async_op=True)
+        wholes = [p.to(dtype) for p in parts]
+    else:
+        room = [torch.Size((N * p.shape[0], *p.shape[1:])) for p in parts]
+        wholes = [
+            x if x is not None and x.shape == r and _dense(x, dtype) else p.new_empty(r, dtype=dtype)
+            for p, r, x in zip(parts, room, places, strict=True)
+        ]
+        at = [i for i, p in enumerate(parts) if p.numel()]
+        sent = _in_dtype([parts[i] for i in at], [parts[i].numel() for i in at], dtype)
+        if at:
+            work = all_gather_many([wholes[i].view(-1) for i in at], sent, group)
 
-    def finish() -> list[Tensor]:
-        out = [message.new_empty(N, size) for size in sizes]
-        torch.split_with_sizes_copy(message, sizes, 1, out=out)
-        by_shape = zip(out, shapes_of_parts, shapes, strict=True)
-        return [whole_of(x.view(N * part[0], *part[1:]), shape) for x, part, shape in by_shape]
+    def finish(sent: list[Tensor] = sent) -> list[Tensor]:  # held until the work is done
+        found = [whole_of(x, shape) for x, shape in zip(wholes, shapes, strict=True)]
+        return [y if x is None or x is y else x.copy_(y) for x, y in zip(places, found, strict=True)]
 
     return Pending(work, finish)
 
@@ -120,22 +129,44 @@ def scatter_sums(wholes: Sequence[Tensor], group: Group = None, dtype: torch.dty
     dtype = dtype or wholes[0].dtype
     N = size_of(group)
     shapes = [part_shape(x.shape, N) for x in wholes]
-    wholes = [x[None] if x.ndim == 0 else x for x in wholes]
     if N == 1:
-        return Pending(None, lambda: [x.to(dtype) for x in wholes])
-    message = wholes[0].new_empty((N, sum(math.prod(s) for s in shapes)), dtype=dtype)
-    filled = [x for x in wholes if x.numel()]
-    if len({x.dtype for x in filled}) > 1:
-        filled = [x.to(dtype) for x in filled]
-    if filled:  # cut, filled up with zeros, cast and packed by one launch
-        torch._chunk_cat(filled, 0, N, out=message)
-    out = message.new_empty(message.shape[1])
-    work = reduce_scatter_single(out, message.view(-1), group, async_op=True)
+        return Pending(None, lambda: [x.to(dtype).view(s) for x, s in zip(wholes, shapes, strict=True)])
+    sizes = [math.prod(s) for s in shapes]
+    out = wholes[0].new_empty(sum(sizes), dtype=dtype)
+    at = [i for i, size in enumerate(sizes) if size]
+    sent = _in_dtype([wholes[i] for i in at], [N * sizes[i] for i in at], dtype)
+    pieces = out.split_with_sizes([sizes[i] for i in at])
+    work = reduce_scatter_many(list(pieces), sent, group) if at else None
 
-    def finish(sent: Tensor = message) -> list[Tensor]:  # held until the work is done
+    def finish(sent: list[Tensor] = sent) -> list[Tensor]:  # held until the work is done
         return split_as(out, shapes)
 
     return Pending(work, finish)
+
+
+def _dense(x: Tensor, dtype: torch.dtype) -> bool:
+    return x.dtype == dtype and x.is_contiguous()
+
+
+def _in_dtype(tensors: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    """Each tensor flat, dense and in the dtype, filled up with zeros to its size; itself where it is all that.
+
+    One launch casts and copies all others: with one a leaf the host has more to do than for the layer they belong to.
+    """
+    at = [i for i, (x, n) in enumerate(zip(tensors, sizes, strict=True)) if not _dense(x, dtype) or x.numel() != n]
+    out = [x.detach() for x in tensors]
+    if at:
+        room = tensors[0].new_empty(sum(sizes[i] for i in at), dtype=dtype)
+        given, copies = [], []
+        for i, piece in zip(at, room.split_with_sizes([sizes[i] for i in at]), strict=True):
+            n = tensors[i].numel()
+            copies.append(piece[:n].view(out[i].shape))
+            if n < sizes[i]:
+                piece[n:].zero_()
+            given.append(out[i])
+            out[i] = piece
+        torch._foreach_copy_(copies, given)
+    return [x.view(-1) for x in out]
 
 
 def scatter_bucket(

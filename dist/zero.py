@@ -36,7 +36,7 @@ from purelm.dist.sharding import (
     scatter_bucket,
     shard,
 )
-from purelm.dist.world import Group, all_gather_single, device_of, rank_of, size_of
+from purelm.dist.world import Group, device_of, rank_of, size_of
 from purelm.optim import Optimizer
 
 __all__ = [
@@ -48,8 +48,6 @@ __all__ = [
 ]
 
 Reduce = Literal["sum", "mean", "parts"] | None
-
-LARGE = 1 << 20  # bytes of a leaf that is worth a message of its own, if it then needs no copies
 
 
 def sharded(
@@ -143,21 +141,8 @@ def sharded_step(
         stepped_parts, state = step(grads, state, shard(params, group), lr)
         parts: list[Any] = tree.leaves(stepped_parts)
         out: list[Any] = [x.data for x in leaves] if donate else [torch.empty_like(x) for x in leaves]
-        limit = bucket_bytes or default_bucket_bytes(leaves)
-        # A large leaf that all ranks have an equal part of arrives where it belongs: nothing is packed or copied.
-        large = [i for i, x in enumerate(out) if _lies_in_parts(x, parts[i], N) and x.nbytes >= min(limit, LARGE)]
-        # The same ones on every rank, whatever strides its tensors have.
-        dense = [out[i] if out[i].is_contiguous() else out[i].contiguous() for i in large]
-        ours = [parts[i].contiguous().view(-1) for i in large]
-        under_way = [all_gather_single(x.view(-1), y, group, async_op=True) for x, y in zip(dense, ours, strict=True)]
-        for i in large:
-            parts[i] = None
-        for at, wholes in _gathered(parts, leaves, group, limit):
-            torch._foreach_copy_([out[i] for i in at], wholes)
-        for i, x, work in zip(large, dense, under_way, strict=True):
-            work.wait()
-            if x is not out[i]:
-                out[i].copy_(x)
+        for _ in _gathered(parts, leaves, group, bucket_bytes or default_bucket_bytes(leaves), out):
+            pass
         if donate:
             consume(leaves, donated)
         return tree.unflatten(treedef, out), state
@@ -269,11 +254,6 @@ def _check_parts(who: str, params: Any, grads: Sequence[Tensor | None], N: int) 
             )
 
 
-def _lies_in_parts(whole: Tensor, part: Tensor, N: int) -> bool:
-    """Whether N parts one after another are the leaf, with no rows filled up."""
-    return whole.numel() == N * part.numel() > 0
-
-
 def _owned(params: Any, owners: Sequence[int], rank: int) -> Any:
     leaves, treedef = tree.flatten(params)
     return tree.unflatten(treedef, [p if r == rank else None for p, r in zip(leaves, owners, strict=True)])
@@ -307,13 +287,15 @@ def _gather(parts: Sequence[Tensor | None], like: Sequence[Tensor], group: Group
 
 
 def _gathered(
-    parts: Sequence[Tensor | None], like: Sequence[Tensor], group: Group, limit: int
+    parts: Sequence[Tensor | None], like: Sequence[Tensor], group: Group, limit: int, out: Sequence[Any] | None = None
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """(numbers of leaves, whole leaves) of each message."""
+    """(numbers of leaves, whole leaves) of each message; out: where to put them."""
     in_messages = by_owner(parts, limit // size_of(group))
 
     def message(at: list[int]) -> Pending:
-        return gather_parts([parts[i] for i in at], [like[i].shape for i in at], group)  # type: ignore[misc]
+        of: list[Any] = [parts[i] for i in at]
+        places = None if out is None else [out[i] for i in at]
+        return gather_parts(of, [like[i].shape for i in at], group, out=places)
 
     return zip(in_messages, in_turn(map(message, in_messages)), strict=True)
 

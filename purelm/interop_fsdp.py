@@ -67,7 +67,7 @@ class FullySharded(nn.Module):
             _check_matrices(path, one, [p for p in own.values() if p.ndim > 1 and tree.is_floating(p)])
         _same_everywhere(module, group)
         self.module = module
-        self._plan = sharded.plan(whole, group, compute=compute_dtype)
+        self._plan = sharded.plan(whole, group, compute=compute_dtype, check=False)  # all that is the same on all ranks
         parts = self._plan.shard(whole)
         self._parts = {name: nn.Parameter(parts[name], p.requires_grad) for name, p in whole.items()}
         part_of = {p: self._parts[name] for name, p in whole.items()}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from purelm import tree
-from purelm.dist import fsdp, sharding
+from purelm.dist import fsdp, fsdp_units, sharding
 from purelm.dist.agreement import check_equal
 from purelm.dist.ddp import with_global_denominator
 from purelm.dist.world import rank_of, size_of
@@ -18,7 +18,7 @@ from purelm.optim.clip import clip
 from purelm.train import Precision, init_state, make_step
 from purelm.transforms import jit, remat, save_matmuls, value_and_grad
 from tests.dist.models import CFG, TIED, assert_close, batch_of, params_of
-from tests.dist.processes import run
+from tests.dist.processes import RankError, run
 
 FLOAT64 = Precision(torch.float64, torch.float64, torch.float64)
 WRAPS = {
@@ -75,7 +75,8 @@ def test_compiled_blocks():
 def on_rank_messages(wrap):
     """Units whole or under way at once, and what is gathered and scattered."""
     alive, most, gathers, scatters, events = set(), [], [], [], []
-    start, get, drop, scatter = fsdp._Unit.start, fsdp._Unit.get, fsdp._Unit.drop, fsdp._Schedule.scatter
+    Unit, Schedule = fsdp_units.Unit, fsdp_units.Schedule
+    start, drop, scatter = Unit.start, Unit.drop, Schedule.scatter
 
     def spy_start(self):
         before = self.pending is None and self.wholes is None
@@ -90,20 +91,20 @@ def on_rank_messages(wrap):
         drop(self)
         alive.discard(self.number)
 
-    fsdp._Unit.start, fsdp._Unit.drop = spy_start, spy_drop
+    Unit.start, Unit.drop = spy_start, spy_drop
 
     def spy_scatter(self, unit, *args, **kwargs):
         scatters.append(unit.number)
         events.append(f"scatter {unit.number}")
         return scatter(self, unit, *args, **kwargs)
 
-    fsdp._Schedule.scatter = spy_scatter
+    Schedule.scatter = spy_scatter
     try:
         plan = fsdp.plan(params_of())
         loss = partial(fsdp.transformer_loss, cfg=CFG, plan=plan, wrap_block=WRAPS[wrap])
         fsdp.differentiate(loss)(plan.shard(params_of()), my_batch())
     finally:
-        fsdp._Unit.start, fsdp._Unit.get, fsdp._Unit.drop, fsdp._Schedule.scatter = start, get, drop, scatter
+        Unit.start, Unit.drop, Schedule.scatter = start, drop, scatter
     return gathers, scatters, max(most), len(alive), events
 
 
@@ -121,19 +122,19 @@ def test_two_units_at_a_time_and_one_gather_each_way(wrap):
 def on_rank_sent():
     """How many messages of gradients are held, each time that one more is on its way."""
     sent, held = [], []
-    one = fsdp.scatter_sums
+    one = fsdp_units.scatter_sums
 
     def spy(*args):
         sent.append(one(*args))
         held.append(sum(message._work is not None for message in sent))
         return sent[-1]
 
-    fsdp.scatter_sums = spy
+    fsdp_units.scatter_sums = spy
     try:
         plan = fsdp.plan(params_of())
         fsdp.differentiate(partial(fsdp.transformer_loss, cfg=CFG, plan=plan))(plan.shard(params_of()), my_batch())
     finally:
-        fsdp.scatter_sums = one
+        fsdp_units.scatter_sums = one
     return held, sum(message._work is not None for message in sent)
 
 
@@ -172,7 +173,7 @@ def test_what_was_gathered_is_dropped():
 def on_rank_let_go(wrap):
     """Bounds and units that are alive when an evaluation is over, without the garbage collector."""
     alive = []
-    kinds = {cls: cls.__init__ for cls in (fsdp.Bound, fsdp._Unit)}
+    kinds = {cls: cls.__init__ for cls in (fsdp.Bound, fsdp_units.Unit)}
     for cls, init in kinds.items():
         cls.__init__ = lambda self, *args, init=init: init(self, *args) or alive.append(weakref.ref(self))
     plan = fsdp.plan(params_of())
@@ -313,3 +314,48 @@ def on_rank_wrapped_once():
 def test_blocks_are_wrapped_once():
     """Or compiled blocks would be compiled in every step."""
     assert run(on_rank_wrapped_once) == [1, 1]
+
+
+def on_rank_differs(what):
+    params = {"layers": [{"w": torch.ones(3, 2 + (what == "shape" and rank_of(None)))}]}
+    if what == "structure" and rank_of(None):
+        params["head"] = torch.ones(2, 2)
+    options = {"compute": torch.bfloat16 if what == "compute" and rank_of(None) else None}
+    options |= {"replicated": lambda path, x: what == "replicated" and rank_of(None) == 1}
+    fsdp.plan(params, **options)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("shape", "at layers.0.w: (3, 2) float32 on rank 0; (3, 3) float32 on rank 1"),
+        ("structure", "at head: no such leaf on rank 0; (2, 2) float32 on rank 1"),
+        ("compute", "at compute: no such leaf on rank 0; torch.bfloat16 on rank 1"),
+        ("replicated", "at replicated.layers.0.w: False on rank 0; True on rank 1"),
+    ],
+)
+def test_a_rank_that_differs_is_an_error_on_all(what, said):
+    with pytest.raises(RankError) as error:
+        run(on_rank_differs, what)
+    assert sorted(error.value.errors) == [0, 1]
+    assert all(f"fsdp.plan: ranks differ {said}" in message for message in error.value.errors.values())
+
+
+def on_rank_nan(bad, microbatches):
+    """A nan in the weights of this rank's last row, which is in the last microbatch."""
+    batch = batch_of(rank_of(None), 2)
+    batch["denominator"] = torch.tensor(7.0, dtype=torch.float64)
+    if rank_of(None) in bad:
+        batch["weights"] = batch["weights"].clone()
+        batch["weights"][-1] = torch.nan
+    plan = fsdp.plan(params_of())
+    loss = partial(fsdp.transformer_loss, cfg=CFG, plan=plan)
+    (value, metrics), _ = fsdp.differentiate(loss, microbatches=microbatches)(plan.shard(params_of()), batch)
+    assert metrics["non_finite_rank"].dtype == torch.int64
+    return bool(value.isnan()), int(metrics["non_finite_rank"])
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("bad", [[], [0], [1], [0, 1]], ids=str)
+def test_a_nan_is_reported_with_its_rank(bad, microbatches):
+    assert run(on_rank_nan, bad, microbatches) == [(bool(bad), bad[0] if bad else -1)] * 2

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from purelm.dist import fsdp as sharded
-from purelm.dist import sharding
+from purelm.dist import fsdp_units, sharding
 from purelm.dist.world import rank_of
 from purelm.interop import fsdp
 from tests.dist.modules import TOLERANCE, Linear, compare, compare_grads, data, loss_of, mine, model_of
@@ -88,13 +87,13 @@ def test_full_parameters_are_the_state_dict(size):
 def on_rank_mixed(kind, dtype, tolerance):
     oracle, model = model_of(kind, torch.float32), fsdp(model_of(kind, torch.float32), compute_dtype=dtype)
     sent, seen = [], []
-    gather = sharding.all_gather_single
+    gather = sharding.all_gather_many
 
-    def spy(out, x, *args, **kwargs):
-        sent.append(x.dtype)
-        return gather(out, x, *args, **kwargs)
+    def spy(outs, xs, *args):
+        sent.append({x.dtype for x in xs})
+        return gather(outs, xs, *args)
 
-    sharding.all_gather_single = spy
+    sharding.all_gather_many = spy
     model.module.embed.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     model.module.head.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     model.module.blocks[0].norm.register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
@@ -110,8 +109,8 @@ def on_rank_mixed(kind, dtype, tolerance):
             for optimizer in optimizers:
                 optimizer.step()
     finally:
-        sharding.all_gather_single = gather
-    assert set(sent) == {dtype} and len(sent) == 3 * (8 + 7)  # the embedding's backward needs no weights
+        sharding.all_gather_many = gather
+    assert sent == [{dtype}] * 3 * (8 + 7)  # the embedding's backward needs no weights
     # The table in fp32 makes the sum fp32; head takes what comes in compute_dtype.
     assert seen == [dtype, torch.float32, dtype] * 3
     compare(model.gather_full_params(), oracle.state_dict(), tolerance)
@@ -146,7 +145,7 @@ def test_compute_dtype_alone():
 def watched(model):
     """events: what is gathered and scattered; alive: units that are whole or under way; most: of those at once."""
     alive, most, events = set(), [0], []
-    start, drop, scatter = sharded._Unit.start, sharded._Unit.drop, sharded._Schedule.scatter
+    start, drop, scatter = fsdp_units.Unit.start, fsdp_units.Unit.drop, fsdp_units.Schedule.scatter
     names = {id(p): name.removesuffix(".weight") for name, p in model.module.named_parameters()}
 
     def spy_start(self):
@@ -168,11 +167,11 @@ def watched(model):
     for one in model.modules():
         if isinstance(one, Linear):
             one.register_forward_pre_hook(lambda m, args: events.append(f"forward {names[id(m.weight)]}"))
-    sharded._Unit.start, sharded._Unit.drop, sharded._Schedule.scatter = spy_start, spy_drop, spy_scatter
+    fsdp_units.Unit.start, fsdp_units.Unit.drop, fsdp_units.Schedule.scatter = spy_start, spy_drop, spy_scatter
     try:
         yield alive, most, events
     finally:
-        sharded._Unit.start, sharded._Unit.drop, sharded._Schedule.scatter = start, drop, scatter
+        fsdp_units.Unit.start, fsdp_units.Unit.drop, fsdp_units.Schedule.scatter = start, drop, scatter
 
 
 def on_rank_messages(kind):

@@ -55,6 +55,39 @@ def on_rank(dtypes):
     torch.testing.assert_close(left, right, rtol=1e-13, atol=0)
 
 
+def on_rank_in_place():
+    """What is sent and received as it lies, what is copied on the way, and that nothing given is changed."""
+    rank, N = rank_of(None), size_of(None)
+    values = made(1)
+    parts = [part_of(x, rank, N) for x in values]
+    kept, addresses = [x.clone() for x in parts], []
+    many = sharding.all_gather_many
+
+    def spy(outs, xs, *args):
+        addresses.extend([x.data_ptr() for x in [*outs, *xs]])
+        return many(outs, xs, *args)
+
+    out = [torch.full(x.shape, torch.nan, dtype=x.dtype) for x in values]
+    out[6] = torch.full((2, 2, 2), torch.nan, dtype=torch.float64).transpose(0, 2)  # (2, 2, 2), not dense
+    sharding.all_gather_many = spy
+    try:
+        found = gather_parts(parts, SHAPES, out=out).wait()
+    finally:
+        sharding.all_gather_many = many
+    assert all(x is y for x, y in zip(found, out, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip([*out, *parts], [*values, *kept], strict=True))
+    assert [x.data_ptr() in addresses for x in out if x.numel()] == [True, False, False, False, False, False]
+    assert all(x.data_ptr() in addresses for x in parts if x.numel())
+    strided = [torch.arange(12.0, dtype=torch.float64).view(3, 4).t() + rank, torch.ones(5, 2, dtype=torch.float64)]
+    for x, got in zip(strided, scatter_sums(strided).wait(), strict=True):
+        assert torch.equal(got, part_of(all_reduce(x), rank, N))
+    assert torch.equal(strided[0], torch.arange(12.0, dtype=torch.float64).view(3, 4).t() + rank)
+
+
+def test_nothing_is_copied_that_lies_where_it_belongs():
+    run(on_rank_in_place)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_messages_of_many_leaves(dtype):
     run(on_rank, dtype)

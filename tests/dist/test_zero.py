@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purelm import random, tree
-from purelm.dist import messages, zero, zero_state
+from purelm.dist import messages, sharding, zero, zero_state
 from purelm.dist.agreement import check_equal
 from purelm.dist.sharding import shard
 from purelm.dist.world import rank_of, size_of
@@ -35,7 +35,7 @@ from purelm.optim import (
 from purelm.train import Precision, init_state, make_step
 from purelm.transforms import jit
 from tests.dist.models import equal, made
-from tests.dist.processes import ALL_GATHER, REDUCE_SCATTER, RankError, run
+from tests.dist.processes import RankError, run
 
 MIXED = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WRAPPERS = {"sharded": zero.sharded, "whole_tensors": zero.whole_tensors}
@@ -197,45 +197,44 @@ def test_each_rank_holds_half_of_the_state():
     assert sorted(paths0 + paths1) == ["a", "b", "c", "d"]
 
 
+ALL_GATHER, REDUCE_SCATTER = "all_gather_many", "reduce_scatter_many"
+
+
 def on_rank_messages(wrapper, bucket_bytes):
     """What is sent: (name of the collective, bytes), in order."""
     sent = []
 
-    def counted(name, size):
-        original = getattr(dist, name)
+    def counted(where, name, size):
+        original = getattr(where, name)
 
         def call(*args, **kwargs):
-            sent.append((name, args[size].numel() * args[size].element_size()))
+            tensors = [args[size]] if isinstance(args[size], torch.Tensor) else args[size]
+            sent.append((name, sum(x.nbytes for x in tensors)))
             return original(*args, **kwargs)
 
-        setattr(dist, name, call)
+        setattr(where, name, call)
         return original
 
     params = {"a": torch.zeros(8, 4), "b": torch.zeros(7, dtype=torch.bfloat16), "c": torch.zeros(16), "d": None}
     optimizer = WRAPPERS[wrapper](adamw(), bucket_bytes=bucket_bytes, check=False)
     state = optimizer.init(params)
-    names = {REDUCE_SCATTER: 1, ALL_GATHER: 0, "reduce": 0, "broadcast": 0}
-    originals = {name: counted(name, size) for name, size in names.items()}
+    # of what is whole: the second argument of a reduce_scatter, the first of all others
+    places = [(sharding, REDUCE_SCATTER, 1), (sharding, ALL_GATHER, 0), (dist, "reduce", 0), (dist, "broadcast", 0)]
+    originals = [(where, name, counted(where, name, size)) for where, name, size in places]
     try:
         optimizer.update(params, state, params, 0.1)
     finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
+        for where, name, original in originals:
+            setattr(where, name, original)
     return sent
 
 
 def test_messages_are_those_of_the_docstring():
     """Of a: 128 bytes, b: 14 (16 filled up; its update 28 or 32), c: 64."""
     sent = run(on_rank_messages, "sharded", 10**6)
-    assert (
-        sent[0]
-        == sent[1]
-        == [(REDUCE_SCATTER, 192), (REDUCE_SCATTER, 16), (ALL_GATHER, 224)]
-    )
+    assert sent[0] == sent[1] == [(REDUCE_SCATTER, 192), (REDUCE_SCATTER, 16), (ALL_GATHER, 224)]
     sent = run(on_rank_messages, "sharded", 64)[0]
-    assert sent == [(REDUCE_SCATTER, n) for n in (128, 16, 64)] + [
-        (ALL_GATHER, n) for n in (128, 32, 64)
-    ]
+    assert sent == [(REDUCE_SCATTER, n) for n in (128, 16, 64)] + [(ALL_GATHER, n) for n in (128, 32, 64)]
     sent = run(on_rank_messages, "whole_tensors", 10**6)
     assert (
         sent[0] == sent[1] == [("reduce", 128), ("reduce", 14), ("reduce", 64), ("broadcast", 128), ("broadcast", 92)]
