@@ -82,6 +82,7 @@ def unshard(parts: Any, like: Any, group: Group = None) -> Any:
     return tree.unflatten(treedef, out)
 
 
+@torch.no_grad()
 def gather_parts(
     parts: Sequence[Tensor],
     shapes: Sequence[Sequence[int]],
@@ -109,9 +110,9 @@ def gather_parts(
             for p, r, x in zip(parts, room, places, strict=True)
         ]
         at = [i for i, p in enumerate(parts) if p.numel()]
-        sent = _in_dtype([parts[i] for i in at], [parts[i].numel() for i in at], dtype)
+        sent = _in_dtype([parts[i] for i in at], [parts[i].shape for i in at], dtype)
         if at:
-            work = all_gather_many([wholes[i].view(-1) for i in at], sent, group)
+            work = all_gather_many([wholes[i] for i in at], sent, group)
 
     def finish(sent: list[Tensor] = sent) -> list[Tensor]:  # held until the work is done
         found = [whole_of(x, shape) for x, shape in zip(wholes, shapes, strict=True)]
@@ -120,6 +121,7 @@ def gather_parts(
     return Pending(work, finish)
 
 
+@torch.no_grad()
 def scatter_sums(wholes: Sequence[Tensor], group: Group = None, dtype: torch.dtype | None = None) -> Pending:
     """This rank's parts of the sums over ranks of whole leaves, by one reduce_scatter.
 
@@ -131,15 +133,15 @@ def scatter_sums(wholes: Sequence[Tensor], group: Group = None, dtype: torch.dty
     shapes = [part_shape(x.shape, N) for x in wholes]
     if N == 1:
         return Pending(None, lambda: [x.to(dtype).view(s) for x, s in zip(wholes, shapes, strict=True)])
-    sizes = [math.prod(s) for s in shapes]
-    out = wholes[0].new_empty(sum(sizes), dtype=dtype)
-    at = [i for i, size in enumerate(sizes) if size]
-    sent = _in_dtype([wholes[i] for i in at], [N * sizes[i] for i in at], dtype)
-    pieces = out.split_with_sizes([sizes[i] for i in at])
-    work = reduce_scatter_many(list(pieces), sent, group) if at else None
+    out = wholes[0].new_empty(sum(map(math.prod, shapes)), dtype=dtype)
+    pieces = split_as(out, shapes)
+    at = [i for i, x in enumerate(pieces) if x.numel()]
+    room = [torch.Size((N * shapes[i][0], *shapes[i][1:])) for i in at]
+    sent = _in_dtype([wholes[i] for i in at], room, dtype)
+    work = reduce_scatter_many([pieces[i] for i in at], sent, group) if at else None
 
     def finish(sent: list[Tensor] = sent) -> list[Tensor]:  # held until the work is done
-        return split_as(out, shapes)
+        return pieces
 
     return Pending(work, finish)
 
@@ -148,25 +150,26 @@ def _dense(x: Tensor, dtype: torch.dtype) -> bool:
     return x.dtype == dtype and x.is_contiguous()
 
 
-def _in_dtype(tensors: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-    """Each tensor flat, dense and in the dtype, filled up with zeros to its size; itself where it is all that.
+def _in_dtype(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
+    """Each tensor dense, in the dtype, filled up with rows of zeros to its shape; itself where it is all that.
 
     One launch casts and copies all others: with one a leaf the host has more to do than for the layer they belong to.
     """
-    at = [i for i, (x, n) in enumerate(zip(tensors, sizes, strict=True)) if not _dense(x, dtype) or x.numel() != n]
-    out = [x.detach() for x in tensors]
+    out = list(tensors)
+    at = [i for i, (x, s) in enumerate(zip(out, shapes, strict=True)) if x.shape != s or not _dense(x, dtype)]
     if at:
-        room = tensors[0].new_empty(sum(sizes[i] for i in at), dtype=dtype)
-        given, copies = [], []
-        for i, piece in zip(at, room.split_with_sizes([sizes[i] for i in at]), strict=True):
-            n = tensors[i].numel()
-            copies.append(piece[:n].view(out[i].shape))
-            if n < sizes[i]:
+        given, copies = [out[i] for i in at], []
+        sizes = [math.prod(shapes[i]) for i in at]
+        room = given[0].new_empty(sum(sizes), dtype=dtype).split_with_sizes(sizes)
+        for i, x, piece in zip(at, given, room, strict=True):
+            out[i] = piece.view(shapes[i])
+            if (n := x.numel()) == piece.numel():
+                copies.append(out[i] if x.shape == out[i].shape else piece.view(x.shape))
+            else:
                 piece[n:].zero_()
-            given.append(out[i])
-            out[i] = piece
+                copies.append(piece[:n].view(x.shape))
         torch._foreach_copy_(copies, given)
-    return [x.view(-1) for x in out]
+    return out
 
 
 def scatter_bucket(
