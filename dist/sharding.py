@@ -8,18 +8,20 @@ and every element-wise optimizer leaves them zeros.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from purelm import tree
-from purelm.dist.messages import Op, Pending, split_as
+from purelm.dist.messages import Op, Pending, by_owner, default_bucket_bytes, in_turn, split_as
 from purelm.dist.world import Group, all_gather_many, rank_of, reduce_scatter_many, size_of
 
 __all__ = [
+    "gather_leaves",
     "gather_parts",
+    "gathered",
     "part_of",
     "part_shape",
     "scatter_bucket",
@@ -49,6 +51,8 @@ def part_of(x: Tensor, rank: int, n_ranks: int) -> Tensor:
     x = x[None] if x.ndim == 0 else x
     m = part_shape(x.shape, n_ranks)[0]
     rows = x[rank * m : (rank + 1) * m]
+    if len(rows) == m:
+        return rows.clone(memory_format=torch.contiguous_format)
     out = x.new_zeros((m, *x.shape[1:]))
     out[: len(rows)] = rows
     return out
@@ -68,18 +72,46 @@ def shard(values: Any, group: Group = None) -> Any:
 
 
 def unshard(parts: Any, like: Any, group: Group = None) -> Any:
-    """The whole tree from all ranks' parts; `like` has its shapes (meta tensors will do). A message for each dtype."""
+    """The whole tree from all ranks' parts; `like` has its shapes (meta tensors will do). Messages of `gathered`."""
     leaves, treedef = tree.flatten(parts)
     shapes = [x.shape for x in tree.leaves(like)]
     if len(shapes) != len(leaves):
         raise ValueError(f"unshard: {len(leaves)} parts, but `like` has {len(shapes)} leaves")
-    out: list[Any] = [None] * len(leaves)
-    for dtype in dict.fromkeys(x.dtype for x in leaves):
-        at = [i for i, x in enumerate(leaves) if x.dtype == dtype]
-        wholes = gather_parts([leaves[i] for i in at], [shapes[i] for i in at], group).wait()
-        for i, x in zip(at, wholes, strict=True):
+    return tree.unflatten(treedef, gather_leaves(leaves, shapes, group))
+
+
+def gather_leaves(
+    parts: Sequence[Any], shapes: Sequence[Sequence[int]], group: Group = None, limit: int | None = None
+) -> list[Any]:
+    """Whole leaves of these shapes, in the parts' dtypes; None where there is none. Messages of `gathered`."""
+    out = [x if x is None or x.numel() else x.new_empty(tuple(s)) for x, s in zip(parts, shapes, strict=True)]
+    for at, found in gathered(parts, shapes, group, limit):
+        for i, x in zip(at, found, strict=True):
             out[i] = x
-    return tree.unflatten(treedef, out)
+    return out
+
+
+def gathered(
+    parts: Sequence[Tensor | None],
+    shapes: Sequence[Sequence[int]],
+    group: Group = None,
+    limit: int | None = None,
+    out: Sequence[Any] | None = None,
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """(numbers of leaves, whole leaves), message by message: one for each dtype and `limit` bytes, two under way.
+
+    limit: of what is whole, by default `messages.default_bucket_bytes`. out: where to put them.
+    """
+    N = size_of(group)
+    limit = limit or default_bucket_bytes([x for x in parts if x is not None]) * N
+    in_messages = by_owner(parts, limit // N)
+
+    def message(at: list[int]) -> Pending:
+        of: list[Any] = [parts[i] for i in at]
+        places = None if out is None else [out[i] for i in at]
+        return gather_parts(of, [shapes[i] for i in at], group, out=places)
+
+    return zip(in_messages, in_turn(map(message, in_messages)), strict=True)
 
 
 @torch.no_grad()

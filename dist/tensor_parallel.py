@@ -24,7 +24,7 @@ Legend: B batch, T positions, D d_model, N ranks.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +33,10 @@ from torch import Tensor
 
 from purelm import tree
 from purelm.dist import vocab_parallel
+from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import all_reduce
 from purelm.dist.conjugates import enter, gather_time, leave, scatter_time
-from purelm.dist.sharding import gather_parts, part_of
+from purelm.dist.sharding import gather_leaves, part_of
 from purelm.dist.world import Group, rank_of, size_of
 from purelm.dist.zero import global_norm
 from purelm.models import transformer
@@ -265,11 +266,13 @@ def cut_axis(path: str) -> int | None:
 
 
 def shard(params: Params, cfg: Config, group: Group = None) -> Params:
-    """This rank's part of the whole parameters, in memory of its own where cut; no message.
+    """This rank's part of the whole parameters, in memory of its own where cut.
 
-    A vocabulary that N does not divide is filled up with rows of zeros; these have gradients of 0.
+    A vocabulary that N does not divide is filled up with rows of zeros; these have gradients of 0. All ranks call it:
+    ValueError on each, naming what differs, where their trees or Configs do; a message of 32 bytes.
     """
     rank, N = rank_of(group), size_of(group)
+    check_same_kind({"cfg": asdict(cfg), "params": params}, group, "tensor_parallel.shard")
     local_config(cfg, group)
     if (V := len(params["token_embeddings"]["weight"])) != cfg.vocab_size:
         raise ValueError(f"params: token_embeddings.weight has {V} rows, but cfg.vocab_size is {cfg.vocab_size}")
@@ -282,7 +285,7 @@ def shard(params: Params, cfg: Config, group: Group = None) -> Params:
 
 
 def unshard(local: Params, cfg: Config, group: Group = None) -> Params:
-    """The inverse of `shard`, on every rank: one all_gather for each dtype. Also for (reduced) gradients."""
+    """The inverse of `shard`, on every rank. Also for (reduced) gradients. Messages of `sharding.gathered`."""
     N = size_of(group)
     if N == 1:
         return local
@@ -291,10 +294,7 @@ def unshard(local: Params, cfg: Config, group: Group = None) -> Params:
     vocabulary = [path.split(".")[-2] in VOCABULARY for path in tree.paths(cut)]
     leaves, treedef = tree.flatten(cut)
     parts = [x.movedim(axis, 0).contiguous() for x, axis in zip(leaves, axes, strict=True)]
-    out: list[Any] = [None] * len(parts)
-    for dtype in dict.fromkeys(x.dtype for x in parts):
-        at = [i for i, x in enumerate(parts) if x.dtype == dtype]
-        shapes = [(cfg.vocab_size if vocabulary[i] else N * len(parts[i]), *parts[i].shape[1:]) for i in at]
-        for i, x in zip(at, gather_parts([parts[i] for i in at], shapes, group).wait(), strict=True):
-            out[i] = x.movedim(0, axes[i]).contiguous()
+    rows = [cfg.vocab_size if v else N * len(x) for v, x in zip(vocabulary, parts, strict=True)]
+    wholes = gather_leaves(parts, [(n, *x.shape[1:]) for n, x in zip(rows, parts, strict=True)], group)
+    out = [x.movedim(0, axis).contiguous() for x, axis in zip(wholes, axes, strict=True)]
     return tree.combine(tree.unflatten(treedef, out), whole)

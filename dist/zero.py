@@ -16,7 +16,7 @@ bytes and of a wait for the device (`agreement.check_same_kind`). Inside torch.c
 optimizer that it wraps is compiled. In a world of one it is that optimizer, to the last bit.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,13 +29,7 @@ from purelm._donate import check_memory, consume, donated_type_of
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import all_reduce
 from purelm.dist.messages import Op, Pending, by_owner, default_bucket_bytes, from_owners, in_turn, split_as, stand_in
-from purelm.dist.sharding import (
-    gather_parts,
-    part_of,
-    part_shape,
-    scatter_bucket,
-    shard,
-)
+from purelm.dist.sharding import gather_leaves, gathered, part_of, part_shape, scatter_bucket, shard
 from purelm.dist.world import Group, device_of, rank_of, size_of
 from purelm.optim import Optimizer
 
@@ -104,7 +98,7 @@ def sharded(
             cut = _scatter(wholes, group, reduce, wire, limit)
         parts, state = call(optimizer.update, tree.unflatten(treedef, cut), state, shard(params, group), lr)
         (_, updates), _ = tree.flatten_up_to(params, parts)
-        return tree.unflatten(treedef, _gather(updates, ps, group, limit)), state
+        return tree.unflatten(treedef, gather_leaves(updates, [p.shape for p in ps], group, limit)), state
 
     return Optimizer(init, between_graphs(update, like=optimizer.update))
 
@@ -141,7 +135,7 @@ def sharded_step(
         stepped_parts, state = step(grads, state, shard(params, group), lr)
         parts: list[Any] = tree.leaves(stepped_parts)
         out: list[Any] = [x.data for x in leaves] if donate else [torch.empty_like(x) for x in leaves]
-        for _ in _gathered(parts, leaves, group, bucket_bytes or default_bucket_bytes(leaves), out):
+        for _ in gathered(parts, [x.shape for x in leaves], group, bucket_bytes or default_bucket_bytes(leaves), out):
             pass
         if donate:
             consume(leaves, donated)
@@ -275,29 +269,6 @@ def _scatter(
         for i, part in zip(at, parts, strict=True):
             out[i] = part
     return out
-
-
-def _gather(parts: Sequence[Tensor | None], like: Sequence[Tensor], group: Group, limit: int) -> list[Tensor | None]:
-    """Whole leaves of the shapes of `like`, bucket by bucket."""
-    out = [None if u is None or u.numel() else u.new_empty(p.shape) for u, p in zip(parts, like, strict=True)]
-    for at, found in _gathered(parts, like, group, limit):
-        for i, x in zip(at, found, strict=True):
-            out[i] = x
-    return out
-
-
-def _gathered(
-    parts: Sequence[Tensor | None], like: Sequence[Tensor], group: Group, limit: int, out: Sequence[Any] | None = None
-) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """(numbers of leaves, whole leaves) of each message; out: where to put them."""
-    in_messages = by_owner(parts, limit // size_of(group))
-
-    def message(at: list[int]) -> Pending:
-        of: list[Any] = [parts[i] for i in at]
-        places = None if out is None else [out[i] for i in at]
-        return gather_parts(of, [like[i].shape for i in at], group, out=places)
-
-    return zip(in_messages, in_turn(map(message, in_messages)), strict=True)
 
 
 def _to_owners(

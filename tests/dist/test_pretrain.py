@@ -1,4 +1,7 @@
-"""`experiments.pretrain` under torchrun with two Gloo processes. Oracle: the same run in one process."""
+"""`experiments.pretrain` on two Gloo processes. Oracle: the same run in one process.
+
+Processes that are there already train, but where it matters that torchrun starts them.
+"""
 
 import json
 import os
@@ -9,8 +12,12 @@ import time
 import numpy as np
 import pytest
 import torch
+import tyro
 
-from tests.dist.processes import ENVIRONMENT, ROOT, launcher
+from experiments import pretrain as program
+from experiments.config import Pretrain
+from purelm.dist.world import World, rank_of, size_of
+from tests.dist.processes import ENVIRONMENT, ROOT, launcher, run
 
 FLAGS = (
     "--model.vocab-size 61 --model.d-model 32 --model.n-layers 2 --model.n-heads 4 --model.context-length 32 "
@@ -29,19 +36,31 @@ def data(tmp_path_factory):
     return folder
 
 
-def command(data, run, *flags, n=1, restarts=0):
-    files = ["--run", str(run), "--train", str(data / "train.bin"), "--heldout", str(data / "heldout.bin")]
-    return [*launcher(n, f"--max-restarts={restarts}"), "experiments.pretrain", *files, *FLAGS, *flags]
+def arguments(data, folder, *flags):
+    files = ["--run", str(folder), "--train", str(data / "train.bin"), "--heldout", str(data / "heldout.bin")]
+    return [*files, *FLAGS, *flags]
 
 
-def pretrain(*args, **options):
-    done = subprocess.run(command(*args, **options), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return rows(args[1])
+def command(*args, restarts=0):
+    """Under torchrun, on two processes."""
+    return [*launcher(2, f"--max-restarts={restarts}"), "experiments.pretrain", *arguments(*args)]
 
 
-def rows(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def on_rank_pretrain(flags):
+    program.run(tyro.cli(Pretrain, args=flags), World(rank_of(None), size_of(None), torch.device("cpu")))
+
+
+def pretrain(data, folder, *flags, n=1):
+    flags = arguments(data, folder, *flags)
+    if n == 1:
+        on_rank_pretrain(flags)
+    else:
+        run(on_rank_pretrain, flags, size=n)
+    return rows(folder)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_curve(a, b, rtol):
@@ -90,16 +109,16 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(data, tmp_path):
 
     Over NCCL where there are two GPUs.
     """
-    run = tmp_path / "run"
+    folder = tmp_path / "run"
     device = "cuda" if torch.cuda.device_count() > 1 else "cpu"
     flags = ["--steps", "400", "--compile", "no", "--save-every", "20", "--keep-last", "2", "--eval-every", "0"]
     flags += ["--device", device]
     process = subprocess.Popen(
-        command(data, run, *flags, n=2, restarts=1), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        command(data, folder, *flags, restarts=1), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
     try:
         deadline = time.monotonic() + 60
-        while not (run / "checkpoints" / "step-00000020").exists():
+        while not (folder / "checkpoints" / "step-00000020").exists():
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
@@ -109,12 +128,12 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(data, tmp_path):
         process.kill()
     assert process.returncode == 0, errors
     assert "resumed from step" in errors
-    assert [r["step"] for r in rows(run) if "loss" in r] == list(range(1, 401))
+    assert [r["step"] for r in rows(folder) if "loss" in r] == list(range(1, 401))
 
 
 def test_what_cannot_be_divided_is_said(data, tmp_path):
     flags = ["--steps", "4", "--compile", "no", "--microbatches", "3"]
-    line = command(data, tmp_path / "run", *flags, n=2)
+    line = command(data, tmp_path / "run", *flags)
     done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0
     assert "error: batch_size 8 is not divisible by 2 processes x 3 microbatches" in done.stderr

@@ -243,6 +243,28 @@ def test_sharded_parameters_and_one_rank_along_the_model():
     run(on_rank_sharded, "gqa", False, transformer.identity)
 
 
+def on_rank_differs(what):
+    cfg = replace(GQA, n_layers=GQA.n_layers + (what == "cfg" and rank_of(None)))
+    params = params_of(GQA)
+    if what == "params" and rank_of(None):
+        params["layers"][1]["ln1"]["weight"] = params["layers"][1]["ln1"]["weight"].float()
+    tensor_parallel.Plan(cfg).shard(params)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("cfg", f"cfg.n_layers: {GQA.n_layers} on rank 0; {GQA.n_layers + 1} on rank 1"),
+        ("params", "params.layers.1.ln1.weight: (12,) float64 on rank 0; (12,) float32 on rank 1"),
+    ],
+)
+def test_a_rank_that_differs_is_an_error_on_all(what, said):
+    with pytest.raises(RankError) as error:
+        run(on_rank_differs, what)
+    assert sorted(error.value.errors) == [0, 1]
+    assert all(f"tensor_parallel.shard: ranks differ at {said}" in text for text in error.value.errors.values())
+
+
 def on_rank_layout(name):
     cfg = CASES[name][0]
     params, rank, N = params_of(cfg), rank_of(None), size_of(None)
