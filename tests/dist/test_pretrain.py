@@ -111,7 +111,7 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(data, tmp_path):
     """
     folder = tmp_path / "run"
     device = "cuda" if torch.cuda.device_count() > 1 else "cpu"
-    flags = ["--steps", "400", "--compile", "no", "--save-every", "20", "--keep-last", "2", "--eval-every", "0"]
+    flags = ["--steps", "150", "--compile", "no", "--save-every", "20", "--keep-last", "2", "--eval-every", "0"]
     flags += ["--device", device]
     process = subprocess.Popen(
         command(data, folder, *flags, restarts=1), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
@@ -128,7 +128,7 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(data, tmp_path):
         process.kill()
     assert process.returncode == 0, errors
     assert "resumed from step" in errors
-    assert [r["step"] for r in rows(folder) if "loss" in r] == list(range(1, 401))
+    assert [r["step"] for r in rows(folder) if "loss" in r] == list(range(1, 151))
 
 
 def test_what_cannot_be_divided_is_said(data, tmp_path):
