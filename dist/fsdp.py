@@ -41,6 +41,7 @@ from purelm.transforms import accumulate, value_and_grad
 
 __all__ = ["Bound", "Plan", "differentiate", "plan", "transformer_loss"]
 
+
 def vectors(path: str, x: Tensor) -> bool:
     """Norms, biases and numbers: too small to be worth a message."""
     return x.ndim < 2

@@ -1,6 +1,7 @@
 """Trees cut along axis 0. Oracles: slices of the whole; reduce_scatter and all_gather leaf by leaf; the dot product."""
 
 import doctest
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from purelm.dist.sharding import gather_parts, part_of, part_shape, scatter_sums
 from purelm.dist.world import rank_of, size_of
 from tests.dist.processes import run
 
-SHAPES = [(4, 3), (5, 2), (1,), (), (0, 3), (3,), (2, 2, 2)]
+SHAPES = [(4, 3), (5, 2), (1,), (), (0, 3), (3,), (2, 2, 2), (3, 0)]
 
 
 def made(seed, dtype=torch.float64):
@@ -23,7 +24,9 @@ def made(seed, dtype=torch.float64):
 def test_parts_put_together_are_the_whole(n_ranks):
     for x in made(0):
         parts = [part_of(x, r, n_ranks) for r in range(n_ranks)]
-        assert all(p.shape == part_shape(x.shape, n_ranks) and p.is_contiguous() for p in parts)
+        strided = [part_of(x.mT.contiguous().mT if x.ndim > 1 else x, r, n_ranks) for r in range(n_ranks)]
+        assert all(p.shape == part_shape(x.shape, n_ranks) and p.is_contiguous() for p in [*parts, *strided])
+        assert all(torch.equal(a, b) for a, b in zip(parts, strided, strict=True))
         whole = torch.cat(parts)
         n = x.numel() if x.ndim == 0 else len(x)
         assert torch.equal(whole[:n].view(x.shape), x) and not whole[n:].any()
@@ -61,27 +64,32 @@ def on_rank_in_place():
     values = made(1)
     parts = [part_of(x, rank, N) for x in values]
     kept, addresses = [x.clone() for x in parts], []
-    many = sharding.all_gather_many
+    gather, scatter = sharding.all_gather_many, sharding.reduce_scatter_many
 
-    def spy(outs, xs, *args):
+    def spy(many, outs, xs, *args):
+        assert all(x.is_contiguous() for x in [*outs, *xs])  # NCCL does not look
         addresses.extend([x.data_ptr() for x in [*outs, *xs]])
         return many(outs, xs, *args)
 
     out = [torch.full(x.shape, torch.nan, dtype=x.dtype) for x in values]
     out[6] = torch.full((2, 2, 2), torch.nan, dtype=torch.float64).transpose(0, 2)  # (2, 2, 2), not dense
-    sharding.all_gather_many = spy
+    rows = [torch.arange(12.0, dtype=torch.float64).view(3, 4).t() + rank, torch.ones(5, 2, dtype=torch.float64)]
+    columns = torch.arange(6.0, dtype=torch.float64).view(3, 2).t()
+    sharding.all_gather_many, sharding.reduce_scatter_many = partial(spy, gather), partial(spy, scatter)
     try:
         found = gather_parts(parts, SHAPES, out=out).wait()
+        wholes = gather_parts([columns + rank], [(4, 3)]).wait()
+        sums = scatter_sums(rows).wait()
     finally:
-        sharding.all_gather_many = many
+        sharding.all_gather_many, sharding.reduce_scatter_many = gather, scatter
     assert all(x is y for x, y in zip(found, out, strict=True))
     assert all(torch.equal(x, y) for x, y in zip([*out, *parts], [*values, *kept], strict=True))
     assert [x.data_ptr() in addresses for x in out if x.numel()] == [True, False, False, False, False, False]
     assert all(x.data_ptr() in addresses for x in parts if x.numel())
-    strided = [torch.arange(12.0, dtype=torch.float64).view(3, 4).t() + rank, torch.ones(5, 2, dtype=torch.float64)]
-    for x, got in zip(strided, scatter_sums(strided).wait(), strict=True):
+    assert torch.equal(wholes[0], torch.cat([columns, columns + 1]))
+    for x, got in zip(rows, sums, strict=True):
         assert torch.equal(got, part_of(all_reduce(x), rank, N))
-    assert torch.equal(strided[0], torch.arange(12.0, dtype=torch.float64).view(3, 4).t() + rank)
+    assert torch.equal(rows[0], torch.arange(12.0, dtype=torch.float64).view(3, 4).t() + rank)
 
 
 def test_nothing_is_copied_that_lies_where_it_belongs():
@@ -101,7 +109,7 @@ def test_alone():
     for x, y in zip(scatter_sums(values).wait(), parts, strict=True):
         assert torch.equal(x, y)
     assert {x.dtype for x in scatter_sums(values, dtype=torch.bfloat16).wait()} == {torch.bfloat16}
-    with pytest.raises(ValueError, match="7 parts, but `like` has 6 leaves"):
+    with pytest.raises(ValueError, match="8 parts, but `like` has 7 leaves"):
         unshard(parts, values[1:])
 
 
