@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from purelm import random, tree
 from purelm.dist import sharding
@@ -99,6 +100,19 @@ def test_nothing_is_copied_that_lies_where_it_belongs():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_messages_of_many_leaves(dtype):
     run(on_rank, dtype)
+
+
+def on_rank_of_no_group():
+    group = dist.new_group([0])
+    if rank_of(None) == 1:
+        with pytest.raises(ValueError, match="not a member"):
+            gather_parts([torch.ones(2)], [(4,)], group)
+        with pytest.raises(ValueError, match="not a member"):
+            scatter_sums([torch.ones(4)], group)
+
+
+def test_who_is_not_a_member_is_told():
+    run(on_rank_of_no_group)
 
 
 def test_alone():
