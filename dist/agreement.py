@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from purelm import tree
-from purelm.dist.world import Group, all_gather_single, device_of, rank_of, size_of
+from purelm.dist.world import Group, all_gather_single, device_of, size_of
 
 __all__ = ["check_equal", "check_same_kind", "fingerprint", "kinds", "non_finite_ranks"]
 
@@ -104,7 +104,6 @@ def _gather_bytes(data: bytes, group: Group) -> list[bytes]:
     """As many bytes from each rank, in order."""
     if size_of(group) == 1:
         return [data]
-    rank_of(group)
     mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device_of(group))
     out = mine.new_empty(size_of(group) * len(data))
     all_gather_single(out, mine, group)

@@ -71,7 +71,6 @@ def reduce_scatter(values: Any, group: Group = None, *, check: bool = True) -> A
 def _on_leaves(f: Callable[[Tensor], Tensor], values: Any, group: Group, check: bool, what: str) -> Any:
     if size_of(group) == 1:
         return values
-    rank_of(group)
     if check:
         check_same_kind(values, group, what)
     return tree.map(f, values)

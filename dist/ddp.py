@@ -62,7 +62,6 @@ def all_reduce_mean(
     check_options(op, bucket_bytes)
     if size_of(group) == 1:
         return grads
-    rank_of(group)
     if check:
         check_same_kind(grads, group, "gradients")
     leaves, treedef = tree.flatten(grads)
@@ -140,7 +139,6 @@ def overlapped_value_and_grad(
         if size_of(group) == 1:
             local_only = partial(alone, **kwargs)
             return accumulate(local_only, microbatches)(*args) if microbatches > 1 else local_only(*args)
-        rank_of(group)
         kind = treedef, *[(x.shape, x.dtype) if isinstance(x, Tensor) else type(x) for x in leaves]
         if check and kind not in known:
             check_same_kind(differentiated, group, "parameters")

@@ -107,18 +107,19 @@ def _abandon() -> None:
 
 
 def size_of(group: Group) -> int:
-    """Processes of the group; 1 where torch.distributed was not started."""
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+    """Processes of the group; 1 where torch.distributed was not started. ValueError for one that is not a member."""
+    return _of_member(dist.get_world_size(group)) if dist.is_initialized() else 1
 
 
 def rank_of(group: Group) -> int:
     """This process's number in the group; ValueError for one that is not a member."""
-    if not dist.is_initialized():
-        return 0
-    rank = dist.get_rank(group)
-    if rank < 0:
+    return _of_member(dist.get_rank(group)) if dist.is_initialized() else 0
+
+
+def _of_member(number: int) -> int:
+    if number < 0:
         raise ValueError("this process is not a member of the group")
-    return rank
+    return number
 
 
 def device_of(group: Group) -> torch.device:
@@ -154,6 +155,5 @@ def reduce_scatter_many(outs: list[Tensor], xs: list[Tensor], group: Group = Non
 
 
 def _many(group: Group, name: str, old: str) -> Any:
-    rank_of(group)
     engine = dist.group.WORLD if group is None else group
     return getattr(engine, name if hasattr(engine, name) else old)
