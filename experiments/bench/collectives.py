@@ -8,6 +8,9 @@ S / seconds, and bus bandwidth that times what a ring sends for each byte: 2 (N 
 all_gather and reduce_scatter, 1 for broadcast. Seconds are of the slowest rank, the median of runs of several calls
 each. purelm's are the functions of purelm.dist.collectives, which make new tensors; the peer is torch.distributed in
 place on buffers that are there; bandwidths are the peer's, the link's property.
+
+gather_parts and scatter_sums are fsdp's messages: a layer's matrices, as they lie, in one message; the peer sends as
+many bytes as one flat tensor, and packs and unpacks nothing.
 """
 
 import statistics
@@ -25,9 +28,13 @@ import tyro
 from experiments.bench.report import publish, row
 from experiments.console import pick_device, program, say
 from purelm.dist import collectives
+from purelm.dist.sharding import gather_parts, scatter_sums
 from purelm.dist.world import all_gather_single, reduce_scatter_single, start
 
 Call = Callable[[], Any]
+
+NAMES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "gather_parts", "scatter_sums")
+N_LEAVES = 7  # matrices of a layer: q, k, v, o, w1, w2, w3
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Args:
     """Collectives by size."""
 
     device: str = "auto"
-    names: tuple[str, ...] = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
+    names: tuple[str, ...] = NAMES
     mib: tuple[float, ...] = (1, 4, 16, 64, 256, 1024)
     """sizes, in 2^20 bytes"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -54,13 +61,16 @@ def bus_factor(name: str, n_ranks: int) -> float:
     share = (n_ranks - 1) / n_ranks
     if n_ranks == 1:
         return 0.0
-    return {"all_reduce": 2 * share, "all_gather": share, "reduce_scatter": share, "broadcast": 1.0}[name]
+    return {"all_reduce": 2 * share, "broadcast": 1.0}.get(name, share)
 
 
 def calls(name: str, n_bytes: int, dtype: torch.dtype, device: torch.device) -> tuple[int, Call, Call]:
     """(bytes of the larger buffer, purelm's call, torch.distributed's call); zeros, which sums leave finite."""
     N = dist.get_world_size()
-    part = torch.zeros(max(1, n_bytes // dtype.itemsize // N), dtype=dtype, device=device)
+    if name not in NAMES:
+        raise ValueError(f"names: {name!r} is not one of {', '.join(NAMES)}")
+    n_leaves = N_LEAVES if name in ("gather_parts", "scatter_sums") else 1
+    part = torch.zeros(n_leaves * max(1, n_bytes // dtype.itemsize // N // n_leaves), dtype=dtype, device=device)
     whole = part.new_zeros(N * len(part))
     size = whole.nbytes
     if name == "all_reduce":
@@ -71,9 +81,13 @@ def calls(name: str, n_bytes: int, dtype: torch.dtype, device: torch.device) -> 
     if name == "reduce_scatter":
         engine = partial(reduce_scatter_single, part, whole)
         return size, partial(collectives.reduce_scatter, whole, check=False), engine
-    if name == "broadcast":
-        return size, partial(collectives.broadcast, whole, check=False), partial(dist.broadcast, whole, 0)
-    raise ValueError(f"names: {name!r} is not one of all_reduce, all_gather, reduce_scatter, broadcast")
+    if name == "gather_parts":
+        parts, shapes = part.chunk(N_LEAVES), [(len(whole) // N_LEAVES,)] * N_LEAVES
+        return size, lambda: gather_parts(parts, shapes).wait(), partial(all_gather_single, whole, part)
+    if name == "scatter_sums":
+        wholes = whole.chunk(N_LEAVES)
+        return size, lambda: scatter_sums(wholes).wait(), partial(reduce_scatter_single, part, whole)
+    return size, partial(collectives.broadcast, whole, check=False), partial(dist.broadcast, whole, 0)
 
 
 def seconds(f: Call, n_calls: int, n_runs: int, device: torch.device) -> list[float]:
