@@ -15,6 +15,7 @@ from purelm import checkpoint, track, tree
 from purelm.data import open_tokens
 from purelm.models import transformer
 from purelm.models.config import config_from_dict
+from tests.programs import run_here
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--d-model", "32", "--n-layers", "2", "--n-heads", "2", "--batch-size", "4", "--vocab-size", "400"]
@@ -22,14 +23,17 @@ MODEL = ["--model.d-model", "32", "--model.n-layers", "2", "--model.n-heads", "2
 
 
 def run(module, *args, ok=True, env=None):
-    done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-    )
+    done = run_here(f"experiments.{module}", *args, env=env)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done
+
+
+def run_apart(module, *args, env):
+    """As a user does, by a new interpreter."""
+    command = [sys.executable, "-m", f"experiments.{module}", *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
@@ -40,9 +44,8 @@ EAGER = {"PATH": str(Path(sys.executable).parent)}
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs") / "quick"
-    done = run(
-        "quickstart", "--run", folder, "--stories", 300, "--steps", 12, "--context-length", 64, *SMALL, env=EAGER
-    )
+    flags = ["--run", folder, "--stories", 300, "--steps", 12, "--context-length", 64, *SMALL]
+    done = run_apart("quickstart", *flags, env=EAGER)
     return folder, done
 
 
