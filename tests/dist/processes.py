@@ -2,7 +2,8 @@
 
     results = run(function, *args)             # function(*args) on each of two ranks; a list of what they returned
     results = run(function, *args, gpus=True)  # over NCCL, each with a GPU of its own if there are so many
-    done = program("experiments.pretrain", "--steps", 4, n_ranks=2)  # a program under torchrun
+    done = program("experiments.pretrain", "--steps", 4)   # a program on two ranks, of these processes
+    done = under_torchrun("experiments.pretrain", "--steps", 4)       # or of their own
 
 function is a module-level function of a test file (it is sent by name). An exception on any rank is raised here with
 that rank's traceback. What hangs is killed after TIMEOUT, and so is a pool in which a rank died.
@@ -23,6 +24,8 @@ from typing import Any
 
 import torch
 import torch.distributed
+
+from tests.programs import run_here
 
 ROOT = Path(__file__).resolve().parents[2]
 # A script outside of the project finds it, too.
@@ -156,7 +159,14 @@ def _torchrun(n_ranks: int) -> list[str]:
 
 
 def program(module: str, *args: Any, n_ranks: int = 2) -> subprocess.CompletedProcess:
-    """The module run as a program from the root of the project, on so many ranks of one thread."""
+    """The module run as a program on so many ranks: what all of them print, and the highest exit status."""
+    ranks = [run_here(module, *args)] if n_ranks == 1 else run(run_here, module, *args, size=n_ranks)
+    out, err = ("".join(getattr(done, name) for done in ranks) for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess([module, *args], max(done.returncode for done in ranks), out, err)
+
+
+def under_torchrun(module: str, *args: Any, n_ranks: int = 2) -> subprocess.CompletedProcess:
+    """The module run as a program from the root of the project, on so many ranks of one thread, each a new process."""
     return subprocess.run(
         [*launcher(n_ranks), module, *map(str, args)],
         cwd=ROOT,

@@ -9,7 +9,7 @@ from tests.dist import processes
 
 def test_rows(tmp_path):
     flags = ["--n-layers", "2", "--n-ranks", "3", "--steps", "2", "--no-compile", "--json", tmp_path / "rows.json"]
-    done = processes.program("experiments.bench.fsdp_host", *flags, n_ranks=1)
+    done = processes.under_torchrun("experiments.bench.fsdp_host", *flags, n_ranks=1)
     assert done.returncode == 0, done.stderr[-3000:]
     whole, sharded, layer = json.loads((tmp_path / "rows.json").read_text())
     assert whole["peer"] == "nn.Module" and sharded["peer"] == layer["peer"] == "fully_shard"
@@ -18,5 +18,5 @@ def test_rows(tmp_path):
 
 
 def test_what_cannot_be_shared_is_said():
-    done = processes.program("experiments.bench.fsdp_host", "--n-ranks", "1", n_ranks=1)
+    done = processes.under_torchrun("experiments.bench.fsdp_host", "--n-ranks", "1", n_ranks=1)
     assert done.returncode == 2 and "error: two ranks, a layer and a step are least: 1 ranks" in done.stderr

@@ -156,7 +156,7 @@ def test_plot_stacks_what_is_held(tmp_path, monkeypatch):
 
 def program(*args, n_ranks=2):
     small = ["--device", "cpu", "--sizes", "3m", "--batch-size", "1", "--context-length", "16"]
-    return processes.program("experiments.bench.memory", *small, *args, n_ranks=n_ranks)
+    return processes.under_torchrun("experiments.bench.memory", *small, *args, n_ranks=n_ranks)
 
 
 def test_two_ranks_hold_what_the_formula_says(tmp_path):
