@@ -9,17 +9,13 @@ import torch
 import torch.distributed as dist
 
 from purelm import random, tree
-from purelm.dist import conjugates, fsdp, tensor_parallel, vocab_parallel
+from purelm.dist import conjugates, tensor_parallel, vocab_parallel
 from purelm.dist.agreement import check_equal
-from purelm.dist.collectives import all_reduce
-from purelm.dist.ddp import all_reduce_mean
 from purelm.dist.tensor_parallel import Plan, local_config, shard, unshard
 from purelm.dist.world import rank_of, size_of
 from purelm.models import transformer
 from purelm.ops import REFERENCE
 from purelm.ops.linear_cross_entropy import linear_cross_entropy
-from purelm.optim import adamw, chain, clip_by_global_norm, schedules
-from purelm.train import Precision, init_state, make_step
 from purelm.transforms import remat, save_matmuls, value_and_grad
 from tests.dist.processes import ALL_GATHER, REDUCE_SCATTER, RankError, run
 
@@ -160,87 +156,6 @@ def on_rank_fused(sequence_parallel):
 
 def test_fused_ops():
     run(on_rank_fused, True)
-
-
-def on_rank_mesh(sequence_parallel):
-    """2 x 2: rows of the batch over one axis, the model over the other. Three updates equal those of one process."""
-    rank = dist.get_rank()
-    models = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    data = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    model_group, data_group = models[rank // 2], data[rank % 2]
-    cfg = replace(GQA, vocab_size=19, biases="all", qk_norm="head")
-    plan = Plan(cfg, model_group, sequence_parallel)
-    schedule, float64 = schedules.constant(0.01), Precision(torch.float64, torch.float64, torch.float64)
-
-    def reduced(grads):
-        return all_reduce_mean(plan.reduce(grads), data_group, op="sum")
-
-    def stepper(loss, norm=tree.global_norm, **options):
-        optimizer = chain(clip_by_global_norm(0.5, norm=norm), adamw())
-        return optimizer, make_step(loss, optimizer, schedule, precision=float64, norm=norm, **options)
-
-    alone, step_alone = stepper(partial(transformer.loss, cfg=cfg, z_loss=0.1))
-    mesh, step_mesh = stepper(partial(plan.loss, z_loss=0.1), plan.global_norm, reduce=reduced, microbatches=2)
-    a = init_state(params_of(cfg), alone, float64)
-    b = init_state(plan.shard(params_of(cfg)), mesh, float64)
-    for i in range(3):
-        batch = {**batch_of(cfg, "segments", step=i, rows=8)}
-        batch["denominator"] = batch["weights"].sum()
-        mine = {k: x if x.ndim == 0 else x.chunk(2)[rank // 2] for k, x in batch.items()}
-        a, metrics = step_alone(a, batch)
-        b, own = step_mesh(b, mine)
-        assert float(metrics["grad_norm"]) > 0.5  # clipped
-        torch.testing.assert_close(own["grad_norm"], metrics["grad_norm"], rtol=1e-11, atol=0)
-        torch.testing.assert_close(all_reduce(own["loss"], data_group), metrics["loss"], rtol=1e-11, atol=0)
-    assert_close(plan.unshard(b.params), a.params, rtol=1e-8, atol=1e-9)  # Adam divides small numbers
-    check_equal(b.params, data_group)
-    assert not tree.leaves(b.params["lm_head"])[0][10 - rank % 2 :].any()  # rows filled up stay zeros
-
-
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence"])
-def test_with_data_parallelism(sequence_parallel):
-    run(on_rank_mesh, sequence_parallel, size=4)
-
-
-def on_rank_sharded(name, sequence_parallel, wrap):
-    """2 x 2: each model rank's parameters cut once more over the data ranks. Twice: units are gathered ahead."""
-    cfg, rank, n = CASES[name][0], dist.get_rank(), dist.get_world_size() // 2  # ranks along the model
-    models = [dist.new_group(list(range(i, i + n))) for i in range(0, 2 * n, n)]
-    data = [dist.new_group([i, i + n]) for i in range(n)]
-    model, over_data = Plan(cfg, models[rank // n], sequence_parallel), data[rank % n]
-    shares = model.shard(params_of(cfg))
-    plan = fsdp.plan(shares, over_data)
-    batch = {**batch_of(cfg, "segments", rows=8)}
-    batch["denominator"] = batch["weights"].sum()
-    mine = {k: x if x.ndim == 0 else x.chunk(2)[rank // n] for k, x in batch.items()}
-    loss = partial(
-        fsdp.transformer_loss, cfg=cfg, plan=plan, tensor_parallel=model, wrap_block=wrap, z_loss=0.1, chunk=5
-    )
-    expected, theirs = value_and_grad(partial(transformer.loss, cfg=cfg, z_loss=0.1), has_aux=True)(
-        params_of(cfg), batch
-    )
-    local = plan.shard(shares)
-    for _ in range(2):
-        (value, metrics), grads = value_and_grad(loss, has_aux=True)(local, mine)
-        torch.testing.assert_close(value, expected[0], rtol=1e-11, atol=0)
-        torch.testing.assert_close(metrics["n_targets"], expected[1]["n_targets"], rtol=1e-6, atol=0)
-        grads = model.reduce(grads)
-        assert_close(model.unshard(plan.unshard(grads)), theirs, **TOLERANCE[torch.float64])
-        norm = model.global_norm(grads, norm=plan.norm)
-        torch.testing.assert_close(norm, tree.global_norm(theirs), **TOLERANCE[torch.float64])
-    halves = [2 * p.numel() >= s.numel() > p.numel() for p, s in zip(*map(tree.leaves, (local, shares)), strict=True)]
-    assert sum(halves) >= 9 * cfg.n_layers - 4  # matrices are cut
-
-
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence"])
-@pytest.mark.parametrize("wrap", [transformer.identity, remat], ids=["plain", "remat"])
-@pytest.mark.parametrize("name", ["gqa", "tied_odd", "head_norms"])
-def test_with_sharded_parameters(name, sequence_parallel, wrap):
-    run(on_rank_sharded, name, sequence_parallel, wrap, size=4)
-
-
-def test_sharded_parameters_and_one_rank_along_the_model():
-    run(on_rank_sharded, "gqa", False, transformer.identity)
 
 
 def on_rank_differs(what):
