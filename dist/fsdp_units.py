@@ -78,15 +78,15 @@ class Unit:
     def start(self) -> None:
         """Send the parts, if they are neither here nor under way."""
         if self.pending is None and self.wholes is None:
-            self.pending = gather_parts(self.parts, self.shapes, self.schedule.group, self.schedule.compute)
+            with torch.no_grad():
+                self.pending = gather_parts(self.parts, self.shapes, self.schedule.group, self.schedule.compute)
 
     def get(self) -> list[Tensor]:
         if self.wholes is None:
             self.start()
             assert self.pending is not None
-            self.wholes = self.pending.wait()
-            if self.schedule.compute is None:  # they came in the widest of the parts' dtypes
-                self.wholes = [x.to(p.dtype) for x, p in zip(self.wholes, self.parts, strict=True)]
+            lower = self.schedule.compute
+            self.wholes = [x.to(lower or p.dtype) for x, p in zip(self.pending.wait(), self.parts, strict=True)]
             self.pending = None
             self.storages = {x.untyped_storage().data_ptr(): i for i, x in enumerate(self.wholes) if x.numel()}
         return self.wholes

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from purelm import tree
 from purelm.dist.messages import Op, Pending, by_owner, default_bucket_bytes, in_turn, split_as
-from purelm.dist.world import Group, all_gather_many, rank_of, reduce_scatter_many, size_of
+from purelm.dist.world import Group, all_gather_single, rank_of, reduce_scatter_single, size_of
 
 __all__ = [
     "gather_leaves",
@@ -96,11 +96,10 @@ def gathered(
     shapes: Sequence[Sequence[int]],
     group: Group = None,
     limit: int | None = None,
-    out: Sequence[Any] | None = None,
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """(numbers of leaves, whole leaves), message by message: one for each dtype and `limit` bytes, two under way.
 
-    limit: of what is whole, by default `messages.default_bucket_bytes`. out: where to put them.
+    limit: of what is whole, by default `messages.default_bucket_bytes`.
     """
     N = size_of(group)
     limit = limit or default_bucket_bytes([x for x in parts if x is not None]) * N
@@ -108,52 +107,40 @@ def gathered(
 
     def message(at: list[int]) -> Pending:
         of: list[Any] = [parts[i] for i in at]
-        places = None if out is None else [out[i] for i in at]
-        return gather_parts(of, [shapes[i] for i in at], group, out=places)
+        return gather_parts(of, [shapes[i] for i in at], group)
 
     return zip(in_messages, in_turn(map(message, in_messages)), strict=True)
 
 
-@torch.no_grad()
 def gather_parts(
-    parts: Sequence[Tensor],
-    shapes: Sequence[Sequence[int]],
-    group: Group = None,
-    dtype: torch.dtype | None = None,
-    out: Sequence[Tensor] | None = None,
+    parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: Group = None, dtype: torch.dtype | None = None
 ) -> Pending:
     """Whole leaves of these shapes from every rank's parts, by one all_gather.
 
     dtype: of the message and the results; by default the widest of the parts'. Bytes sent: (N - 1) times those of the
-    parts in it. Parts that have it already are sent as they are: they must stay as they are until wait() has returned.
-    out: where the results are put, by default memory of their own; what is dense and has no row too few receives them.
+    parts in it. The results are copied out of the message, each dense.
     """
     dtype = dtype or functools.reduce(torch.promote_types, [p.dtype for p in parts])
     N = size_of(group)
-    places: Sequence[Tensor | None] = out or [None] * len(parts)
-    sent: list[Tensor] = []
-    work = None
     if N == 1:
-        wholes = [p.to(dtype) for p in parts]
-    else:
-        room = [torch.Size((N * p.shape[0], *p.shape[1:])) for p in parts]
-        wholes = [
-            x if x is not None and x.shape == r and _dense(x, dtype) else p.new_empty(r, dtype=dtype)
-            for p, r, x in zip(parts, room, places, strict=True)
-        ]
-        at = [i for i, p in enumerate(parts) if p.numel()]
-        sent = _in_dtype([parts[i] for i in at], [parts[i].shape for i in at], dtype)
-        if at:
-            work = all_gather_many([wholes[i] for i in at], sent, group)
+        return Pending(None, lambda: [whole_of(p.to(dtype), s) for p, s in zip(parts, shapes, strict=True)])
+    # Of the parts themselves only shapes are kept, and one launch packs them, one more unpacks: with one a leaf the
+    # host has more to do than for the layer that they belong to.
+    sizes, shapes_of_parts = [p.numel() for p in parts], [p.shape for p in parts]
+    flat = parts[0].new_empty(sum(sizes), dtype=dtype)
+    torch._foreach_copy_(list(flat.split_with_sizes(sizes)), [p.reshape(-1) for p in parts])
+    message = flat.new_empty(N, flat.numel())
+    work = all_gather_single(message.view(-1), flat, group, async_op=True)
 
-    def finish(sent: list[Tensor] = sent) -> list[Tensor]:  # held until the work is done
-        found = [whole_of(x, shape) for x, shape in zip(wholes, shapes, strict=True)]
-        return [y if x is None or x is y else x.copy_(y) for x, y in zip(places, found, strict=True)]
+    def finish() -> list[Tensor]:
+        out = [message.new_empty(N, size) for size in sizes]
+        torch.split_with_sizes_copy(message, sizes, 1, out=out)
+        by_shape = zip(out, shapes_of_parts, shapes, strict=True)
+        return [whole_of(x.view(N * part[0], *part[1:]), shape) for x, part, shape in by_shape]
 
     return Pending(work, finish)
 
 
-@torch.no_grad()
 def scatter_sums(wholes: Sequence[Tensor], group: Group = None, dtype: torch.dtype | None = None) -> Pending:
     """This rank's parts of the sums over ranks of whole leaves, by one reduce_scatter.
 
@@ -163,45 +150,22 @@ def scatter_sums(wholes: Sequence[Tensor], group: Group = None, dtype: torch.dty
     dtype = dtype or wholes[0].dtype
     N = size_of(group)
     shapes = [part_shape(x.shape, N) for x in wholes]
+    wholes = [x[None] if x.ndim == 0 else x for x in wholes]
     if N == 1:
-        return Pending(None, lambda: [x.to(dtype).view(s) for x, s in zip(wholes, shapes, strict=True)])
-    out = wholes[0].new_empty(sum(map(math.prod, shapes)), dtype=dtype)
-    pieces = split_as(out, shapes)
-    at = [i for i, x in enumerate(pieces) if x.numel()]
-    room = [torch.Size((N * shapes[i][0], *shapes[i][1:])) for i in at]
-    sent = _in_dtype([wholes[i] for i in at], room, dtype)
-    work = reduce_scatter_many([pieces[i] for i in at], sent, group) if at else None
+        return Pending(None, lambda: [x.to(dtype) for x in wholes])
+    message = wholes[0].new_empty((N, sum(math.prod(s) for s in shapes)), dtype=dtype)
+    filled = [x for x in wholes if x.numel()]
+    if len({x.dtype for x in filled}) > 1:
+        filled = [x.to(dtype) for x in filled]
+    if filled:  # cut, filled up with zeros, cast and packed by one launch
+        torch._chunk_cat(filled, 0, N, out=message)
+    out = message.new_empty(message.shape[1])
+    work = reduce_scatter_single(out, message.view(-1), group, async_op=True)
 
-    def finish(sent: list[Tensor] = sent) -> list[Tensor]:  # held until the work is done
-        return pieces
+    def finish(sent: Tensor = message) -> list[Tensor]:  # held until the work is done
+        return split_as(out, shapes)
 
     return Pending(work, finish)
-
-
-def _dense(x: Tensor, dtype: torch.dtype) -> bool:
-    return x.dtype == dtype and x.is_contiguous()
-
-
-def _in_dtype(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
-    """Each tensor dense, in the dtype, filled up with rows of zeros to its shape; itself where it is all that.
-
-    One launch casts and copies all others: with one a leaf the host has more to do than for the layer they belong to.
-    """
-    out = list(tensors)
-    at = [i for i, (x, s) in enumerate(zip(out, shapes, strict=True)) if x.shape != s or not _dense(x, dtype)]
-    if at:
-        given, copies = [out[i] for i in at], []
-        sizes = [math.prod(shapes[i]) for i in at]
-        room = given[0].new_empty(sum(sizes), dtype=dtype).split_with_sizes(sizes)
-        for i, x, piece in zip(at, given, room, strict=True):
-            out[i] = piece.view(shapes[i])
-            if (n := x.numel()) == piece.numel():
-                copies.append(out[i] if x.shape == out[i].shape else piece.view(x.shape))
-            else:
-                piece[n:].zero_()
-                copies.append(piece[:n].view(x.shape))
-        torch._foreach_copy_(copies, given)
-    return out
 
 
 def scatter_bucket(

@@ -24,11 +24,9 @@ from torch.distributed.rendezvous import rendezvous
 __all__ = [
     "Group",
     "World",
-    "all_gather_many",
     "all_gather_single",
     "device_of",
     "rank_of",
-    "reduce_scatter_many",
     "reduce_scatter_single",
     "size_of",
     "start",
@@ -129,7 +127,7 @@ def device_of(group: Group) -> torch.device:
     return torch.device("cpu")
 
 
-# torch 2.13 renamed these functions, and warns of the old names; 2.11 has only those.
+# torch 2.13 renamed two functions, and warns of the old names; 2.11 has only those.
 
 
 def all_gather_single(out: Tensor, x: Tensor, group: Group = None, async_op: bool = False) -> Any:
@@ -142,18 +140,3 @@ def reduce_scatter_single(out: Tensor, x: Tensor, group: Group = None, async_op:
     """torch.distributed's: this rank's share of the sum of x over ranks, into out."""
     name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
     return getattr(dist, name)(out, x, group=group, async_op=async_op)
-
-
-def all_gather_many(outs: list[Tensor], xs: list[Tensor], group: Group = None) -> Any:
-    """`all_gather_single` of each pair in one message, under way: one launch, and the bytes lie where they belong."""
-    return _many(group, "all_gather_single_coalesced", "allgather_into_tensor_coalesced")(outs, xs)
-
-
-def reduce_scatter_many(outs: list[Tensor], xs: list[Tensor], group: Group = None) -> Any:
-    """`reduce_scatter_single` of each pair in one message, under way."""
-    return _many(group, "reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced")(outs, xs)
-
-
-def _many(group: Group, name: str, old: str) -> Any:
-    engine = dist.group.WORLD if group is None else group
-    return getattr(engine, name if hasattr(engine, name) else old)

@@ -30,7 +30,7 @@ from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import all_reduce
 from purelm.dist.messages import Op, Pending, by_owner, default_bucket_bytes, from_owners, in_turn, split_as, stand_in
 from purelm.dist.sharding import gather_leaves, gathered, part_of, part_shape, scatter_bucket, shard
-from purelm.dist.world import Group, device_of, rank_of, size_of
+from purelm.dist.world import Group, all_gather_single, device_of, rank_of, size_of
 from purelm.optim import Optimizer
 
 __all__ = [
@@ -42,6 +42,8 @@ __all__ = [
 ]
 
 Reduce = Literal["sum", "mean", "parts"] | None
+
+LARGE = 1 << 20  # bytes of a leaf that is worth a message of its own, if it then needs no copies
 
 
 def sharded(
@@ -135,8 +137,21 @@ def sharded_step(
         stepped_parts, state = step(grads, state, shard(params, group), lr)
         parts: list[Any] = tree.leaves(stepped_parts)
         out: list[Any] = [x.data for x in leaves] if donate else [torch.empty_like(x) for x in leaves]
-        for _ in gathered(parts, [x.shape for x in leaves], group, bucket_bytes or default_bucket_bytes(leaves), out):
-            pass
+        limit = bucket_bytes or default_bucket_bytes(leaves)
+        # A large leaf that all ranks have an equal part of arrives where it belongs: nothing is packed or copied.
+        large = [i for i, x in enumerate(out) if _lies_in_parts(x, parts[i], N) and x.nbytes >= min(limit, LARGE)]
+        # The same ones on every rank, whatever strides its tensors have.
+        dense = [out[i] if out[i].is_contiguous() else out[i].contiguous() for i in large]
+        ours = [parts[i].contiguous().view(-1) for i in large]
+        under_way = [all_gather_single(x.view(-1), y, group, async_op=True) for x, y in zip(dense, ours, strict=True)]
+        for i in large:
+            parts[i] = None
+        for at, wholes in gathered(parts, [x.shape for x in leaves], group, limit):
+            torch._foreach_copy_([out[i] for i in at], wholes)
+        for i, x, work in zip(large, dense, under_way, strict=True):
+            work.wait()
+            if x is not out[i]:
+                out[i].copy_(x)
         if donate:
             consume(leaves, donated)
         return tree.unflatten(treedef, out), state
@@ -246,6 +261,11 @@ def _check_parts(who: str, params: Any, grads: Sequence[Tensor | None], N: int) 
                 f"{who}: the gradient of {tree.paths(params)[i]} has shape {tuple(g.shape)}, this rank's part has "
                 f"{expected}: give those of ddp.differentiate(parts=True)"
             )
+
+
+def _lies_in_parts(whole: Tensor, part: Tensor, N: int) -> bool:
+    """Whether N parts one after another are the leaf, with no rows filled up."""
+    return whole.numel() == N * part.numel() > 0
 
 
 def _owned(params: Any, owners: Sequence[int], rank: int) -> Any:

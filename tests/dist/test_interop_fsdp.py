@@ -87,13 +87,13 @@ def test_full_parameters_are_the_state_dict(size):
 def on_rank_mixed(kind, dtype, tolerance):
     oracle, model = model_of(kind, torch.float32), fsdp(model_of(kind, torch.float32), compute_dtype=dtype)
     sent, seen = [], []
-    gather = sharding.all_gather_many
+    gather = sharding.all_gather_single
 
-    def spy(outs, xs, *args):
-        sent.append({x.dtype for x in xs})
-        return gather(outs, xs, *args)
+    def spy(out, x, *args, **kwargs):
+        sent.append(x.dtype)
+        return gather(out, x, *args, **kwargs)
 
-    sharding.all_gather_many = spy
+    sharding.all_gather_single = spy
     model.module.embed.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     model.module.head.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     model.module.blocks[0].norm.register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
@@ -109,8 +109,8 @@ def on_rank_mixed(kind, dtype, tolerance):
             for optimizer in optimizers:
                 optimizer.step()
     finally:
-        sharding.all_gather_many = gather
-    assert sent == [{dtype}] * 3 * (8 + 7)  # the embedding's backward needs no weights
+        sharding.all_gather_single = gather
+    assert sent == [dtype] * 3 * (8 + 7)  # the embedding's backward needs no weights
     # The table in fp32 makes the sum fp32; head takes what comes in compute_dtype.
     assert seen == [dtype, torch.float32, dtype] * 3
     compare(model.gather_full_params(), oracle.state_dict(), tolerance)

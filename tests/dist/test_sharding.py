@@ -1,7 +1,6 @@
 """Trees cut along axis 0. Oracles: slices of the whole; reduce_scatter and all_gather leaf by leaf; the dot product."""
 
 import doctest
-from functools import partial
 
 import pytest
 import torch
@@ -59,42 +58,19 @@ def on_rank(dtypes):
     torch.testing.assert_close(left, right, rtol=1e-13, atol=0)
 
 
-def on_rank_in_place():
-    """What is sent and received as it lies, what is copied on the way, and that nothing given is changed."""
+def on_rank_strided():
+    """What is not dense, and that nothing given is changed."""
     rank, N = rank_of(None), size_of(None)
-    values = made(1)
-    parts = [part_of(x, rank, N) for x in values]
-    kept, addresses = [x.clone() for x in parts], []
-    gather, scatter = sharding.all_gather_many, sharding.reduce_scatter_many
-
-    def spy(many, outs, xs, *args):
-        assert all(x.is_contiguous() for x in [*outs, *xs])  # NCCL does not look
-        addresses.extend([x.data_ptr() for x in [*outs, *xs]])
-        return many(outs, xs, *args)
-
-    out = [torch.full(x.shape, torch.nan, dtype=x.dtype) for x in values]
-    out[6] = torch.full((2, 2, 2), torch.nan, dtype=torch.float64).transpose(0, 2)  # (2, 2, 2), not dense
     rows = [torch.arange(12.0, dtype=torch.float64).view(3, 4).t() + rank, torch.ones(5, 2, dtype=torch.float64)]
     columns = torch.arange(6.0, dtype=torch.float64).view(3, 2).t()
-    sharding.all_gather_many, sharding.reduce_scatter_many = partial(spy, gather), partial(spy, scatter)
-    try:
-        found = gather_parts(parts, SHAPES, out=out).wait()
-        wholes = gather_parts([columns + rank], [(4, 3)]).wait()
-        sums = scatter_sums(rows).wait()
-    finally:
-        sharding.all_gather_many, sharding.reduce_scatter_many = gather, scatter
-    assert all(x is y for x, y in zip(found, out, strict=True))
-    assert all(torch.equal(x, y) for x, y in zip([*out, *parts], [*values, *kept], strict=True))
-    assert [x.data_ptr() in addresses for x in out if x.numel()] == [True, False, False, False, False, False]
-    assert all(x.data_ptr() in addresses for x in parts if x.numel())
-    assert torch.equal(wholes[0], torch.cat([columns, columns + 1]))
-    for x, got in zip(rows, sums, strict=True):
+    assert torch.equal(gather_parts([columns + rank], [(4, 3)]).wait()[0], torch.cat([columns, columns + 1]))
+    for x, got in zip(rows, scatter_sums(rows).wait(), strict=True):
         assert torch.equal(got, part_of(all_reduce(x), rank, N))
     assert torch.equal(rows[0], torch.arange(12.0, dtype=torch.float64).view(3, 4).t() + rank)
 
 
-def test_nothing_is_copied_that_lies_where_it_belongs():
-    run(on_rank_in_place)
+def test_strided_leaves():
+    run(on_rank_strided)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purelm import random, tree
-from purelm.dist import messages, sharding, zero, zero_state
+from purelm.dist import messages, zero, zero_state
 from purelm.dist.agreement import check_equal
 from purelm.dist.sharding import shard
 from purelm.dist.world import rank_of, size_of
@@ -35,7 +35,7 @@ from purelm.optim import (
 from purelm.train import Precision, init_state, make_step
 from purelm.transforms import jit
 from tests.dist.models import equal, made
-from tests.dist.processes import RankError, run
+from tests.dist.processes import ALL_GATHER, REDUCE_SCATTER, RankError, run
 
 MIXED = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WRAPPERS = {"sharded": zero.sharded, "whole_tensors": zero.whole_tensors}
@@ -197,9 +197,6 @@ def test_each_rank_holds_half_of_the_state():
     assert sorted(paths0 + paths1) == ["a", "b", "c", "d"]
 
 
-ALL_GATHER, REDUCE_SCATTER = "all_gather_many", "reduce_scatter_many"
-
-
 def on_rank_messages(wrapper, bucket_bytes):
     """What is sent: (name of the collective, bytes), in order."""
     sent = []
@@ -219,7 +216,7 @@ def on_rank_messages(wrapper, bucket_bytes):
     optimizer = WRAPPERS[wrapper](adamw(), bucket_bytes=bucket_bytes, check=False)
     state = optimizer.init(params)
     # of what is whole: the second argument of a reduce_scatter, the first of all others
-    places = [(sharding, REDUCE_SCATTER, 1), (sharding, ALL_GATHER, 0), (dist, "reduce", 0), (dist, "broadcast", 0)]
+    places = [(dist, REDUCE_SCATTER, 1), (dist, ALL_GATHER, 0), (dist, "reduce", 0), (dist, "broadcast", 0)]
     originals = [(where, name, counted(where, name, size)) for where, name, size in places]
     try:
         optimizer.update(params, state, params, 0.1)
