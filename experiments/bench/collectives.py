@@ -9,8 +9,8 @@ all_gather and reduce_scatter, 1 for broadcast. Seconds are of the slowest rank,
 each. purelm's are the functions of purelm.dist.collectives, which make new tensors; the peer is torch.distributed in
 place on buffers that are there; bandwidths are the peer's, the link's property.
 
-gather_parts and scatter_sums are fsdp's messages: a layer's matrices in one message, packed and unpacked; the peer sends
-as many bytes as one flat tensor.
+gather_parts and scatter_sums are fsdp's messages: a layer's matrices in one message, packed and unpacked; the peer
+sends as many bytes as one flat tensor.
 """
 
 import statistics
