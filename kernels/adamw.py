@@ -26,7 +26,7 @@ from purelm import tree
 from purelm._donate import check_memory, consume, donated_type_of
 from purelm.optim.adamw import AdamWState
 from purelm.optim.adamw import adamw as reference
-from purelm.optim.base import Mask, Optimizer, Tree, apply_updates, chosen_by, compute_dtype, scalar
+from purelm.optim.base import Mask, Optimizer, Tree, apply_updates, chosen_by, compute_dtype, scalar, with_step
 
 __all__ = ["adamw", "adamw_step"]
 
@@ -49,7 +49,7 @@ def adamw(
     Leaves whose length is no multiple of 16, or that begin at an odd address, take a launch of their own.
 
     Results agree with the reference's to the last bit or two of fp32 (on a CPU they are the same bits). They are new
-    contiguous tensors; nothing is written to. On a GPU parameters, gradients and moments may be fp32, bf16 or fp16,
+    contiguous tensors; nothing is written to (a training step under `jit(donate=0)` writes over its state). On a GPU parameters, gradients and moments may be fp32, bf16 or fp16,
     and anything else is a ValueError.
 
     >>> optimizer = adamw(weight_decay=0.1)
@@ -63,7 +63,12 @@ def adamw(
     def update(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
         return run(grads, state, params, lr, False)
 
-    return Optimizer(init, update)
+    def step_(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
+        leaves = tree.flatten_up_to(params, grads, state.m, state.v)
+        params, new = run(grads, state, params, lr, True, leaves)
+        return params, new._replace(step=state.step.copy_(new.step))
+
+    return Optimizer(init, with_step(update, step_))
 
 
 def adamw_step(

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from purelm import tree
 from purelm._between import not_traced
-from purelm.optim import Optimizer, apply_updates
-from purelm.transforms import accumulate, in_stages, value_and_grad
+from purelm._donate import consuming, jitted_as
+from purelm.optim import Optimizer, apply_updates, step_of
+from purelm.transforms import accumulate, in_stages, jit, value_and_grad
 
 __all__ = ["FULL", "MIXED", "Precision", "TrainState", "init_state", "make_step", "with_denominator"]
 
@@ -110,13 +111,17 @@ def make_step(
 
     if differentiate is not None and microbatches > 1:
         raise ValueError("make_step: with differentiate, microbatches are its own argument")
-    gradient = value_and_grad(compute_loss, has_aux=True) if differentiate is None else differentiate(compute_loss)
-    if microbatches > 1:
-        gradient = accumulate(gradient, microbatches)
 
-    def gradients(state: TrainState, batch: Any) -> tuple[Any, dict[str, Tensor]]:
-        (loss, metrics), grads = gradient(state.params, prepare(batch))
-        return tree.cast(grads, precision.reduce), {**metrics, "loss": loss}
+    def gradients_of(loss: Callable[[Any, Any], Any]) -> Callable[[TrainState, Any], tuple[Any, dict[str, Tensor]]]:
+        gradient = value_and_grad(loss, has_aux=True) if differentiate is None else differentiate(loss)
+        if microbatches > 1:
+            gradient = accumulate(gradient, microbatches)
+
+        def gradients(state: TrainState, batch: Any) -> tuple[Any, dict[str, Tensor]]:
+            (loss, metrics), grads = gradient(state.params, prepare(batch))
+            return tree.cast(grads, precision.reduce), {**metrics, "loss": loss}
+
+        return gradients
 
     def reduced(state: TrainState, found: tuple[Any, dict[str, Tensor]]) -> tuple[Any, dict[str, Tensor]]:
         grads, metrics = found
@@ -133,8 +138,27 @@ def make_step(
             metrics = {**metrics, "grad_norm": norm(grads)}
         return new, {**metrics, "lr": lr}
 
-    # Cut where graphs end anyway; what talks to other processes runs between two of them, as it is.
-    first = gradients if differentiate is None else not_traced(gradients)
+    def update_(state: TrainState, found: tuple[Any, dict[str, Tensor]]) -> tuple[TrainState, dict[str, Tensor]]:
+        """`update`, written over the state."""
+        grads, metrics = found
+        lr = schedule(state.step)
+        if norm is tree.global_norm:
+            metrics = {**metrics, "grad_norm": norm(grads)}
+        assert write_over is not None
+        params, opt_state = write_over(grads, state.opt_state, state.params, lr)
+        return TrainState(params, opt_state, state.step.add_(1)), {**metrics, "lr": lr}
+
+    # What is compiled: the loss, forward and backward, and the optimizer's function of one leaf. Walks of trees are
+    # not: they would take longer to trace and compile than the model.
+    gradients = gradients_of(compute_loss)
+    if differentiate is None:
+        gradients = jitted_as(gradients, lambda donate, options: gradients_of(jit(compute_loss, **options)))
+    else:
+        gradients = not_traced(gradients)
+    write_over = step_of(optimizer)
+    if write_over is not None:
+        jitted_as(update, lambda donate, options: consuming(update, update_) if donate else None)
+    # What talks to other processes runs between the two, as it is.
     if reduce is identity and norm is tree.global_norm:
-        return in_stages(first, update)
-    return in_stages(first, not_traced(reduced), update)
+        return in_stages(gradients, update)
+    return in_stages(gradients, not_traced(reduced), update)
