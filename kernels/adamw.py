@@ -13,7 +13,7 @@ it inside, and needs 28 in all. Inside torch.compile both are the reference, whi
 it (28 bytes, too), and which under jit writes into donated storage.
 
 CUDA graphs: the kernel finds its leaves by a table of addresses that each call copies from the host, which a replay
-would read again after it is gone. So capture is refused with RuntimeError; a compiled step has no such table.
+would read again after it is gone. So capture is refused with RuntimeError; purelm.optim.adamw has no such table.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,8 +49,9 @@ def adamw(
     Leaves whose length is no multiple of 16, or that begin at an odd address, take a launch of their own.
 
     Results agree with the reference's to the last bit or two of fp32 (on a CPU they are the same bits). They are new
-    contiguous tensors; nothing is written to (a training step under `jit(donate=0)` writes over its state). On a GPU parameters, gradients and moments may be fp32, bf16 or fp16,
-    and anything else is a ValueError.
+    contiguous tensors; nothing is written to (but a training step under `jit(donate=0)` writes over its state, by the
+    same launch). On a GPU parameters, gradients and moments may be fp32, bf16 or fp16, and anything else is a
+    ValueError.
 
     >>> optimizer = adamw(weight_decay=0.1)
     >>> params = {"w": torch.ones(2)}

@@ -216,7 +216,11 @@ def global_norm(tree: Tree) -> Tensor:
     if not floats:
         return torch.zeros(())
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in floats) else torch.float32
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x, dtype=dtype) for x in floats]))
+    if floats[0].is_cuda and not torch.compiler.is_compiling() and not torch._C._functorch.peek_interpreter_stack():
+        norms = torch._foreach_norm(floats, 2, dtype)  # a few launches, where one a leaf keeps the host busy for a ms
+    else:
+        norms = [torch.linalg.vector_norm(x, dtype=dtype) for x in floats]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def all_finite(tree: Tree) -> Tensor:

@@ -60,7 +60,7 @@ class Args:
     """timed steps of each"""
     json: Path | None = None
     first: bool = True
-    """also the time to the first three steps of each, compilation included, in a process of its own with empty caches"""
+    """also the time to the third step, compilation included, each in a process of its own with empty caches"""
     memory_of: str | None = None
     """internal: measure the memory of one variant and print it"""
     first_of: str | None = None
@@ -226,7 +226,8 @@ def first_in_own_process(variant: str, size: str, device: torch.device) -> float
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
         env = {**os.environ, **caches}
-        done = subprocess.run([*command, "--sizes", size, "--first-of", variant], capture_output=True, text=True, env=env)
+        command += ["--sizes", size, "--first-of", variant]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode != 0:
         raise ValueError(f"first steps of {variant} at {size}: {done.stderr[-2000:]}")
     return float(done.stdout.split()[-1])
