@@ -1,5 +1,5 @@
 # Four commands: make quickstart, make test, make lint, make bench. test-all is test and what is slow, as CI runs it; the
-# gpu-* ones are the same on an accelerator, and test-oldest is the suite with the oldest torch that purelm supports, in a folder of its own.
+# gpu-* ones are the same on an accelerator; test-oldest is the suite with the oldest torch supported, in its own folder.
 # PY names another interpreter (one that has the dependencies) and skips the setup: make gpu-test PY=python3
 SHELL := /bin/sh
 VENV_PY := .venv/bin/python
