@@ -15,6 +15,8 @@ import numpy as np
 
 from purelm.tokenizer.patterns import resolve
 
+MOST_IDS = 2**24
+
 
 @dataclass(frozen=True, eq=False)
 class BPE:
@@ -92,7 +94,7 @@ def _pair(merge, rank: int) -> tuple[bytes, bytes]:
 
 
 def _check_entry(token_id, token) -> None:
-    if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool) or not 0 <= token_id < 2**24:
+    if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool) or not 0 <= token_id < MOST_IDS:
         raise ValueError(f"vocab: the id {token_id!r} is not an int in [0, 2**24); embeddings have a row for each id")
     if not isinstance(token, bytes) or not token:
         raise ValueError(f"vocab: id {token_id} is {token!r}; a token is bytes and not empty")
