@@ -118,6 +118,8 @@ def _check(vocab_size: int, special_tokens: Sequence[str], tie_break: str) -> tu
     """(special tokens, how many of them need an id of their own); ValueError for what cannot be trained."""
     if tie_break not in ("course", "hf"):
         raise ValueError(f'tie_break is {tie_break!r}: allowed are "course" and "hf"')
+    if isinstance(special_tokens, Mapping):
+        raise ValueError("special_tokens is a mapping: ids follow the merges here, give a sequence of strings")
     # An empty vocabulary of bytes checks the names and appends them: one rule for which of them is new.
     base = make({value: bytes([value]) for value in range(256)}, (), special_tokens)
     fits = isinstance(vocab_size, int) and not isinstance(vocab_size, bool)

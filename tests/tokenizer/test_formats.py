@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from purelm.files import hold
 from purelm.tokenizer import (
     encode,
     fingerprint,
@@ -515,6 +516,18 @@ def test_writing_is_all_or_nothing(trained, tmp_path, monkeypatch):
     with pytest.raises(UnicodeEncodeError):
         write_atomic({path: "ok", tmp_path / "other": "\ud800"})
     assert path.read_bytes() == before and not (tmp_path / "other").exists()
+
+
+def test_leftovers_of_a_killed_process_go(trained, tmp_path):
+    """With the next writing of the same file; those that a living process holds, and other names, stay."""
+    names = [".t.json.abcd_012.tmp", ".t.json.efgh3456.tmp", ".other.json.abcd_012.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    held = os.open(tmp_path / names[1], os.O_RDONLY)
+    assert hold(held)
+    save(trained(), tmp_path / "t.json")
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], "t.json"])
+    os.close(held)
 
 
 def test_alphabet_is_gpt2s():
