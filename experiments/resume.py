@@ -61,7 +61,7 @@ def content(tokens: TokenFile | None) -> str:
         return ABSENT
     digest = hashlib.blake2b(tokens.dtype.encode(), digest_size=16)
     for start in range(0, len(tokens), BLOCK):
-        digest.update(np.ascontiguousarray(tokens[start : start + BLOCK]))
+        digest.update(np.ascontiguousarray(tokens[start : start + BLOCK]).data)
     return digest.hexdigest()
 
 
@@ -108,12 +108,13 @@ def check(
     anyway: bool = False,
 ) -> list[str]:
     """What differs and is forced, as lines; ValueError naming all of it when it is not, or when steps go backward."""
-    if config["steps"] < step:
-        raise ValueError(f"steps must be at least {step}, those of the checkpoint that is resumed, got {config['steps']}")
+    steps = config["steps"]
+    if steps < step:
+        raise ValueError(f"steps must be at least {step}, those of the checkpoint that is resumed, got {steps}")
     found = list(differences(saved, config, fingerprints))
     planned = saved["config"].get("steps", 0)
-    if config["steps"] < planned:
-        found.append(("steps", config["steps"], planned))
+    if steps < planned:
+        found.append(("steps", steps, planned))
     lines = [f"{name} {now!r} is not that of the checkpoint, {before!r}" for name, now, before in found]
     if lines and not anyway:
         raise ValueError(
