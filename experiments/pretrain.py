@@ -9,6 +9,10 @@
 number of processes goes on from it, in any mode. With `torchrun --max-restarts 3`, processes that were started again
 after one of them died go on from the newest checkpoint.
 
+SIGTERM or Ctrl-C: the step is finished and saved, and the exit status is 128 + the signal's number; the second one ends
+at once. One process at a time may write into the folder of a run. On --resume the configuration and the data must be
+the checkpoint's (experiments/resume.py lists what may change), or be forced by --resume-anyway.
+
 Everything the run needs is in `Pretrain`; every hyper-parameter is a flag. The batch of step i is a pure function of
 (token file, seed, i), so the position in the data is the step.
 """
