@@ -96,7 +96,7 @@ def check_fits(
         )
         raise ValueError(
             f"model with {sizes}, batch of {batch_size:,} sequences: training needs {gib(need * processes)} or more, "
-            f"{device} has {gib(have)} left: make the model or the batch smaller, or use more microbatches"
+            f"{device} has {gib(have)} left: make the model or the batch smaller"
         )
 
 

@@ -59,6 +59,8 @@ def load_run(run: Path, step: int | None, device: torch.device) -> tuple[Any, tr
         raise ValueError(f"run {run}: has no tokenizer.json")
     bpe = load_tokenizer(path)
     meta = checkpoint.read_manifest(run / "checkpoints", step)["meta"]
+    if "model" not in meta.get("config", {}):
+        raise ValueError(f"run {run}: its checkpoints do not hold the configuration of a model")
     made_with = meta.get("fingerprints", {}).get("tokenizer", "none")  # "none": nothing is known of it
     if made_with not in ("none", fingerprint(bpe)):
         raise ValueError(

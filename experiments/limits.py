@@ -39,10 +39,15 @@ class Range:
         return above and below  # both are False for nan
 
     def __str__(self) -> str:
-        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
-        high = "" if self.high in (MOST, FP32_MAX) else f"{'below' if self.open_high else 'at most'} {self.high:g}"
+        low = f"{'above' if self.open_low else 'at least'} {_plain(self.low)}"
+        high = f"{'below' if self.open_high else 'at most'} {_plain(self.high)}"
+        high = "" if self.high in (MOST, FP32_MAX) else high
         text = f"{low} and {high}" if high else low
         return f"0, or {text}" if self.or_zero else text
+
+
+def _plain(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 @dataclass(frozen=True)

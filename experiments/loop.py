@@ -117,7 +117,8 @@ def train(cfg: Pretrain, ready: Setup) -> Result:
             done = i + 1
             at = clock.worked() if device.type == "cpu" else None
             if i == first + 2:
-                rest()
+                with clock.paused():
+                    rest()
             if pending is not None:
                 text, pending = log(pending), None
             if done == 1 or done % cfg.log_every == 0 or done == cfg.steps:
