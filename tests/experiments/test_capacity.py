@@ -1,4 +1,4 @@
-"""Memory that a run needs at the least. Oracles: counts by hand, tensors that are really held, files written by hand."""
+"""Memory that a run needs at the least. Oracles: counts by hand, tensors that are held, files written by hand."""
 
 import doctest
 
@@ -66,5 +66,5 @@ def test_the_least_of_the_system_and_the_control_group_counts(monkeypatch, tmp_p
 
 def test_disk(tmp_path):
     check_disk(1000, tmp_path / "not" / "there", "x")
-    with pytest.raises(ValueError, match="stories 5 needs 9.31e.* GiB or so on disk"):
+    with pytest.raises(ValueError, match=r"stories 5 needs 9.31e.* GiB or so on disk"):
         check_disk(1e18, tmp_path, "stories 5")
