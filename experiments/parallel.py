@@ -17,7 +17,7 @@ from torch import Tensor
 
 from experiments.limits import Range
 from purelm import checkpoint as one_process
-from purelm import random, tree
+from purelm import tree
 from purelm.dist import checkpoint, ddp, fsdp, zero
 from purelm.dist.agreement import check_equal
 from purelm.dist.collectives import all_reduce, broadcast
@@ -235,7 +235,13 @@ def _clipped(
 
 def _params_like(job: Job) -> Any:
     """The whole parameters on the meta device: shapes and dtypes."""
-    return tree.cast(transformer.init(random.key(0, device="meta"), job.model), job.precision.param)
+
+    def like(node: Any) -> Any:
+        if isinstance(node, tuple):
+            return torch.empty(node, dtype=job.precision.param, device="meta")
+        return {k: like(v) for k, v in node.items()} if isinstance(node, dict) else [like(v) for v in node]
+
+    return like(transformer.param_shapes(job.model))
 
 
 def _like(job: Job, optimizer: Optimizer) -> Trees:
