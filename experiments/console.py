@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from experiments.limits import check
 
@@ -21,7 +20,7 @@ USER_ERRORS = (ValueError, OSError)
 def program(main: Callable[..., None]) -> Callable[..., None]:
     """A main whose configuration is in its ranges, and whose user errors end as one clear line, without traceback.
 
-    Exit status 2: a bad argument or file. 1: no memory left, or another process that is gone. 130: Ctrl-C.
+    Exit status 2: a bad argument or file. 1: no memory left. 130: Ctrl-C.
     """
 
     @functools.wraps(main)
@@ -36,8 +35,10 @@ def program(main: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
+        except SystemExit:  # with a line of its own: purelm.dist.world's is a RuntimeError too
+            raise
         except (RuntimeError, MemoryError) as error:
-            text = no_memory(error) or of_other_processes(error)
+            text = no_memory(error)
             if text is None:
                 raise
             _end(text, 1)
@@ -52,31 +53,10 @@ def _end(text: str, status: int) -> None:
 
 def no_memory(error: BaseException) -> str | None:
     """One line for an allocation that failed; None for another error."""
-    first = _first_line(error)
+    first = (str(error).strip().splitlines() or [""])[0][:200]
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in first:
         return f"no memory left: {first or type(error).__name__}; make the model or the batch smaller"
     return None
-
-
-# What Gloo and the store say, as plain RuntimeErrors, of a process that is gone.
-_PEER = re.compile(r"gloo/|Connection (closed|reset) by peer|Connection refused|Broken pipe|Timed out waiting")
-
-
-def of_other_processes(error: BaseException) -> str | None:
-    """One line for a message that did not come through; None for another error."""
-    first = _first_line(error)
-    known = dist.is_available() and isinstance(error, dist.DistError)
-    if not known and not _PEER.search(first):
-        return None
-    if "EADDRINUSE" in first or "address already in use" in first.lower():
-        return f"the port of the processes' meeting place is in use: give another --master-port ({first})"
-    return f"another process of this run ended or is out of reach; its own message says why ({first})"
-
-
-def _first_line(error: BaseException) -> str:
-    """Without the address in Gloo's source, and at most 200 characters."""
-    line = (str(error).strip().splitlines() or [""])[0]
-    return re.sub(r"^\[[^\]]*gloo/[^\]]*\]\s*", "Gloo: ", line)[:200]
 
 
 @contextmanager

@@ -144,6 +144,9 @@ def rewind(path: Path, step: int, steps: int) -> None:
 def newest(run: Path) -> tuple[int, dict[str, Any]]:
     """(step, meta) of the checkpoint that a run goes on from."""
     manifest = checkpoint.read_manifest(run / "checkpoints")
+    if not manifest.get("finite", True):
+        where = run / "checkpoints" / f"step-{manifest['step']:08d}"
+        raise ValueError(f"{where}: holds inf or nan, so nothing can go on from it: remove it to go on from one before")
     return int(manifest["step"]), manifest["meta"]
 
 

@@ -1,6 +1,7 @@
 """What goes on from a checkpoint. Oracles: the uninterrupted run, and hashes of every file before and after."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -154,6 +155,14 @@ def test_a_damaged_checkpoint_changes_no_file(copy):
     with pytest.raises(ValueError, match=r"params\.safetensors"):
         trained(again(copy))
     assert contents(copy) == before
+
+
+def test_a_checkpoint_that_says_it_is_not_finite_is_not_gone_on_from(copy):
+    path = copy / "run" / "checkpoints" / "step-00000004" / "manifest.json"
+    manifest = {**json.loads(path.read_text()), "finite": False}
+    path.write_text(json.dumps({**manifest, "sha256": checkpoint._seal(manifest)}))
+    with pytest.raises(ValueError, match="step-00000004: holds inf or nan, so nothing can go on from it"):
+        start(again(copy))
 
 
 def test_another_tokenizer_of_the_same_size(tmp_path):
