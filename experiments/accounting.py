@@ -260,6 +260,8 @@ def config_of_run(run: Path) -> Config:
 @program
 def main(args: Args) -> None:
     if args.run is not None:
+        if args.json is not None and args.json.resolve() == (args.run / "config.json").resolve():
+            raise ValueError(f"json {args.json}: is what --run is read from, and would be written over")
         rows = one_model(config_of_run(args.run), args.run.name, args)
     elif args.model != NEW["XL"]:
         rows = one_model(args.model, "model", args)

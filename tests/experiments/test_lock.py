@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments import pretrain
 from experiments.lock import LOCK, locked
+from tests.experiments.small import contents, small
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = "import sys; from experiments.lock import locked\nwith locked(__import__('pathlib').Path(sys.argv[1])):\n"
@@ -25,6 +27,17 @@ def test_the_second_one_is_refused_by_the_name_of_the_first(tmp_path):
     with locked(run):
         pass
     assert [path.name for path in run.iterdir()] == ["kept"]
+
+
+def test_a_second_run_changes_nothing(tmp_path, capsys):
+    cfg = small(tmp_path)
+    pretrain.main(cfg)
+    before = contents(tmp_path)
+    with locked(cfg.run), pytest.raises(SystemExit) as end:
+        pretrain.main(small(tmp_path, resume=True, steps=6))
+    assert end.value.code == 2
+    assert f"run {cfg.run} is being written by process {os.getpid()} on " in capsys.readouterr().err
+    assert contents(tmp_path) == before
 
 
 def test_a_kill_releases_it(tmp_path):

@@ -223,6 +223,13 @@ def test_prompts_are_looked_at_before_training(quick, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_accounting_does_not_write_over_what_it_reads(quick):
+    path = quick[0] / "config.json"
+    before = path.read_text()
+    done = run("accounting", "--run", quick[0], "--json", path, ok=False)
+    assert done.returncode == 2 and "would be written over" in done.stderr and path.read_text() == before
+
+
 def test_generate_refuses_another_tokenizer_of_the_same_size(quick, tmp_path):
     """It would write what other ids mean. Oracle: the fingerprints of both."""
     shutil.copytree(quick[0], tmp_path / "run")
