@@ -13,11 +13,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
 from experiments.console import program
+from experiments.limits import Count, Range
 from purelm import accounting
 from purelm.models.config import Config, config_from_dict
 
@@ -36,6 +37,8 @@ SIZES = {"small": (768, 12, 12), "medium": (1024, 24, 16), "large": (1280, 36, 2
 NEW = {name: gpt2(*size, d_ff=nearest_64(size[0])) for name, size in SIZES.items()}  # handout of 2026
 OLD = {name: gpt2(*size, d_ff=4 * size[0]) for name, size in SIZES.items()}  # handout of 2025: d_ff = 6,400 for XL
 
+Large = Annotated[float, Range(0, 1e30, open_low=True)]
+
 
 @dataclass(frozen=True)
 class Args:
@@ -44,23 +47,23 @@ class Args:
     run: Path | None = None
     """folder of a run (its config.json)"""
     model: Config = field(default_factory=lambda: NEW["XL"])
-    batch_size: int = 1
+    batch_size: Count = 1
     """sequences in one training step"""
-    length: int | None = None
+    length: Count | None = None
     """positions; the model's context_length by default"""
-    tokens: float | None = None
+    tokens: Large | None = None
     """training tokens, for the time that they take; 20 per parameter by default"""
     device: str = "NVIDIA H100 80GB HBM3"
     """name of the device, as torch has it; unknown ones need --peak"""
     precision: str = "bf16"
     """of the peak: bf16, fp16, tf32, fp32, fp8"""
-    peak: float | None = None
+    peak: Large | None = None
     """FLOP/s of the device, instead of the table's"""
-    mfu: float = 0.5
+    mfu: Annotated[float, Range(0, 1, open_low=True)] = 0.5
     """share of the peak that training reaches"""
-    memory: float = 80e9
+    memory: Large = 80e9
     """bytes of the device"""
-    bytes_per_element: int = 4
+    bytes_per_element: Annotated[int, Range(1, 8)] = 4
     """of activations: 4 for fp32, 2 for bf16"""
     flash: bool = False
     """attention that keeps no T x T matrix"""
@@ -257,6 +260,8 @@ def config_of_run(run: Path) -> Config:
 @program
 def main(args: Args) -> None:
     if args.run is not None:
+        if args.json is not None and args.json.resolve() == (args.run / "config.json").resolve():
+            raise ValueError(f"json {args.json}: is what --run is read from, and would be written over")
         rows = one_model(config_of_run(args.run), args.run.name, args)
     elif args.model != NEW["XL"]:
         rows = one_model(args.model, "model", args)

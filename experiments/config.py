@@ -1,9 +1,11 @@
 """What a training run is made of, as frozen dataclasses; every field is a flag of `experiments.pretrain`."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from experiments.limits import Beta, Count, Epsilon, Factor, Seed, Share, Text, Whole
 from experiments.ops import OpsName
 from experiments.parallel import Parallel
 from purelm.models import transformer
@@ -15,21 +17,21 @@ class Optim:
 
     name: Literal["adamw", "muon"] = "adamw"
     """muon: hidden matrices by Muon, the rest by AdamW"""
-    lr: float = 1e-3
+    lr: Factor = 1e-3
     """peak learning rate"""
-    adamw_lr_ratio: float = 0.5
+    adamw_lr_ratio: Factor = 0.5
     """muon: AdamW's learning rate for the other parameters, as a part of lr"""
-    lr_min_ratio: float = 0.1
+    lr_min_ratio: Share = 0.1
     """final learning rate, as a part of the peak"""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    warmup_steps: int = 100
-    decay_ratio: float = 0.2
+    warmup_steps: Whole = 100
+    decay_ratio: Share = 0.2
     """wsd: the part of the steps spent in the final decay"""
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    clip: float = 1.0
+    weight_decay: Factor = 0.1
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    eps: Epsilon = 1e-8
+    clip: Factor = 1.0
     """largest global gradient norm; 0: no clipping"""
 
 
@@ -42,6 +44,8 @@ class Pretrain:
     train: Path
     """token file (.bin with .json), or a folder of shards"""
     heldout: Path | None = None
+    token_dtype: Literal["uint16", "uint32"] | None = None
+    """of token files without a .json, which do not say it"""
     tokenizer: Path | None = None
     """tokenizer.json, for bytes, samples and `experiments.generate`"""
     model: transformer.Config = field(
@@ -49,25 +53,28 @@ class Pretrain:
     )
     """vocab_size 1 means: that of the token file"""
     optim: Optim = field(default_factory=Optim)
-    steps: int = 1000
-    batch_size: int = 32
+    steps: Count = 1000
+    batch_size: Count = 32
     """sequences in one step"""
-    microbatches: int = 1
+    microbatches: Count = 1
     """parts in which a batch is computed; same result, less memory"""
     order: Literal["windows", "shuffled"] = "windows"
     """random windows, or every window once an epoch"""
-    seed: int = 0
-    eval_every: int = 250
-    eval_tokens: int | None = 100_000
+    seed: Seed = 0
+    eval_every: Whole = 250
+    """steps from one evaluation to the next; 0: only at the end"""
+    eval_tokens: Count | None = 100_000
     """held-out tokens of the evaluations on the way; None: all"""
-    last_eval_tokens: int | None = None
+    last_eval_tokens: Count | None = None
     """held-out tokens of the last evaluation; None: all"""
-    eval_stride: int | None = None
+    eval_stride: Count | None = None
     """new tokens in each window of an evaluation: all but these of the context length are there to be seen first.
     None: half of the context length"""
-    save_every: int = 500
-    keep_last: int = 2
-    log_every: int = 10
+    save_every: Whole = 500
+    """steps from one checkpoint to the next; 0: only at the end"""
+    keep_last: Count = 2
+    """checkpoints that stay"""
+    log_every: Count = 10
     device: str = "auto"
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU"""
@@ -83,6 +90,23 @@ class Pretrain:
     """recompute each block in the backward pass"""
     parallel: Parallel = field(default_factory=Parallel)
     resume: bool = False
+    """go on from the newest checkpoint. What may be another then: steps (more), log_every, save_every, eval_every,
+    keep_last, sample, tensorboard; device, ops, compile, graph, deterministic, remat, microbatches, the number of
+    processes and their mode. The rest, and the files' contents, must be the checkpoint's"""
+    resume_anyway: bool = False
+    """go on where it is not, which is written to metrics.jsonl"""
     tensorboard: bool = False
-    sample: tuple[str, ...] = ()
+    sample: tuple[Text, ...] = ()
     """prompts sampled after training"""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run has begun before."""
+        return self.resume or self.resume_anyway
+
+
+def config_json(cfg: Pretrain, model: transformer.Config) -> dict[str, Any]:
+    """The configuration as config.json and checkpoints hold it, with the model that it comes to."""
+    out = dataclasses.asdict(cfg)
+    out["model"] = dataclasses.asdict(model)
+    return {k: str(v) if isinstance(v, Path) else v for k, v in out.items()}

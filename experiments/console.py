@@ -1,32 +1,62 @@
-"""What the programs share towards their user: one-line errors, a live progress bar, compiling where it can work."""
+"""What the programs share towards their user: one-line errors, live progress, devices, compiling where it can work."""
 
+import dataclasses
 import functools
+import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from experiments.limits import check
+
 USER_ERRORS = (ValueError, OSError)
 
 
 def program(main: Callable[..., None]) -> Callable[..., None]:
-    """A main whose user errors (bad argument, bad file) end as one clear line and exit status 2, no traceback."""
+    """A main whose configuration is in its ranges, and whose user errors end as one clear line, without traceback.
+
+    Exit status 2: a bad argument or file. 1: no memory left. 130: Ctrl-C.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
+            for given in args:
+                if dataclasses.is_dataclass(given):
+                    check(given)
             main(*args, **kwargs)
         except USER_ERRORS as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            _end(str(error), 2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
+        except SystemExit:  # with a line of its own: purelm.dist.world's is a RuntimeError too
+            raise
+        except (RuntimeError, MemoryError) as error:
+            text = no_memory(error)
+            if text is None:
+                raise
+            _end(text, 1)
 
     return wrapped
+
+
+def _end(text: str, status: int) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    raise SystemExit(status) from None
+
+
+def no_memory(error: BaseException) -> str | None:
+    """One line for an allocation that failed; None for another error."""
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in first:
+        return f"no memory left: {first or type(error).__name__}; make the model or the batch smaller"
+    return None
 
 
 @contextmanager
@@ -37,7 +67,7 @@ def progress_bar(description: str, total: float, unit: str = "") -> Iterator[Cal
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _line_progress(description, total)
+        yield line_progress(description, total)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -56,18 +86,53 @@ def progress_bar(description: str, total: float, unit: str = "") -> Iterator[Cal
         yield update
 
 
-def _line_progress(description: str, total: float) -> Callable[..., None]:
-    """Progress for logs: a line at each tenth of the way."""
-    last = -1
+FIRST_LINE = 2.0  # seconds that must be measured before they are multiplied
+LINE_EVERY = 15.0  # seconds, and at least as long as a twentieth of the time that has passed
+
+
+def line_progress(
+    description: str, total: float, now: Callable[[], float] = time.monotonic
+) -> Callable[..., None]:
+    """Progress for logs: update(completed, text="") prints a line with the time that has passed and that is left.
+
+    The first update is where measuring begins. The first line comes when two more have taken `FIRST_LINE` seconds,
+    then one every `LINE_EVERY`, and one at the end. Left is (total - completed) at the speed since the first update.
+    """
+    began: tuple[float, float] | None = None
+    updates, last, ended = 0, -1.0, False
 
     def update(completed: float, text: str = "") -> None:
-        nonlocal last
-        tenth = int(10 * completed / total) if total else 10
-        if tenth > last:
-            last = tenth
-            print(f"{description}: {completed:,.0f}/{total:,.0f} {text}".rstrip(), file=sys.stderr, flush=True)
+        nonlocal began, updates, last, ended
+        at = now()
+        if began is None:
+            began = at, completed
+        updates += 1
+        passed, done = at - began[0], completed - began[1]
+        end = completed >= total > 0
+        if last < 0:
+            due = updates > 2 and passed >= FIRST_LINE
+        else:
+            due = passed - last >= max(LINE_EVERY, passed / 20)
+        if ended or not (due or end):
+            return
+        last, ended = passed, end
+        where = f"{completed:,.0f}/{total:,.0f}" if total else f"{completed:,.0f}"
+        times = f"{clock(passed)} passed"
+        if not end and total and done > 0:
+            times += f", {clock(passed * (total - completed) / done)} left"
+        print(f"{description}: {where}  {text}{'  ' if text else ''}{times}", file=sys.stderr, flush=True)
 
     return update
+
+
+def clock(seconds: float) -> str:
+    """
+    >>> clock(59.6), clock(3725)
+    ('1:00', '1:02:05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def say(text: str) -> None:
@@ -78,9 +143,14 @@ def pick_device(name: str) -> torch.device:
     """ "auto" -> the accelerator where there is one, else the CPU; ValueError when what is named is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: this torch ({torch.__version__}) sees no GPU; use cpu or auto")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs, the first is cuda:0")
+    return device
 
 
 def can_compile(device: torch.device) -> bool:

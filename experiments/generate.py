@@ -15,10 +15,11 @@ import torch
 import tyro
 
 from experiments.console import pick_device, program, say
+from experiments.limits import Count, Range, Seed, Share, Text, Whole
 from purelm import checkpoint, random, tree
 from purelm.generate import stream
 from purelm.models import transformer
-from purelm.tokenizer import BPE, decode, encode
+from purelm.tokenizer import BPE, decode, encode, fingerprint
 from purelm.tokenizer import load as load_tokenizer
 
 END = "<|endoftext|>"
@@ -30,20 +31,21 @@ class Args:
 
     run: Annotated[Path, tyro.conf.Positional]
     """folder of the run"""
-    prompt: str = ""
+    prompt: Text = ""
     """empty: start a new document"""
-    n: int = 1
+    n: Count = 1
     """samples"""
-    max_new_tokens: int = 200
-    temperature: float = 0.8
+    max_new_tokens: Count = 200
+    # Below 1e-6 a difference of logits overflows fp32: what is meant is greedy.
+    temperature: Annotated[float, Range(1e-6, 1e6, or_zero=True)] = 0.8
     """0: greedy"""
-    top_k: int | None = None
-    top_p: float | None = 0.95
-    min_p: float | None = None
-    stop: tuple[str, ...] = ()
+    top_k: Count | None = None
+    top_p: Annotated[float, Range(0, 1, open_low=True)] | None = 0.95
+    min_p: Share | None = None
+    stop: tuple[Text, ...] = ()
     """strings that end the text"""
-    seed: int = 0
-    step: int | None = None
+    seed: Seed = 0
+    step: Whole | None = None
     """checkpoint; the newest if not given"""
     device: str = "auto"
 
@@ -52,28 +54,41 @@ def load_run(run: Path, step: int | None, device: torch.device) -> tuple[Any, tr
     """(params, model config, tokenizer) of a run's checkpoint."""
     if not run.is_dir():
         raise ValueError(f"run {run}: no such folder")
-    if not (run / "tokenizer.json").is_file():
+    path = run / "tokenizer.json"
+    if not path.is_file():
         raise ValueError(f"run {run}: has no tokenizer.json")
+    bpe = load_tokenizer(path)
+    meta = checkpoint.read_manifest(run / "checkpoints", step)["meta"]
+    if "model" not in meta.get("config", {}):
+        raise ValueError(f"run {run}: its checkpoints do not hold the configuration of a model")
+    made_with = meta.get("fingerprints", {}).get("tokenizer", "none")  # "none": nothing is known of it
+    if made_with not in ("none", fingerprint(bpe)):
+        raise ValueError(
+            f"{path}: its sha256 is {fingerprint(bpe)}, but the model was trained on the ids of {made_with}: "
+            "put that tokenizer there"
+        )
     trees, meta = checkpoint.load(run / "checkpoints", step, only=["params"], device=device)
-    cfg = transformer.config_from_dict(meta["config"]["model"])
-    return trees["params"], cfg, load_tokenizer(run / "tokenizer.json")
+    return trees["params"], transformer.config_from_dict(meta["config"]["model"]), bpe
+
+
+def prompt_ids(bpe: BPE, prompt: str) -> list[int]:
+    """The ids that a continuation begins with; documents were trained with the delimiter before them."""
+    end = [i for i, token in bpe.vocab.items() if token == END.encode()]
+    ids = [*end, *encode(bpe, prompt).tolist()]
+    if not ids:
+        raise ValueError(f"prompt is empty, and the tokenizer has no {END} to start a document with")
+    return ids
 
 
 def text_stream(
     params: Any, cfg: transformer.Config, bpe: BPE, prompt: str, key: torch.Tensor, **settings: Any
 ) -> Iterator[str]:
     """Pieces of text as they are sampled: only whole characters, nothing of a stop token."""
-    ids_of = {token: i for i, token in bpe.vocab.items()}
-    end = ids_of.get(END.encode())
-    ids = encode(bpe, prompt).tolist()
-    if end is not None:  # documents were trained with the delimiter before them
-        ids = [end, *ids]
-    elif not ids:
-        raise ValueError(f"prompt is empty, and the tokenizer has no {END} to start a document with")
+    ids = prompt_ids(bpe, prompt)
+    stops = tuple(i for i, token in bpe.vocab.items() if token == END.encode())
     keep = ids[-(cfg.context_length - 1) :]
     if len(keep) < len(ids):
         say(f"prompt: {len(ids)} tokens; only the last {len(keep)} fit into the context of {cfg.context_length}")
-    stops = () if end is None else (end,)
     device = tree.leaves(params)[0].device
     new: list[int] = []
     shown = 0

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from experiments.bench.train_step import SIZES, shapes, synchronize
+from experiments.capacity import check_fits
 from purelm.models.config import Config
 
 PHASE = "phase/"  # ranges of the profiler that mark the parts of a step begin so
@@ -27,10 +28,10 @@ def chosen(size: str | None, model: Config, batch_size: int | None, device: torc
     """(config, sequences in a batch): of a size of experiments.bench.train_step, or of the --model flags."""
     if size is not None and model != SMALL:
         raise ValueError(f"size {size!r} and --model flags were both given: give one of them ({', '.join(SIZES)})")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     cfg, n = (model, 4) if size is None else shapes(size, device)
-    return cfg, n if batch_size is None else batch_size
+    n = n if batch_size is None else batch_size
+    check_fits(cfg, n, device, moments=0)
+    return cfg, n
 
 
 class Saved(NamedTuple):

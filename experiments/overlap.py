@@ -19,7 +19,7 @@ import gc
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,9 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from experiments.bench import data_parallel
 from experiments.bench.report import publish, row
-from experiments.console import program, say
+from experiments.capacity import check_fits, on_this_host
+from experiments.console import pick_device, program, say
+from experiments.limits import Count, Range, Whole
 from experiments.memory import PHASE, columns
 from experiments.ops import OpsName
 from purelm import random
@@ -48,14 +50,14 @@ class Args:
     size: str | None = None
     """as of bench.data_parallel; default 134m on GPUs, else 3m"""
     ways: tuple[Way, ...] = ("per_leaf", "overlapped", "fsdp", "torch_ddp")
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """sequences of each rank; default that of the size"""
-    context_length: int | None = None
-    steps: int = 3
+    context_length: Count | None = None
+    steps: Count = 3
     """profiled steps"""
-    warmup: int = 3
+    warmup: Whole = 3
     """steps before them"""
-    bucket_mb: float | None = None
+    bucket_mb: Annotated[float, Range(0, 1e6, open_low=True)] | None = None
     ops: OpsName = "sdpa"
     remat: bool = False
     compile: bool | None = None
@@ -251,9 +253,7 @@ def plot(found: Mapping[str, tuple[Lanes, Times]], path: Path, title: str) -> No
 
 @program
 def main(args: Args) -> None:
-    for name, value, least in (("steps", args.steps, 1), ("warmup", args.warmup, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    pick_device(args.device)  # what is not there is said now
     with world.start(args.device) as here:
         if here.size < 2:
             raise ValueError("one process has nobody to talk to: torchrun --nproc-per-node 2 -m -- ...")
@@ -265,6 +265,7 @@ def main(args: Args) -> None:
             remat=args.remat,
         )  # fmt: skip
         cfg, batch_size = data_parallel.shape(steps, size, cuda)
+        check_fits(cfg, batch_size, here.device, processes=1 if cuda else on_this_host())
         x = random.randint(random.key(1 + here.rank), (batch_size, cfg.context_length + 1), 0, cfg.vocab_size)
         x = x.to(here.device)
         batch = {"tokens": x[:, :-1].contiguous(), "targets": x[:, 1:].contiguous()}

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from experiments.limits import Range
 from purelm import checkpoint as one_process
-from purelm import random, tree
+from purelm import tree
 from purelm.dist import checkpoint, ddp, fsdp, zero
 from purelm.dist.agreement import check_equal
 from purelm.dist.collectives import all_reduce, broadcast
@@ -41,11 +42,11 @@ class Parallel:
     mode: Literal["ddp", "zero1", "fsdp"] = "ddp"
     """ddp: gradients are summed while backward runs. zero1: and each rank holds 1/N of the optimizer's state, and of
     the sums (Muon: of its state). fsdp: and 1/N of the parameters, gathered block by block"""
-    bucket_mb: float | None = None
+    bucket_mb: Annotated[float, Range(0, 1e6, open_low=True)] | None = None
     """ddp, zero1: of one message of gradients; by default 25, or 1/64 of the model where that is more"""
     wire: Literal["fp32", "bf16"] = "fp32"
     """of gradients under way"""
-    timeout: float = 600.0
+    timeout: Annotated[float, Range(0.1, 1e7)] = 600.0
     """seconds after which a process that waits for another one gives up"""
 
 
@@ -234,7 +235,13 @@ def _clipped(
 
 def _params_like(job: Job) -> Any:
     """The whole parameters on the meta device: shapes and dtypes."""
-    return tree.cast(transformer.init(random.key(0, device="meta"), job.model), job.precision.param)
+
+    def like(node: Any) -> Any:
+        if isinstance(node, tuple):
+            return torch.empty(node, dtype=job.precision.param, device="meta")
+        return {k: like(v) for k, v in node.items()} if isinstance(node, dict) else [like(v) for v in node]
+
+    return like(transformer.param_shapes(job.model))
 
 
 def _like(job: Job, optimizer: Optimizer) -> Trees:

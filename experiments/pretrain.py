@@ -9,19 +9,28 @@
 number of processes goes on from it, in any mode. With `torchrun --max-restarts 3`, processes that were started again
 after one of them died go on from the newest checkpoint.
 
+SIGTERM or Ctrl-C: the step is finished and saved, and the exit status is 128 + the signal's number; the second one ends
+at once. One process at a time may write into the folder of a run. On --resume the configuration and the data must be
+the checkpoint's (experiments/resume.py lists what may change), or be forced by --resume-anyway.
+
 Everything the run needs is in `Pretrain`; every hyper-parameter is a flag. The batch of step i is a pure function of
 (token file, seed, i), so the position in the data is the step.
 """
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 
+import torch
 import tyro
 
 from experiments.config import Pretrain
-from experiments.console import pick_device, program
+from experiments.console import pick_device, program, say
 from experiments.generate import complete
-from experiments.loop import finish, start, summarise, train
+from experiments.lock import locked
+from experiments.loop import train
+from experiments.report import finish, summarise
+from experiments.setup import start
 from purelm import checkpoint
 from purelm.dist import world
 from purelm.tokenizer import load as load_tokenizer
@@ -31,13 +40,28 @@ from purelm.tokenizer import load as load_tokenizer
 def main(cfg: Pretrain) -> None:
     pick_device(cfg.device)  # what is not there is said now
     with world.start(cfg.device, cfg.parallel.timeout) as here:
+        if here.size == 1:
+            device = pick_device(cfg.device)  # the one that is named, not the first
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            here = here._replace(device=device)
         run(cfg, here)
 
 
 def run(cfg: Pretrain, here: world.World) -> None:
+    with locked(cfg.run) if here.rank == 0 else nullcontext():
+        _run(cfg, here)
+
+
+def _run(cfg: Pretrain, here: world.World) -> None:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        cfg = replace(cfg, resume=checkpoint.latest(cfg.run / "checkpoints") is not None)
+        there = checkpoint.latest(cfg.run / "checkpoints") is not None
+        cfg = replace(cfg, resume=there, resume_anyway=there and cfg.resume_anyway)
     ready = start(cfg, here)
+    if ready.finished:
+        if ready.first:
+            say(f"run {cfg.run} is finished: {ready.done:,} of {cfg.steps:,} steps; with more --steps it goes on")
+        return
     result = train(cfg, ready)
     samples = []
     if cfg.sample and cfg.tokenizer is not None:

@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from experiments.bench.report import row
 from experiments.bench.train_step import batches, synchronize
 from experiments.console import pick_device, program, say
+from experiments.limits import Count, Whole
 from experiments.memory import (
     PHASE,
     SMALL,
@@ -70,17 +71,17 @@ class Args:
     size: str | None = None
     """a size of experiments.bench.train_step (3m, 22m, 134m, 374m); without it the --model flags hold"""
     model: Config = field(default_factory=lambda: SMALL)
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """sequences; by default that of the size, or 4"""
     ops: OpsName = "sdpa"
     """the maths of the profiled steps"""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU"""
-    steps: int = 3
+    steps: Count = 3
     """profiled steps"""
-    warmup: int = 3
+    warmup: Whole = 3
     """steps before them"""
-    top: int = 15
+    top: Count = 15
     """lines of the table of ops"""
     device: str = "auto"
     json: Path | None = None
@@ -319,9 +320,6 @@ def as_rows(
 
 @program
 def main(args: Args) -> None:
-    for name in ("steps", "top"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
     device = pick_device(args.device)
     cuda = device.type == "cuda"
     cfg, batch_size = chosen(args.size, args.model, args.batch_size, device)

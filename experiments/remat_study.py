@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.bench.report import row
 from experiments.bench.train_step import batches, synchronize
 from experiments.console import pick_device, program, say
+from experiments.limits import Count
 from experiments.memory import SMALL, Use, chosen, columns, human, memory_of, record_saved
 from experiments.ops import OpsName, ops_named
 from experiments.remat_strategies import Layer, Parts, Strategy, extra_flops, formula, predict, strategies
@@ -49,13 +50,13 @@ class Args:
     size: str | None = None
     """a size of experiments.bench.train_step (3m, 22m, 134m, 374m); without it the --model flags hold"""
     model: Config = field(default_factory=lambda: SMALL)
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """sequences; by default that of the size, or 4"""
     ops: OpsName = "fused"
     """the maths; the reference's attention is no single op, so it has no selective strategy"""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU"""
-    repeats: int = 5
+    repeats: Count = 5
     """timed passes of each strategy"""
     device: str = "auto"
     json: Path | None = None
@@ -232,8 +233,6 @@ def as_rows(found: dict[str, Result], parts: Parts, cfg: Config, batch_size: int
 
 @program
 def main(args: Args) -> None:
-    if args.repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {args.repeats}")
     device = pick_device(args.device)
     cfg, batch_size = chosen(args.size, args.model, args.batch_size, device)
     ops = ops_named(args.ops)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "drop_rows",
     "jsonl_sink",
     "plot_curves",
     "read_rows",
@@ -48,12 +49,16 @@ def jsonl_sink(path: str | Path) -> Sink:
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def sink(row: Row) -> None:
-        # JSON has no NaN: a diverged loss is stored as null, which read_rows gives back as nan.
-        clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in row.items()}
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+            file.write(_line(row))
 
     return sink
+
+
+def _line(row: Row) -> str:
+    # JSON has no NaN: a diverged loss is stored as null, which read_rows gives back as nan.
+    clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in row.items()}
+    return json.dumps(clean) + "\n"
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -76,14 +81,15 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 def truncate_rows(path: str | Path, step: int) -> None:
     """Drop rows after `step`, atomically: a resumed run writes those again."""
+    drop_rows(path, lambda row: row.get("step", 0) > step)
+
+
+def drop_rows(path: str | Path, unwanted: Callable[[Row], bool]) -> None:
+    """Drop the rows of which `unwanted` is true, atomically, and a last line that a kill cut short."""
     path = Path(path)
     if not path.is_file():
         return
-    kept = [row for row in read_rows(path) if row.get("step", 0) <= step]
-    text = "".join(
-        json.dumps({k: (None if isinstance(v, float) and math.isnan(v) else v) for k, v in row.items()}) + "\n"
-        for row in kept
-    )
+    text = "".join(_line(row) for row in read_rows(path) if not unwanted(row))
     write_text(path, text)
 
 
@@ -126,9 +132,10 @@ def plot_curves(
     from matplotlib.figure import Figure
 
     # Figure and canvas by hand: pyplot would keep global state.
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7))
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
+    # Places that fit these labels: to have them found takes as long as to draw.
+    axes = figure.subplots(2, 2, gridspec_kw={"left": 0.08, "right": 0.98, "bottom": 0.07, "top": 0.95, "hspace": 0.28})
     panels = [
         ("loss", "training loss, nats per token"),
         ("heldout_bits_per_byte", "held-out bits per byte"),

@@ -22,7 +22,7 @@ from tests.dist.processes import ENVIRONMENT, ROOT, launcher, run
 FLAGS = (
     "--model.vocab-size 61 --model.d-model 32 --model.n-layers 2 --model.n-heads 4 --model.context-length 32 "
     "--batch-size 8 --log-every 1 --eval-every 8 --eval-tokens 2000 --eval-stride 16 --save-every 8 --keep-last 9 "
-    "--device cpu --optim.warmup-steps 4 --optim.lr 1e-2"
+    "--device cpu --optim.warmup-steps 4 --optim.lr 1e-2 --token-dtype uint16"
 ).split()
 
 

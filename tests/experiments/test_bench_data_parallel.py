@@ -61,9 +61,8 @@ def test_a_rank_without_memory_ends_the_program_and_what_was_measured_is_kept(tm
     script.write_text(RUNS_OUT)
     flags = "--device cpu --sizes 3m --batch-size 1 --context-length 16 --steps 1 --ways per_leaf flat bucketed --json"
     command = [*processes.script_launcher(2), str(script), *flags.split(), str(tmp_path / "rows.json")]
-    done = subprocess.run(
-        command, cwd=processes.ROOT, env=processes.ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+    limits = {"timeout": processes.TIMEOUT, "cwd": processes.ROOT, "env": processes.ENVIRONMENT}
+    done = subprocess.run(command, capture_output=True, text=True, **limits)
     assert done.returncode != 0
     assert "error: flat does not fit into the memory of rank 1: leave it out of --ways" in done.stderr
     assert "(CUDA out of memory)" in done.stderr

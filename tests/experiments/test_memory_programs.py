@@ -2,10 +2,6 @@
 
 import gzip
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +9,8 @@ import torch
 from experiments.memory import Saved, memory_of, record_saved
 from experiments.remat_strategies import strategies
 from purelm.transforms import value_and_grad
+from tests.programs import run_here
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = [
     *("--model.vocab-size", "97", "--model.context-length", "32", "--model.d-model", "32", "--model.n-heads", "2"),
     *("--batch-size", "2", "--compute", "fp32", "--device", "cpu"),
@@ -22,13 +18,7 @@ MODEL = [
 
 
 def run(module, *args, ok=True):
-    done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = run_here(f"experiments.{module}", *args)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done
 

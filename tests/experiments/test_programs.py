@@ -2,10 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,10 @@ from purelm import checkpoint, track, tree
 from purelm.data import open_tokens
 from purelm.models import transformer
 from purelm.models.config import config_from_dict
+from purelm.tokenizer import fingerprint
+from purelm.tokenizer import load as load_tokenizer
+from purelm.tokenizer import save as save_tokenizer
+from purelm.tokenizer import train as train_tokenizer
 from tests.programs import run_here
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,17 +81,27 @@ def test_quickstart_again_replaces_its_own_run_only(quick, tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 
-def pretrain(quick, run_folder, *args, ok=True, env=EAGER):
+def arguments(quick, run_folder, *args):
     data = quick[0] / "data"
-    return run(
-        *("pretrain", "--run", run_folder, "--train", data / "train.bin", "--heldout", data / "heldout.bin"),
+    return [
+        *("--run", run_folder, "--train", data / "train.bin", "--heldout", data / "heldout.bin"),
         *("--tokenizer", quick[0] / "tokenizer.json", "--batch-size", 4, "--log-every", 1, "--eval-every", 3),
-        *("--eval-tokens", 500, "--save-every", 4, "--optim.warmup-steps", 2),
+        *("--eval-tokens", 500, "--last-eval-tokens", 500, "--save-every", 4, "--optim.warmup-steps", 2),
         *MODEL,
         *args,
-        ok=ok,
-        env=env,
-    )
+    ]
+
+
+def pretrain(quick, run_folder, *args, ok=True, env=EAGER):
+    return run("pretrain", *arguments(quick, run_folder, *args), ok=ok, env=env)
+
+
+@pytest.fixture(scope="module")
+def whole(quick, tmp_path_factory):
+    """Twelve steps without interruption."""
+    folder = tmp_path_factory.mktemp("programs") / "whole"
+    pretrain(quick, folder, "--steps", 12)
+    return folder
 
 
 def same_state(a, b):
@@ -103,29 +117,35 @@ def without_time(path):
     ]
 
 
-def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(quick, tmp_path):
-    pretrain(quick, tmp_path / "whole", "--steps", 400, "--save-every", 40)
-    data = quick[0] / "data"
-    command = [
-        *(sys.executable, "-m", "experiments.pretrain", "--run", tmp_path / "cut", "--train", data / "train.bin"),
-        *("--heldout", data / "heldout.bin", "--tokenizer", quick[0] / "tokenizer.json", "--batch-size", 4),
-        *("--log-every", 1, "--eval-every", 3, "--eval-tokens", 500, "--optim.warmup-steps", 2),
-        *("--steps", 400, "--save-every", 40),
-        *MODEL,
-    ]
+KILLED = """
+import os, sys, tyro
+from experiments import pretrain
+from experiments.config import Pretrain
+def start(cfg, world, start=pretrain.start):
+    ready = start(cfg, world)
+    def step(state, batch):
+        if int(state.step) == 7:
+            os.kill(os.getpid(), 9)
+        return ready.run.step(state, batch)
+    return ready._replace(run=ready.run._replace(step=step))
+pretrain.start = start
+pretrain.main(tyro.cli(Pretrain))
+"""
+
+
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(quick, whole, tmp_path):
+    """kill -9 between checkpoints, in step 8, with the rows of 5 and 6 written already."""
+    flags = arguments(quick, tmp_path / "cut", "--steps", 12)
+    command = [sys.executable, "-c", KILLED, *map(str, flags)]
     env = {**os.environ, **EAGER, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([str(c) for c in command], cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while checkpoint.latest(tmp_path / "cut" / "checkpoints") is None and time.time() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    reached = checkpoint.latest(tmp_path / "cut" / "checkpoints")
-    assert reached is not None and reached < 400
-    done = pretrain(quick, tmp_path / "cut", "--steps", 400, "--save-every", 40, "--resume")
-    assert f"resumed from step {reached}" in done.stderr
-    assert same_state(tmp_path / "whole", tmp_path / "cut")
-    assert without_time(tmp_path / "whole") == without_time(tmp_path / "cut")
+    killed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoint.latest(tmp_path / "cut" / "checkpoints") == 4
+    assert without_time(tmp_path / "cut")[-1]["step"] == 6
+    done = pretrain(quick, tmp_path / "cut", "--steps", 12, "--resume")
+    assert "resumed from step 4" in done.stderr
+    assert same_state(whole, tmp_path / "cut")
+    assert without_time(whole) == without_time(tmp_path / "cut")
 
 
 def test_microbatches_remat_and_other_ops_give_the_same_losses(quick, tmp_path):
@@ -156,15 +176,17 @@ def test_the_last_evaluation_sees_what_eval_stride_and_last_eval_tokens_say(quic
 @pytest.mark.parametrize(
     "args,message",
     [
-        (["--steps", "0"], "must be positive"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--model.vocab-size", "17"], "model.vocab_size 17 is below"),
         (["--resume"], "no complete checkpoint"),
-        (["--eval-stride", "0"], "eval_stride is 0: allowed is 1 to"),
+        (["--eval-stride", "65"], "eval_stride is 65: allowed is 1 to model.context_length, 64"),
         (["--device", "cuda:99"], "device"),
         (["--microbatches", "3"], "4"),
         (["--train", "/nowhere/train.bin"], "/nowhere/train.bin"),
         (["--model.context-length", "10000000"], "context"),
         (["--optim.lr", "1e30", "--optim.clip", "0", "--steps", "30"], "loss is"),
+        (["--batch-size", "1000000000000"], "training needs"),
+        (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_errors_are_one_line(quick, tmp_path, args, message):
@@ -179,9 +201,47 @@ def test_an_existing_run_is_not_overwritten_and_another_config_is_refused(quick,
     done = pretrain(quick, tmp_path / "r", "--steps", 2, ok=False)
     assert "has a checkpoint of step 2" in done.stderr
     done = pretrain(quick, tmp_path / "r", "--steps", 4, "--resume", "--model.d-model", 64, ok=False)
-    assert "the given config needs" in done.stderr and "Traceback" not in done.stderr
+    assert "model.d_model 64 is not that of the checkpoint, 32" in done.stderr and "Traceback" not in done.stderr
     done = pretrain(quick, tmp_path / "r", "--steps", 4, "--resume", "--seed", 1, ok=False)
     assert "seed 1 is not that of the checkpoint" in done.stderr
+    done = pretrain(quick, tmp_path / "r", "--steps", 4, "--resume-anyway", "--model.d-model", 64, ok=False)
+    assert "the given config needs" in done.stderr and "Traceback" not in done.stderr  # no flag makes shapes equal
+
+
+def test_prompts_are_looked_at_before_training(quick, tmp_path):
+    """Without a tokenizer; empty where no token can begin a document. Oracle: no file."""
+    save_tokenizer(train_tokenizer(["abab"], 258), tmp_path / "no_end.json")
+    bare = quick[0] / "data" / "train.bin"
+    shutil.copyfile(bare, tmp_path / "bare.bin")
+    files = ["--run", tmp_path / "run", "--train", tmp_path / "bare.bin", "--token-dtype", "uint16"]
+    flags = [*files, "--steps", 2, *MODEL]
+    done = run("pretrain", *flags, "--model.vocab-size", 400, "--sample", "x", ok=False, env=EAGER)
+    assert "sample: 'x' cannot be encoded without a --tokenizer" in done.stderr
+    flags += ["--tokenizer", tmp_path / "no_end.json"]
+    done = run("pretrain", *flags, "--model.vocab-size", 400, "--sample", "", ok=False, env=EAGER)
+    assert "prompt is empty, and the tokenizer has no <|endoftext|>" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_accounting_does_not_write_over_what_it_reads(quick):
+    path = quick[0] / "config.json"
+    before = path.read_text()
+    done = run("accounting", "--run", quick[0], "--json", path, ok=False)
+    assert done.returncode == 2 and "would be written over" in done.stderr and path.read_text() == before
+
+
+def test_generate_refuses_another_tokenizer_of_the_same_size(quick, tmp_path):
+    """It would write what other ids mean. Oracle: the fingerprints of both."""
+    shutil.copytree(quick[0], tmp_path / "run")
+    own = load_tokenizer(tmp_path / "run" / "tokenizer.json")
+    other = train_tokenizer(quick[0] / "data" / "heldout.txt", len(own.vocab), special_tokens=own.special_tokens)
+    assert len(own.vocab) == len(other.vocab)
+    save_tokenizer(other, tmp_path / "run" / "tokenizer.json")
+    done = run("generate", tmp_path / "run", "--prompt", "One", ok=False)
+    assert done.returncode == 2 and not done.stdout
+    assert f"its sha256 is {fingerprint(other)}, but the model was trained on the ids of {fingerprint(own)}" in (
+        done.stderr
+    )
 
 
 def test_quickstart_on_text_of_two_encodings(tmp_path):

@@ -1,0 +1,130 @@
+"""What a number or a text of a configuration may be, said beside the field and checked in one place.
+
+    steps: Count = 1000                                       # an int, at least 1
+    lr: Annotated[float, Range(0, FP32_MAX)] = 1e-3
+    check(cfg)                                                # ValueError naming the field, its value and the range
+
+`experiments.console.program` checks what it is given before anything is read or written. nan lies in no range, and
+neither does inf. What is a dataclass of purelm, and so has no annotations of this kind, has its ranges in `OTHERS`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from purelm.models.config import Config
+from purelm.ops.rope import RopeScaling
+
+FP32_MAX = 3.4e38  # what becomes a tensor of a step is fp32 there
+MOST = 10**15  # of what is counted: beyond any use, and exact in fp64; what cannot fit is capacity.py's to say
+
+
+@dataclass(frozen=True)
+class Range:
+    """low..high with both ends, or without an open one; or_zero: and 0, which stands apart."""
+
+    low: float
+    high: float = MOST
+    open_low: bool = False
+    open_high: bool = False
+    or_zero: bool = False
+
+    def holds(self, value: float) -> bool:
+        if self.or_zero and value == 0:
+            return True
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below  # both are False for nan
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.open_low else 'at least'} {_plain(self.low)}"
+        high = f"{'below' if self.open_high else 'at most'} {_plain(self.high)}"
+        high = "" if self.high in (MOST, FP32_MAX) else high
+        text = f"{low} and {high}" if high else low
+        return f"0, or {text}" if self.or_zero else text
+
+
+def _plain(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+
+
+@dataclass(frozen=True)
+class Unicode:
+    """A text that UTF-8 can hold: an argument that is not UTF-8 arrives with half surrogate pairs in it."""
+
+
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(-(2**63), 2**63, open_high=True)]  # of random.key
+Factor = Annotated[float, Range(0, FP32_MAX)]
+Positive = Annotated[float, Range(0, FP32_MAX, open_low=True)]
+Share = Annotated[float, Range(0, 1)]
+Beta = Annotated[float, Range(0, 1, open_high=True)]
+# fp32 holds no smaller number to full precision, and 0 / (0 + eps) is nan where eps is rounded to 0.
+Epsilon = Annotated[float, Range(1.2e-38, FP32_MAX)]
+Text = Annotated[str, Unicode()]
+
+_size, _number, _positive = Range(1), Range(0), Range(0, FP32_MAX, open_low=True)
+OTHERS: dict[type, dict[str, Range]] = {
+    Config: {
+        **dict.fromkeys(
+            ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff"), _size
+        ),
+        "norm_eps": Range(1.2e-38, FP32_MAX),
+        "rope_theta": _positive,
+        "window": _number,
+        "attention_scale": _positive,
+        "attention_softcap": _positive,
+        "logit_softcap": _positive,
+    },
+    RopeScaling: {
+        "factor": Range(1, FP32_MAX),
+        "original_length": _size,
+        **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), _positive),
+        "attention_factor": _positive,
+    },
+}
+
+
+def check(cfg: Any, prefix: str = "") -> None:
+    """ValueError naming the first field of a dataclass, or of one within it, that is outside of its range."""
+    hints = get_type_hints(type(cfg), include_extras=True)
+    for field in dataclasses.fields(cfg):
+        name, value = f"{prefix}{field.name}", getattr(cfg, field.name)
+        if dataclasses.is_dataclass(value):
+            check(value, f"{name}.")
+            continue
+        rule = rule_of(type(cfg), field.name, hints[field.name])
+        for item in value if isinstance(value, tuple | list) else (value,):
+            _check_one(name, item, rule)
+
+
+def _check_one(name: str, value: Any, rule: "Range | Unicode | None") -> None:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number{f', {rule}' if rule else ''}, got {value}")
+        if isinstance(rule, Range) and not rule.holds(value):
+            raise ValueError(f"{name} must be {rule}, got {value}")
+    elif isinstance(value, str) and isinstance(rule, Unicode):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} must be text that UTF-8 can hold, got {value!r}: {error.reason}") from None
+
+
+def rule_of(owner: type, name: str, hint: Any) -> "Range | Unicode | None":
+    """The rule of a field: that in its annotation, or that in `OTHERS`."""
+    if owner in OTHERS:
+        return OTHERS[owner].get(name)
+    return next((part for part in _metadata(hint) if isinstance(part, Range | Unicode)), None)
+
+
+def _metadata(hint: Any) -> Iterator[Any]:
+    """What Annotated says anywhere in a type: in its parts too, such as Count | None."""
+    if get_origin(hint) is Annotated:
+        yield from hint.__metadata__
+    for part in get_args(hint):
+        if not isinstance(part, str | int | float | None):
+            yield from _metadata(part)

@@ -1,0 +1,75 @@
+"""One process at a time writes into the folder of a run: a lock that ends with its holder, however that ends."""
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from experiments.console import say
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the folder, which is made if need be; ValueError when another process holds it.
+
+    The lock is flock's on a file within: the kernel lets it go when the process ends, by kill -9 too. A folder in
+    which nothing was written is gone afterwards.
+    """
+    existed = run.exists()
+    if existed and not run.is_dir():
+        raise ValueError(f"run {run}: is a file, not a folder")
+    file = _acquire(run)
+    try:
+        yield
+    finally:
+        # Removed while it is held: who waits at the old file sees that it is no longer the folder's.
+        (run / LOCK).unlink(missing_ok=True)
+        if not existed and run.is_dir() and not any(run.iterdir()):
+            run.rmdir()
+        file.close()
+
+
+def _acquire(run: Path) -> IO[str]:
+    while True:
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(run / LOCK, "a+", encoding="utf-8")
+        except FileNotFoundError:  # the holder removed the folder just now
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(
+                f"run {run} is being written by {holder}: wait for it or end it, or give another --run"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                file.close()
+                raise
+            say(f"run {run}: its file system has no locks, so a second run in it would not be noticed")
+            return file
+        if _is_current(file, run / LOCK):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            return file
+        file.close()
+
+
+def _is_current(file: IO[str], path: Path) -> bool:
+    """Whether the open file is still the one that has this name."""
+    try:
+        named = os.stat(path)
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(file.fileno())
+    return (mine.st_dev, mine.st_ino) == (named.st_dev, named.st_ino)

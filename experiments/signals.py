@@ -1,0 +1,101 @@
+"""SIGTERM and Ctrl-C as wishes: the loop finishes its step and saves; the second one ends the process at once.
+
+    with asked_to_stop(world) as ask:
+        for ...:
+            step
+            if number := ask():   # the signal's number, on all ranks after the same step
+                save, and raise SystemExit(128 + number)
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from purelm.dist.world import World
+
+# torchrun passes on what the terminal has sent to all its processes already: within this time it is the same wish.
+PASSED_ON = 5.0  # seconds
+
+
+@contextmanager
+def asked_to_stop(world: World) -> Iterator[Callable[[], int]]:
+    """A function for the end of each step: 0, or the number of the signal with which someone asks for the end.
+
+    With several processes any rank's signal counts, and all get the same answer after the same step: one message of a
+    number at each, whose result is looked at one step later, so that nothing waits for it.
+    """
+    wish = _Wish(world)
+    old = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+        old = {number: signal.signal(number, wish.take) for number in (signal.SIGTERM, signal.SIGINT)}
+    answers = _Agreed(world) if world.size > 1 else None
+    try:
+        yield (lambda: wish.number) if answers is None else (lambda: answers.ask(wish.number))
+        if answers is not None:
+            answers.read()  # what is under way ends before the next message begins
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+class _Wish:
+    """The first signal."""
+
+    def __init__(self, world: World):
+        self.number = 0
+        self.when = 0.0
+        self.speaks = world.rank == 0
+
+    def take(self, number: int, frame: Any) -> None:
+        """The handler: printing is not safe here, a write is."""
+        if not self.number:
+            self.number, self.when = number, time.monotonic()
+            if self.speaks:
+                name = signal.Signals(number).name
+                os.write(2, f"\n{name}: finishing the step, then saving; once more ends at once\n".encode())
+            return
+        if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.when < PASSED_ON:
+            return
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+class _Agreed:
+    """The largest number of all ranks, one call late."""
+
+    def __init__(self, world: World):
+        self.device = world.device
+        self.under_way: tuple[Any, torch.Tensor] | None = None
+
+    def ask(self, number: int) -> int:
+        found = self.read()
+        mine = torch.tensor(number, dtype=torch.int32).to(self.device)
+        work = dist.all_reduce(mine, op=dist.ReduceOp.MAX, async_op=True)
+        self.under_way = self._to_host(work, mine)
+        return found
+
+    def _to_host(self, work: Any, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """(what to wait for, where the number then is): on a GPU a copy and an event, since .item() waits for all."""
+        if self.device.type != "cuda":
+            return work, x
+        work.wait()  # the stream does, not the host
+        host = torch.zeros((), dtype=torch.int32, pin_memory=True)
+        host.copy_(x, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return event, host
+
+    def read(self) -> int:
+        if self.under_way is None:
+            return 0
+        handle, x = self.under_way
+        self.under_way = None
+        handle.synchronize() if isinstance(handle, torch.cuda.Event) else handle.wait()
+        return int(x)
