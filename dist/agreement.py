@@ -10,9 +10,10 @@ from torch import Tensor
 from purelm import tree
 from purelm.dist.world import Group, all_gather_single, device_of, size_of
 
-__all__ = ["check_equal", "check_same_kind", "fingerprint", "kinds", "non_finite_ranks"]
+__all__ = ["check_equal", "check_same", "check_same_kind", "fingerprint", "kinds", "non_finite_ranks"]
 
 _MISSING = "no such leaf"
+_LONGEST = 80  # characters of a value that an error shows
 
 
 def kinds(values: Any) -> dict[str, str]:
@@ -44,16 +45,56 @@ def check_same_kind(values: Any, group: Group = None, what: str = "tree") -> Non
     raise ValueError(_difference(everyone, what))
 
 
+def check_same(values: dict[str, str], *, group: Group = None) -> None:
+    """ValueError on every rank, naming each field that differs and the ranks, unless all ranks give equal values.
+
+    For what a program was started with (seed, settings, hashes of data), once, before anything is computed: ranks that
+    differ in these compute something that no one asked for, without a word. Values are text; hash what is long. Sent:
+    32 bytes by each rank, and the values only where they differ.
+
+    >>> check_same({"seed": "0", "data": "5f1d"})
+    """
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise ValueError(f"check_same: values must map names to text, got {name!r}: {value!r}")
+    if size_of(group) == 1:
+        return
+    mine = dict(sorted(values.items()))
+    digests = _gather_bytes(_digest(repr(mine).encode()), group)
+    if all(d == digests[0] for d in digests):
+        return
+    everyone: list[Any] = [None] * size_of(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    problems = []
+    for name in sorted({name for one in everyone for name in one}):
+        found = [_shown(one[name]) if name in one else "absent" for one in everyone]
+        if len({one.get(name) for one in everyone}) > 1:
+            problems.append(f"{name} is {_by_rank(found)}")
+    raise ValueError(f"ranks differ: {'. '.join(problems)}. All must be started alike")
+
+
+def _shown(value: str) -> str:
+    """The value, or the beginning of a long one and a hash: two that begin alike must not look equal."""
+    if len(value) <= _LONGEST:
+        return repr(value)
+    return f"{value[:_LONGEST]!r}... (SHA-256 {_digest(value.encode()).hex()[:8]})"
+
+
+def _by_rank(found: list[str]) -> str:
+    """Each value and the ranks that have it."""
+    by_value: dict[str, list[int]] = {}
+    for rank, value in enumerate(found):
+        by_value.setdefault(value, []).append(rank)
+    texts = [f"{value} on rank{'s' * (len(ranks) > 1)} {_list(ranks)}" for value, ranks in by_value.items()]
+    return "; ".join(texts)
+
+
 def _difference(everyone: list[dict[str, str]], what: str) -> str:
     paths = list(dict.fromkeys(path for one in everyone for path in one))
     for path in paths:
         found = [one.get(path, _MISSING) for one in everyone]
         if len(set(found)) > 1:
-            by_value: dict[str, list[int]] = {}
-            for rank, value in enumerate(found):
-                by_value.setdefault(value, []).append(rank)
-            texts = [f"{value} on rank{'s' * (len(ranks) > 1)} {_list(ranks)}" for value, ranks in by_value.items()]
-            return f"{what}: ranks differ at {path}: {'; '.join(texts)}"
+            return f"{what}: ranks differ at {path}: {_by_rank(found)}"
     return f"{what}: ranks have the same leaves in another order"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from purelm import random, tree
-from purelm.dist.agreement import check_equal, check_same_kind, fingerprint, non_finite_ranks
+from purelm.dist.agreement import check_equal, check_same, check_same_kind, fingerprint, non_finite_ranks
 from purelm.dist.collectives import all_gather, all_reduce, broadcast, reduce, reduce_scatter
 from purelm.dist.world import rank_of, size_of, start
 from purelm.transforms import value_and_grad
@@ -185,3 +185,35 @@ def on_rank_nan(bad):
 @pytest.mark.parametrize("bad", [0, 1, None])
 def test_ranks_with_an_inf_are_named(bad):
     assert run(on_rank_nan, bad) == [[bad] if bad is not None else []] * 2
+
+
+def on_rank_started(change):
+    values = {"seed": "0", "data": "5f1d", "text": "x" * 100}
+    check_same({**values, **change} if rank_of(None) == 1 else values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": "1"}, "ranks differ: seed is '0' on rank 0; '1' on rank 1. All must be started alike"),
+        (
+            {"data": "", "lr": "1e-3"},
+            "ranks differ: data is '5f1d' on rank 0; '' on rank 1. lr is absent on rank 0; '1e-3' on rank 1. "
+            "All must be started alike",
+        ),
+    ],
+)
+def test_what_ranks_were_started_with_is_compared(change, message):
+    """Oracle: the values themselves; all ranks name the field and its values, and work on."""
+    with pytest.raises(RankError) as error:
+        run(on_rank_started, change)
+    assert error.value.errors == {0: f"ValueError: {message}", 1: f"ValueError: {message}"}
+    run(on_rank_started, {})
+
+
+def test_long_values_that_begin_alike_do_not_look_equal():
+    with pytest.raises(RankError, match=r"'x{80}'... \(SHA-256 \w{8}\) on rank 0; .* on rank 1"):
+        run(on_rank_started, {"text": "x" * 99 + "y"})
+    check_same({"seed": "0"})
+    with pytest.raises(ValueError, match="names to text, got 'seed': 0"):
+        check_same({"seed": 0})
