@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 # Names of the format (https://github.com/huggingface/safetensors) for what torch has.
@@ -150,9 +150,16 @@ class Reader:
         for piece in leaf.pieces:
             a, b = max(piece.start, start), min(piece.stop, start + len(rows))
             if a < b and out.numel():
-                stored = self._file(piece.file).get_slice(piece.key)
-                value = stored[...] if not leaf.shape else stored[a - piece.start : b - piece.start]
-                rows[a - start : b - start] = value
+                try:
+                    stored = self._file(piece.file).get_slice(piece.key)
+                    value = stored[...] if not leaf.shape else stored[a - piece.start : b - piece.start]
+                except SafetensorError as error:
+                    raise ValueError(f"{self._folder / piece.file}: {piece.key}: {error}") from None
+                target = rows[a - start : b - start] if leaf.shape else rows[0]
+                if value.shape != target.shape or value.dtype != leaf.dtype:
+                    has = f"{tuple(value.shape)} {value.dtype}, the manifest says {tuple(target.shape)} {leaf.dtype}"
+                    raise ValueError(f"{self._folder / piece.file}: {piece.key} is {has}")
+                target.copy_(value)
         return out
 
     def whole(self, leaf: Leaf, device: torch.device | str) -> Tensor:

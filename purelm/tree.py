@@ -224,7 +224,8 @@ def all_finite(tree: Tree) -> Tensor:
     floats = [x for x in leaves(tree) if is_floating(x)]
     if not floats:
         return torch.ones((), dtype=torch.bool)
-    return torch.stack([torch.isfinite(x).all() for x in floats]).all()
+    # Formats of 8 bits have no arithmetic of their own.
+    return torch.stack([torch.isfinite(x.float() if x.element_size() == 1 else x).all() for x in floats]).all()
 
 
 def n_params(tree: Tree) -> int:

@@ -1,6 +1,7 @@
 """What a Transformer is: every choice that shapes its parameters or its maths."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,8 +90,8 @@ class Config:
             raise ValueError(f'Config.norm_position must stay "pre" without a norm, got {self.norm_position!r}')
         for name in ("norm_eps", "rope_theta", "attention_scale", "attention_softcap", "logit_softcap"):
             value = getattr(self, name)
-            if value is not None and not value > 0.0:
-                raise ValueError(f"Config.{name} must be above 0, got {value}")
+            if value is not None and not 0.0 < value < math.inf:
+                raise ValueError(f"Config.{name} must be above 0 and finite, got {value}")
 
     @property
     def kv_heads(self) -> int:

@@ -455,3 +455,14 @@ def test_tiles_are_those_of_the_nearest_measured_length(monkeypatch):
 
     assert [m(64, n) for n in (1, 1024, 2048, 2049, 1 << 20)] == [3, 3, 3, 1, 1]
     assert [m(32, n) for n in (1, 1 << 20)] == [5, 5]
+
+
+@pytest.mark.parametrize("ends", [[2, 4], [0, 4, 2, 6], [0, 3, 9], [2, 6], [0, 3], [6], []], ids=str)
+def test_cu_seqlens_that_are_no_ends_of_documents(ends):
+    """Oracle: the documented form [0, n1, n1 + n2, ..., T]; anything else mixed documents or cut them elsewhere."""
+    q = torch.zeros(1, 6, 2, 4)
+    with pytest.raises(ValueError, match=r"cu_seqlens must be the ends of documents, .* \.\.\., 6\], got"):
+        flash_attention(q, q, q, cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+    with pytest.raises(ValueError, match="cu_seqlens must be the ends of documents"):
+        segment_ids_from_cu_seqlens(torch.tensor([0.0, 6.0]), 6)
+    assert segment_ids_from_cu_seqlens(torch.tensor([0, 2, 2, 6]), 6).tolist() == [[0, 0, 2, 2, 2, 2]]

@@ -45,9 +45,9 @@ def test_resolved_sizes():
         (dict(head_dim=5), "Config.head_dim must be even for rope, got 5"),
         (dict(position="none", rope_scaling=RopeScaling("ntk", 2.0)), 'Config.rope_scaling needs position "rope"'),
         (dict(norm="none", norm_position="post"), 'Config.norm_position must stay "pre" without a norm'),
-        (dict(norm_eps=0.0), "Config.norm_eps must be above 0, got 0.0"),
-        (dict(rope_theta=-1.0), "Config.rope_theta must be above 0, got -1.0"),
-        (dict(logit_softcap=0.0), "Config.logit_softcap must be above 0, got 0.0"),
+        (dict(norm_eps=0.0), "Config.norm_eps must be above 0 and finite, got 0.0"),
+        (dict(rope_theta=-1.0), "Config.rope_theta must be above 0 and finite, got -1.0"),
+        (dict(logit_softcap=0.0), "Config.logit_softcap must be above 0 and finite, got 0.0"),
     ],
 )
 def test_each_bad_value_is_named(change, message):
