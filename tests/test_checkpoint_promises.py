@@ -40,7 +40,7 @@ def test_keys_come_back(tmp_path, value):
     [
         ({"p": {"__metadata__": X}}, "a leaf of p is called '__metadata__', which safetensors files keep"),
         ({"p": {("a", "b"): X}}, r"p would not come back as it is: keys of a dict .* \('a', 'b'\) is among them"),
-        ({"p": {0: X, "b": X}}, "p would not come back as it is: keys of a dict must all be strings, or all integers; 0"),
+        ({"p": {0: X, "b": X}}, "p would not come back as it is: keys of a dict must all be strings, or .* 0 is among"),
         ({"p": {True: X}}, "keys of a dict must all be strings, or all integers; True"),
         ({"p": deque([X])}, "is a deque, which only works without paths"),
         ({"p": {"a\ud800": X}}, "p has a path that cannot be written as text"),
@@ -172,7 +172,7 @@ def change_away(manifest, parents, last):
 def test_a_tree_that_its_file_does_not_have(tmp_path):
     folder = checkpoint.save(tmp_path, 1, {"p": {"w": X}})
     forged(folder, lambda m: m["files"]["p"].update(tree={"dict": {"w": "leaf", "v": "leaf"}}))
-    with pytest.raises(ValueError, match="p.safetensors: lacks the leaf 'v'"):
+    with pytest.raises(ValueError, match=r"p.safetensors: lacks the leaf 'v'"):
         checkpoint.load(tmp_path)
 
 

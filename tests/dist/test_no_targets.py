@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from purelm import tree
+from purelm import interop, tree
 from purelm.dist import fsdp, zero
 from purelm.dist.ddp import differentiate, with_global_denominator
 from purelm.dist.world import rank_of
@@ -147,4 +147,21 @@ def test_a_norm_of_one_rank_is_refused(way, message):
     """Ranks would step by different factors. At the first step, on all ranks, so that the processes work on."""
     with pytest.raises(RankError, match=message) as error:
         run(on_rank_clip, way)
+    assert len(error.value.errors) == 2
+
+
+def on_rank_torch_optimizer(max_norm):
+    torch.manual_seed(0)
+    model = interop.fsdp(torch.nn.Linear(3, 4))
+    optimizer = adamw() if max_norm is None else chain(clip_by_global_norm(max_norm), adamw())
+    wrapped = interop.TorchOptimizer(model.parameters(), optimizer)
+    model(torch.ones(2, 3)).square().sum().backward()
+    model.finish_gradient_synchronization()
+    wrapped.step()
+
+
+def test_a_torch_optimizer_that_clips_parts_of_a_module_is_refused():
+    run(on_rank_torch_optimizer, None)
+    with pytest.raises(RankError, match=r"TorchOptimizer.step: the optimizer clips by a norm") as error:
+        run(on_rank_torch_optimizer, 0.1)
     assert len(error.value.errors) == 2
