@@ -62,8 +62,10 @@ def start(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     process at once, and torchrun then ends the others. A group that exists already is used and left standing.
     PeerError, in one line, where the port is taken, where not all processes come, and where one is lost later on.
     """
-    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device not in ("auto", "cpu", "cuda", f"cuda:{local}"):
+        raise ValueError(f'device must be "auto", "cpu" or "cuda", which is GPU {local} by LOCAL_RANK, got {device!r}')
+    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     if cuda and local >= torch.cuda.device_count():
         n = torch.cuda.device_count()
         raise ValueError(f"LOCAL_RANK is {local}, but there are {n} GPUs: start fewer processes")

@@ -121,6 +121,13 @@ def bidirectional_flash_attention(
     """
     segments: Segments = None
     if lengths is not None:
+        if lengths.shape != (q_BTHK.shape[0],) or lengths.is_floating_point():
+            raise ValueError(
+                f"lengths must be one integer for each of {q_BTHK.shape[0]} rows, got {lengths.dtype} of shape "
+                f"{tuple(lengths.shape)}"
+            )
+        if at_hand(lengths) and not bool(((lengths >= 0) & (lengths <= q_BTHK.shape[1])).all()):
+            raise ValueError(f"lengths must be in 0..{q_BTHK.shape[1]}, got {lengths.tolist()}")
         here, there = (torch.arange(x.shape[1], device=x.device) < lengths[:, None] for x in (q_BTHK, k_BSGK))
         segments = (torch.where(here, 1, 0), torch.where(there, 1, -1))
     return flash_attention(

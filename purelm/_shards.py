@@ -152,14 +152,16 @@ class Reader:
             if a < b and out.numel():
                 try:
                     stored = self._file(piece.file).get_slice(piece.key)
+                    has = tuple(stored.get_shape()), _DTYPES.get(stored.get_dtype())
                     value = stored[...] if not leaf.shape else stored[a - piece.start : b - piece.start]
                 except SafetensorError as error:
                     raise ValueError(f"{self._folder / piece.file}: {piece.key}: {error}") from None
-                target = rows[a - start : b - start] if leaf.shape else rows[0]
-                if value.shape != target.shape or value.dtype != leaf.dtype:
-                    has = f"{tuple(value.shape)} {value.dtype}, the manifest says {tuple(target.shape)} {leaf.dtype}"
-                    raise ValueError(f"{self._folder / piece.file}: {piece.key} is {has}")
-                target.copy_(value)
+                says = ((piece.stop - piece.start, *leaf.shape[1:]) if leaf.shape else ()), leaf.dtype
+                if has != says:
+                    texts = [" ".join(map(str, x)) for x in (has, says)]
+                    what = f"{self._folder / piece.file}: {piece.key}"
+                    raise ValueError(f"{what} is {texts[0]}, the manifest says {texts[1]}")
+                rows[a - start : b - start] = value
         return out
 
     def whole(self, leaf: Leaf, device: torch.device | str) -> Tensor:

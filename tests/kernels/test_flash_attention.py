@@ -468,3 +468,10 @@ def test_cu_seqlens_that_are_no_ends_of_documents(ends):
     with pytest.raises(ValueError, match="cu_seqlens must be the ends of documents"):
         segment_ids_from_cu_seqlens(torch.tensor([0.0, 6.0]), 6)
     assert segment_ids_from_cu_seqlens(torch.tensor([0, 2, 2, 6]), 6).tolist() == [[0, 0, 2, 2, 2, 2]]
+
+
+@pytest.mark.parametrize("lengths", [[7], [-1], [1, 2], [1.0]], ids=str)
+def test_lengths_that_rows_do_not_have(lengths):
+    q = torch.zeros(1, 6, 2, 4)
+    with pytest.raises(ValueError, match="lengths must be"):
+        bidirectional_flash_attention(q, q, q, lengths=torch.tensor(lengths))

@@ -227,6 +227,7 @@ def test_bad_arguments(attend, unchecked):
         ((q, k, v), {"window": (-1, 0)}, "window must have sides of at least 0"),
         ((q, k, v), {"window": -1}, "window must have sides of at least 0"),
         ((q, k, v), {"segment_ids": torch.ones(2, 4, dtype=torch.int64)}, "segment_ids must have 5 ids for queries"),
+        ((q, k, v), {"segment_ids": torch.ones(2, 5)}, "segment_ids must be integers, got torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):
             attend(*args, **kwargs)
