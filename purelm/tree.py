@@ -217,7 +217,7 @@ def global_norm(tree: Tree) -> Tensor:
         return torch.zeros(())
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in floats) else torch.float32
     if floats[0].is_cuda and not torch.compiler.is_compiling() and not torch._C._functorch.peek_interpreter_stack():
-        norms = torch._foreach_norm(floats, 2, dtype)  # a few launches, where one a leaf keeps the host busy for a ms
+        norms = list(torch._foreach_norm(floats, 2, dtype))  # a few launches, where one a leaf keeps the host busy for a ms
     else:
         norms = [torch.linalg.vector_norm(x, dtype=dtype) for x in floats]
     return torch.linalg.vector_norm(torch.stack(norms))
@@ -228,7 +228,8 @@ def all_finite(tree: Tree) -> Tensor:
     floats = [x for x in leaves(tree) if is_floating(x)]
     if not floats:
         return torch.ones((), dtype=torch.bool)
-    return torch.stack([torch.isfinite(x).all() for x in floats]).all()
+    # Formats of 8 bits have no arithmetic of their own.
+    return torch.stack([torch.isfinite(x.float() if x.element_size() == 1 else x).all() for x in floats]).all()
 
 
 def n_params(tree: Tree) -> int:
