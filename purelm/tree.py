@@ -217,7 +217,8 @@ def global_norm(tree: Tree) -> Tensor:
         return torch.zeros(())
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in floats) else torch.float32
     if floats[0].is_cuda and not torch.compiler.is_compiling() and not torch._C._functorch.peek_interpreter_stack():
-        norms = list(torch._foreach_norm(floats, 2, dtype))  # a few launches, where one a leaf keeps the host busy for a ms
+        # A few launches; one a leaf keeps the host busy for a millisecond.
+        norms = list(torch._foreach_norm(floats, 2, dtype))
     else:
         norms = [torch.linalg.vector_norm(x, dtype=dtype) for x in floats]
     return torch.linalg.vector_norm(torch.stack(norms))
