@@ -62,8 +62,8 @@ def prepare(
     A document is held out when a hash of (seed, its text without outer white space) is small: whatever the order,
     and with every copy of it on the same side. Up to 1,000 documents it is that fraction of the distinct ones, the
     smallest hashes, so that neither part is empty; beyond, all with hash < heldout_fraction. With fewer than 20
-    distinct documents, or of a stream of few that have megabytes each, the last fraction of each is held out instead, cut
-    at a newline where there is one.
+    distinct documents, or of a stream of few that have megabytes each, the last fraction of each is held out instead,
+    cut at a newline where there is one.
 
     Args:
         source: as in `documents`, or any iterable of strings.
