@@ -21,6 +21,7 @@ _TEMPORARY = re.compile(r"(train\.txt|heldout\.txt|prepared\.json)\.(?P<id>[0-9a
 FEW_DOCUMENTS = 20  # below this, the end of each document is held out
 HEAD_DOCUMENTS = 1000  # looked at before the first is written, to see how many there are
 HEAD_BYTES = 1 << 26
+LARGE_BYTES = 1 << 20  # of a document on average
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def prepare(
     A document is held out when a hash of (seed, its text without outer white space) is small: whatever the order,
     and with every copy of it on the same side. Up to 1,000 documents it is that fraction of the distinct ones, the
     smallest hashes, so that neither part is empty; beyond, all with hash < heldout_fraction. With fewer than 20
-    distinct documents the last fraction of each is held out instead, cut at a newline where there is one.
+    distinct documents, or of a stream of few that have megabytes each, the last fraction of each is held out instead,
+    cut at a newline where there is one.
 
     Args:
         source: as in `documents`, or any iterable of strings.
@@ -234,7 +236,9 @@ def _rule(
 ) -> tuple[str, Callable[[bytes], tuple[bytes, bytes]]]:
     """The rule's name, and the function that gives the (training, held-out) part of a document."""
     hashes = sorted({_hash(text, seed) for text in head})
-    if complete and len(hashes) < FEW_DOCUMENTS:
+    # A stream of very large documents, such as a text without delimiters: perhaps so few that none would be held out.
+    large = sum(map(len, head)) >= LARGE_BYTES * len(head) and fraction * len(hashes) < 2
+    if (large and not complete) or (complete and len(hashes) < FEW_DOCUMENTS):
 
         def tails(text: bytes) -> tuple[bytes, bytes]:
             keep = int(len(text) * (1 - fraction))

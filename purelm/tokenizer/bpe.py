@@ -68,7 +68,7 @@ def make(
             f"vocab: {len(missing)} of the 256 single bytes are missing, the first is {bytes(missing[:1])!r}; "
             "without them some texts have no encoding"
         )
-    merges = tuple(_pair(merge, rank) for rank, merge in enumerate(_listed(merges, "merges", "pairs of bytes")))
+    merges = tuple(_pair(merge, rank) for rank, merge in enumerate(listed(merges, "merges", "pairs of bytes")))
     seen: dict[tuple[bytes, bytes], int] = {}
     for rank, pair in enumerate(merges):
         if pair in seen:
@@ -80,7 +80,7 @@ def make(
     return BPE(vocab, merges, special_tokens, resolve(pattern), bool(ignore_merges))
 
 
-def _listed(values, argument: str, what: str) -> list:
+def listed(values, argument: str, what: str) -> list:
     """The elements of an iterable that is not a string or bytes, which would be taken apart."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise ValueError(f"{argument} is {type(values).__name__} {values!r:.80}; give a sequence of {what}")
@@ -103,7 +103,7 @@ def _check_entry(token_id, token) -> None:
 def _add_specials(vocab: dict[int, bytes], ids: dict[bytes, int], special_tokens) -> tuple[str, ...]:
     """Append to vocab and ids (both local to the caller) what is missing; the names in order."""
     fixed = special_tokens if isinstance(special_tokens, Mapping) else {}
-    names = tuple(_listed(special_tokens, "special_tokens", "strings"))
+    names = tuple(listed(special_tokens, "special_tokens", "strings"))
     seen: set[str] = set()
     for name in names:
         if not isinstance(name, str) or not name:
@@ -134,7 +134,7 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 def with_special_tokens(bpe: BPE, special_tokens: Sequence[str] | Mapping[str, int]) -> BPE:
     """`bpe` with more special tokens; those that the vocab lacks are appended with the next ids."""
     old: dict[str, int | None] = {name: None for name in bpe.special_tokens}
-    new: Mapping[str, int | None] = dict.fromkeys(_listed(special_tokens, "special_tokens", "strings"))
+    new: Mapping[str, int | None] = dict.fromkeys(listed(special_tokens, "special_tokens", "strings"))
     if isinstance(special_tokens, Mapping):
         new = special_tokens
     vocab = dict(bpe.vocab)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from purelm.tokenizer import huggingface, tables
 from purelm.tokenizer.alphabet import from_unicode, read_text, to_unicode, write_atomic
-from purelm.tokenizer.bpe import BPE, make
+from purelm.tokenizer.bpe import BPE, listed, make
 from purelm.tokenizer.patterns import CL100K, GPT2, O200K
 from purelm.tokenizer.recover import every_split, recover_merges
 
@@ -89,6 +89,13 @@ def load(
     return huggingface.from_json(read_text(path), os.fspath(path), text_only)
 
 
+def _named(special_tokens: Specials | None) -> Specials | None:
+    """The names as something that can be read twice."""
+    if special_tokens is None or isinstance(special_tokens, Mapping):
+        return special_tokens
+    return tuple(listed(special_tokens, "special_tokens", "strings"))
+
+
 def load_tiktoken(
     path: str | os.PathLike, *, pattern: str | None = None, special_tokens: Specials | None = None
 ) -> BPE:
@@ -98,6 +105,7 @@ def load_tiktoken(
     cl100k_base, o200k_base) both are known, and the number of lines is checked; for others `pattern` must be given.
     """
     name = os.fspath(path)
+    special_tokens = _named(special_tokens)
     published = PUBLISHED.get(Path(path).stem)
     ranks: dict[bytes, int] = {}
     taken: dict[int, int] = {}  # rank -> line
@@ -169,6 +177,7 @@ def load_gpt2(
     the result of a merge, or a special token: an entry that is none of them says that merges.txt is cut short.
     """
     name = os.fspath(vocab_path)
+    special_tokens = _named(special_tokens)
     entries = huggingface.parse_json(read_text(vocab_path), name)
     if not isinstance(entries, dict):
         raise ValueError(f"{name}: not a mapping from tokens to ids")

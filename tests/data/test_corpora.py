@@ -309,6 +309,19 @@ def test_leftovers_of_a_killed_prepare_go(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["heldout.txt", "prepared.json", "train.txt", "train.txt.old"]
 
 
+def test_few_large_documents_of_a_stream_lose_their_ends(tmp_path, monkeypatch):
+    """Oracle: the parts joined. A text without delimiters, cut into large documents, always has a held-out part."""
+    monkeypatch.setattr(corpora_module, "HEAD_BYTES", 2000)
+    monkeypatch.setattr(corpora_module, "LARGE_BYTES", 100)
+    texts = [f"text {i} " * 20 for i in range(30)]
+    for source in (texts, texts[:1] * 30):
+        prepared = prepare(iter(source), tmp_path)
+        parts = [(tmp_path / name).read_text().split(DELIMITER) for name in ("train.txt", "heldout.txt")]
+        assert prepared.rule == "tails"
+        assert [a + b for a, b in zip(*parts, strict=True)] == source
+    assert prepare(iter(texts), tmp_path, heldout_fraction=0.3).rule == "documents"
+
+
 def test_limited():
     """Oracle: the bytes; the text that crosses the limit is cut behind its last space, and no more are read."""
 

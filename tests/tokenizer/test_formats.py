@@ -93,6 +93,22 @@ def test_tiktoken_reads_what_is_written(trained, tmp_path, tiktoken_of, pattern)
         assert encode(bpe, text).tolist() == peer.encode(text, allowed_special="all")
 
 
+def test_special_tokens_of_loaders(trained, tmp_path):
+    """Oracle: the list. A generator is read once and kept; a string is refused and not taken letter by letter."""
+    bpe = trained()
+    save_gpt2(bpe, tmp_path / "vocab.json", tmp_path / "merges.txt")
+    save(bpe, tmp_path / "t.tiktoken")
+    for call in (
+        lambda names: load_gpt2(tmp_path / "vocab.json", tmp_path / "merges.txt", special_tokens=names),
+        lambda names: load(tmp_path, special_tokens=names),
+        lambda names: load(tmp_path / "t.tiktoken", special_tokens=names, pattern="gpt2"),
+    ):
+        names = ["<|endoftext|>", "<|pad|>"]
+        assert same(call(name for name in names), call(names)) and call(names).special_tokens == tuple(names)
+        with pytest.raises(ValueError, match=r"special_tokens is str '<.pad.>'; give a sequence of strings"):
+            call("<|pad|>")
+
+
 def test_gpt2_files(trained, tmp_path):
     """Oracles: the round trip, through a folder as well, and Hugging Face's reader of the pair of files."""
     bpe = trained()
