@@ -1,5 +1,5 @@
-# Four commands: make quickstart, make test, make lint, make bench. The gpu-* ones are the same on an accelerator, and
-# test-oldest is the suite with the oldest torch that purelm supports, in a folder of its own.
+# Four commands: make quickstart, make test, make lint, make bench. test-all is test and what is slow, as CI runs it; the
+# gpu-* ones are the same on an accelerator; test-oldest is the suite with the oldest torch supported, in its own folder.
 # PY names another interpreter (one that has the dependencies) and skips the setup: make gpu-test PY=python3
 SHELL := /bin/sh
 VENV_PY := .venv/bin/python
@@ -16,11 +16,14 @@ RUN_ENV := .venv/.run-ready
 DEV_ENV := .venv/.dev-ready
 endif
 
-.PHONY: quickstart test test-oldest lint bench gpu-test gpu-bench clean
+.PHONY: quickstart test test-all test-oldest lint bench gpu-test gpu-bench clean
 quickstart: $(RUN_ENV)
 	$(PY) -m experiments.quickstart --run $(RUN) $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(DEV_ENV)
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: $(DEV_ENV)
 	$(PY) -m pytest -n 2 --dist worksteal
 	$(PY) -m pytest --jaxtyping-packages=purelm.ops,purelm.models,beartype.beartype tests/ops tests/models -m "not compile" -n 2
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from purelm import _shards, tree
 from purelm import checkpoint as one_process
+from purelm._manifest import check_meta, check_structure, is_finite, skeleton
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.sharding import part_shape
 from purelm.dist.world import Group, rank_of, size_of
@@ -70,6 +71,7 @@ def save(
     group: Group = None,
     meta: Mapping[str, Any] | None = None,
     keep_last: int | None = None,
+    finite: bool | None = None,
 ) -> Path:
     """Write `root/step-XXXXXXXX/` together, and return its path on every rank when it is complete.
 
@@ -79,6 +81,7 @@ def save(
         sharded: which leaves are parts. None: those that have a part's shape. That cannot mislead: a part looks like
             the whole only where axis 0 has one row or none (or N is 1), and there rank 0's is the whole.
         meta, keep_last: as in `purelm.checkpoint.save`; rank 0's count.
+        finite: as there, of this rank's leaves: the manifest says whether those of all ranks are.
 
     Raises on every rank, naming the ranks that failed, if any did; then nothing is left but what was there before.
     """
@@ -86,6 +89,9 @@ def save(
     begun: list[Path] = []
 
     def begin() -> tuple[list[_Placed], Any]:
+        nonlocal step, meta
+        step = one_process._as_step(step)
+        meta = check_meta(meta, step)
         plan = _plan(trees, like, sharded, N)
         if rank == 0:
             begun.append(one_process._begin(Path(root), step, keep_last))
@@ -99,12 +105,18 @@ def save(
         check_same_kind(common, group, what)
         temporary = Path(root) / everyone[0][1]
         path = temporary / _shards.file_name(rank, N)
-        _, files = _together(lambda: (None, _shards.write(path, _own(plan, rank, N))), group, what)
+
+        def write() -> tuple[None, Any]:
+            good = is_finite(dict(trees)) if finite is None else bool(finite)
+            return None, (_shards.write(path, _own(plan, rank, N)), good)
+
+        _, written = _together(write, group, what)
 
         def finish() -> tuple[None, None]:
             if rank == 0:
-                content = {"format": one_process.SHARDED, "shards": files, "files": _describe(like, plan)}
-                one_process._finish(temporary, step, {**content, "meta": dict(meta or {})}, keep_last)
+                content: dict[str, Any] = {"format": one_process.SHARDED, "files": _describe(like, plan), "meta": meta}
+                content |= {"shards": [entry for entry, _ in written], "finite": all(good for _, good in written)}
+                one_process._finish(temporary, step, content, keep_last)
             return None, None
 
         _together(finish, group, what)
@@ -227,7 +239,10 @@ def _plan(trees: Mapping[str, Any], like: Mapping[str, Any], sharded: Layout | N
     plan = []
     for name, value in trees.items():
         paths = tree.paths(like[name])
-        one_process._check_paths(name, paths)
+        check_structure(name, like[name])
+        for path, whole in zip(paths, tree.leaves(like[name]), strict=True):
+            if not isinstance(whole, Tensor):
+                raise ValueError(f"save: like.{name}.{path} is a {type(whole).__name__}: leaves are tensors")
         try:
             (wholes, leaves), _ = tree.flatten_up_to(like[name], value)
         except ValueError:
@@ -303,7 +318,7 @@ def _own(plan: list[_Placed], rank: int, n_ranks: int) -> dict[str, Tensor]:
 def _describe(like: Mapping[str, Any], plan: list[_Placed]) -> dict[str, Any]:
     return {
         name: {
-            "tree": one_process._skeleton(value),
+            "tree": skeleton(value),
             "leaves": {p.path: _shards.describe(p.like, p.shard) for p in plan if p.name == name},
         }
         for name, value in like.items()

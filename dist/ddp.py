@@ -2,10 +2,14 @@
 
     params = broadcast(params)                                          # once: all ranks begin alike
     step = make_step(loss, optimizer, schedule, reduce=all_reduce_mean)  # the one line
-    step = make_step(loss, optimizer, schedule, differentiate=ddp.differentiate)  # or, while backward still runs
+    step = make_step(                                                   # or, while backward still runs
+        loss, optimizer, schedule, prepare=ddp.with_global_denominator, differentiate=ddp.differentiate
+    )
 
 `all_reduce_mean` averages gradients of losses that are means over each rank's batch. `differentiate` sums gradients of
-losses that are divided by a denominator of all ranks, so that padding and weights may differ from rank to rank.
+losses that are divided by a denominator of all ranks, which `with_global_denominator` puts into the batch, so that
+padding and weights may differ from rank to rank. Of losses that are means over each rank's batch it would give N times
+the gradient: a batch whose denominator is of one rank is refused.
 """
 
 import math
@@ -23,7 +27,8 @@ from purelm.dist.collectives import all_reduce, broadcast
 from purelm.dist.messages import Op, Pending, cast_leaves, cut, default_bucket_bytes, send_bucket
 from purelm.dist.sharding import scatter_bucket
 from purelm.dist.world import Group, device_of, rank_of, size_of
-from purelm.train import with_denominator
+from purelm.ops.cross_entropy import nonzero
+from purelm.train import n_targets
 from purelm.transforms import accumulate, value_and_grad
 
 __all__ = [
@@ -190,9 +195,10 @@ def differentiate(
 ) -> Callable[[Any, Any], tuple[tuple[Tensor, dict[str, Tensor]], Any]]:
     """(params, batch) -> ((loss, metrics), grads) over all ranks' batches: for `make_step(..., differentiate=...)`.
 
-    loss_fn divides by batch["denominator"]: make_step's `prepare` should be `with_global_denominator`. Loss, metrics
-    and gradients are then sums over ranks, as they would come from one process with the whole batch. The metric
-    non_finite_rank is the first rank whose own loss is inf or nan, -1 if none is. compute: that of make_step's
+    loss_fn divides by batch["denominator"]: make_step's `prepare` is `with_global_denominator`. Loss, metrics and
+    gradients are then sums over ranks, as they would come from one process with the whole batch. ValueError for a batch
+    with "targets" that has no denominator, or this rank's own (`train.with_denominator`, make_step's default). The
+    metric non_finite_rank is the first rank whose own loss is inf or nan, -1 if none is. compute: that of make_step's
     `precision`, given here too, so that nothing is cast before the first block; or gradients all come at the end.
     parts: gradients are this rank's parts of them; make_step's `norm` is then `zero.global_norm(group)`.
     """
@@ -200,11 +206,26 @@ def differentiate(
     both = overlapped_value_and_grad(loss_fn, group, has_aux=True, microbatches=microbatches, op="sum", **options)
 
     def gradient(params: Any, batch: Any) -> tuple[tuple[Tensor, dict[str, Tensor]], Any]:
+        check_denominator(batch, group, "ddp.differentiate")
         (loss, metrics), grads = both(params, batch)
         metrics = sum_metrics({**metrics, "loss": loss}, group)
         return (metrics.pop("loss"), metrics), grads
 
+    gradient.gives_parts = lambda: parts and size_of(group) > 1  # type: ignore[attr-defined]
     return gradient
+
+
+def check_denominator(batch: Any, group: Group, who: str) -> None:
+    """ValueError where losses that are summed over ranks would be divided by the number of one rank's targets."""
+    if size_of(group) == 1 or not isinstance(batch, Mapping) or "targets" not in batch:
+        return
+    denominator = batch.get("denominator")
+    if denominator is None or getattr(denominator, "of_one_process", False):
+        has = "no denominator" if denominator is None else "the denominator of one rank's targets"
+        raise ValueError(
+            f"{who}: the batch has {has}, and the sum over {size_of(group)} ranks would be as many times too large: "
+            "give make_step prepare=ddp.with_global_denominator"
+        )
 
 
 def sum_metrics(metrics: Mapping[str, Tensor], group: Group = None) -> dict[str, Tensor]:
@@ -229,14 +250,13 @@ def sum_metrics(metrics: Mapping[str, Tensor], group: Group = None) -> dict[str,
 def with_global_denominator(batch: Any, group: Group = None) -> Any:
     """`with_denominator`, summed over the ranks; a batch that has one already is returned as it is.
 
-    sum_i nll_i w_i / sum_i w_i over all ranks' i is then a plain sum of the ranks' losses.
+    sum_i nll_i w_i / sum_i w_i over all ranks' i is then a plain sum of the ranks' losses. Ranks may have no targets;
+    where none has any it is 1, and the loss 0.
     """
-    if isinstance(batch, Mapping) and "denominator" in batch:
+    total = n_targets(batch)
+    if total is None or "denominator" in batch:
         return batch
-    batch = with_denominator(batch)
-    if not isinstance(batch, Mapping) or "denominator" not in batch:
-        return batch
-    return {**batch, "denominator": all_reduce(batch["denominator"], group, check=False)}
+    return {**batch, "denominator": nonzero(all_reduce(total, group, check=False))}
 
 
 def check_options(op: str, bucket_bytes: float | None) -> None:

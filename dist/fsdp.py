@@ -29,7 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from purelm import tree
 from purelm.dist.agreement import check_same_kind
-from purelm.dist.ddp import sum_metrics
+from purelm.dist.ddp import check_denominator, sum_metrics
 from purelm.dist.fsdp_units import Arrive, Deliver, Gather, Replicated, Schedule, Unit, unpack
 from purelm.dist.sharding import part_of, part_shape, unshard, whole_of
 from purelm.dist.world import Group, rank_of, size_of
@@ -67,7 +67,13 @@ class Plan:
     def shard(self, params: Any) -> Any:
         """This rank's tree: parts of matrices, cut along axis 0, and whole replicated leaves; memory of its own."""
         rank, N = rank_of(self.group), size_of(self.group)
-        return tree.map(lambda x, r: x.clone() if r else part_of(x, rank, N), params, self.replicated)
+
+        def own(x: Tensor, replicated: bool) -> Tensor:
+            local = x.clone() if replicated else part_of(x, rank, N)
+            local.is_part = N > 1 and not replicated  # type: ignore[attr-defined]  # make_step asks for a norm of all
+            return local
+
+        return tree.map(own, params, self.replicated)
 
     def unshard(self, local: Any) -> Any:
         """The whole tree, on every rank; None where a leaf is None, on all ranks, as gradients of integers are."""
@@ -175,6 +181,8 @@ def transformer_loss(
     """
     if "denominator" not in batch:
         raise ValueError("batch has no denominator of all ranks: use ddp.with_global_denominator")
+    if not torch.compiler.is_compiling():
+        check_denominator(batch, plan.group, "fsdp.transformer_loss")
     head = local["token_embeddings" if cfg.tie_embeddings else "lm_head"]
     bound = plan.bind(local, [local["token_embeddings"], *local["layers"], head])
     if tensor_parallel is not None:

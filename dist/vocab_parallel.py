@@ -22,12 +22,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from purelm._values import at_hand
 from purelm.dist.world import Group, rank_of, size_of
 from purelm.ops import REFERENCE
-from purelm.ops.cross_entropy import reduce_tokens
+from purelm.ops.cross_entropy import check_z_loss, reduce_tokens
 from purelm.ops.linear import linear
 from purelm.ops.precision import accumulator
-from purelm.ops.softcap import soft_cap
+from purelm.ops.softcap import check_softcap, soft_cap
 
 __all__ = ["embedding", "linear_cross_entropy"]
 
@@ -67,6 +68,7 @@ def linear_cross_entropy(
     rank's share, to be summed over ranks (`conjugates.enter` does).
 
     Two messages in forward, none in backward: all_reduce of one fp32 number a token (max), and of two (sum).
+    A target that is no index: ValueError on every rank on a CPU; elsewhere its loss and its gradient are NaN.
 
     Args:
         chunk: tokens whose logits are held at a time, and formed again in backward; None holds all N x M until then.
@@ -74,17 +76,33 @@ def linear_cross_entropy(
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 token or None, got {chunk}")
+    check_softcap(softcap)
+    check_z_loss(z_loss)
     if weights is not None:
         targets = torch.where(weights == 0, 0, targets)
     M = part_MD.shape[0]
     real_MD = part_MD[: max(0, min(M, vocab_size - rank_of(group) * M))]
+    targets, nan_or_1 = _real_targets(targets, vocab_size)
     row_N, mine_N = _local_rows(targets.reshape(-1), M, vocab_size, group)
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
     loss, nll, _, _ = _TokenLosses.apply(hidden_ND, real_MD, row_N, mine_N, softcap, z_loss, chunk, group)
+    loss, nll = loss * nan_or_1.reshape(-1), nll * nan_or_1.reshape(-1)
     return (
         reduce_tokens(loss.reshape(targets.shape), weights, denominator, reduction),
         reduce_tokens(nll.reshape(targets.shape), weights, denominator, reduction),
     )
+
+
+def _real_targets(targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(targets, 1) where they are indices; elsewhere ValueError on a CPU, (0, NaN) where to look would mean to wait.
+
+    The same on every rank: one that raised alone would leave the others waiting for its message.
+    """
+    real = (targets >= 0) & (targets < vocab_size)
+    if at_hand(targets) and not bool(real.all()):
+        first = int(targets[~real][0])
+        raise ValueError(f"targets must be in 0..{vocab_size - 1} where weights are not 0, got {first}")
+    return torch.where(real, targets, 0), torch.where(real, 1.0, torch.nan)
 
 
 def _local_rows(ids: Tensor, M: int, vocab_size: int, group: Group) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ for a global group behind your back: each takes a `group`, and None is the world
 import ctypes
 import gc
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 __all__ = [
     "Group",
+    "PeerError",
     "World",
     "all_gather_single",
     "device_of",
@@ -43,6 +45,14 @@ class World(NamedTuple):
     device: torch.device
 
 
+class PeerError(SystemExit, RuntimeError):
+    """Another process is not there, or no longer. A program that lets it pass prints one line, and ends with status 1.
+
+    What torch and Gloo print in its place is a page of their own frames on each survivor, under which the message of
+    the process that failed is not found.
+    """
+
+
 @contextmanager
 def start(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     """Join the processes that torchrun started, and leave them at the end; alone, a world of one.
@@ -50,9 +60,12 @@ def start(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     device: "cuda", "cpu" or "auto"; with several GPUs each process takes the one of its LOCAL_RANK. timeout: seconds
     after which a collective that not all ranks have entered fails instead of waiting on; an error in here ends this
     process at once, and torchrun then ends the others. A group that exists already is used and left standing.
+    PeerError, in one line, where the port is taken, where not all processes come, and where one is lost later on.
     """
-    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device not in ("auto", "cpu", "cuda", f"cuda:{local}"):
+        raise ValueError(f'device must be "auto", "cpu" or "cuda", which is GPU {local} by LOCAL_RANK, got {device!r}')
+    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     if cuda and local >= torch.cuda.device_count():
         n = torch.cuda.device_count()
         raise ValueError(f"LOCAL_RANK is {local}, but there are {n} GPUs: start fewer processes")
@@ -62,25 +75,66 @@ def start(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     if dist.is_initialized() or "RANK" not in os.environ:
         yield World(rank_of(None), size_of(None), here)
         return
+    try:
+        _join(here, timeout)
+    except RuntimeError as error:  # all that torch.distributed raises
+        raise PeerError(_why_not_joined(error, timeout)) from None
+    failed = False
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), here)
+    except (Exception, KeyboardInterrupt) as error:
+        failed = True
+        if isinstance(error, RuntimeError) and _is_of_a_peer(error):
+            raise PeerError(_where_lost(error)) from None
+        raise
+    finally:
+        _abandon() if failed else _leave()
+
+
+def _join(here: torch.device, timeout: float) -> None:
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
     # After a restart the store still holds addresses of processes that are gone.
     store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
-        "nccl" if cuda else "gloo",
+        "nccl" if here.type == "cuda" else "gloo",
         store=store,
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=timeout),
-        device_id=here if cuda else None,
+        device_id=here if here.type == "cuda" else None,
     )
-    failed = False
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), here)
-    except (Exception, KeyboardInterrupt):
-        failed = True
-        raise
-    finally:
-        _abandon() if failed else _leave()
+
+
+def _why_not_joined(error: RuntimeError, timeout: float) -> str:
+    rank, size, address, port = (
+        os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    )
+    who = f"rank {rank} of {size}"
+    if "EADDRINUSE" in str(error):
+        return f"{who}: port {port} is in use, by another run perhaps: give another one (torchrun --master-port)"
+    return (
+        f"{who}: not all of the {size} processes came together at {address}:{port} within {timeout:.0f} s; were all "
+        f"started, with one MASTER_ADDR, MASTER_PORT and WORLD_SIZE? ({_line(error)})"
+    )
+
+
+def _is_of_a_peer(error: RuntimeError) -> bool:
+    """Gloo's errors are plain RuntimeErrors, which name its source files."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
+
+
+def _where_lost(error: RuntimeError) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in f.filename]
+    at = f" in {frames[-1].name} ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return (
+        f"rank {dist.get_rank()} of {dist.get_world_size()}: another process is gone, or did not come to a message"
+        f"{at}: what it printed says why ({_line(error)})"
+    )
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0].strip() if text else type(error).__name__
 
 
 def _leave() -> None:

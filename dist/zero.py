@@ -32,6 +32,7 @@ from purelm.dist.messages import Op, Pending, by_owner, default_bucket_bytes, fr
 from purelm.dist.sharding import gather_leaves, gathered, part_of, part_shape, scatter_bucket, shard
 from purelm.dist.world import Group, all_gather_single, device_of, rank_of, size_of
 from purelm.optim import Optimizer
+from purelm.optim.parts import check_sees_all
 
 __all__ = [
     "assign",
@@ -64,8 +65,9 @@ def sharded(
     parameters and updates is taken for the duration of the update.
 
     Masks and partitions of `optimizer` see the paths of the whole tree, and parts with the leaves' number of axes (a
-    0-d leaf has one): they may ask for both, not for sizes or values. A norm over all gradients is that of the part,
-    unless it is `global_norm(group)`: `sharded(chain(clip_by_global_norm(1.0, norm=global_norm()), adamw()))`.
+    0-d leaf has one): they may ask for both, not for sizes or values. A norm over all gradients would be that of the
+    part: the first update refuses such an optimizer (`optim.parts`). Right is `global_norm(group)`:
+    `sharded(chain(clip_by_global_norm(1.0, norm=global_norm()), adamw()))`.
     The grad_norm of `make_step` is that of the gradients before they are reduced here.
 
     Args:
@@ -76,6 +78,7 @@ def sharded(
         bucket_bytes: of a message, by default `messages.default_bucket_bytes`; a leaf above it has one of its own.
     """
     _check_arguments("sharded", reduce, bucket_bytes)
+    is_tried: list[bool] = []
 
     def init(params: Any) -> Any:
         if size_of(group) == 1:
@@ -89,6 +92,9 @@ def sharded(
             return call(optimizer.update, grads, state, params, lr)
         if check:
             check_same_kind({"grads": grads, "params": params}, group, "zero.sharded")
+            if not is_tried:
+                _try("zero.sharded", optimizer, tree.map(lambda p: p[None] if p.ndim == 0 else p, params), group)
+                is_tried.append(True)
         (ps, wholes), treedef = tree.flatten_up_to(params, grads)
         limit = bucket_bytes or default_bucket_bytes(ps)
         if reduce == "parts":
@@ -183,6 +189,7 @@ def whole_tensors(
     must be predicates, not trees. Arguments as of `sharded`, and so is what is said of norms.
     """
     _check_arguments("whole_tensors", reduce, bucket_bytes)
+    is_tried: list[bool] = []
 
     def init(params: Any) -> Any:
         if size_of(group) == 1:
@@ -200,6 +207,9 @@ def whole_tensors(
         (ps, wholes), treedef = tree.flatten_up_to(params, grads)
         limit = bucket_bytes or default_bucket_bytes(ps)
         owners = assign([p.numel() for p in ps], N)
+        if check and not is_tried:
+            _try("zero.whole_tensors", optimizer, _owned(params, owners, rank), group)
+            is_tried.append(True)
         at = [i for i, g in enumerate(wholes) if g is not None]
         if reduce is not None:
             wholes = _to_owners(wholes, owners, group, N if reduce == "mean" else 1, limit)
@@ -249,6 +259,11 @@ def assign(sizes: Sequence[int], n_ranks: int, loads: Sequence[int] = ()) -> lis
         owners[i] = total.index(min(total))
         total[owners[i]] += sizes[i]
     return owners
+
+
+def _try(who: str, optimizer: Optimizer, params: Any, group: Group) -> None:
+    advice = "clip_by_global_norm(max_norm, norm=zero.global_norm(group)), inside of what is sharded"
+    check_sees_all(optimizer, params, global_norm(group), who, advice)
 
 
 # Leaves in a list, None where the parameter has none; and messages of many leaves.

@@ -131,6 +131,14 @@ def compare(
 def main(args: Args) -> None:
     import tokenizers
 
+    for given, allowed, what in ((args.names, NAMES, "names"), (args.engines, ("numba", "python"), "engines")):
+        if not given or not set(given) <= set(allowed):
+            raise ValueError(f"{what}={given}: allowed are {', '.join(allowed)}")
+    for path, what in ((args.data, "data"), (args.vocabularies, "vocabularies")):
+        if not path.is_dir():
+            raise ValueError(f"{what} {path}: no such folder")
+    if not any(file.is_file() for file in args.data.rglob("*")):
+        raise ValueError(f"data {args.data}: holds no file")
     disputed = disputed_characters(args.vocabularies, "r50k_base")
     print(f"{len(disputed):,} characters are classed differently by regex and tiktoken")
     failures = 0

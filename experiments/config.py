@@ -77,7 +77,7 @@ class Pretrain:
     log_every: Count = 10
     device: str = "auto"
     compute: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU"""
+    """auto: bf16 on a GPU with units for it, else fp32"""
     ops: OpsName = "sdpa"
     """sdpa: PyTorch's attention, and what torch.compile makes of the rest; fused: the kernels of purelm.kernels (for
     GPUs; a CPU runs their references); reference: all written out"""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from experiments.limits import check
+from purelm.devices import multiplies_natively
 
 USER_ERRORS = (ValueError, OSError)
 
@@ -151,6 +152,16 @@ def pick_device(name: str) -> torch.device:
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise ValueError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs, the first is cuda:0")
     return device
+
+
+def in_bf16(compute: str, device: torch.device) -> bool:
+    """Whether to compute in bf16: "bf16" asks for it, "auto" is for it on a GPU with units for it.
+
+    A CPU gets fp32: where it has such units a step is a third faster in bf16, without them 30 times slower.
+    """
+    return compute == "bf16" or (
+        compute == "auto" and device.type == "cuda" and multiplies_natively(torch.bfloat16, device)
+    )
 
 
 def can_compile(device: torch.device) -> bool:

@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from experiments.bench.report import row
 from experiments.bench.train_step import batches, synchronize
-from experiments.console import pick_device, program, say
+from experiments.console import in_bf16, pick_device, program, say
 from experiments.limits import Count, Whole
 from experiments.memory import (
     PHASE,
@@ -76,7 +76,7 @@ class Args:
     ops: OpsName = "sdpa"
     """the maths of the profiled steps"""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU"""
+    """auto: bf16 on a GPU with units for it, else fp32"""
     steps: Count = 3
     """profiled steps"""
     warmup: Whole = 3
@@ -324,8 +324,7 @@ def main(args: Args) -> None:
     cuda = device.type == "cuda"
     cfg, batch_size = chosen(args.size, args.model, args.batch_size, device)
     args.out.mkdir(parents=True, exist_ok=True)
-    bf16 = args.compute == "bf16" or (args.compute == "auto" and cuda)
-    precision = MIXED if bf16 else FULL
+    precision = MIXED if in_bf16(args.compute, device) else FULL
     n = accounting.n_params(cfg)
     say(f"{n:,} parameters, {batch_size} x {cfg.context_length} tokens, {args.ops} ops, {precision.compute}")
 

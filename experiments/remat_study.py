@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.bench.report import row
 from experiments.bench.train_step import batches, synchronize
-from experiments.console import pick_device, program, say
+from experiments.console import in_bf16, pick_device, program, say
 from experiments.limits import Count
 from experiments.memory import SMALL, Use, chosen, columns, human, memory_of, record_saved
 from experiments.ops import OpsName, ops_named
@@ -55,7 +55,7 @@ class Args:
     ops: OpsName = "fused"
     """the maths; the reference's attention is no single op, so it has no selective strategy"""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU"""
+    """auto: bf16 on a GPU with units for it, else fp32"""
     repeats: Count = 5
     """timed passes of each strategy"""
     device: str = "auto"
@@ -236,8 +236,8 @@ def main(args: Args) -> None:
     device = pick_device(args.device)
     cfg, batch_size = chosen(args.size, args.model, args.batch_size, device)
     ops = ops_named(args.ops)
-    bf16 = args.compute == "bf16" or (args.compute == "auto" and device.type == "cuda")
-    params = tree.cast(transformer.init(random.key(0, device=device), cfg), torch.bfloat16 if bf16 else torch.float32)
+    dtype = torch.bfloat16 if in_bf16(args.compute, device) else torch.float32
+    params = tree.cast(transformer.init(random.key(0, device=device), cfg), dtype)
     params = tree.map(lambda x: x.detach().requires_grad_(), params)
     batch = batches(cfg, batch_size, device, n=1)[0]
     say(f"{tree.n_params(params):,} parameters, {cfg.n_layers} blocks, {batch_size} x {cfg.context_length} tokens")

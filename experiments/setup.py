@@ -12,7 +12,7 @@ import torch
 
 from experiments import capacity, limits, resume
 from experiments.config import Optim, Pretrain, config_json
-from experiments.console import can_compile, pick_device, say
+from experiments.console import can_compile, in_bf16, pick_device, say
 from experiments.generate import prompt_ids
 from experiments.ops import ops_named
 from experiments.parallel import Job, Run, alone, layout
@@ -93,8 +93,7 @@ def setup(cfg: Pretrain, world: World) -> Setup:
     tokens = open_tokens(cfg.train, dtype=cfg.token_dtype)
     heldout = open_tokens(cfg.heldout, dtype=cfg.token_dtype) if cfg.heldout else None
     model = resolve_model(cfg, tokens.vocab_size)
-    bf16 = cfg.compute == "bf16" or (cfg.compute == "auto" and device.type == "cuda")
-    precision = MIXED if bf16 else FULL
+    precision = MIXED if in_bf16(cfg.compute, device) else FULL
     _check_memory(cfg, model, world, precision.compute.itemsize)
     bpe = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
     for file in (tokens, heldout):

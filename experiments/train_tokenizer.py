@@ -19,10 +19,17 @@ import tyro
 
 from experiments.console import program, progress_bar, say
 from purelm.data import DELIMITER, documents
+from purelm.data.archives import check_is_file
+from purelm.data.checks import check_int
+from purelm.data.corpora import document_limit, limited
+from purelm.data.sources import parse_hub
+from purelm.files import refuse_overwrite
 from purelm.tokenizer import BPE, encode, save
 from purelm.tokenizer.counting import count_pieces
+from purelm.tokenizer.huggingface import to_json
 from purelm.tokenizer.patterns import resolve
 from purelm.tokenizer.train import train_from_counts
+from purelm.tokenizer.workers import check_workers
 
 SAMPLE_PIECES = 50_000  # over which bytes per token is computed
 
@@ -48,7 +55,7 @@ class Args:
     encoding: tuple[str, ...] = ("utf-8",)
     """of text files and JSON lines; of several the first that fits, document by document"""
     max_bytes: int | None = None
-    """of text to read, for inputs other than one .txt file"""
+    """of text to read at most"""
 
 
 @contextmanager
@@ -58,20 +65,32 @@ def bar(description: str, total: int | None) -> Iterator[Callable[[int, int | No
         yield lambda done, _: update(done, "" if total else f"{done / 1e6:,.0f} MB")
 
 
-def limited(texts: Iterator[str], max_bytes: int | None) -> Iterator[str]:
-    """`texts` until so many bytes were given; the last one is whole."""
-    n_bytes = 0
-    for text in texts:
-        yield text
-        n_bytes += len(text.encode("utf-8"))
-        if max_bytes is not None and n_bytes >= max_bytes:
-            return
-
-
-def is_text_file(source: str, encoding: tuple[str, ...]) -> bool:
-    """Whether source is a single UTF-8 .txt file, which is mapped instead of read document by document."""
+def is_text_file(source: str, encoding: tuple[str, ...], max_bytes: int | None = None) -> bool:
+    """Whether source is one UTF-8 .txt file, all of it, which is mapped instead of read document by document."""
     is_txt = not source.startswith("hub:") and Path(source).suffix == ".txt" and Path(source).is_file()
-    return is_txt and [name.lower() for name in encoding] in (["utf-8"], ["utf8"])
+    whole = max_bytes is None or (is_txt and Path(source).stat().st_size <= max_bytes)
+    return is_txt and whole and [name.lower() for name in encoding] in (["utf-8"], ["utf8"])
+
+
+def read_documents(source: str, field: str, encoding: tuple[str, ...], max_bytes: int | None) -> Iterator[str]:
+    """The documents of a corpus up to max_bytes, of which no more is read."""
+    return limited(documents(source, field=field, encoding=encoding, **document_limit(max_bytes)), max_bytes)
+
+
+def check_source(source: str, argument: str) -> None:
+    """ValueError or FileNotFoundError where a corpus cannot be there, before anything else is done."""
+    if not source:
+        raise ValueError(f"{argument} is empty: give a text file, archive, folder or hub:OWNER/NAME")
+    if source.startswith("hub:"):
+        parse_hub(source)
+    elif not Path(source).is_dir():
+        check_is_file(Path(source), source)
+
+
+def check_numbers(n_workers: int | None, max_bytes: int | None) -> None:
+    check_workers(n_workers)
+    if max_bytes is not None:
+        check_int("max_bytes", max_bytes, 1)
 
 
 def bytes_per_token(bpe: BPE, counts: Counter[bytes]) -> float:
@@ -90,18 +109,24 @@ def shown(token: bytes) -> str:
 def main(args: Args) -> None:
     if args.out.suffix not in (".json", ".tiktoken"):
         raise ValueError(f"out {args.out}: the name must end in .json or .tiktoken")
-    if args.max_bytes is not None and is_text_file(args.input, args.encoding):
-        raise ValueError("max-bytes: not for one .txt file, which is read whole")
+    check_numbers(args.n_workers, args.max_bytes)
+    check_source(args.input, "input")
+    refuse_overwrite([args.out], [args.input])
+    if args.out.is_dir():
+        raise ValueError(f"out {args.out}: is a folder")
     pattern = resolve(args.pattern)
-    # A bad vocabulary size is said before the corpus is counted.
-    train_from_counts({b" ": 1}, args.vocab_size, args.special_tokens, pattern, args.tie_break)
+    # A bad vocabulary size, or a pattern that the file cannot hold, is said before the corpus is counted.
+    empty = train_from_counts({b" ": 1}, args.vocab_size, args.special_tokens, pattern, args.tie_break)
+    if args.out.suffix == ".json":
+        to_json(empty)
+    whole = is_text_file(args.input, args.encoding, args.max_bytes)
+    texts = read_documents(args.input, args.field, args.encoding, args.max_bytes)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    if is_text_file(args.input, args.encoding):
+    if whole:
         with bar("counting", Path(args.input).stat().st_size) as progress:
             counts = count_pieces(args.input, pattern, args.special_tokens, n_workers=args.n_workers, progress=progress)
     else:
-        texts = limited(documents(args.input, field=args.field, encoding=args.encoding), args.max_bytes)
         with bar("counting", None) as progress:
             counts = count_pieces(texts, pattern, args.special_tokens, n_workers=args.n_workers, progress=progress)
     if not counts:

@@ -13,7 +13,7 @@ it inside, and needs 28 in all. Inside torch.compile both are the reference, whi
 it (28 bytes, too), and which under jit writes into donated storage.
 
 CUDA graphs: the kernel finds its leaves by a table of addresses that each call copies from the host, which a replay
-would read again after it is gone. So capture is refused with RuntimeError; a compiled step has no such table.
+would read again after it is gone. So capture is refused with RuntimeError; purelm.optim.adamw has no such table.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from purelm import tree
 from purelm._donate import check_memory, consume, donated_type_of
 from purelm.optim.adamw import AdamWState
 from purelm.optim.adamw import adamw as reference
-from purelm.optim.base import Mask, Optimizer, Tree, apply_updates, chosen_by, compute_dtype, scalar
+from purelm.optim.base import Mask, Optimizer, Tree, apply_updates, chosen_by, compute_dtype, scalar, with_step
 
 __all__ = ["adamw", "adamw_step"]
 
@@ -49,8 +49,9 @@ def adamw(
     Leaves whose length is no multiple of 16, or that begin at an odd address, take a launch of their own.
 
     Results agree with the reference's to the last bit or two of fp32 (on a CPU they are the same bits). They are new
-    contiguous tensors; nothing is written to. On a GPU parameters, gradients and moments may be fp32, bf16 or fp16,
-    and anything else is a ValueError.
+    contiguous tensors; nothing is written to (but a training step under `jit(donate=0)` writes over its state, by the
+    same launch). On a GPU parameters, gradients and moments may be fp32, bf16 or fp16, and anything else is a
+    ValueError.
 
     >>> optimizer = adamw(weight_decay=0.1)
     >>> params = {"w": torch.ones(2)}
@@ -63,7 +64,12 @@ def adamw(
     def update(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
         return run(grads, state, params, lr, False)
 
-    return Optimizer(init, update)
+    def step_(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
+        leaves = tree.flatten_up_to(params, grads, state.m, state.v)
+        params, new = run(grads, state, params, lr, True, leaves)
+        return params, new._replace(step=state.step.copy_(new.step))
+
+    return Optimizer(init, with_step(update, step_))
 
 
 def adamw_step(

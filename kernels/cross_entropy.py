@@ -20,9 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from purelm.kernels.recipe import applier, backward_function
-from purelm.ops.cross_entropy import reduce_tokens
+from purelm.ops.cross_entropy import check_z_loss, nonzero, reduce_tokens
 from purelm.ops.precision import accumulator
-from purelm.ops.softcap import soft_cap
+from purelm.ops.softcap import check_softcap, soft_cap
 
 __all__ = ["PLAIN", "Rows", "cross_entropy", "folded", "rows_for", "token_weights"]
 
@@ -147,7 +147,7 @@ def token_weights(
 ) -> tuple[Tensor | None, Tensor | float | None, str]:
     """(weights, denominator, "none" or "sum"), in which ignore_index and "mean" are written out; no host sync.
 
-    The mean over no token at all is 0, as in the models' loss.
+    The mean over no token at all is 0, as in the models' loss: a denominator of 0 becomes 1.
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f'reduction must be "none", "sum" or "mean", got {reduction!r}')
@@ -159,9 +159,8 @@ def token_weights(
         if denominator is not None:
             raise ValueError(f'denominator must be None with reduction="mean", got {denominator!r}')
         denominator = float(max(targets.numel(), 1)) if weights is None else weights.sum()
-        if isinstance(denominator, Tensor):
-            denominator = torch.where(denominator == 0, 1.0, denominator)
         reduction = "sum"
+    denominator = None if denominator is None else nonzero(denominator)
     return weights, denominator, reduction
 
 
@@ -276,6 +275,8 @@ def cross_entropy(
     """
     if logits.ndim < 1 or not logits.is_floating_point() or logits.shape[-1] < 1:
         raise ValueError(f"logits must be floating point, (*batch, V >= 1), got {logits.dtype} {tuple(logits.shape)}")
+    check_softcap(softcap)
+    check_z_loss(z_loss)
     batch = logits.shape[:-1]
     check_targets(targets, weights, batch, logits.device)
     weights, denominator, reduction = token_weights(

@@ -16,17 +16,20 @@ flash_attention_triton.py, elsewhere the tiled torch code of flash_attention_ref
 Legend: B batch, T query positions, S key positions, H query heads, G key/value heads, K and E head dims.
 """
 
+import itertools
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from purelm._values import at_hand
 from purelm.kernels.flash_attention_reference import tiled_backward, tiled_forward
 from purelm.kernels.recipe import applier, backward_function, eager_or_op
-from purelm.ops.attention import check_heads
+from purelm.ops.attention import check_heads, check_scale
 from purelm.ops.masks import Segments, Window, segment_pair, span
 from purelm.ops.precision import accumulator
+from purelm.ops.softcap import check_softcap
 
 __all__ = [
     "bidirectional_flash_attention",
@@ -118,6 +121,13 @@ def bidirectional_flash_attention(
     """
     segments: Segments = None
     if lengths is not None:
+        if lengths.shape != (q_BTHK.shape[0],) or lengths.is_floating_point():
+            raise ValueError(
+                f"lengths must be one integer for each of {q_BTHK.shape[0]} rows, got {lengths.dtype} of shape "
+                f"{tuple(lengths.shape)}"
+            )
+        if at_hand(lengths) and not bool(((lengths >= 0) & (lengths <= q_BTHK.shape[1])).all()):
+            raise ValueError(f"lengths must be in 0..{q_BTHK.shape[1]}, got {lengths.tolist()}")
         here, there = (torch.arange(x.shape[1], device=x.device) < lengths[:, None] for x in (q_BTHK, k_BSGK))
         segments = (torch.where(here, 1, 0), torch.where(there, 1, -1))
     return flash_attention(
@@ -128,11 +138,29 @@ def bidirectional_flash_attention(
 def segment_ids_from_cu_seqlens(cu_seqlens: Int[Tensor, " n"], length: int) -> Int[Tensor, "1 t"]:
     """The number of the document at each position of a packed row.
 
+    ValueError unless cu_seqlens is [0, n1, n1 + n2, ..., length]; the numbers themselves are looked at on a CPU, since
+    on a GPU that would mean to wait for it (and neither while compiling, nor under torch.func).
+
     >>> segment_ids_from_cu_seqlens(torch.tensor([0, 2, 5]), 5)
     tensor([[0, 0, 1, 1, 1]])
     """
+    _check_ends(cu_seqlens, length)
     at = torch.arange(length, device=cu_seqlens.device)
     return (torch.searchsorted(cu_seqlens.long(), at, right=True) - 1).unsqueeze(0)
+
+
+def _check_ends(cu_seqlens: Tensor, length: int) -> None:
+    form = f"cu_seqlens must be the ends of documents, integers [0, n1, n1 + n2, ..., {length}]"
+    if cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool or cu_seqlens.ndim != 1:
+        raise ValueError(f"{form}, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}")
+    if len(cu_seqlens) < 2:
+        raise ValueError(f"{form}, got {len(cu_seqlens)} numbers")
+    if not at_hand(cu_seqlens):
+        return
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != length or any(a > b for a, b in itertools.pairwise(ends)):
+        shown = f"{ends[:8]}"[:-1] + (", ...]" if len(ends) > 8 else "]")
+        raise ValueError(f"{form}, got {shown}")
 
 
 def _arguments(
@@ -145,11 +173,9 @@ def _arguments(
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if precision not in (None, "ieee", "tf32x3", "tf32"):
         raise ValueError(f'precision must be "ieee", "tf32x3" or "tf32", got {precision!r}')
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0 or None, got {softcap}")
+    check_softcap(softcap)
+    check_scale(scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f"scale must be above 0, got {scale}: scale q yourself, or use purelm.ops.attention")
     if sinks is not None and sinks.shape != (q.shape[2],):
         raise ValueError(f"sinks must have one score a query head, ({q.shape[2]},), got {tuple(sinks.shape)}")
     if q.is_cuda and precision is not None:

@@ -8,7 +8,6 @@ they stay the references, because inductor fuses them with what is around them, 
 """
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -26,17 +25,22 @@ __all__ = ["FUSED", "unless_compiling"]
 def unless_compiling(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     """`reference` while torch.compile traces, else `kernel`."""
 
-    @wraps(kernel)
     def op(*args: Any, **kwargs: Any) -> Any:
         return reference(*args, **kwargs) if torch.compiler.is_compiling() else kernel(*args, **kwargs)
 
+    op.__name__ = op.__qualname__ = f"eager_{kernel.__name__}"
+    op.__doc__ = kernel.__doc__
     return op
 
 
+# Under their own names in here, by which a bundle that holds them is pickled.
+eager_rms_norm = unless_compiling(rms_norm, REFERENCE.rms_norm)
+eager_rope = unless_compiling(rope, REFERENCE.rope)
+eager_swiglu = unless_compiling(swiglu, REFERENCE.swiglu)
 FUSED = REFERENCE._replace(
     attention=flash_attention,
     linear_cross_entropy=linear_cross_entropy,
-    rms_norm=unless_compiling(rms_norm, REFERENCE.rms_norm),
-    rope=unless_compiling(rope, REFERENCE.rope),
-    swiglu=unless_compiling(swiglu, REFERENCE.swiglu),
+    rms_norm=eager_rms_norm,
+    rope=eager_rope,
+    swiglu=eager_swiglu,
 )

@@ -31,10 +31,10 @@ from torch import Tensor
 
 from purelm.kernels.cross_entropy import check_targets, token_weights
 from purelm.kernels.linear_cross_entropy_ops import apply_sum, apply_tokens, scaled
-from purelm.ops.cross_entropy import reduce_tokens
+from purelm.ops.cross_entropy import check_z_loss, reduce_tokens
 from purelm.ops.linear import linear
 from purelm.ops.precision import accumulator
-from purelm.ops.softcap import soft_cap
+from purelm.ops.softcap import check_positive, check_softcap, soft_cap
 
 __all__ = [
     "linear_cross_entropy",
@@ -65,9 +65,17 @@ def _differentiated(x: Tensor) -> bool:
 
 
 def _checked(
-    hidden: Tensor, unembedding: Tensor, targets: Tensor, weights: Tensor | None, chunk: int | None
+    hidden: Tensor,
+    unembedding: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    chunk: int | None,
+    softcap: float | None,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor, int]:
     """(hidden_ND, targets_N, chunk or 0), or ValueError."""
+    check_softcap(softcap)
+    check_z_loss(z_loss)
     if unembedding.ndim != 2 or unembedding.shape[0] < 1:
         raise ValueError(f"unembedding must be (V >= 1, D), got {tuple(unembedding.shape)}")
     if hidden.ndim < 1 or hidden.shape[-1] != unembedding.shape[1]:
@@ -108,7 +116,7 @@ def linear_cross_entropy(
     >>> loss  # log 8
     tensor(2.0794)
     """
-    hidden_ND, targets_N, chunk = _checked(hidden, unembedding_VD, targets, weights, chunk)
+    hidden_ND, targets_N, chunk = _checked(hidden, unembedding_VD, targets, weights, chunk, softcap, z_loss)
     weights, denominator, reduction = token_weights(
         targets, weights, denominator, reduction, ignore_index, accumulator(hidden.dtype)
     )
@@ -152,7 +160,7 @@ def linear_cross_entropy_value_and_grad(
     """
     if reduction == "none":
         raise ValueError('reduction must be "sum" or "mean" for a gradient, got "none"')
-    hidden_ND, targets_N, chunk = _checked(hidden, unembedding_VD, targets, weights, chunk)
+    hidden_ND, targets_N, chunk = _checked(hidden, unembedding_VD, targets, weights, chunk, softcap, z_loss)
     weights, denominator, reduction = token_weights(
         targets, weights, denominator, reduction, ignore_index, accumulator(hidden.dtype)
     )
@@ -181,6 +189,7 @@ def log_probs_and_entropy_reference(
     ignore_index: int | None = None,
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """The same results as `log_probs_and_entropy`, by torch's log_softmax on all the logits at once."""
+    check_positive("temperature", temperature)
     logits = linear(hidden, unembedding_VD)
     log_p = torch.log_softmax(soft_cap(logits.to(accumulator(logits.dtype)), softcap) / temperature, -1)
     entropy = -(log_p.exp() * log_p).sum(-1)
@@ -205,9 +214,8 @@ def log_probs_and_entropy(
 
     Both are differentiable; backward forms the logits again. A token whose target is ignore_index has 0 and 0.
     """
-    hidden_ND, targets_N, chunk = _checked(hidden, unembedding_VD, targets, None, chunk)
-    if not temperature > 0.0:
-        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    hidden_ND, targets_N, chunk = _checked(hidden, unembedding_VD, targets, None, chunk, softcap)
+    check_positive("temperature", temperature)
     wide = accumulator(hidden.dtype)
     live = None if ignore_index is None else (targets_N != ignore_index).to(wide)
     loss, _, _, entropy = apply_tokens(

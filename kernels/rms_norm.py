@@ -40,7 +40,7 @@ def rms_norm(
     Raises ValueError for a weight that is not (D,), tensors of two devices, and, on a GPU, other dtypes than fp32,
     bf16 and fp16.
     """
-    _check("rms_norm", x, weight_D)
+    _check("rms_norm", x, weight_D, eps)
     y, _ = _rms_norm(_grouped(x), _grouped_weight(weight_D), float(eps))
     return y.reshape(x.shape)
 
@@ -56,7 +56,7 @@ def add_rms_norm(
     The sum is rounded to x's dtype before it is normalised, as the two steps apart would do. Errors as `rms_norm`'s;
     and residual must have the shape and dtype of x.
     """
-    _check("add_rms_norm", x, weight_D)
+    _check("add_rms_norm", x, weight_D, eps)
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
         raise ValueError(f"add_rms_norm: residual must be like x, {_like(x)}, got {_like(residual)}")
     y, total, _ = _add_rms_norm(_grouped(x), _grouped(residual), _grouped_weight(weight_D), float(eps))
@@ -67,7 +67,9 @@ def _like(x: Tensor) -> str:
     return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
 
-def _check(name: str, x: Tensor, weight: Tensor | None) -> None:
+def _check(name: str, x: Tensor, weight: Tensor | None, eps: float) -> None:
+    if not eps >= 0.0:
+        raise ValueError(f"{name}: eps must be at least 0, got {eps}")
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"{name}: x must be floating with at least one axis, got {_like(x)}")
     if weight is not None and (weight.shape != x.shape[-1:] or weight.device != x.device):

@@ -8,7 +8,7 @@ breaks do it from torch 2.13 on (those of 2.11 resume with the wrong module's na
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import optree
 import torch
@@ -18,7 +18,18 @@ from purelm import _tree_traced, tree
 from purelm._between import own_cache, own_code
 from purelm._versions import keep_writes_behind_reads, nested_graph_breaks
 
-__all__ = ["check_memory", "consume", "donated_type_of", "in_stages", "jit", "unmatched_message"]
+__all__ = [
+    "check_memory",
+    "consume",
+    "consuming",
+    "donated_type_of",
+    "in_stages",
+    "jit",
+    "jitted_as",
+    "unmatched_message",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def in_stages(*stages: Callable[..., Any]) -> Callable[[Any, Any], Any]:
@@ -43,6 +54,32 @@ def in_stages(*stages: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     return staged
 
 
+def jitted_as(stage: F, make: Callable[[tuple[int, ...], dict[str, Any]], Callable[..., Any] | None]) -> F:
+    """`stage`, of which jit(stage, donate, **options) is make(donate, options), or as ever where that is None.
+
+    For stages that know better what to compile than the whole: one function of a leaf that is called for each, say.
+    """
+    stage.jitted_of_purelm = make  # type: ignore[attr-defined]
+    return stage
+
+
+def consuming(f: Callable[..., Any], f_: Callable[..., Any]) -> Callable[..., Any]:
+    """jit(f, donate=0) by f_, which computes what f does and writes over its first argument; not compiled itself."""
+    donated_type = donated_type_of(f"jit({getattr(f, '__name__', type(f).__name__)})")
+
+    @functools.wraps(f, updated=())
+    def consumes(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return f(*args)
+        old, treedef = optree.tree_flatten(args[0])
+        check_memory("jit", old, args, {}, (0,))
+        out = f_(treedef.unflatten([x.data if isinstance(x, Tensor) else x for x in old]), *args[1:])
+        consume(old, donated_type)
+        return out
+
+    return consumes
+
+
 def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_options: Any) -> Callable[..., Any]:
     """torch.compile(f, **compile_options), with jax's meaning of donation.
 
@@ -63,6 +100,9 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
     donate = (donate,) if isinstance(donate, int) else tuple(sorted(donate))
     if len(set(donate)) != len(donate) or any(i < 0 for i in donate):
         raise ValueError(f"jit: donate is {donate}; distinct positions from 0 are needed")
+    own = getattr(f, "jitted_of_purelm", None)
+    if own is not None and (its_own := own(donate, compile_options)) is not None:
+        return its_own
     stages: tuple[Any, ...] = getattr(f, "stages_of_purelm", ())
     if len(stages) > 1 and set(donate) <= {0}:
         plain = [getattr(stage, "_torchdynamo_disable", False) for stage in stages[:-1]]

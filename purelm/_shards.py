@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 # Names of the format (https://github.com/huggingface/safetensors) for what torch has.
@@ -150,8 +150,17 @@ class Reader:
         for piece in leaf.pieces:
             a, b = max(piece.start, start), min(piece.stop, start + len(rows))
             if a < b and out.numel():
-                stored = self._file(piece.file).get_slice(piece.key)
-                value = stored[...] if not leaf.shape else stored[a - piece.start : b - piece.start]
+                try:
+                    stored = self._file(piece.file).get_slice(piece.key)
+                    has = tuple(stored.get_shape()), _DTYPES.get(stored.get_dtype())
+                    value = stored[...] if not leaf.shape else stored[a - piece.start : b - piece.start]
+                except SafetensorError as error:
+                    raise ValueError(f"{self._folder / piece.file}: {piece.key}: {error}") from None
+                says = ((piece.stop - piece.start, *leaf.shape[1:]) if leaf.shape else ()), leaf.dtype
+                if has != says:
+                    texts = [" ".join(map(str, x)) for x in (has, says)]
+                    what = f"{self._folder / piece.file}: {piece.key}"
+                    raise ValueError(f"{what} is {texts[0]}, the manifest says {texts[1]}")
                 rows[a - start : b - start] = value
         return out
 

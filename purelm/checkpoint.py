@@ -10,11 +10,11 @@ What `purelm.dist.checkpoint` wrote on many processes is listed and read here to
 
 import hashlib
 import json
+import operator
 import os
 import re
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from purelm import _shards, tree
+from purelm._manifest import (
+    check_leaves,
+    check_manifest,
+    check_meta,
+    check_structure,
+    is_finite,
+    rebuild,
+    skeleton,
+)
 
-__all__ = ["latest", "load", "read_manifest", "save", "steps"]
+__all__ = ["latest", "latest_finite", "load", "read_manifest", "save", "steps"]
 
 FORMAT = 1
 SHARDED = 2
@@ -52,32 +61,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _skeleton(node: Any) -> Any:
-    """The tree's shape as JSON: {"dict": {...}}, {"list": [...]}, {"tuple": [...]}, None or "leaf"."""
-    if node is None:
-        return None
-    if isinstance(node, Mapping):
-        return {"dict": {k: _skeleton(v) for k, v in node.items()}}
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return {"dict": {k: _skeleton(v) for k, v in zip(node._fields, node, strict=True)}}
-    if isinstance(node, tuple | list):
-        return {"list" if isinstance(node, list) else "tuple": [_skeleton(v) for v in node]}
-    return "leaf"
-
-
-def _rebuild(skeleton: Any, tensors: Mapping[str, Tensor], path: str) -> Any:
-    if skeleton is None:
-        return None
-    if skeleton == "leaf":
-        return tensors[path]
-    ((kind, children),) = skeleton.items()
-    join = (lambda k: f"{path}.{k}") if path else str
-    if kind == "dict":
-        return {k: _rebuild(v, tensors, join(k)) for k, v in children.items()}
-    built = [_rebuild(v, tensors, join(i)) for i, v in enumerate(children)]
-    return built if kind == "list" else tuple(built)
 
 
 def _storable(leaves: list[Tensor]) -> list[Tensor]:
@@ -125,6 +108,17 @@ def latest(root: str | Path) -> int | None:
     return found[-1] if found else None
 
 
+def latest_finite(root: str | Path) -> int | None:
+    """The newest complete checkpoint's step whose manifest does not say that it has an inf or a nan, or None."""
+    for step in reversed(steps(root)):
+        try:
+            if read_manifest(root, step).get("finite", True):
+                return step
+        except ValueError:  # damaged: nothing to go back to
+            continue
+    return None
+
+
 def save(
     root: str | Path,
     step: int,
@@ -132,20 +126,29 @@ def save(
     *,
     meta: Mapping[str, Any] | None = None,
     keep_last: int | None = None,
+    finite: bool | None = None,
 ) -> Path:
     """Write `root/step-XXXXXXXX/` with one NAME.safetensors per entry of `trees`, and return its path.
 
     Args:
         trees: name -> tree of tensors, e.g. {"params": ..., "opt_state": ...}; NamedTuples are stored by field name.
+            Keys of a dict are all strings or all integers. ValueError for what would not come back as it is.
         meta: JSON values for the manifest: config, key, position in the data.
-        keep_last: afterwards delete all but this many newest checkpoints; None keeps all.
+        keep_last: afterwards delete all but this many newest checkpoints; None keeps all. This one and the newest that
+            is finite stay in any case: a run that has diverged does not take its last good state with it.
+        finite: for the manifest: whether the values are worth going back to. None: whether no floating leaf has an inf
+            or a nan, which is one more pass over them.
 
     The order is: write files under a temporary name, flush, write the manifest last, flush, rename, flush the parent.
     A checkpoint of the same step is replaced: the old one keeps its data under `.replaced` until the new one stands.
     Where anything fails nothing is left of it. One process at a time may save under a root.
     """
+    step = _as_step(step)
     for name, value in trees.items():
-        _check_paths(name, tree.paths(value))
+        check_structure(name, value)
+        check_leaves(name, value)
+    content = {"format": FORMAT, "meta": check_meta(meta, step)}
+    content["finite"] = is_finite(dict(trees)) if finite is None else bool(finite)
     temporary = _begin(Path(root), step, keep_last)
     try:
         files = {}
@@ -161,28 +164,18 @@ def save(
                 "file": path.name,
                 "bytes": path.stat().st_size,
                 "sha256": _sha256(path),
-                "tree": _skeleton(value),
+                "tree": skeleton(value),
             }
-        return _finish(temporary, step, {"format": FORMAT, "files": files, "meta": dict(meta or {})}, keep_last)
+        return _finish(temporary, step, {**content, "files": files}, keep_last)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _check_paths(name: str, paths: Sequence[str]) -> None:
-    """A leaf is stored by its path, in a file of its tree's name."""
-    if not name or "/" in name:
-        raise ValueError(f"save: {name!r} cannot name a tree: it becomes part of a file's name")
-    if twice := [path for path, n in Counter(paths).items() if n > 1]:
-        raise ValueError(f"save: two leaves of {name} have the path {twice[0]!r}: a key of theirs has a dot")
-
-
 def _begin(root: Path, step: int, keep_last: int | None) -> Path:
     """A new folder for the files, under a name that does not count as a checkpoint."""
-    if keep_last is not None and keep_last < 1:
-        raise ValueError(f"keep_last must be at least 1 or None, got {keep_last}")
-    if step < 0:
-        raise ValueError(f"step must not be negative, got {step}")
+    if keep_last is not None and (not isinstance(keep_last, int) or keep_last < 1):
+        raise ValueError(f"keep_last must be at least 1 or None, got {keep_last!r}")
     root.mkdir(parents=True, exist_ok=True)
     for entry in root.glob(".tmp-step-*"):  # left by a killed save
         shutil.rmtree(entry, ignore_errors=True)
@@ -211,9 +204,22 @@ def _finish(temporary: Path, step: int, content: Mapping[str, Any], keep_last: i
     _sync(root)
     _remove(replaced)
     if keep_last is not None:
-        for old in steps(root)[:-keep_last]:
-            _remove(_folder(root, old))
+        found = steps(root)
+        kept = {step, latest_finite(root), *found[-keep_last:]}
+        for old in found:
+            if old not in kept:
+                _remove(_folder(root, old))
     return final
+
+
+def _as_step(step: int) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        raise ValueError(f"step must be an integer, got {step!r}") from None
+    if number < 0:
+        raise ValueError(f"step must not be negative, got {number}")
+    return number
 
 
 def _locate(root: Path, step: int | None) -> Path:
@@ -231,17 +237,21 @@ def _locate(root: Path, step: int | None) -> Path:
 
 
 def read_manifest(root: str | Path, step: int | None = None) -> dict[str, Any]:
-    """The manifest of the newest (or the given) checkpoint: format, step, files, meta."""
+    """The manifest of the newest (or the given) checkpoint: format, step, files, meta, finite.
+
+    ValueError names a field that is missing or of another type, and files that are not in the folder.
+    """
     path = _locate(Path(root), step) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable manifest ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") not in (FORMAT, SHARDED):
         given = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise ValueError(f"{path}: format {given!r}; this version reads {FORMAT} and {SHARDED}")
     if manifest.get("sha256") != _seal(manifest):
         raise ValueError(f"{path}: its own SHA-256 does not match: the file was changed or damaged")
+    check_manifest(path, manifest, sharded=manifest["format"] == SHARDED)
     return manifest
 
 
@@ -302,6 +312,8 @@ def load(
     """
     folder = _locate(Path(root), step)
     manifest = read_manifest(folder)
+    if isinstance(only, str):
+        raise ValueError(f"load: only must be a list of names, got {only!r}: give [{only!r}]")
     names = list(only) if only is not None else list(like if like is not None else manifest["files"])
     for shard in manifest.get("shards", ()):
         _check_file(folder / shard["file"], shard)
@@ -324,6 +336,9 @@ def load(
                 raise ValueError(problem)
             out[name] = tree.unflatten(tree.structure(like[name]), [tensors[k] for k in wanted])
         else:
-            out[name] = _rebuild(entry["tree"], tensors, "")
+            try:
+                out[name] = rebuild(entry["tree"], tensors)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
     _check_unchanged(folder, manifest)
     return out, {**manifest["meta"], "step": manifest["step"]}

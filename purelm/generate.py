@@ -6,9 +6,11 @@
 A row's sample is a function of its prompt and its key alone: number i of the row's key decides the token at position
 i of the row, whatever the batch, the padding or the number of tokens asked for. (Up to rounding: the logits of a row
 may differ in the last bits from one batch shape to another, which can matter when two tokens are as good as equal.)
+So dynamic_ntk, which looks at a length, is given the model's context_length: that of the longest row is not each row's.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +27,7 @@ __all__ = ["Generation", "Step", "generate", "stream"]
 
 STOP_ID, STOP_STRING, LENGTH = "stop_id", "stop_string", "length"
 
-Prompts = Sequence[Sequence[int] | Tensor] | Tensor
+Prompts = Iterable[Sequence[int] | Tensor] | Tensor
 Decode = Callable[[list[int]], str]
 
 
@@ -68,15 +70,14 @@ def stream(
     Nothing is yielded for rows without room for a token. Arguments are checked at the call, not at the first token.
     """
     rows = _rows(prompts, cfg)
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    if not 0 <= min_new_tokens <= max_new_tokens:
+    stop_ids, stop_strings = _stop_ids(stop_ids), _stop_strings(stop_strings)
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be an integer of at least 0, got {max_new_tokens!r}")
+    if not isinstance(min_new_tokens, int) or not 0 <= min_new_tokens <= max_new_tokens:
         raise ValueError(f"min_new_tokens must be in 0..max_new_tokens {max_new_tokens}, got {min_new_tokens}")
     if stop_strings and decode_fn is None:
         raise ValueError("decode_fn (ids -> text) must be given with stop_strings, got None")
-    if any(not s for s in stop_strings):
-        raise ValueError(f"stop_strings must not be empty strings, got {list(stop_strings)}")
-    check_tokens(torch.tensor(list(stop_ids), dtype=torch.int64), cfg, "stop_ids")
+    check_tokens(torch.tensor(stop_ids, dtype=torch.int64), cfg, "stop_ids")
     if min_new_tokens and len(set(stop_ids)) >= cfg.vocab_size:
         raise ValueError("stop_ids must leave a token to generate when min_new_tokens is above 0, got all ids")
     if key.ndim == 2 and key.shape[0] != len(rows):
@@ -95,6 +96,7 @@ def stream(
             logits_BV = source.send(request)
             if n < min_new_tokens:
                 logits_BV = forbid(logits_BV, stop_ids)
+            logits_BV = _finite(logits_BV, open_rows, n)
             log_probs_BV = distribution(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
             next_B = pick(log_probs_BV, uniform_BN[:, n].to(log_probs_BV.device))
             picked_B = log_probs_BV.gather(-1, next_B.unsqueeze(-1)).squeeze(-1)
@@ -143,13 +145,16 @@ def generate(
     """Continues each prompt until a stop id, a stop string, max_new_tokens or the end of the model's context.
 
     Args:
-        prompts: token ids of each row, of any lengths from 1 to context_length.
+        prompts: token ids of each row, of any lengths from 1 to context_length; any iterable of rows.
         key: one key, of which row i takes fold_in(key, i); or a key for each row, (B, 2).
         temperature: 0 is greedy; other settings as `purelm.sampling`.
         stop_ids: a row ends with any of them (and keeps it); forbidden until min_new_tokens are there.
         stop_strings: a row ends when its text, as decode_fn makes it of the new tokens, has any of them, also one
             that spans tokens; looked for from min_new_tokens on. The prompt does not count.
         decode_fn: ids -> text.
+
+    ValueError names what is wrong with an argument, and rows whose logits are NaN or inf: the model has diverged, or
+    overflowed in 16 bits.
 
     >>> from purelm.models import transformer
     >>> cfg = Config(vocab_size=8, context_length=16, d_model=4, n_layers=1, n_heads=2)
@@ -158,6 +163,7 @@ def generate(
     >>> [len(t) for t in out.tokens], out.finish_reasons
     ([3, 3], ['length', 'length'])
     """
+    prompts, stop_strings = _prompts(prompts), _stop_strings(stop_strings)  # more than one look at each
     steps = stream(
         params,
         prompts,
@@ -194,9 +200,53 @@ def generate(
     )
 
 
+def _prompts(prompts: Prompts) -> list[Any]:
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts must be rows of token ids, got {prompts!r}: encode text first")
+    return list(prompts)
+
+
+def _stop_ids(stop_ids: Iterable[int]) -> tuple[int, ...]:
+    if isinstance(stop_ids, str | bytes) or not isinstance(stop_ids, Iterable):
+        raise ValueError(f"stop_ids must be a sequence of token ids, got {stop_ids!r}")
+    stop_ids = tuple(int(i) if isinstance(i, Tensor) else i for i in stop_ids)
+    if odd := [i for i in stop_ids if not isinstance(i, Integral)]:
+        raise ValueError(f"stop_ids must be integers, got {odd[0]!r}")
+    return tuple(int(i) for i in stop_ids)
+
+
+def _stop_strings(stop_strings: Iterable[str]) -> tuple[str, ...]:
+    """A string is itself a sequence of strings, of one character each: never what is meant."""
+    if isinstance(stop_strings, str | bytes):
+        raise ValueError(f"stop_strings must be a sequence of strings, got {stop_strings!r}: give [{stop_strings!r}]")
+    stop_strings = tuple(stop_strings)
+    if odd := [s for s in stop_strings if not isinstance(s, str) or not s]:
+        raise ValueError(f"stop_strings must be strings that are not empty, got {odd[0]!r}")
+    return stop_strings
+
+
+def _finite(logits_BV: Tensor, open_rows: list[bool], n: int) -> Tensor:
+    """ValueError that names open rows without a distribution; finished ones, which nobody reads, get an even one."""
+    # The largest is NaN where any is, and -inf where nothing is possible. The host waits for this step's token anyway.
+    finite_B = torch.isfinite(logits_BV.amax(-1))
+    is_finite = finite_B.tolist()
+    bad = [i for i, (good, is_open) in enumerate(zip(is_finite, open_rows, strict=True)) if is_open and not good]
+    if bad:
+        raise ValueError(
+            f"the model's logits are not finite (NaN or inf) in rows {', '.join(map(str, bad[:8]))} after {n} new "
+            "tokens: its parameters have diverged, or their dtype overflows"
+        )
+    return logits_BV if all(is_finite) else torch.where(finite_B.unsqueeze(-1), logits_BV, 0.0)
+
+
 def _rows(prompts: Prompts, cfg: Config) -> list[Tensor]:
     """The prompts as (n,) int64 tensors on the host, validated."""
-    rows = [torch.as_tensor(p).cpu() for p in prompts]
+    rows = []
+    for i, p in enumerate(_prompts(prompts)):
+        try:
+            rows.append(torch.as_tensor(p).cpu())
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"prompts[{i}] must be token ids, got {p!r:.80}") from error
     if not rows:
         raise ValueError("prompts must hold at least one row, got none")
     for i, row in enumerate(rows):
@@ -230,7 +280,9 @@ def _logits(
     size = longest + max(n_new - 1, 0)  # the last token that is generated is never read
     with torch.no_grad():
         cache = init_cache(cfg, len(rows), size, weight.dtype, weight.device)
-        logits_BV, cache = prefill(params, tokens, cache, cfg, ops=ops, lengths=lengths_B)
+        logits_BV, cache = prefill(
+            params, tokens, cache, cfg, ops=ops, lengths=lengths_B, n_positions=cfg.context_length
+        )
     for used in range(longest, size + 1):
         request = yield logits_BV
         if request is None or used == size:
@@ -240,7 +292,9 @@ def _logits(
             # A finished row goes on as a row of one token, so that its position never leaves the context.
             is_open = torch.tensor(open_rows, device=weight.device)
             cache = cache._replace(start=torch.where(is_open, cache.start, cache.length))
-        logits_BV, cache = decode_(params, next_B, cache, cfg, ops=ops, used=used)
+        logits_BV, cache = decode_(
+            params, next_B, cache, cfg, ops=ops, used=used, n_positions=cfg.context_length
+        )
 
 
 def _stop_end(decode_fn: Decode, ids: list[int], stop_strings: Sequence[str]) -> int | None:

@@ -18,6 +18,7 @@ from purelm.dist.world import Group, rank_of, size_of
 from purelm.interop_fsdp import fsdp
 from purelm.interop_modules import ddp, functional
 from purelm.optim import Optimizer, apply_updates
+from purelm.optim.parts import check_sees_all
 
 __all__ = [
     "ShardedOptimizer",
@@ -58,6 +59,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._loads = [0] * size_of(group)
         self._local: torch.optim.Optimizer | None = None  # over this rank's parameters, a group for each of ours
         super().__init__(params, dict(options))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **_own(self)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -127,8 +131,9 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     Each param group is a tree of its own with a state of its own: a dict by name where (name, parameter) pairs are
     given, as model.named_parameters(), so that masks see names; else a list. lr is the group's, so that torch's
-    schedulers work; a norm over all gradients is that of the group. Frozen parameters keep their values; leave them
-    out to save their state.
+    schedulers work; a norm over all gradients is that of the group. Of what `fsdp` returns a process holds parts: the
+    first step refuses an optimizer that clips by the norm of these. Frozen parameters keep their values; leave them out
+    to save their state.
 
     >>> from purelm.optim import adamw, chain, clip_by_global_norm
     >>> model = torch.nn.Linear(2, 2)
@@ -138,7 +143,11 @@ class TorchOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Params, optimizer: Optimizer, lr: float | Tensor = 1e-3):
         self.optimizer = optimizer
         self.trees: list[Any] = []  # the optimizer's state of each group
+        self.is_tried = False  # whether its norms are of all that processes hold
         super().__init__(params, {"lr": lr})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **_own(self)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -151,11 +160,22 @@ class TorchOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.is_tried:
+            self._check_norms()
+            self.is_tried = True
         for i, group in enumerate(self.param_groups):
             params, grads = _tree_of(group, torch.Tensor.detach), _tree_of(group, lambda p: p.grad)
             updates, self.trees[i] = self.optimizer.update(grads, self.trees[i], params, group["lr"])
             tree.map(lambda p, new: p.copy_(new), params, apply_updates(params, updates))
         return loss
+
+    def _check_norms(self) -> None:
+        """ValueError where the optimizer clips by the norm of the parts that `fsdp` leaves this process."""
+        for group in self.param_groups:
+            if any(getattr(p, "is_part", False) for p in group["params"]):
+                advice = "clip_by_global_norm(max_norm, norm=...) of a sum over processes"
+                params = _tree_of(group, torch.Tensor.detach)
+                check_sees_all(self.optimizer, params, zero.global_norm(), "TorchOptimizer.step", advice)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's form, "state" being path -> tensor over all groups."""
@@ -176,6 +196,12 @@ class TorchOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"load_state_dict: {path} has shape {shapes}")
         super().load_state_dict({**state_dict, "state": {}})
         self.trees = tree.unflatten(treedef, [saved[p].to(x.device, x.dtype) for p, x in zip(paths, old, strict=True)])
+
+
+def _own(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What torch.optim.Optimizer leaves out of copies and pickles: attributes of a subclass."""
+    names = ("group", "_class", "_options", "_owners", "_loads", "_local", "optimizer", "trees", "is_tried")
+    return {name: getattr(optimizer, name) for name in names if hasattr(optimizer, name)}
 
 
 def _tree_of(group: dict[str, Any], f: Callable[[Tensor], Any]) -> Any:

@@ -70,6 +70,8 @@ class FullySharded(nn.Module):
         self._plan = sharded.plan(whole, group, compute=compute_dtype, check=False)  # all that is the same on all ranks
         parts = self._plan.shard(whole)
         self._parts = {name: nn.Parameter(parts[name], p.requires_grad) for name, p in whole.items()}
+        for part in self._parts.values():
+            part.is_part = size_of(group) > 1  # type: ignore[attr-defined]  # TorchOptimizer looks for it
         part_of = {p: self._parts[name] for name, p in whole.items()}
         for _, one, own in owners:
             matrices: Named = {name: part_of[p] for name, p in own.items() if p in part_of}

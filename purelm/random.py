@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from purelm._threefry import WORD, draw, encipher, unsigned
+from purelm._values import at_hand
 
 Key = Int[Tensor, " 2"]
 Index = int | Tensor
@@ -198,7 +199,11 @@ def bernoulli(
     """
     if isinstance(p, Tensor):
         _check_float("bernoulli", p.dtype)
+        if at_hand(p) and not bool(((p >= 0) & (p <= 1)).all()):
+            raise ValueError("bernoulli: p must be in [0, 1] everywhere")
         return uniform(key, p.shape if shape is None else shape, dtype=p.dtype, index=index) < p
+    if not 0 <= p <= 1:
+        raise ValueError(f"bernoulli: p must be in [0, 1], got {p}")
     return uniform(key, () if shape is None else shape, index=index) < p
 
 
@@ -251,8 +256,11 @@ def categorical(key: Key, logits: Float[Tensor, "..."], axis: int = -1) -> Int[T
 
     Logits in half precision are taken to float32 first (jax stays in their dtype, with 128 levels of noise).
     In float32, classes of probability below 1e-7 are drawn too rarely.
+    ValueError for logits that are no distribution (NaN, inf, or nothing possible), where the host can look: on a CPU.
     """
     _check_float("categorical", logits.dtype)
+    if at_hand(logits) and logits.numel() and not bool(torch.isfinite(logits.amax(axis)).all()):
+        raise ValueError("categorical: logits must be finite, or -inf for some classes, along the axis; got NaN or inf")
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     return torch.argmax(logits + gumbel(key, logits.shape, logits.dtype), dim=axis)
@@ -268,6 +276,7 @@ def choice(
     """`shape` draws from range(a), or from the first axis of tensor a, with probabilities p (uniform by default).
 
     Without replacement and with p, the draws are ordered as if taken one after another (Gumbel top-k).
+    ValueError for a p that is no distribution, where the host can look: on a CPU.
     """
     _check_key("choice", key)
     n = a.shape[0] if isinstance(a, Tensor) else a
@@ -278,6 +287,12 @@ def choice(
         raise ValueError(f"choice: {n_draws} draws without replacement from {n} elements")
     if p is not None and p.shape != (n,):
         raise ValueError(f"choice: p has shape {tuple(p.shape)}, a has {n} elements")
+    if p is not None and at_hand(p):
+        n_possible = int((p > 0).sum())
+        if not bool((p >= 0).all()) or not bool(torch.isfinite(p).all()) or not n_possible:
+            raise ValueError("choice: p must be at least 0 and finite everywhere, and above 0 somewhere")
+        if not replace and n_draws > n_possible:
+            raise ValueError(f"choice: {n_draws} draws without replacement, but p is above 0 for {n_possible} elements")
     if p is None:
         picked = randint(key, shape, 0, n) if replace else permutation(key, n)[:n_draws]
     elif replace:

@@ -3,25 +3,31 @@
 Legend: B rows, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from purelm._values import at_hand
 from purelm.ops.softmax import log_softmax
 
 __all__ = ["distribution", "forbid", "keep_min_p", "keep_top_k", "keep_top_p", "pick", "temper"]
 
 Logits = Float[Tensor, "b v"]
+SMALLEST = 1e-37  # temperature: the least normal number of fp32 is 1.2e-38
 
 
 def forbid(logits_BV: Logits, ids: Sequence[int], rows: Tensor | None = None) -> Logits:
     """-inf for these ids, in the rows where `rows` (B,) is True (all when None)."""
+    ids, V = list(ids), logits_BV.shape[-1]
     if not ids:
         return logits_BV
-    hit_V = torch.zeros(logits_BV.shape[-1], dtype=torch.bool, device=logits_BV.device)
-    hit_V[torch.tensor(list(ids), device=logits_BV.device)] = True
+    if odd := [i for i in ids if not isinstance(i, int) or not 0 <= i < V]:
+        raise ValueError(f"ids must be integers in 0..{V - 1}, got {odd[0]!r}")
+    hit_V = torch.zeros(V, dtype=torch.bool, device=logits_BV.device)
+    hit_V[torch.tensor(ids, device=logits_BV.device)] = True
     hit = hit_V if rows is None else hit_V & rows.unsqueeze(-1)
     return torch.where(hit, -torch.inf, logits_BV)
 
@@ -29,11 +35,13 @@ def forbid(logits_BV: Logits, ids: Sequence[int], rows: Tensor | None = None) ->
 def temper(logits_BV: Logits, temperature: float) -> Logits:
     """logits / temperature; at 0 all but the largest (the first of equals) is -inf: greedy.
 
+    ValueError for one below 1e-37 that is not 0: fp32, in which this is computed, has no such numbers.
+
     >>> temper(torch.tensor([[1.0, 3.0, 3.0]]), 0.0)
     tensor([[-inf, 3., -inf]])
     """
-    if not temperature >= 0.0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if not 0.0 <= temperature < math.inf or 0.0 < temperature < SMALLEST:
+        raise ValueError(f"temperature must be 0 (greedy), or finite and at least {SMALLEST}, got {temperature}")
     if temperature == 0.0:
         best = torch.zeros_like(logits_BV, dtype=torch.bool)
         best = best.scatter(-1, logits_BV.argmax(-1, keepdim=True), True)
@@ -50,8 +58,8 @@ def keep_top_k(logits_BV: Logits, k: int) -> Logits:
     >>> keep_top_k(torch.tensor([[1.0, 4.0, 3.0, 2.0]]), 2)
     tensor([[-inf, 4., 3., -inf]])
     """
-    if k < 1:
-        raise ValueError(f"top_k must be at least 1, got {k}")
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"top_k must be an integer of at least 1, got {k!r}")
     least = torch.topk(logits_BV, min(k, logits_BV.shape[-1]), -1).values[..., -1:]
     return torch.where(logits_BV < least, -torch.inf, logits_BV)
 
@@ -107,8 +115,14 @@ def distribution(
 def pick(log_probs_BV: Logits, uniform_B: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
     """The token where the cumulative probability passes uniform in [0, 1); never one of probability 0.
 
-    One number a row and not one for each token, as Gumbel noise would need; sums are fp64.
+    One number a row and not one for each token, as Gumbel noise would need; sums are fp64. A row that is no
+    distribution (NaN, inf, or nothing possible) is a ValueError on a CPU, and V, which is no token, on a GPU, where to
+    look would mean to wait.
     """
     cumulative_BV = torch.exp(log_probs_BV.double()).cumsum(-1)
+    if at_hand(cumulative_BV):
+        total_B = cumulative_BV[..., -1]
+        if not bool(((total_B > 0) & (total_B < torch.inf)).all()):
+            raise ValueError(f"log_probs must be log-probabilities in each row, got sums of {total_B.tolist()}")
     target_B1 = uniform_B.double().unsqueeze(-1) * cumulative_BV[..., -1:]
     return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)

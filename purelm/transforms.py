@@ -57,6 +57,10 @@ def value_and_grad(
     function = own_cache(f)
 
     def body(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if torch.is_inference_mode_enabled():  # no graph is recorded there, whatever enable_grad says
+            raise ValueError(
+                "value_and_grad: under torch.inference_mode() there are no gradients; torch.no_grad() is no obstacle"
+            )
         flat, treedef = optree.tree_flatten(_differentiated(args, numbers))
         at = [k for k, x in enumerate(flat) if tree.is_floating(x)]
         inputs = [_fresh_leaf(flat[k]) for k in at]

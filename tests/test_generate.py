@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from purelm import random
-from purelm.generate import _stopped, _text, generate, stream
+from purelm.generate import _finite, _stopped, _text, generate, stream
 from purelm.models import transformer
 from purelm.models.transformer import Config, apply
 from purelm.sampling import distribution, forbid, pick
@@ -285,15 +285,22 @@ def test_bf16_parameters():
         (dict(prompts=[[0] * 41]), r"prompts\[0\] must be 1..40 token ids \(context_length\), got shape \(41,\)"),
         (dict(prompts=[[1], [2, 29]]), r"prompts\[1\]: id 29 at position 1 is outside the vocabulary \(0..28\)"),
         (dict(prompts=[[1.5]]), r"prompts\[0\] must hold integers"),
-        (dict(max_new_tokens=-1), "max_new_tokens must be at least 0, got -1"),
+        (dict(max_new_tokens=-1), "max_new_tokens must be an integer of at least 0, got -1"),
         (dict(min_new_tokens=4), r"min_new_tokens must be in 0..max_new_tokens 3, got 4"),
         (dict(stop_strings=["x"]), r"decode_fn \(ids -> text\) must be given with stop_strings"),
-        (dict(stop_strings=[""], decode_fn=decode_fn), "stop_strings must not be empty strings"),
+        (dict(stop_strings=[""], decode_fn=decode_fn), "stop_strings must be strings that are not empty, got ''"),
+        (dict(stop_strings="END", decode_fn=decode_fn), r"stop_strings must be a sequence of strings, got 'END': give"),
+        (dict(stop_strings=[3], decode_fn=decode_fn), "stop_strings must be strings that are not empty, got 3"),
+        (dict(stop_ids=5), "stop_ids must be a sequence of token ids, got 5"),
+        (dict(stop_ids=[1.5]), "stop_ids must be integers, got 1.5"),
+        (dict(prompts="text"), "prompts must be rows of token ids, got 'text'"),
+        (dict(prompts=["text"]), r"prompts\[0\] must be token ids, got 'text'"),
+        (dict(max_new_tokens=2.0), "max_new_tokens must be an integer of at least 0, got 2.0"),
         (dict(stop_ids=[30]), "stop_ids: id 30 at position 0 is outside the vocabulary"),
         (dict(stop_ids=range(29), min_new_tokens=1), "stop_ids must leave a token"),
         (dict(key=random.split(KEY, 3)), "key must be one key, or one for each of 1 rows"),
-        (dict(top_k=0), "top_k must be at least 1"),
-        (dict(temperature=-0.5), "temperature must be at least 0"),
+        (dict(top_k=0), "top_k must be an integer of at least 1"),
+        (dict(temperature=-0.5), "temperature must be 0 .greedy., or finite"),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -304,3 +311,37 @@ def test_bad_arguments(kwargs, message):
         generate(PARAMS, prompts, CFG, key, **kwargs)
     with pytest.raises(ValueError, match=message):
         stream(PARAMS, prompts, CFG, key, **kwargs)
+
+
+def test_what_can_be_read_once_is_read_once():
+    """Oracle: lists. A generator that a second look finds empty would stop nothing."""
+    lists = dict(stop_ids=[3, 4, 5], stop_strings=["b", "cd"], min_new_tokens=1)
+    right = generate(PARAMS, PROMPTS, CFG, KEY, max_new_tokens=12, decode_fn=decode_fn, **lists)
+    assert {"stop_id", "stop_string"} & set(right.finish_reasons)
+    once = {name: iter(x) if isinstance(x, list) else x for name, x in lists.items()}
+    found = generate(PARAMS, iter(PROMPTS), CFG, KEY, max_new_tokens=12, decode_fn=decode_fn, **once)
+    assert found.texts == right.texts and found.finish_reasons == right.finish_reasons
+    assert [t.tolist() for t in found.tokens] == [t.tolist() for t in right.tokens]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_named(value, temperature):
+    """Oracle: the definition: there is no distribution. Only rows that are still open count."""
+    params = transformer.init(random.key(0), CFG)
+    params["lm_head"]["weight"][3, :] = value  # inf - inf, of a state with both signs, is NaN too
+    with pytest.raises(ValueError, match=r"logits are not finite \(NaN or inf\) in rows 0, 1 after 0 new tokens"):
+        generate(params, [[1], [2, 3]], CFG, KEY, max_new_tokens=3, temperature=temperature)
+    closed = _finite(torch.tensor([[value, 0.0], [1.0, 2.0]]), [False, True], 3)
+    assert closed.tolist() == [[0.0, 0.0], [1.0, 2.0]]
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[4], list(range(1, 21))]], ids=["short", "one is long"])
+def test_dynamic_rope_does_not_look_at_neighbours(prompts):
+    """Oracle: the row alone. The base that dynamic_ntk takes by a length was that of the longest row and the limit."""
+    cfg = replace(CFG, rope_scaling=transformer.RopeScaling("dynamic_ntk", 4.0, 8))
+    together = generate(PARAMS, prompts, cfg, KEY, max_new_tokens=12)
+    for i, prompt in enumerate(prompts):
+        alone = generate(PARAMS, [prompt], cfg, random.fold_in(KEY, i)[None], max_new_tokens=6)
+        assert alone.tokens[0].tolist() == together.tokens[i][:6].tolist()
+        torch.testing.assert_close(alone.logprobs[0], together.logprobs[i][:6], rtol=1e-6, atol=1e-6)

@@ -149,12 +149,29 @@ def test_half_precision_logits_become_fp32():
 def test_bad_arguments():
     x = torch.zeros(1, 3)
     for kwargs, message in (
-        (dict(temperature=-1.0), "temperature must be at least 0, got -1.0"),
-        (dict(temperature=math.nan), "temperature must be at least 0, got nan"),
-        (dict(top_k=0), "top_k must be at least 1, got 0"),
+        (dict(temperature=-1.0), r"temperature must be 0 \(greedy\), or finite and at least 1e-37, got -1.0"),
+        (dict(temperature=math.nan), "temperature must be 0 .* got nan"),
+        (dict(temperature=math.inf), "temperature must be 0 .* got inf"),
+        (dict(temperature=1e-320), "temperature must be 0 .* got 1e-320"),
+        (dict(top_k=0), "top_k must be an integer of at least 1, got 0"),
+        (dict(top_k=2.5), "top_k must be an integer of at least 1, got 2.5"),
         (dict(top_p=0.0), "top_p must be above 0 and at most 1, got 0.0"),
         (dict(top_p=1.1), "top_p must be above 0 and at most 1, got 1.1"),
         (dict(min_p=1.5), r"min_p must be in 0..1, got 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             distribution(x, **kwargs)
+
+
+@pytest.mark.parametrize("row", [[math.nan, 0.0], [math.inf, 0.0], [-INF, -INF]], ids=str)
+def test_pick_refuses_what_is_no_distribution(row):
+    """Oracle: the definition; the answer was the vocabulary's size, an index out of bounds further on."""
+    with pytest.raises(ValueError, match="log_probs must be log-probabilities in each row"):
+        pick(torch.tensor([[0.0, -INF], row]), torch.tensor([0.5, 0.5]))
+
+
+def test_forbid_refuses_ids_that_are_none():
+    """-1 was the last id, silently."""
+    for ids in ([-1], [3], [0.5]):
+        with pytest.raises(ValueError, match=r"ids must be integers in 0..2, got"):
+            forbid(torch.zeros(1, 3), ids)

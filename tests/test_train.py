@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purelm import tree
-from purelm.optim import adamw, chain, clip_by_global_norm, schedules, sgd
+from purelm import random, tree
+from purelm.ops import REFERENCE
+from purelm.optim import adamw, chain, clip_by_global_norm, lion, muon_adamw, schedules, sgd
 from purelm.train import FULL, MIXED, Precision, init_state, make_step, with_denominator
 from purelm.transforms import in_stages, jit
 
@@ -360,3 +361,43 @@ def test_differentiate_cuts_its_own_microbatches():
     with pytest.raises(ValueError, match=f"^{message}$"):
         make_step(loss_fn, sgd(), schedules.constant(1.0), differentiate=lambda loss: loss, microbatches=2)
     make_step(loss_fn, sgd(), schedules.constant(1.0), differentiate=lambda loss: loss, microbatches=1)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("ops", ["reference", "fused"])
+def test_a_batch_without_targets(ops, microbatches):
+    """Oracle: the documented loss, 0. Gradients are 0 and the step is the weight decay's and nothing else."""
+    from purelm.kernels.fused import FUSED
+    from purelm.models import transformer
+
+    cfg = transformer.Config(vocab_size=8, context_length=4, d_model=4, n_layers=1, n_heads=2)
+    params = transformer.init(random.key(0), cfg)
+    some = REFERENCE if ops == "reference" else FUSED
+    optimizer = chain(clip_by_global_norm(1.0), adamw(weight_decay=0.0))
+
+    def loss(params, batch):
+        return transformer.loss(params, batch, cfg, ops=some, z_loss=0.1)
+
+    step = make_step(loss, optimizer, schedules.constant(1e-3), microbatches=microbatches)
+    zeros = torch.zeros(2, 4, dtype=torch.long)
+    batch = {"tokens": zeros, "targets": zeros - 100, "weights": torch.zeros(2, 4)}
+    state, metrics = step(init_state(params, optimizer), batch)
+    assert metrics["loss"] == 0.0 and metrics["nll"] == 0.0 and metrics["grad_norm"] == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(state.params), tree.leaves(params), strict=True))
+    assert bool(tree.all_finite(state.opt_state))
+
+    # A microbatch without targets beside one with them: the whole batch's step.
+    half = {**batch, "targets": zeros, "weights": torch.tensor([[1.0, 0.5, 0.0, 2.0], [0.0] * 4])}
+    parts, of_parts = step(init_state(params, optimizer), half)
+    whole, of_whole = make_step(loss, optimizer, schedules.constant(1e-3))(init_state(params, optimizer), half)
+    assert of_parts["loss"] > 0.0
+    torch.testing.assert_close(of_parts, of_whole)
+    torch.testing.assert_close(parts.params, whole.params)
+
+
+@pytest.mark.parametrize("optimizer", [sgd(momentum=0.9), lion(), muon_adamw()], ids=["sgd", "lion", "muon"])
+def test_updates_of_no_gradient_are_finite(optimizer):
+    """Oracle: the definition. What divides by a norm or a second moment must not make NaN of 0."""
+    params = {"w": torch.ones(3, 2), "b": torch.ones(2)}
+    updates, state = optimizer.update(tree.zeros_like(params), optimizer.init(params), params, torch.tensor(0.1))
+    assert bool(tree.all_finite((updates, state)))

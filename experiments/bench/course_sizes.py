@@ -24,6 +24,7 @@ from experiments.bench.report import publish, row
 from experiments.console import pick_device, program, say
 from experiments.ops import OpsName, ops_named
 from purelm import accounting, random, tree
+from purelm.devices import multiplies_natively
 from purelm.models import transformer
 from purelm.ops import Ops
 from purelm.optim import adamw, schedules
@@ -50,7 +51,8 @@ class Args:
     sizes: tuple[str, ...] = ()
     """default: small medium large xl 10B on a GPU, tiny on a CPU"""
     parts: tuple[Part, ...] = ("forward", "forward_backward", "step")
-    dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
+    dtypes: tuple[Literal["fp32", "bf16"], ...] = ()
+    """default: fp32, and bf16 where the device has units for it"""
     warmups: tuple[int, ...] = (5,)
     compiled: tuple[Literal["no", "yes"], ...] = ("no", "yes")
     ops: OpsName = "sdpa"
@@ -126,6 +128,8 @@ def main(args: Args) -> None:
     device = pick_device(args.device)
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else "cpu"
+    native = multiplies_natively(torch.bfloat16, device)
+    dtypes = args.dtypes or (("fp32", "bf16") if native else ("fp32",))
     rows: list[dict[str, Any]] = []
     for size in args.sizes or (tuple(SIZES)[1:] if cuda else ("tiny",)):
         if size not in SIZES:
@@ -136,7 +140,7 @@ def main(args: Args) -> None:
         )
         say(f"{size}: {accounting.n_params(cfg):,} parameters")
         plain: dict[tuple, float] = {}
-        for which in product(args.parts, args.dtypes, args.compiled, args.warmups):
+        for which in product(args.parts, dtypes, args.compiled, args.warmups):
             part, dtype, compiled, warmups = which
             found = cell(cfg, args, device, which)
             gc.collect()

@@ -4,8 +4,10 @@ A row is {metric, value, unit, peer, peer_value, ratio, device, versions}; ratio
 peer_value / value where less is better (seconds, bytes), value / peer_value where more is better (MB/s).
 """
 
+import functools
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,24 @@ def versions(packages: Iterable[str] = ("torch", "numpy", "purelm")) -> dict[str
     return out
 
 
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # of instruction sets, to a CPU
+SETS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16", "amx_bf16": "AMX bf16"}  # by Linux's name
+
+
+@functools.cache
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """ "cpu" with its cores, its name and those instruction sets that matter here, and what limits them."""
+    try:
+        lines = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line]
+    except OSError:
+        return "cpu"
+    facts = {key.strip(): value.strip() for key, value in lines}
+    flags = facts.get("flags", "").split()
+    sets = [name for flag, name in SETS.items() if flag in flags] or ["no AVX2"]
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
+    return f"cpu, {os.cpu_count()} x {facts.get('model name', 'unknown')} ({', '.join([*sets, *limits])})"
+
+
 def row(
     metric: str,
     value: float,
@@ -35,7 +55,7 @@ def row(
     device: str = "cpu",
     packages: Iterable[str] = ("torch", "numpy", "purelm"),
 ) -> dict[str, Any]:
-    """One row; a peer without a value is one that is not installed."""
+    """One row; a peer without a value is one that is not installed. Of "cpu" the row says which one."""
     ratio = None
     if peer_value is not None and value and peer_value:
         ratio = peer_value / value if unit in LESS_IS_BETTER else value / peer_value
@@ -46,7 +66,7 @@ def row(
         "peer": peer,
         "peer_value": peer_value,
         "ratio": ratio,
-        "device": device,
+        "device": cpu_name() if device == "cpu" else device,
         "versions": versions(packages),
     }
 

@@ -7,7 +7,8 @@ attention is SDPA, and ours too, and on a GPU once more with the kernels (purelm
 kernels in one CUDA graph.
 Times are medians over interleaved rounds in one process (the machine's drift hits both alike). Memory is the peak
 of steps after compilation: on a GPU by torch's allocator, less what the other variant holds; on a CPU the peak
-resident set of a process for each.
+resident set of a process for each. The first three steps, compilation included, are those of a process for each whose
+caches of compiled code are empty.
 """
 
 import gc
@@ -15,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from experiments.bench.report import publish, row
 from experiments.console import pick_device, program, say
 from experiments.ops import SDPA, ops_named
 from purelm import accounting, random, tree
+from purelm.kernels import adamw as kernels
 from purelm.models import transformer
 from purelm.ops import Ops
 from purelm.optim import adamw, schedules
@@ -56,8 +59,12 @@ class Args:
     steps: int = 30
     """timed steps of each"""
     json: Path | None = None
+    first: bool = True
+    """also the time to the third step, compilation included, each in a process of its own with empty caches"""
     memory_of: str | None = None
     """internal: measure the memory of one variant and print it"""
+    first_of: str | None = None
+    """internal: measure the first steps of one variant and print them"""
 
 
 def shapes(size: str, device: torch.device) -> tuple[transformer.Config, int]:
@@ -71,7 +78,9 @@ def shapes(size: str, device: torch.device) -> tuple[transformer.Config, int]:
 def pure_step(
     cfg: transformer.Config, device: torch.device, ops: Ops = SDPA, graph: bool = False
 ) -> Callable[[dict], torch.Tensor]:
-    optimizer = adamw(betas=(0.9, 0.95), weight_decay=0.1)
+    # One launch for all leaves where there is a GPU, but its table of addresses cannot be part of a graph.
+    one_launch = device.type == "cuda" and not graph
+    optimizer = (kernels.adamw if one_launch else adamw)(betas=(0.9, 0.95), weight_decay=0.1)
 
     def loss_fn(params, batch):
         return transformer.loss(params, batch, cfg, ops=ops)
@@ -138,23 +147,20 @@ class Measured(NamedTuple):
     """What was read off both variants, by name."""
 
     seconds: dict[str, list[float]]  # of each step
-    first_seconds: dict[str, float]  # of the first three steps, compilation included
     peak_bytes: dict[str, int]  # on a GPU; empty on a CPU
 
 
 def measure(size: str, device: torch.device, args: Args) -> Measured:
     cfg, batch_size = shapes(size, device)
     data = batches(cfg, batch_size, device)
-    runs, first, held = {}, {}, {}
+    runs, held = {}, {}
     cuda = device.type == "cuda"
     for name in variants(args, device):
         before = torch.cuda.memory_allocated() + graph_bytes() if cuda else 0
-        start = time.perf_counter()
         runs[name] = VARIANTS[name](cfg, device)
         for i in range(3):
             runs[name](data[i])
         synchronize(device)
-        first[name] = time.perf_counter() - start
         gc.collect()
         held[name] = torch.cuda.memory_allocated() + graph_bytes() - before if cuda else 0
     # On a GPU several steps form one reading, so that the host's launches overlap with the device as in training.
@@ -174,7 +180,7 @@ def measure(size: str, device: torch.device, args: Args) -> Measured:
             times[name].append((time.perf_counter() - start) / inner)
             if cuda:
                 peaks[name] = torch.cuda.max_memory_allocated() + graph_bytes() - others
-    return Measured(times, first, peaks)
+    return Measured(times, peaks)
 
 
 def resident_peak(reset: bool = False) -> int:
@@ -202,6 +208,31 @@ def resident_growth(variant: str, size: str) -> int:
     return resident_peak() - base
 
 
+def first_steps(variant: str, size: str, device: torch.device) -> float:
+    """Seconds from a model's configuration to the end of its third step: parameters, compilation and three steps."""
+    cfg, batch_size = shapes(size, device)
+    data = batches(cfg, batch_size, device)  # the device is awake
+    synchronize(device)
+    start = time.perf_counter()
+    run = VARIANTS[variant](cfg, device)
+    for i in range(3):
+        run(data[i]).item()
+    return time.perf_counter() - start
+
+
+def first_in_own_process(variant: str, size: str, device: torch.device) -> float:
+    """`first_steps` with nothing compiled before, neither in the process nor on the disk."""
+    command = [sys.executable, "-m", "experiments.bench.train_step", "--device", str(device)]
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        env = {**os.environ, **caches}
+        command += ["--sizes", size, "--first-of", variant]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode != 0:
+        raise ValueError(f"first steps of {variant} at {size}: {done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
 def resident_in_own_process(variant: str, size: str) -> int:
     command = [sys.executable, "-m", "experiments.bench.train_step", "--device", "cpu"]
     # glibc otherwise keeps freed memory up to 32 MB a piece: the peak would be of its heap, not of what is held.
@@ -218,6 +249,9 @@ def main(args: Args) -> None:
     if args.memory_of is not None:
         print(resident_growth(args.memory_of, args.sizes[0]))
         return
+    if args.first_of is not None:
+        print(first_steps(args.first_of, args.sizes[0], device))
+        return
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     rows = []
     for size in args.sizes:
@@ -232,7 +266,7 @@ def main(args: Args) -> None:
         ms = {k: 1e3 * statistics.median(v) for k, v in times.items()}
         spread = {k: 1e3 * (max(v) - min(v)) for k, v in times.items()}
         say("  ms/step (max - min): " + ", ".join(f"{k} {ms[k]:.2f} ({spread[k]:.2f})" for k in ms))
-        say("  first three steps, s: " + ", ".join(f"{k} {v:.1f}" for k, v in measured.first_seconds.items()))
+        first = {v: first_in_own_process(v, size, device) for v in variants(args, device)} if args.first else {}
         peer = "nn.Module + torch.compile + fused AdamW"
         peaks = measured.peak_bytes or {n: resident_in_own_process(n, size) for n in variants(args, device)}
         memory = {n: peak / 2**20 for n, peak in peaks.items()}
@@ -244,6 +278,17 @@ def main(args: Args) -> None:
             rows.append(
                 row(what + "peak memory", memory[variant], "MiB", peer=peer, peer_value=memory[PEER], device=name)
             )
+            if first:
+                rows.append(
+                    row(
+                        what + "first three steps",
+                        first[variant],
+                        "s",
+                        peer=peer,
+                        peer_value=first[PEER],
+                        device=name,
+                    )
+                )
             tokens = batch_size * cfg.context_length / (ms[variant] / 1e3)
             rows.append(row(what + "throughput", tokens, "tokens/s", device=name))
             peak_flops = accounting.peak_flops(device)

@@ -3,11 +3,16 @@
 Which files count, in a folder or an archive: names that end in .txt or .jsonl, each also with .gz or .zst behind,
 and .zip in folders; in sorted order of their paths. Left out are hidden files, `__MACOSX`, every other ending (the
 README of the nltk corpora has none) and the stems readme, license, licence, copying, cats (nltk's list of
-categories). A file named outright is read whatever its stem; without a known ending it is refused.
+categories). A file named outright is read whatever its stem; without a known ending it is refused. What has the name
+of a text and is no file (a pipe, a device, a link to nothing) is an error; links to folders are not followed.
+
+Memory is bounded whatever an archive unpacks to: it is unpacked a block at a time.
 """
 
 import gzip
 import io
+import os
+import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -21,6 +26,13 @@ TEXT_ENDINGS = (".txt", ".jsonl")
 PACKED_ENDINGS = (".gz", ".zst")
 NOT_TEXT_STEMS = ("readme", "license", "licence", "copying", "cats")
 BLOCK_BYTES = 1 << 20
+# Handed to zstandard at a time: it gives back all that they unpack to, at most 32,768 times as much (a block of 128 KiB
+# of one byte takes 4).
+ZSTD_FEED_BYTES = 1 << 11
+ZSTD_WINDOW_BYTES = 1 << 27  # as much as the command zstd takes without --long=31
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+# APPNOTE.TXT of PKWARE, 4.4.5
+ZIP_NAMES = {1: "shrink", 6: "implode", 9: "deflate64", 93: "zstandard", 95: "xz", 98: "ppmd", 99: "AES encryption"}
 
 
 class Stream(NamedTuple):
@@ -49,14 +61,13 @@ def _is_listed(name: str) -> bool:
 
 def streams(path: Path, label: str) -> Iterator[Stream]:
     if path.is_dir():
-        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
         for name in names:
             is_zip = name.lower().endswith(".zip") and _is_listed(name[:-4] + ".txt")
             if is_zip or _is_listed(name):
                 yield from streams(path / name, f"{label.rstrip('/')}/{name}")
         return
-    if not path.exists():
-        raise FileNotFoundError(f"{label}: no such file or folder")
+    check_is_file(path, label)
     if path.name.lower().endswith(".zip"):
         yield from _zip_streams(path, label)
         return
@@ -69,16 +80,40 @@ def streams(path: Path, label: str) -> Iterator[Stream]:
     raise ValueError(f"{label}: unknown kind of file; files that end in {allowed_endings()} are read")
 
 
+def check_is_file(path: Path, label: str) -> None:
+    """Raise where `path` is nothing, or what may never end: opening a pipe waits for its writer, /dev/zero goes on."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        what = "a link to nothing" if path.is_symlink() else "no such file or folder"
+        raise FileNotFoundError(f"{label}: {what}") from None
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise ValueError(f"{label}: is {kind}; a file is expected")
+
+
 def _zip_streams(path: Path, label: str) -> Iterator[Stream]:
     with _damage(label):
         archive = zipfile.ZipFile(path)
     with archive:
-        for name in filter(_is_listed, sorted(archive.namelist())):  # a folder's name ends in "/": not listed
-            inner = f"{label}!{name}"
+        # By entry and not by name: two entries of one name are two texts. A folder's name ends in "/": not listed.
+        for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
+            if not _is_listed(entry.filename):
+                continue
+            inner = f"{label}!{entry.filename}"
+            if entry.flag_bits & 1:
+                raise ValueError(f"{inner}: is encrypted; unpack the archive and give the folder")
+            if entry.compress_type not in ZIP_METHODS:
+                method = ZIP_NAMES.get(entry.compress_type, f"method {entry.compress_type}")
+                raise ValueError(
+                    f"{inner}: is compressed with {method}, which is not read here (deflate, bzip2 and lzma are); "
+                    "unpack the archive and give the folder"
+                )
             with _damage(inner):
-                file = archive.open(name)
+                file = archive.open(entry)
             with file:
-                yield _stream(file, name, inner)
+                yield _stream(file, entry.filename, inner)
 
 
 def _stream(file: IO[bytes], name: str, label: str) -> Stream:
@@ -124,20 +159,27 @@ def _unzstd(blocks: Iterator[bytes], label: str) -> Iterator[bytes]:
     except ModuleNotFoundError:
         raise ModuleNotFoundError(f"{label}: reading .zst needs zstandard: pip install 'purelm[run]'") from None
     # decompressobj and not stream_reader: only it tells a truncated file from a whole one.
-    context = zstandard.ZstdDecompressor()
+    context = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
     frame = context.decompressobj()
     begun = False
     for block in blocks:
-        while block:
-            if frame.eof:
-                frame = context.decompressobj()
-            begun = True
-            try:
-                data = frame.decompress(block)
-            except zstandard.ZstdError as error:
-                raise ValueError(f"{label}: damaged archive: {error}") from None
-            yield from (data[i : i + BLOCK_BYTES] for i in range(0, len(data), BLOCK_BYTES))
-            block = frame.unused_data if frame.eof else b""
+        for start in range(0, len(block), ZSTD_FEED_BYTES):
+            feed = block[start : start + ZSTD_FEED_BYTES]
+            while feed:
+                if frame.eof:
+                    frame = context.decompressobj()
+                begun = True
+                try:
+                    data = frame.decompress(feed)
+                except zstandard.ZstdError as error:
+                    if "too much memory" in str(error):
+                        raise ValueError(
+                            f"{label}: was compressed with a window above {ZSTD_WINDOW_BYTES >> 20} MiB (zstd --long, "
+                            "--ultra); unpack it first: zstd -d --long=31"
+                        ) from None
+                    raise ValueError(f"{label}: damaged archive: {error}") from None
+                yield from (data[i : i + BLOCK_BYTES] for i in range(0, len(data), BLOCK_BYTES))
+                feed = frame.unused_data if frame.eof else b""
     if begun and not frame.eof:
         raise ValueError(f"{label}: truncated archive: the last zstandard frame is not complete")
 

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from purelm import random
+from purelm.data.checks import check_int
 from purelm.data.shuffle import permuted
 from purelm.random import Key
 
@@ -30,6 +31,7 @@ __all__ = [
     "windows_per_epoch",
 ]
 
+MOST_ROWS = 2**31  # of a batch: more is a typing error
 Batch = dict[str, Tensor]
 Tokens = Any  # a sequence with len and slices: see the head of this file
 
@@ -54,6 +56,7 @@ def random_windows(
     (torch.Size([4, 8]), True)
     """
     n = _check_length(tokens, context_length, context_length + 1)
+    check_int("step", step, 0)
     first, last = _rows_of_rank(batch_size, rank, world_size)
     # 64 bits: of a corpus of 2**31 tokens and more, 32 would favour some starts.
     # `index` makes this rank's part of the global draw.
@@ -81,6 +84,7 @@ def shuffled_windows(
     context_length. The offset is 0, or with jitter a new uniform number in 0..context_length - 1 in each epoch, so
     that windows are cut elsewhere (which costs up to one window an epoch).
     """
+    _check_length(tokens, context_length, 0)
     n_windows = windows_per_epoch(len(tokens), context_length, jitter=jitter)
     starts = []
     for epoch, index in _epochs(n_windows, key.cpu(), step, batch_size, rank, world_size):
@@ -169,6 +173,7 @@ def eval_batch(
 def n_eval_batches(n_tokens: int, batch_size: int, context_length: int, *, stride: int | None = None) -> int:
     """How many batches `eval_batch` has for a text of n_tokens."""
     _check_length(range(n_tokens), context_length, 2)
+    check_int("batch_size", batch_size, 1)
     n_windows = _n_eval_windows(n_tokens, context_length, _check_stride(stride, context_length))
     return -(-n_windows // batch_size)
 
@@ -198,10 +203,8 @@ def _epochs(
     n: int, key: Key, step: int, batch_size: int, rank: int, world_size: int
 ) -> Iterator[tuple[int, Int[Tensor, " some"]]]:
     """This rank's part of batch `step`, as pieces (epoch, indices in 0..n-1) in order."""
-    if n < 1:
-        raise ValueError(f"n={n}: allowed is 1 or more")
-    if step < 0:
-        raise ValueError(f"step={step}: allowed is 0 or more")
+    check_int("n", n, 1)
+    check_int("step", step, 0)
     first, last = _rows_of_rank(batch_size, rank, world_size)
     position, end = step * batch_size + first, step * batch_size + last
     while position < end:
@@ -235,20 +238,22 @@ def _to_device(batch: Batch, device: torch.device | str | None) -> Batch:
 
 
 def _rows_of_rank(batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: allowed is 1 or more")
-    if world_size < 1 or batch_size % world_size:
+    check_int("batch_size", batch_size, 1, MOST_ROWS)
+    check_int("world_size", world_size, 1)
+    if batch_size % world_size:
         raise ValueError(f"batch_size={batch_size} is that of all ranks: world_size={world_size} must divide it")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank={rank}: allowed is 0 to {world_size - 1}")
+    check_int("rank", rank, 0, world_size - 1)
     size = batch_size // world_size
     return rank * size, (rank + 1) * size
 
 
 def _check_length(tokens: Tokens, context_length: int, needed: int) -> int:
-    if context_length < 1:
-        raise ValueError(f"context_length={context_length}: allowed is 1 or more")
+    check_int("context_length", context_length, 1)
     n = len(tokens)
+    # Of what would be truncated or read along another axis without a word; a range stands for its length alone.
+    first = np.asarray(tokens[0:1])
+    if first.ndim != 1 or (n and first.dtype.kind not in "iu"):
+        raise ValueError(f"tokens are {first.dtype} with {first.ndim} axes; integers with one axis are needed")
     if n < needed:
         name = os.fspath(tokens.path) if hasattr(tokens, "path") else "tokens"
         raise ValueError(f"{name}: {n} tokens; context_length={context_length} needs at least {needed}")
@@ -256,7 +261,7 @@ def _check_length(tokens: Tokens, context_length: int, needed: int) -> int:
 
 
 def _check_stride(stride: int | None, context_length: int) -> int:
-    stride = context_length if stride is None else stride
-    if not 1 <= stride <= context_length:
+    stride = check_int("stride", context_length if stride is None else stride, 1)
+    if stride > context_length:
         raise ValueError(f"stride={stride}: allowed is 1 to context_length={context_length}")
     return stride

@@ -4,14 +4,19 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from purelm.data.sources import DELIMITER, cut_point, documents
+from purelm.data.checks import check_int
+from purelm.data.sources import DELIMITER, MOST_DOCUMENT_BYTES, cut_point, documents
+from purelm.files import hold, refuse_overwrite, remove_leftovers
 
-__all__ = ["DELIMITER", "Prepared", "documents", "open_prepared", "prepare"]
+__all__ = ["DELIMITER", "Prepared", "documents", "limited", "open_prepared", "prepare"]
+
+_TEMPORARY = re.compile(r"(train\.txt|heldout\.txt|prepared\.json)\.(?P<id>[0-9a-f]{8})")
 
 FEW_DOCUMENTS = 20  # below this, the end of each document is held out
 HEAD_DOCUMENTS = 1000  # looked at before the first is written, to see how many there are
@@ -64,15 +69,22 @@ def prepare(
         max_bytes: stop after so much text; the document that crosses the limit is cut as in `documents`.
 
     The files are written beside and renamed; `prepared.json`, read by `open_prepared`, is removed before and written
-    after, so a kill leaves the old corpus, the new one, or none that claims to be complete.
+    after, so a kill leaves the old corpus, the new one, or none that claims to be complete. What a killed process left
+    beside them is removed. The source is never written over: neither may be the source, nor lie in a folder that is.
     Raises ValueError for an empty corpus and what `documents` raises; then the files on disk are the old ones.
     """
-    if not 0 < heldout_fraction < 1:
+    if isinstance(heldout_fraction, bool | str) or not 0 < heldout_fraction < 1:
         raise ValueError(f"heldout_fraction={heldout_fraction}: allowed is more than 0 and less than 1")
-    if max_bytes is not None and max_bytes < 1:
-        raise ValueError(f"max_bytes={max_bytes}: allowed is 1 or more, or None")
+    if max_bytes is not None:
+        check_int("max_bytes", max_bytes, 1)
+    check_int("seed", seed, -(2**127), 2**127 - 1)
+    folder = Path(out_dir)
+    targets = (folder / "train.txt", folder / "heldout.txt")
     if isinstance(source, (str, os.PathLike)):
-        name, texts = os.fspath(source), documents(source, field=field, encoding=encoding)
+        name, texts = os.fspath(source), documents(source, field=field, encoding=encoding, **document_limit(max_bytes))
+        check_outside(source, targets)
+    elif isinstance(source, bytes) or not isinstance(source, Iterable):
+        raise ValueError(f"source is {type(source).__name__}: give a path or an iterable of str")
     else:
         name, texts = "source", iter(source)
     encoded = _limited(_encoded(texts, name), max_bytes)
@@ -91,16 +103,17 @@ def prepare(
     if rest is not None:
         head.append(rest)
 
-    folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, _TEMPORARY)
     identity = secrets.token_hex(4)
-    targets = (folder / "train.txt", folder / "heldout.txt")
     temporaries = [target.with_name(f"{target.name}.{identity}") for target in targets]
     n_documents, n_bytes = [0, 0], [0, 0]
     delimiter = DELIMITER.encode()
     try:
         with open(temporaries[0], "wb") as train, open(temporaries[1], "wb") as heldout:
             files = (train, heldout)
+            for file in files:
+                hold(file.fileno())
             for text in itertools.chain(head, encoded):
                 for part, piece in enumerate(parts(text)):
                     if piece:
@@ -125,6 +138,7 @@ def prepare(
     )
     manifest = folder / "prepared.json"
     manifest.unlink(missing_ok=True)
+    targets[1].unlink(missing_ok=True)  # a new training part never stands beside an old held-out part
     for temporary, target in zip(temporaries, targets, strict=True):
         os.replace(temporary, target)
     fields = asdict(result) | {"train_path": targets[0].name, "heldout_path": targets[1].name}
@@ -141,16 +155,50 @@ def open_prepared(out_dir: str | os.PathLike) -> Prepared:
         raise FileNotFoundError(f"{path}: no prepared corpus here, or its writing was cut short; prepare it again")
     try:
         prepared = Prepared(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: {error}") from None
     fields = asdict(prepared)
+    for name, value in fields.items():
+        count = name.startswith("n_")
+        if type(value) is not (int if count else str) or (count and int(value) < 0):
+            raise ValueError(f"{path}: damaged: {name} is {value!r}")
+    if prepared.rule not in ("documents", "tails"):
+        raise ValueError(f"{path}: damaged: rule is {prepared.rule!r}")
     for part in ("train_path", "heldout_path"):
+        if fields[part] in ("", ".", "..") or "/" in fields[part] or "\0" in fields[part]:
+            raise ValueError(f"{path}: damaged: {part} is {fields[part]!r}, not the name of a file beside it")
         fields[part] = str(path.parent / fields[part])
     return Prepared(**fields)
 
 
+def document_limit(max_bytes: int | None) -> dict[str, int]:
+    """Arguments of `documents` by which no document beyond max_bytes is gathered first and cut then."""
+    return {} if max_bytes is None else {"max_document_bytes": max(4, min(MOST_DOCUMENT_BYTES, max_bytes))}
+
+
+def check_outside(source: str | os.PathLike, targets: Iterable[Path]) -> None:
+    """ValueError where a text that is to be written is the source, or would lie in the folder that is the source."""
+    path = Path(source)
+    for target in () if os.fspath(source).startswith("hub:") else targets:
+        if path.is_dir() and path.resolve() in target.resolve().parents:
+            raise ValueError(f"{os.fspath(source)}: the output {target} would become a part of it; write elsewhere")
+        refuse_overwrite([target], [path])
+
+
+def limited(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
+    """`texts` up to max_bytes in UTF-8; the one that crosses the limit is cut, as in `prepare`."""
+    if max_bytes is None:
+        yield from texts
+        return
+    check_int("max_bytes", max_bytes, 1)
+    for text in _limited(_encoded(iter(texts), "texts"), max_bytes):
+        yield text.decode()
+
+
 def _encoded(texts: Iterator[str], name: str) -> Iterator[bytes]:
     for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}: document {index} is {type(text).__name__}; a str is expected")
         try:
             data = text.encode()
         except UnicodeEncodeError as error:

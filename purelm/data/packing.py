@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from purelm.data.checks import check_int
+
 __all__ = ["pack", "packed_rows"]
 
 Row = dict[str, np.ndarray]
@@ -39,12 +41,13 @@ def packed_rows(
 
     Pieces in a row are in the order in which they came.
     """
-    if context_length < 1:
-        raise ValueError(f"context_length={context_length}: allowed is 1 or more")
+    check_int("context_length", context_length, 1)
+    check_int("pad_id", pad_id, -(2**63), 2**63 - 1)
     if method not in ("first_fit", "sequential"):
         raise ValueError(f"method={method!r}: allowed are 'first_fit' and 'sequential'")
-    if open_rows < 1:
-        raise ValueError(f"open_rows={open_rows}: allowed is 1 or more")
+    check_int("open_rows", open_rows, 1)
+    if isinstance(documents, str | bytes) or not isinstance(documents, Iterable):
+        raise ValueError(f"documents is {type(documents).__name__}; give an iterable of documents, each a list of ids")
     if method == "sequential":
         rows = _sequential(documents, context_length)
     else:
@@ -119,6 +122,8 @@ def _ids(document: Sequence[int] | np.ndarray) -> np.ndarray:
     ids = np.asarray(document)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(f"documents: one has dtype {ids.dtype} and shape {ids.shape}; 1-d integers are needed")
+    if ids.dtype.kind == "i" and ids.size and int(ids.min()) < 0:
+        raise ValueError(f"documents: one holds the id {int(ids.min())}; ids are 0 or more")
     return ids
 
 

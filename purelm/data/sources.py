@@ -3,8 +3,9 @@
 Which files of a folder or an archive are read is said in archives.py. A .txt file is split at "<|endoftext|>"; each
 line of a .jsonl file is an object whose `field` is one document. What stands between two delimiters is kept as it is,
 white space included; documents of white space alone are dropped, and so is a byte order mark at the head of a file.
-Memory is that of the longest document, at most max_document_bytes: where a .txt document is longer, it is cut at the
-last newline before that limit and goes on as a new document.
+Memory is some times that of the longest document, at most max_document_bytes: where a .txt document is longer, it is
+cut at the last newline before that limit and goes on as a new document. A line of a .jsonl file has a limit of its own,
+MOST_LINE_BYTES; a longer one is an error.
 """
 
 import json
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from purelm.data.archives import Stream, allowed_endings, streams
+from purelm.data.checks import check_int
 
 __all__ = ["DELIMITER", "cut_point", "documents", "parse_hub"]
 
 DELIMITER = "<|endoftext|>"
+MOST_DOCUMENT_BYTES = 1 << 25  # a long book has 4 MB; encoding takes up to ten times as much memory
+MOST_LINE_BYTES = 1 << 26
 HUB_SPLITS = ("train", "validation", "valid", "dev", "test")
 
 
@@ -26,7 +30,7 @@ def documents(
     *,
     field: str = "text",
     encoding: str | tuple[str, ...] = "utf-8",
-    max_document_bytes: int = 1 << 28,
+    max_document_bytes: int = MOST_DOCUMENT_BYTES,
 ) -> Iterator[str]:
     """Stream the documents of `source`.
 
@@ -48,16 +52,23 @@ def documents(
         >>> list(documents(path))
         ['One story.', 'Another.']
     """
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise ValueError(f"source={source!r}: give a path or hub:owner/name")
+    if not isinstance(field, str):
+        raise ValueError(f"field={field!r}: give the name of a field")
+    if not isinstance(encoding, str | Iterable) or isinstance(encoding, bytes):
+        raise ValueError(f"encoding={encoding!r}: give the name of an encoding, or several")
     encodings = (encoding,) if isinstance(encoding, str) else tuple(encoding)
+    if not encodings or not all(isinstance(name, str) for name in encodings):
+        raise ValueError(f"encoding={encodings!r}: give the name of an encoding, or several")
     for name in encodings:
         try:  # lines and delimiters are found among the bytes, before anything is decoded
             fits = (DELIMITER + "\n").encode(name) == (DELIMITER + "\n").encode()
-        except LookupError:
+        except (LookupError, ValueError):  # a ValueError for a name with a zero byte
             raise ValueError(f"encoding={name!r}: Python knows no such encoding") from None
         if not fits:
             raise ValueError(f"encoding={name!r}: allowed are encodings that write ASCII as ASCII")
-    if max_document_bytes < 4:  # the longest character
-        raise ValueError(f"max_document_bytes={max_document_bytes}: allowed is 4 or more")
+    check_int("max_document_bytes", max_document_bytes, 4)  # the longest character
     name = os.fspath(source)
     return _documents(name, field, encodings, max_document_bytes)
 
@@ -158,15 +169,17 @@ def cut_point(data: bytes | bytearray, limit: int) -> int:
 
 def _jsonl(stream: Stream, field: str, encodings: tuple[str, ...]) -> Iterator[str]:
     place = _Place(stream.label, 0, 1)
-    for raw in _lines(stream.blocks):
+    for raw in _lines(stream.blocks, stream.label):
         if raw.strip():
             yield _json_text(raw, place, field, encodings)
         place = place._replace(offset=place.offset + len(raw), line=place.line + 1)
 
 
-def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _lines(blocks: Iterator[bytes], label: str) -> Iterator[bytes]:
     parts: list[bytes] = []  # of a line longer than a block: joined once
     for block in blocks:
+        if sum(map(len, parts)) > MOST_LINE_BYTES:
+            raise ValueError(f"{label}: a line is longer than {MOST_LINE_BYTES >> 20} MiB: not JSON lines?")
         *lines, rest = block.split(b"\n")
         for line in lines:
             yield b"".join((*parts, line, b"\n")) if parts else line + b"\n"

@@ -14,6 +14,7 @@ from functools import cache
 from purelm import random
 from purelm.data import grammar as grammars
 from purelm.data import stories
+from purelm.data.checks import check_int
 from purelm.data.grammar import Choice, Entropy, Grammar
 from purelm.data.grammar_build import build
 from purelm.random import Key
@@ -39,8 +40,9 @@ def sample(
     >>> next(sample(0)).count("\\n")
     2
     """
-    if start < 0 or (n is not None and n < 0):
-        raise ValueError(f"start={start}, n={n}: allowed is 0 or more")
+    check_int("start", start, 0)
+    if n is not None:
+        check_int("n", n, 0)
     return _sample(random.key(key) if isinstance(key, int) else key.cpu(), n, start, grammar or story_grammar())
 
 

@@ -1,8 +1,10 @@
 """Token files: raw little-endian uint16 or uint32 ids in `NAME.bin`, and what is known of them in `NAME.json`.
 
-The sidecar holds dtype, n_tokens, vocab_size, tokenizer_sha256 and n_bytes (of the source text, so that bits per
-byte can be computed). A bare `.bin` without sidecar is accepted. A large corpus may be cut into shards
-`NAME-00000.bin`, `NAME-00001.bin`, ...; `open_tokens` shows a shard set as one sequence.
+The sidecar holds dtype, n_tokens, vocab_size, tokenizer_sha256, n_bytes (of the source text, so that bits per byte can
+be computed) and two checksums: sha256 of the whole `.bin`, and sample_sha256 of a few blocks of it, which is compared
+whenever the file is opened. Sidecars of before the checksums, without them, are read. A `.bin` without sidecar is
+opened only by who says its dtype. A large corpus may be cut into shards `NAME-00000.bin`, `NAME-00001.bin`, ...;
+`open_tokens` shows a shard set as one sequence.
 
 Writing is atomic although a pair is two files. The ids go to `NAME.bin.<id>` and the sidecar, which carries the
 same random `<id>`, is renamed first: that one rename is the commit. Only then `NAME.bin.<id>` becomes `NAME.bin`.
@@ -11,16 +13,56 @@ instant leaves either the old pair or the new one readable. Shards are all writt
 sidecar carries its number, the count and the id of the set, so that a mixture of two sets is refused.
 """
 
+import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["DTYPES", "identity_of", "outside_message", "read_sidecar", "shard_files", "uncommitted"]
+__all__ = [
+    "DTYPES",
+    "check_sidecar",
+    "check_sums",
+    "identity_of",
+    "missing_sidecar",
+    "move",
+    "outside_message",
+    "read_sidecar",
+    "remove",
+    "sample_sha256",
+    "shard_files",
+    "sync_folder",
+    "uncommitted",
+    "whole_sha256",
+]
 
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+SAMPLES, SAMPLE_BYTES = 16, 4096  # read at opening: what is lost or replaced in large is seen, one changed bit is not
+
+
+def sample_sha256(path: Path) -> str:
+    """sha256 of SAMPLES blocks of a file, evenly spaced from the first bytes to the last; of all of it where small."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        last = os.fstat(file.fileno()).st_size - SAMPLE_BYTES
+        if last < SAMPLES * SAMPLE_BYTES:
+            digest.update(file.read())
+        else:
+            for k in range(SAMPLES):
+                file.seek(last * k // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def whole_sha256(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def outside_message(name: str, index: int, token: int, vocab_size: int) -> str:
@@ -43,7 +85,10 @@ def read_sidecar(target: Path) -> dict[str, Any]:
         sidecar = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(sidecar, dict):
             raise ValueError("not an object")
-    except ValueError as error:
+        identity = sidecar.get("id")  # a part of a file's name
+        if identity is not None and not (isinstance(identity, str) and identity.isalnum()):
+            raise ValueError(f"id is {identity!r}")
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged sidecar of a token file: {error}") from None
     return sidecar
 
@@ -54,3 +99,69 @@ def identity_of(target: Path) -> str | None:
         return read_sidecar(target).get("id")
     except (OSError, ValueError):
         return None
+
+
+def missing_sidecar(target: Path, n_bytes: int) -> str:
+    """What to say, and what to do, about a `.bin` of n_bytes without sidecar."""
+    sidecar = target.with_suffix(".json")
+    lines = " or ".join(
+        f'{{"dtype": "{name}", "n_tokens": {n_bytes // dtype.itemsize}}}' for name, dtype in DTYPES.items()
+    )
+    return (
+        f"{target}: its sidecar {sidecar.name} is missing, so nothing says what its {n_bytes} bytes are: encode the "
+        f"text again, give open_tokens dtype='uint16' or 'uint32', or write {sidecar} with {lines}"
+    )
+
+
+def check_sidecar(sidecar: dict[str, Any], path: Path) -> None:
+    """Counts are counts and names are strings, where they are there."""
+    for name in ("n_tokens", "vocab_size", "n_bytes", "shard", "n_shards"):
+        value = sidecar.get(name)
+        if (value is not None or name == "n_tokens") and (type(value) is not int or value < 0):
+            raise ValueError(f"{path}: {name} is {value!r}: allowed is a count")
+    for name in ("tokenizer_sha256", "id", "sha256", "sample_sha256"):
+        value = sidecar.get(name)
+        if value is not None and (not isinstance(value, str) or not value.isalnum()):
+            raise ValueError(f"{path}: {name} is {value!r}: allowed is a string of letters and digits")
+
+
+def check_sums(target: Path, file: Path, sidecar: dict[str, Any], verify: bool) -> None:
+    """Compare `file`, which holds the ids of `target`, with a checksum of its sidecar; see `open_tokens`."""
+    stated = sidecar.get("sha256" if verify else "sample_sha256")
+    if verify and stated is None:
+        raise ValueError(f"{target}: cannot be verified, its sidecar has no checksum; encode the text again")
+    found = None if stated is None else (whole_sha256 if verify else sample_sha256)(file)
+    if found != stated:
+        raise ValueError(
+            f"{target}: damaged: its bytes are not those that were written (sha256 {found}, the sidecar has {stated}); "
+            "encode the text again"
+        )
+
+
+def move(source: Path, target: Path) -> None:
+    """Move a finished pair of files, as `TokenWriter` leaves them, to another name on the same disk, atomically."""
+    identity, previous = str(read_sidecar(source)["id"]), identity_of(target)
+    os.replace(source, uncommitted(target, identity))
+    os.replace(source.with_suffix(".json"), target.with_suffix(".json"))  # the commit
+    sync_folder(target.parent)
+    os.replace(uncommitted(target, identity), target)
+    if previous:
+        uncommitted(target, previous).unlink(missing_ok=True)
+
+
+def remove(target: Path) -> None:
+    """Remove a pair of files, the sidecar first: without it a `.bin` is nothing that is opened by mistake."""
+    identity = identity_of(target)
+    target.with_suffix(".json").unlink(missing_ok=True)
+    target.unlink(missing_ok=True)
+    if identity:
+        uncommitted(target, identity).unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let renames in `folder` reach the disk before what comes next."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

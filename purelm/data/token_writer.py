@@ -1,7 +1,9 @@
 """Streaming, atomic writer of token files; the order of its renames is explained in token_format.py."""
 
+import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +11,17 @@ from typing import IO, Any
 
 import numpy as np
 
-from purelm.data.token_format import DTYPES, identity_of, outside_message, shard_files, uncommitted
+from purelm.data.checks import check_int
+from purelm.data.token_format import (
+    DTYPES,
+    identity_of,
+    outside_message,
+    sample_sha256,
+    shard_files,
+    sync_folder,
+    uncommitted,
+)
+from purelm.files import hold, remove_leftovers
 
 __all__ = ["TokenWriter"]
 
@@ -50,30 +62,48 @@ class TokenWriter:
         self.path = Path(path)
         if self.path.suffix != ".bin":
             raise ValueError(f"path={str(path)!r}: a token file is named NAME.bin")
-        if not 0 < vocab_size <= 2**32:
-            raise ValueError(f"vocab_size={vocab_size}: allowed is 1 to 2**32")
+        vocab_size = check_int("vocab_size", vocab_size, 1, 2**32)
+        if tokenizer_sha256 is not None and not isinstance(tokenizer_sha256, str):
+            raise ValueError(f"tokenizer_sha256={tokenizer_sha256!r}: give a str or None")
+        n_bytes = None if n_bytes is None else check_int("n_bytes", n_bytes, 0)
         dtype = dtype or ("uint16" if vocab_size <= 2**16 else "uint32")
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
         if vocab_size > 2 ** (8 * DTYPES[dtype].itemsize):
             raise ValueError(f"dtype={dtype!r} cannot hold the ids of vocab_size={vocab_size}")
-        if shard_tokens is not None and shard_tokens < 1:
-            raise ValueError(f"shard_tokens={shard_tokens}: allowed is 1 or more, or None")
+        shard_tokens = None if shard_tokens is None else check_int("shard_tokens", shard_tokens, 1)
         self.vocab_size, self.dtype, self.tokenizer_sha256 = vocab_size, dtype, tokenizer_sha256
         self.n_bytes, self.n_tokens, self.shard_tokens = n_bytes, 0, shard_tokens
         self._id = secrets.token_hex(8)
         self._file: IO[bytes] | None = None
+        self._held: int | None = None  # descriptor by which other writers see that this one lives
+        self._digest = hashlib.sha256()
         self._counts: list[int] = []  # tokens of each shard
+        self._sums: list[str] = []  # sha256 of each shard that is whole
 
     def __enter__(self) -> "TokenWriter":
+        if self._counts:
+            raise ValueError(f"{self.path}: this writer was used; make a new one")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
         self._next_shard()
         return self
+
+    def __reduce__(self):
+        raise TypeError("a TokenWriter cannot be copied or pickled: two would write one file")
+
+    def _remove_leftovers(self) -> None:
+        """What a killed writer of this path left, but for files that a sidecar says are to be read."""
+        stem = re.escape(self.path.stem)
+        name = re.compile(rf"{stem}(-\d{{5,}})?\.(bin|json)\.(?P<id>[0-9a-f]{{16}})")
+        remove_leftovers(self.path.parent, name, map(identity_of, [self.path, *shard_files(self.path)]))
 
     def append(self, ids: np.ndarray | Iterable[int], n_bytes: int | None = None) -> None:
         """Add ids (any integer array, or an iterable of int) and, if given, n_bytes of source text."""
         if self._file is None:
             raise ValueError(f"{self.path}: append outside of the writer's with-block")
+        if isinstance(ids, str | bytes) or not (hasattr(ids, "__array__") or isinstance(ids, Iterable)):
+            raise ValueError(f"ids for {self.path} are {type(ids).__name__}: allowed are integers")
         array = np.asarray(ids if hasattr(ids, "__array__") else list(ids)).reshape(-1)
         if array.size and array.dtype.kind not in "iu":
             raise ValueError(f"ids for {self.path} have dtype {array.dtype}: allowed are integers")
@@ -81,28 +111,35 @@ class TokenWriter:
             bad = int(np.argmax((array >= self.vocab_size) | (array < 0)))
             raise ValueError(outside_message(str(self.path), self.n_tokens + bad, int(array[bad]), self.vocab_size))
         if n_bytes is not None:
-            self.n_bytes = (self.n_bytes or 0) + n_bytes
+            self.n_bytes = (self.n_bytes or 0) + check_int("n_bytes", n_bytes, 0)
         array = array.astype(DTYPES[self.dtype], copy=False)
         while array.size:
             room = array.size if self.shard_tokens is None else self.shard_tokens - self._counts[-1]
             if not room:
                 self._next_shard()
                 continue
-            self._file.write(np.ascontiguousarray(array[:room]).data)
+            data = np.ascontiguousarray(array[:room]).data
+            self._file.write(data)
+            self._digest.update(data)
             self._counts[-1] += min(room, array.size)
             self.n_tokens += min(room, array.size)
             array = array[room:]
 
     def __exit__(self, kind, value, traceback) -> None:
         try:
-            self._close()
-        except OSError:  # a full disk shows here
-            self._discard()
-            raise
-        if kind is None:
-            self._publish()
-        else:
-            self._discard()
+            try:
+                self._close()
+            except OSError:  # a full disk shows here
+                self._discard()
+                raise
+            if kind is None:
+                self._publish()
+            else:
+                self._discard()
+        finally:
+            if self._held is not None:
+                os.close(self._held)
+                self._held = None
 
     def _discard(self) -> None:
         for shard in range(len(self._counts)):
@@ -119,7 +156,11 @@ class TokenWriter:
     def _next_shard(self) -> None:
         self._close()
         self._counts.append(0)
+        self._digest = hashlib.sha256()
         self._file = open(self._temporary(len(self._counts) - 1), "wb", buffering=BUFFER_BYTES)
+        if self._held is None:  # the first shard's: the others have its id
+            self._held = os.dup(self._file.fileno())
+            hold(self._held)
 
     def _close(self) -> None:
         if self._file is not None:
@@ -127,6 +168,7 @@ class TokenWriter:
                 self._file = None
                 file.flush()
                 os.fsync(file.fileno())
+            self._sums.append(self._digest.hexdigest())
 
     def _publish(self) -> None:
         for shard, count in enumerate(self._counts):
@@ -138,6 +180,8 @@ class TokenWriter:
                 "tokenizer_sha256": self.tokenizer_sha256,
                 "n_bytes": self.n_bytes,
                 "id": self._id,
+                "sha256": self._sums[shard],
+                "sample_sha256": sample_sha256(self._temporary(shard)),
             }
             if self.shard_tokens is not None:
                 sidecar |= {"shard": shard, "n_shards": len(self._counts)}
@@ -149,7 +193,7 @@ class TokenWriter:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target.with_suffix(".json"))  # the commit
-            _sync_folder(target.parent)  # the two renames must reach the disk in this order
+            sync_folder(target.parent)  # the two renames must reach the disk in this order
             os.replace(self._temporary(shard), target)
             if previous:  # a writer killed between its two renames left this behind
                 uncommitted(target, previous).unlink(missing_ok=True)
@@ -159,12 +203,4 @@ class TokenWriter:
             if old not in written and identity_of(old):
                 old.unlink(missing_ok=True)
                 old.with_suffix(".json").unlink()
-        _sync_folder(self.path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_folder(self.path.parent)

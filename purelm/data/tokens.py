@@ -1,16 +1,27 @@
 """Opening and checking token files (their format: token_format.py, writing: token_writer.py)."""
 
 import glob
+import operator
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from purelm.data.token_format import DTYPES, outside_message, read_sidecar, shard_files, uncommitted
+from purelm.data.checks import check_int
+from purelm.data.token_format import (
+    DTYPES,
+    check_sidecar,
+    check_sums,
+    missing_sidecar,
+    outside_message,
+    read_sidecar,
+    shard_files,
+    uncommitted,
+)
 from purelm.data.token_writer import TokenWriter
 
 __all__ = ["ShardedTokens", "TokenFile", "TokenWriter", "check_ids", "check_tokenizer", "open_tokens"]
@@ -24,6 +35,8 @@ class ShardedTokens:
 
     def __init__(self, shards: Iterable[np.ndarray]):
         self.shards = tuple(shards)
+        if not self.shards or len({shard.dtype for shard in self.shards}) > 1:
+            raise ValueError(f"shards have dtypes {[str(shard.dtype) for shard in self.shards]}; they must have one")
         self.dtype = self.shards[0].dtype
         self._ends = np.cumsum([len(shard) for shard in self.shards])
 
@@ -32,7 +45,7 @@ class ShardedTokens:
 
     def __getitem__(self, index):
         if not isinstance(index, slice):
-            i = int(index) + (len(self) if index < 0 else 0)
+            i = operator.index(index) + (len(self) if index < 0 else 0)
             if not 0 <= i < len(self):
                 raise IndexError(f"index {index} is outside a sequence of {len(self)} tokens")
             shard = int(np.searchsorted(self._ends, i, side="right"))
@@ -62,6 +75,7 @@ class TokenFile:
     vocab_size: int | None  # None: a bare .bin
     tokenizer_sha256: str | None
     n_bytes: int | None  # of the source text in UTF-8, document delimiters as the writer counted them
+    identity: tuple[str | None, ...] | None = None  # of the write that made each file; None: not from open_tokens
 
     def __len__(self) -> int:
         return self.n_tokens
@@ -69,25 +83,51 @@ class TokenFile:
     def __getitem__(self, index):
         return self.tokens[index]
 
+    def __copy__(self) -> "TokenFile":
+        return self
+
+    def __deepcopy__(self, memo) -> "TokenFile":
+        return self  # nothing in it changes
+
+    def __reduce__(self):
+        # By name: a worker process maps the file anew, and is not sent gigabytes.
+        if self.identity is None:
+            return TokenFile, tuple(getattr(self, field.name) for field in fields(self))
+        return _reopen, (os.path.abspath(self.path), self.path, self.dtype, self.identity)
+
+
+def _reopen(path: str, name: str, dtype: str, identity: tuple[str | None, ...]) -> TokenFile:
+    opened = open_tokens(path, dtype=dtype)
+    if opened.identity != identity:
+        raise ValueError(f"{path}: was written anew since this TokenFile was pickled")
+    return replace(opened, path=name)
+
 
 def open_tokens(
-    path: str | os.PathLike, *, dtype: str | None = None, tokenizer_sha256: str | None = None
+    path: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    tokenizer_sha256: str | None = None,
+    verify: bool = False,
 ) -> TokenFile:
     """Open a token file, a folder of shards or a glob of them, without reading the ids into memory.
 
     Args:
         path: `NAME.bin`; or, where only `NAME-00000.bin`, ... exist, that shard set; or a folder that holds one
             shard set; or a glob pattern, its matches taken in sorted order.
-        dtype: what the file must be; needed for a bare uint32 `.bin` (without sidecar uint16 is assumed).
+        dtype: what the file must be, "uint16" or "uint32"; needed for a `.bin` without sidecar, which says nothing.
         tokenizer_sha256: if given, the file must have been made by this tokenizer.
+        verify: read all of every file and compare it with the checksum in its sidecar. Otherwise 16 blocks of 4 KiB are
+            compared, in files written since there are checksums.
 
-    Raises ValueError naming the file when it is truncated, has another dtype, another tokenizer, a damaged sidecar,
-    missing shards or shards of different sets; FileNotFoundError when there is nothing.
+    Raises ValueError naming the file when it is truncated, changed, has another dtype, another tokenizer, no sidecar
+    (and no dtype is given), a damaged one, or one without the checksum that verify asks for; when shards are missing
+    or of different sets. FileNotFoundError when there is nothing.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
     files = _resolve(path)
-    opened = [_open_one(file, dtype) for file in files]
+    opened = [_open_one(file, dtype, verify) for file in files]
     first_tokens, first = opened[0]
     for file, (_, sidecar) in zip(files, opened, strict=True):
         for field in ("dtype", "vocab_size", "tokenizer_sha256"):
@@ -113,6 +153,7 @@ def open_tokens(
         first.get("vocab_size"),
         first.get("tokenizer_sha256"),
         n_bytes,
+        tuple(sidecar.get("id") for _, sidecar in opened),
     )
     if tokenizer_sha256 is not None:
         check_tokenizer(result, tokenizer_sha256)
@@ -124,6 +165,7 @@ def check_ids(tokens: TokenFile | np.ndarray | ShardedTokens, vocab_size: int) -
 
     Meant to run once before training: an id outside the vocabulary is a device assert deep inside a GPU step.
     """
+    check_int("vocab_size", vocab_size, 1)
     name = tokens.path if isinstance(tokens, TokenFile) else "tokens"
     for start in range(0, len(tokens), SCAN_TOKENS):
         piece = np.asarray(tokens[start : start + SCAN_TOKENS])
@@ -171,14 +213,17 @@ def _shard_order(file: Path) -> tuple[str, int, str]:
     return (match.group(1), int(match.group(2)), file.name) if match else (file.stem, -1, file.name)
 
 
-def _open_one(target: Path, dtype: str | None) -> tuple[np.ndarray, dict[str, Any]]:
+def _open_one(target: Path, dtype: str | None, verify: bool) -> tuple[np.ndarray, dict[str, Any]]:
     for sidecar, file in _candidates(target):
         try:
             found = file.stat().st_size
         except FileNotFoundError:
             continue  # a writer renamed it just now: look again
         bare = sidecar is None
-        sidecar = {"dtype": dtype or "uint16"} if sidecar is None else sidecar
+        if sidecar is None:
+            if dtype is None:
+                raise ValueError(missing_sidecar(target, found))
+            sidecar = {"dtype": dtype}
         stated = str(sidecar.get("dtype"))
         if stated not in DTYPES:
             raise ValueError(
@@ -188,8 +233,8 @@ def _open_one(target: Path, dtype: str | None) -> tuple[np.ndarray, dict[str, An
             raise ValueError(f"{target}: holds {stated}, but dtype={dtype!r} was asked for")
         itemsize = DTYPES[stated].itemsize
         n_tokens = sidecar.get("n_tokens", found // itemsize if bare else None)
-        if not isinstance(n_tokens, int) or n_tokens < 0:
-            raise ValueError(f"{target.with_suffix('.json')}: n_tokens is {n_tokens!r}: allowed is a count")
+        check_sidecar({**sidecar, "n_tokens": n_tokens}, target.with_suffix(".json"))
+        assert n_tokens is not None
         if found % itemsize:
             raise ValueError(f"{target}: {found} bytes is not a whole number of {stated} tokens; truncated?")
         if found != n_tokens * itemsize:
@@ -197,6 +242,7 @@ def _open_one(target: Path, dtype: str | None) -> tuple[np.ndarray, dict[str, An
                 f"{target}: truncated or damaged: expected {n_tokens * itemsize} bytes "
                 f"({n_tokens} {stated} tokens), found {found}"
             )
+        check_sums(target, file, sidecar, verify)
         # An empty file cannot be mapped.
         empty = np.zeros(0, DTYPES[stated])
         return (np.memmap(file, DTYPES[stated], mode="r") if n_tokens else empty), sidecar

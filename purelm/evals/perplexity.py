@@ -23,11 +23,11 @@ class Score(NamedTuple):
 
     @property
     def nats_per_token(self) -> float:
-        return self.nats / max(self.n_tokens, 1.0)
+        return self.nats / self.n_tokens if self.n_tokens else math.nan  # nothing was measured
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.nats_per_token, 700.0))
+        return math.exp(self.nats_per_token) if not self.nats_per_token > 700.0 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
@@ -36,7 +36,7 @@ class Score(NamedTuple):
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:
     """nats / (ln 2 * n_bytes); n_bytes counts the text without special tokens, nats counts every target."""
-    if n_bytes <= 0:
+    if not n_bytes > 0:
         raise ValueError(f"n_bytes must be positive, got {n_bytes}")
     return nats / (math.log(2.0) * n_bytes)
 
@@ -52,7 +52,8 @@ def score(
     """Sum the loss over batches that cover each target once (`purelm.data.eval_windows`).
 
     loss_fn is given each batch with "denominator" 1, so its scalar is the batch's sum of weighted nats; sums are kept
-    in float64 because a float32 running sum over millions of tokens drifts.
+    in float64 because a float32 running sum over millions of tokens drifts. ValueError where there are no targets at
+    all, in no batch or with no weight: there is no perplexity of nothing.
     """
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.float64, device=device)
@@ -64,4 +65,6 @@ def score(
             nats = nats + total.double().to(nats.device)
             count = float(targets.numel()) if weights is None else weights.sum(dtype=torch.float64).to(tokens.device)
             tokens = tokens + count
+    if not tokens.item() > 0:
+        raise ValueError("batches must have targets of weights above 0, got none")
     return Score(nats.item(), tokens.item(), n_bytes)

@@ -63,6 +63,7 @@ def prefill(
     ops: Ops = REFERENCE,
     lengths: Int[Tensor, " b"] | None = None,
     last_only: bool = True,
+    n_positions: int | None = None,
 ) -> tuple[Tensor, KVCache]:
     """Reads T tokens at once, after what the cache holds; a long prompt may come in several chunks.
 
@@ -72,6 +73,8 @@ def prefill(
         lengths: tokens that count in each row, the last ones; what stands before them is padding (any valid id).
             Only for the first chunk, which must hold all padding.
         last_only: logits (B, V) of the last position; else (B, T, V), where padding's are of no meaning.
+        n_positions: what dynamic_ntk takes for the length of each row, here and in `decode`; the cache's size when
+            None, which is a matter of the longest row.
     Returns:
         (logits, cache); the cache that was given is unchanged. ValueError when the tokens do not fit.
     """
@@ -97,7 +100,7 @@ def prefill(
         return attention(q, k, v, segment_ids=segment_ids)
 
     slots_T = torch.arange(used, used + T, device=tokens_BT.device)
-    h_BTD, cache = _run(params, tokens_BT, cache, cfg, ops, slots_T, attend, torch.Tensor.index_copy)
+    h_BTD, cache = _run(params, tokens_BT, cache, cfg, ops, slots_T, n_positions, attend, torch.Tensor.index_copy)
     return readout(params, h_BTD[:, -1] if last_only else h_BTD, cfg, ops), cache
 
 
@@ -109,6 +112,7 @@ def decode(
     *,
     ops: Ops = REFERENCE,
     used: int | None = None,
+    n_positions: int | None = None,
 ) -> tuple[Float[Tensor, "b v"], KVCache]:
     """Reads one token a row; logits of the next.
 
@@ -117,11 +121,12 @@ def decode(
     Args:
         used: cache.length, for a caller who knows it: only those slots are read then, with no wait for the device.
             In eager mode on a CPU it is looked up when None.
+        n_positions: as for `prefill`.
     Returns:
         (logits_BV, cache); the cache that was given is unchanged (`decode_` writes into it and saves the copy).
         A full cache is a ValueError; where its length is not known, it is an index error of the write.
     """
-    return _decode(params, tokens_B, cache, cfg, ops, used, torch.Tensor.index_copy)
+    return _decode(params, tokens_B, cache, cfg, ops, used, n_positions, torch.Tensor.index_copy)
 
 
 def decode_(
@@ -132,17 +137,25 @@ def decode_(
     *,
     ops: Ops = REFERENCE,
     used: int | None = None,
+    n_positions: int | None = None,
 ) -> tuple[Float[Tensor, "b v"], KVCache]:
     """`decode`, writing into the cache's memory; without gradients.
 
     The cache that was given keeps its length, beyond which the new keys lie.
     """
     with torch.no_grad():
-        return _decode(params, tokens_B, cache, cfg, ops, used, torch.Tensor.index_copy_)
+        return _decode(params, tokens_B, cache, cfg, ops, used, n_positions, torch.Tensor.index_copy_)
 
 
 def _decode(
-    params: Params, tokens_B: Tensor, cache: KVCache, cfg: Config, ops: Ops, used: int | None, write: Write
+    params: Params,
+    tokens_B: Tensor,
+    cache: KVCache,
+    cfg: Config,
+    ops: Ops,
+    used: int | None,
+    n_positions: int | None,
+    write: Write,
 ) -> tuple[Tensor, KVCache]:
     size = cache.k[0].shape[1]
     if not torch.compiler.is_compiling() and cache.length.device.type == "cpu":
@@ -169,7 +182,8 @@ def _decode(
             softcap=cfg.attention_softcap,
         )
 
-    h_B1D, cache = _run(params, tokens_B.unsqueeze(-1), cache, cfg, ops, cache.length.reshape(1), attend, write)
+    slot_1 = cache.length.reshape(1)
+    h_B1D, cache = _run(params, tokens_B.unsqueeze(-1), cache, cfg, ops, slot_1, n_positions, attend, write)
     return readout(params, h_B1D[:, 0], cfg, ops), cache
 
 
@@ -209,6 +223,7 @@ def _run(
     cfg: Config,
     ops: Ops,
     slots_T: Tensor,
+    n_positions: int | None,
     attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
     write: Write,
 ) -> tuple[Tensor, KVCache]:
@@ -220,7 +235,7 @@ def _run(
     if cache.start is not None:
         positions = (slots_T - cache.start.unsqueeze(-1)).clamp(min=0)
     x = embed(params, tokens_BT, positions, cfg, ops)
-    ctx = context(positions, None, cfg, length=cache.k[0].shape[1], dtype=x.dtype)
+    ctx = context(positions, None, cfg, length=n_positions or cache.k[0].shape[1], dtype=x.dtype)
     new_k, new_v = [], []
     for i, layer in enumerate(params["layers"]):
 

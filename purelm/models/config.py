@@ -1,6 +1,7 @@
 """What a Transformer is: every choice that shapes its parameters or its maths."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,8 +90,8 @@ class Config:
             raise ValueError(f'Config.norm_position must stay "pre" without a norm, got {self.norm_position!r}')
         for name in ("norm_eps", "rope_theta", "attention_scale", "attention_softcap", "logit_softcap"):
             value = getattr(self, name)
-            if value is not None and not value > 0.0:
-                raise ValueError(f"Config.{name} must be above 0, got {value}")
+            if isinstance(value, str) or (value is not None and not 0.0 < value < math.inf):
+                raise ValueError(f"Config.{name} must be above 0 and finite, got {value!r}")
 
     @property
     def kv_heads(self) -> int:
@@ -141,5 +142,8 @@ def config_from_dict(fields: Mapping[str, Any]) -> Config:
     # JSON makes lists of tuples.
     given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
     if isinstance(given.get("rope_scaling"), Mapping):
-        given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
+        scaling, names = given["rope_scaling"], [f.name for f in dataclasses.fields(RopeScaling)]
+        if odd := sorted(set(scaling) - set(names)) or [n for n in names[:2] if n not in scaling]:
+            raise ValueError(f"Config.rope_scaling has or lacks {', '.join(odd)}; it has {', '.join(names)}")
+        given["rope_scaling"] = RopeScaling(**scaling)
     return Config(**given)

@@ -1,5 +1,7 @@
 """Cross-entropy of given logits. Legend: V vocabulary."""
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -7,18 +9,43 @@ from torch import Tensor
 from purelm.ops.precision import accumulator
 from purelm.ops.softcap import soft_cap
 
-__all__ = ["cross_entropy", "reduce_tokens", "token_losses"]
+__all__ = ["check_z_loss", "cross_entropy", "nonzero", "reduce_tokens", "token_losses"]
+
+
+def check_z_loss(z_loss: float) -> None:
+    """ValueError unless the coefficient is finite and not negative: a negative one rewards a log Z without bound."""
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
+
+
+def nonzero(denominator: Float[Tensor, ""] | float) -> Float[Tensor, ""] | float:
+    """The denominator, 1 in place of 0: a mean over no token is then the sum over none, 0, and so is its gradient.
+
+    >>> nonzero(torch.tensor(0.0)), nonzero(3.0)
+    (tensor(1.), 3.0)
+    """
+    if isinstance(denominator, Tensor):
+        return torch.where(denominator == 0, 1.0, denominator)
+    return 1.0 if denominator == 0 else denominator
 
 
 def token_losses(
     logits: Float[Tensor, "*batch v"], targets: Int[Tensor, "*batch"], softcap: float | None, z_loss: float
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """Per token: nll + z_loss log(Z)^2, and the detached nll alone. Computed and returned in fp32."""
+    """Per token: nll + z_loss log(Z)^2, and the detached nll alone. Computed and returned in fp32.
+
+    A target that is no index is an error of the device in eager code; compiled, its loss and its gradient are NaN.
+    """
+    check_z_loss(z_loss)
     wide = soft_cap(logits.to(accumulator(logits.dtype)), softcap)
     # logsumexp keeps only its input for backward; exp, sum and log written one by one would keep a second (.., V).
     log_z = torch.logsumexp(wide, -1)
     nll = log_z - _at_targets(wide, targets)
     loss = nll if z_loss == 0.0 else nll + z_loss * log_z.square()
+    if torch.compiler.is_compiling():
+        # One number a token, fused into what is there; a product, so that NaN reaches the gradient too.
+        real = torch.where((targets >= 0) & (targets < logits.shape[-1]), 1.0, torch.nan).to(loss.dtype)
+        loss, nll = loss * real, nll * real
     return loss, nll.detach()
 
 
@@ -40,14 +67,17 @@ def reduce_tokens(
     denominator: Float[Tensor, ""] | float | None,
     reduction: str,
 ) -> Float[Tensor, "*batch"] | Float[Tensor, ""]:
-    """weights * loss / denominator, summed when reduction is "sum"; a token of weight 0 adds 0, whatever its loss."""
+    """weights * loss / denominator, summed when reduction is "sum"; a token of weight 0 adds 0, whatever its loss.
+
+    A denominator of 0, the number of targets where there are none, counts as 1.
+    """
     if reduction not in ("none", "sum"):
         raise ValueError(f'reduction must be "none" or "sum", got {reduction!r}')
     if weights is not None:
         loss = torch.where(weights == 0, 0.0, loss * weights)
     if reduction == "sum":
         loss = loss.sum()
-    return loss if denominator is None else loss / denominator
+    return loss if denominator is None else loss / nonzero(denominator)
 
 
 def cross_entropy(
@@ -64,13 +94,16 @@ def cross_entropy(
 
     Args:
         weights: 1 for each token when absent. Where the weight is 0 the target may be anything (-100 say).
-        denominator: what the sum is divided by, 1 when absent. A mean over any split into microbatches or ranks is
-            right when each part divides by the whole's count.
+        denominator: what the sum is divided by, 1 when absent or 0. A mean over any split into microbatches or ranks
+            is right when each part divides by the whole's count.
         reduction: "sum", or "none" for the summands.
         softcap: bounds the logits first, as `purelm.ops.softcap`.
         z_loss: coefficient that keeps log Z near 0 (PaLM, arXiv:2204.02311, section 5: 1e-4).
     Returns:
         (loss, nll): the loss, and the same without the z term, detached. Both fp32 (fp64 for fp64 logits).
+
+    A target outside of 0..V-1 is an index error in eager code (on a GPU a device-side assertion), and compiled a loss
+    and a gradient of NaN.
 
     >>> loss, nll = cross_entropy(torch.zeros(3, 8), torch.tensor([1, 2, 3]), denominator=3.0)
     >>> loss  # log 8

@@ -19,6 +19,8 @@ def layer_norm(
 
     var is the biased one (divides by D), taken of the centred values. Source: Ba et al. 2016 (arXiv:1607.06450).
     """
+    if not eps >= 0.0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
     wide = x.to(accumulator(x.dtype))
     centred = wide - wide.mean(-1, keepdim=True)
     y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)

@@ -37,6 +37,8 @@ def segment_pair(segment_ids: Segments, n_queries: int, n_keys: int) -> tuple[Te
     if segment_ids is None:
         return None
     q_ids_BT, kv_ids_BS = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    if q_ids_BT.is_floating_point() or kv_ids_BS.is_floating_point():
+        raise ValueError(f"segment_ids must be integers, got {q_ids_BT.dtype} and {kv_ids_BS.dtype}")
     if q_ids_BT.shape[-1] != n_queries or kv_ids_BS.shape[-1] != n_keys:
         raise ValueError(
             f"segment_ids must have {n_queries} ids for queries and {n_keys} for keys, "

@@ -19,6 +19,8 @@ def rms_norm(
     >>> rms_norm(torch.tensor([3.0, 4.0]), eps=0.0)
     tensor([0.8485, 1.1314])
     """
+    if not eps >= 0.0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
     wide = x.to(accumulator(x.dtype))
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if weight_D is not None:

@@ -5,6 +5,7 @@ Tables are functions of positions: `rope_tables` once for a model, `rope` for ea
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +24,8 @@ class RopeScaling:
     linear: w / s (position interpolation; Chen et al. 2023, arXiv:2306.15595).
     ntk: theta becomes theta s^(K/(K-2)): the slowest pair is slowed by s, the fastest not at all.
     dynamic_ntk: as ntk with s n/L - (s - 1) in place of s when n tokens exceed L, else unchanged. n is the `length`
-        given to `frequencies`: a model takes its number of positions, a cache its size, so all keys share one base.
+        given to `frequencies`, one for all keys that a query sees: a model takes its number of positions, or those of
+        the document where segment_ids divide a row, a cache its size, and generation the model's context_length.
     llama3: wavelengths over L/low_freq_factor are slowed by s, those under L/high_freq_factor are kept, and between
         them the two are mixed linearly in L/wavelength (Llama 3.1, arXiv:2407.21783).
     yarn: pairs that turn more than beta_fast times in L positions are kept, those that turn less than beta_slow times
@@ -46,21 +48,25 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"RopeScaling.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.factor < 1.0:
-            raise ValueError(f"RopeScaling.factor must be at least 1, got {self.factor}")
+        if not 1.0 <= self.factor < math.inf:
+            raise ValueError(f"RopeScaling.factor must be at least 1 and finite, got {self.factor}")
+        if self.attention_factor is not None and not 0.0 < self.attention_factor < math.inf:
+            raise ValueError(
+                f"RopeScaling.attention_factor must be above 0 and finite, or None, got {self.attention_factor}"
+            )
         if self.kind in ("dynamic_ntk", "llama3", "yarn") and not (self.original_length or 0) > 0:
             raise ValueError(
                 f"RopeScaling.original_length must be the positive trained length for kind {self.kind!r}, "
                 f"got {self.original_length}"
             )
-        if self.low_freq_factor >= self.high_freq_factor:
+        if not 0.0 < self.low_freq_factor < self.high_freq_factor < math.inf:
             raise ValueError(
-                "RopeScaling.low_freq_factor must be below high_freq_factor, "
+                "RopeScaling.low_freq_factor must be above 0 and below high_freq_factor, "
                 f"got {self.low_freq_factor} and {self.high_freq_factor}"
             )
-        if self.beta_slow >= self.beta_fast:
+        if not 0.0 < self.beta_slow < self.beta_fast < math.inf:
             raise ValueError(
-                f"RopeScaling.beta_slow must be below beta_fast, got {self.beta_slow} and {self.beta_fast}"
+                f"RopeScaling.beta_slow must be above 0 and below beta_fast, got {self.beta_slow} and {self.beta_fast}"
             )
 
 
@@ -76,20 +82,28 @@ def frequencies(
     theta: float = 10000.0,
     scaling: RopeScaling | None = None,
     *,
-    length: int | None = None,
+    length: int | Int[Tensor, "*p"] | None = None,
     device: torch.device | None = None,
-) -> Float[Tensor, " j"]:
-    """w_j = theta^(-2j/K) radians per position for j = 0..K/2-1, changed by `scaling`; float64."""
-    if head_dim % 2:
-        raise ValueError(f"head_dim must be even for rotary embeddings, got {head_dim}")
+) -> Float[Tensor, "*p j"]:
+    """w_j = theta^(-2j/K) radians per position for j = 0..K/2-1, changed by `scaling`; float64.
+
+    length: of what the position belongs to, which dynamic_ntk alone looks at; a tensor gives each position its own.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim must be even and positive for rotary embeddings, got {head_dim}")
+    if not 0.0 < theta < math.inf:
+        raise ValueError(f"theta must be above 0 and finite, got {theta}")
     pair = torch.arange(head_dim // 2, dtype=torch.float64, device=device)
     exponent = -2.0 * pair / head_dim
     if scaling is None:
         return theta**exponent
-    s = scaling.factor
+    s: Any = scaling.factor
     if scaling.kind in ("ntk", "dynamic_ntk"):
         if scaling.kind == "dynamic_ntk":
-            s = max(1.0, s * (length or 0) / _original(scaling) - (s - 1.0))
+            if isinstance(length, Tensor):
+                s = (s * length.to(torch.float64) / _original(scaling) - (s - 1.0)).clamp(min=1.0).unsqueeze(-1)
+            else:
+                s = max(1.0, s * (length or 0) / _original(scaling) - (s - 1.0))
         # With one pair there is no slower one to slow: the exponent K/(K-2) has no meaning and w_0 = 1 stays.
         return (theta * s ** (head_dim / (head_dim - 2)) if head_dim > 2 else theta) ** exponent
     w = theta**exponent
@@ -126,7 +140,7 @@ def rope_tables(
     theta: float = 10000.0,
     scaling: RopeScaling | None = None,
     *,
-    length: int | None = None,
+    length: int | Int[Tensor, "*p"] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Float[Tensor, "*p j"], Float[Tensor, "*p j"]]:
     """cos and sin of position * w_j, for positions (T,), shared by all rows, or (B, T).
@@ -134,7 +148,7 @@ def rope_tables(
     Angles are formed in float64, because in float32 they are off by 0.06 radians at position 10^6.
 
     Args:
-        length: number of positions, which dynamic_ntk alone looks at.
+        length: number of positions, which dynamic_ntk alone looks at; a tensor (B, T) gives each its own.
     """
     w_J = frequencies(head_dim, theta, scaling, length=length, device=positions.device)
     angle = positions.to(torch.float64).unsqueeze(-1) * w_J

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from purelm.ops.attention import check_heads
+from purelm.ops.attention import check_heads, check_scale
 from purelm.ops.masks import Segments, Window, span, visible
 
 __all__ = ["sdpa_attention"]
@@ -34,6 +34,7 @@ def sdpa_attention(
     if softcap is not None:
         raise ValueError(f"sdpa_attention: softcap must be None (PyTorch has none), got {softcap}; use the reference")
     check_heads(q_BTHK, k_BSGK, v_BSGK)
+    check_scale(scale)
     T, H = q_BTHK.shape[1:3]
     S, G = k_BSGK.shape[1:3]
     q, k, v = q_BTHK.transpose(1, 2), k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2)

@@ -19,6 +19,8 @@ def softmax(x: Float[Tensor, "*shape"], dim: int = -1) -> Float[Tensor, "*shape"
     tensor([[0.5000, 0.5000],
             [0.0000, 0.0000]])
     """
+    if x.shape[dim] == 0:
+        return x  # no keys at all: there is no maximum of nothing
     wide = x.to(accumulator(x.dtype))
     # p does not change when a constant is taken from x, so m is rightly treated as one at every order of derivative.
     m = wide.detach().amax(dim, keepdim=True)
@@ -32,6 +34,8 @@ def log_softmax(x: Float[Tensor, "*shape"], dim: int = -1) -> Float[Tensor, "*sh
 
     A row of -inf alone gives -inf, the logarithm of `softmax`'s zeros.
     """
+    if x.shape[dim] == 0:
+        return x
     wide = x.to(accumulator(x.dtype))
     m = wide.detach().amax(dim, keepdim=True)
     shifted = wide - torch.where(m == -torch.inf, 0.0, m)

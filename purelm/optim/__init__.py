@@ -11,6 +11,8 @@ from purelm.optim.base import (
     is_matrix,
     partitioned,
     scale_lr,
+    step_of,
+    with_step,
 )
 from purelm.optim.clip import clip, clip_by_global_norm
 from purelm.optim.lion import LionState, lion
@@ -58,5 +60,7 @@ __all__ = [
     "partitioned",
     "scale_lr",
     "sgd",
+    "step_of",
+    "with_step",
     "wsd",
 ]

@@ -32,7 +32,9 @@ from purelm.optim.base import (
     scalar,
     settle,
     unzip,
+    with_step,
 )
+from purelm.optim.in_place import decays, leaf_by_leaf, rates
 
 __all__ = ["AdamWState", "adam", "adamw"]
 
@@ -113,32 +115,47 @@ def adamw(
         # Equal on paper; 1 - lr wd in fp32 is off by up to 3e-8, which adds up over steps.
         return p * s.keep if eps_placement == "outside" else p - s.lose * p
 
+    def leaf(rate: float | Tensor, s: _Scalars, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple:
+        wide = compute_dtype(p)
+        p_, g_ = p.to(wide), g.to(wide)
+        m_ = torch.lerp(m.to(wide), g_, 1 - b1)
+        v_ = torch.addcmul(v.to(wide) * b2, g_, g_, value=1 - b2)
+        root = torch.sqrt(v_ + s.root_shift if eps_root else v_)
+        if eps_placement == "outside":
+            root = root / s.root_scale
+        u = m_ * s.neg_step_size / (root + eps)
+        # Where decay enters, the update is the new parameter less the old: the difference is exact when they are
+        # within a factor two (Sterbenz), and adding it gives the new parameter to the last bit.
+        if decays(rate):
+            u = (decayed(p_, s) + u if decay_order == "before" else decayed(p_ + u, s)) - p_
+        return u, m_.to(m.dtype), v_.to(v.dtype)
+
     def update(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
         step = state.step + 1
         of_dtype = per_dtype(lambda d: scalars(step, lr, d))
 
-        def leaf(rate: float, p: Tensor, g: Tensor | None, m: Tensor, v: Tensor) -> tuple:
-            if g is None:
-                return None, m, v
-            wide = compute_dtype(p)
-            s = of_dtype(wide)
-            p_, g_ = p.to(wide), g.to(wide)
-            m_ = torch.lerp(m.to(wide), g_, 1 - b1)
-            v_ = torch.addcmul(v.to(wide) * b2, g_, g_, value=1 - b2)
-            root = torch.sqrt(v_ + s.root_shift if eps_root else v_)
-            if eps_placement == "outside":
-                root = root / s.root_scale
-            u = m_ * s.neg_step_size / (root + eps)
-            # Where decay enters, the update is the new parameter less the old: the difference is exact when they are
-            # within a factor two (Sterbenz), and adding it gives the new parameter to the last bit.
-            if rate:
-                u = (decayed(p_, s) + u if decay_order == "before" else decayed(p_ + u, s)) - p_
-            return u, m_.to(m.dtype), v_.to(v.dtype)
+        def one(rate: float, p: Tensor, g: Tensor | None, m: Tensor, v: Tensor) -> tuple:
+            return (None, m, v) if g is None else leaf(rate, of_dtype(compute_dtype(p)), p, g, m, v)
 
-        updates, m, v = unzip(3, leaf, params, grads, state.m, state.v, weight_decay=weight_decay, mask=mask)
+        updates, m, v = unzip(3, one, params, grads, state.m, state.v, weight_decay=weight_decay, mask=mask)
         return updates, AdamWState(step, m, v)
 
-    return Optimizer(init, update)
+    write = leaf_by_leaf(leaf, "adamw")
+
+    def step_(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
+        step = state.step.add_(1)
+
+        def of_kind(dtype: torch.dtype) -> tuple[_Scalars, _Scalars]:
+            # p * 1 and p - 0 p are p: what does not decay goes through the same function.
+            s = scalars(step, lr, dtype)
+            return s._replace(keep=torch.ones_like(s.keep), lose=torch.zeros_like(s.lose)), s
+
+        kinds = per_dtype(of_kind)
+        chosen = rates(params, weight_decay, mask)
+        write(params, grads, (state.m, state.v), chosen, lambda dtype, rate: kinds(dtype)[rate != 0.0])
+        return params, state
+
+    return Optimizer(init, with_step(update, step_))
 
 
 def adam(

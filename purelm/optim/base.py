@@ -10,6 +10,9 @@ an argument of every update (a 0-d tensor, or a number), never part of the pair,
 A transformation of gradients (clipping, weight decay as L2) has the same form and ignores lr; `chain` puts such
 functions before an optimizer. None is an absent leaf: frozen parameters are None in all trees alike, and a parameter
 whose gradient alone is None keeps its value and its moments in that step.
+
+An update function may carry a second form, `step_`, for parameters and state that are not needed any more: see
+`with_step`.
 """
 
 from collections.abc import Callable
@@ -33,6 +36,8 @@ __all__ = [
     "is_matrix",
     "partitioned",
     "scale_lr",
+    "step_of",
+    "with_step",
 ]
 
 
@@ -41,6 +46,27 @@ class Optimizer(NamedTuple):
 
     init: Callable[[Tree], Any]  # params -> state
     update: Callable[[Tree, Any, Tree, Tensor | float], tuple[Tree, Any]]  # grads, state, params, lr
+
+
+Step = Callable[[Tree, Any, Tree, Tensor | float], tuple[Tree, Any]]
+
+
+def with_step(update: Step, step_: Step) -> Step:
+    """`update`, which carries from now on its second form
+
+        step_(grads, state, params, lr) -> (params', state')
+
+    equal to `update` and `apply_updates` to rounding, but written over the memory of params and state. Under
+    `jit(donate=0)` a training step ends with it: there the old ones are consumed anyway. An update without it (a
+    user's own, or one around another's) is compiled there as a whole, which takes longer and gives the same.
+    """
+    update.step_ = step_  # type: ignore[attr-defined]
+    return update
+
+
+def step_of(optimizer: Optimizer) -> Step | None:
+    """The second form of the optimizer's update; None where it has none."""
+    return getattr(optimizer.update, "step_", None)
 
 
 class PartitionedState(NamedTuple):
@@ -82,7 +108,19 @@ def chain(*optimizers: Optimizer) -> Optimizer:
             new_state.append(s)
         return grads, tuple(new_state)
 
-    return Optimizer(init, update)
+    last = step_of(optimizers[-1]) if optimizers else None
+    if last is None:
+        return Optimizer(init, update)
+
+    def step_(grads: Tree, state: tuple[Any, ...], params: Tree, lr: Tensor | float) -> tuple[Tree, Any]:
+        new_state = []
+        for o, s in zip(optimizers[:-1], state, strict=False):
+            grads, s = o.update(grads, s, params, lr)
+            new_state.append(s)
+        params, s = last(grads, state[-1], params, lr)
+        return params, (*new_state, s)
+
+    return Optimizer(init, with_step(update, step_))
 
 
 def partitioned(predicate: Mask, yes: Optimizer, no: Optimizer) -> Optimizer:
@@ -113,12 +151,34 @@ def partitioned(predicate: Mask, yes: Optimizer, no: Optimizer) -> Optimizer:
         u_no, s_no = no.update(g_no, state.no, p_no, lr)
         return tree.combine(u_yes, u_no), PartitionedState(s_yes, s_no)
 
-    return Optimizer(init, update)
+    first, second = step_of(yes), step_of(no)
+    if first is None or second is None:
+        return Optimizer(init, update)
+
+    def step_(grads: Tree, state: PartitionedState, params: Tree, lr: Tensor | float) -> tuple[Tree, PartitionedState]:
+        chosen = chosen_by(predicate, params)
+        (g_yes, g_no), (p_yes, p_no) = split(chosen, grads), split(chosen, params)
+        p_yes, s_yes = first(g_yes, state.yes, p_yes, lr)
+        p_no, s_no = second(g_no, state.no, p_no, lr)
+        return tree.combine(p_yes, p_no), PartitionedState(s_yes, s_no)
+
+    return Optimizer(init, with_step(update, step_))
 
 
 def scale_lr(optimizer: Optimizer, factor: float) -> Optimizer:
     """The optimizer with lr * factor: one schedule for parts that need different learning rates."""
-    return Optimizer(optimizer.init, lambda g, state, params, lr: optimizer.update(g, state, params, lr * factor))
+    step = step_of(optimizer)
+
+    def update(grads: Tree, state: Any, params: Tree, lr: Tensor | float) -> tuple[Tree, Any]:
+        return optimizer.update(grads, state, params, lr * factor)
+
+    if step is None:
+        return Optimizer(optimizer.init, update)
+
+    def step_(grads: Tree, state: Any, params: Tree, lr: Tensor | float) -> tuple[Tree, Any]:
+        return step(grads, state, params, lr * factor)
+
+    return Optimizer(optimizer.init, with_step(update, step_))
 
 
 def add_weight_decay(weight_decay: float, mask: Mask = None) -> Optimizer:

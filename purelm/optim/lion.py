@@ -24,7 +24,9 @@ from purelm.optim.base import (
     scalar,
     settle,
     unzip,
+    with_step,
 )
+from purelm.optim.in_place import decays, leaf_by_leaf, rates
 
 __all__ = ["LionState", "lion"]
 
@@ -63,20 +65,29 @@ def lion(
     def init(params: Tree) -> LionState:
         return LionState(first_step(params), moments_like(params, dtype))
 
+    def leaf(rate: float | Tensor, s: tuple[Tensor], p: Tensor, g: Tensor, m: Tensor) -> tuple:
+        wide = compute_dtype(p)
+        g_, m_ = g.to(wide), m.to(wide)
+        d = torch.sign(torch.lerp(m_, g_, 1 - b1))
+        if decays(rate):
+            d = d + rate * p.to(wide)
+        return d * s[0], torch.lerp(m_, g_, 1 - b2).to(m.dtype)
+
     def update(grads: Tree, state: LionState, params: Tree, lr: Tensor | float) -> tuple[Tree, LionState]:
-        neg_lr = per_dtype(lambda d: settle(-scalar(lr, state.step), d))
+        neg_lr = per_dtype(lambda d: (settle(-scalar(lr, state.step), d),))
 
-        def leaf(rate: float, p: Tensor, g: Tensor | None, m: Tensor) -> tuple:
-            if g is None:
-                return None, m
-            wide = compute_dtype(p)
-            g_, m_ = g.to(wide), m.to(wide)
-            d = torch.sign(torch.lerp(m_, g_, 1 - b1))
-            if rate:
-                d = d + rate * p.to(wide)
-            return d * neg_lr(wide), torch.lerp(m_, g_, 1 - b2).to(m.dtype)
+        def one(rate: float, p: Tensor, g: Tensor | None, m: Tensor) -> tuple:
+            return (None, m) if g is None else leaf(rate, neg_lr(compute_dtype(p)), p, g, m)
 
-        updates, m = unzip(2, leaf, params, grads, state.m, weight_decay=weight_decay, mask=mask)
+        updates, m = unzip(2, one, params, grads, state.m, weight_decay=weight_decay, mask=mask)
         return updates, LionState(state.step + 1, m)
 
-    return Optimizer(init, update)
+    write = leaf_by_leaf(leaf, "lion")
+
+    def step_(grads: Tree, state: LionState, params: Tree, lr: Tensor | float) -> tuple[Tree, LionState]:
+        neg_lr = per_dtype(lambda d: (settle(-scalar(lr, state.step), d),))
+        write(params, grads, (state.m,), rates(params, weight_decay, mask), lambda dtype, rate: neg_lr(dtype))
+        state.step.add_(1)
+        return params, state
+
+    return Optimizer(init, with_step(update, step_))

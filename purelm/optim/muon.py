@@ -12,12 +12,13 @@ divides away. scale for a weight (rows, columns) = (out, in): "original" sqrt(ma
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from purelm import tree
+from purelm.devices import multiplies_natively
 from purelm.optim.adamw import adamw
 from purelm.optim.base import (
     Mask,
@@ -35,7 +36,9 @@ from purelm.optim.base import (
     scale_lr,
     settle,
     unzip,
+    with_step,
 )
+from purelm.optim.in_place import rates
 
 __all__ = ["QUINTIC", "MuonState", "hidden_matrix", "muon", "muon_adamw", "orthogonalize"]
 
@@ -56,13 +59,14 @@ def orthogonalize(
     n_steps: int = 5,
     *,
     coefficients: tuple[float, float, float] = QUINTIC,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     eps: float = 1e-7,
 ) -> Tensor:
     """Nearly U V^T for x = U S V^T: a Newton-Schulz iteration on the singular values, s <- a s + b s^3 + c s^5.
 
     Starts from x / max(||x||_F, eps), whose singular values are at most 1. Leading dims of x are a stack of matrices.
-    The iteration runs, and the result is, in `dtype`.
+    The iteration runs, and the result is, in `dtype`; None is bf16 where the device of x multiplies it natively
+    (`purelm.devices.multiplies_natively`), else fp32: in scalar loops five steps take 30 times as long.
 
     >>> x = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     >>> orthogonalize(x, 30, coefficients=(1.5, -0.5, 0.0), dtype=torch.float32)  # the cubic converges to U V^T
@@ -72,6 +76,8 @@ def orthogonalize(
     if x.ndim < 2:
         raise ValueError(f"orthogonalize: x must have 2 or more dimensions, got shape {tuple(x.shape)}")
     a, b, c = coefficients
+    if dtype is None:
+        dtype = torch.bfloat16 if multiplies_natively(torch.bfloat16, x.device) else torch.float32
     tall = x.shape[-2] > x.shape[-1]
     y = (x.mT if tall else x).to(dtype)  # the Gram matrix of the shorter side is the smaller one
     y = y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp(min=eps)
@@ -91,7 +97,7 @@ def muon(
     coefficients: tuple[float, float, float] = QUINTIC,
     eps: float = 1e-7,
     mask: Mask = None,
-    iteration_dtype: torch.dtype = torch.bfloat16,
+    iteration_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> Optimizer:
     """Muon as a pair of functions; formula at the top of this file, defaults those of torch.optim.Muon.
@@ -136,7 +142,32 @@ def muon(
         updates, m = unzip(2, leaf, params, grads, state.m, weight_decay=weight_decay, mask=mask)
         return updates, MuonState(state.step + 1, m)
 
-    return Optimizer(init, update)
+    def step_(grads: Tree, state: MuonState, params: Tree, lr: Tensor | float) -> tuple[Tree, MuonState]:
+        """Matrices of one shape are iterated as a stack: fewer and larger products."""
+        neg_lr = per_dtype(lambda d: -scalar(lr, state.step).to(d))
+        (ps, gs, ms), _ = tree.flatten_up_to(params, grads, state.m)
+        decay = [rate for rate, g in zip(rates(params, weight_decay, mask), gs, strict=True) if g is not None]
+        some = [(p, g, m) for p, g, m in zip(ps, gs, ms, strict=True) if g is not None]
+        with torch.no_grad():
+            directions = []
+            for p, g, m in some:
+                wide = compute_dtype(p)
+                m_ = torch.lerp(m.to(wide), g.to(wide), 1 - momentum)
+                directions.append(torch.lerp(g.to(wide), m_, momentum) if nesterov else m_)
+                m.copy_(m_)
+            for group in _stacks(directions):
+                stack = torch.stack([directions[i] for i in group])
+                stack = orthogonalize(stack, n_steps, coefficients=coefficients, dtype=iteration_dtype, eps=eps)
+                for i, o in zip(group, stack.unbind(), strict=True):
+                    p, wide = some[i][0], compute_dtype(some[i][0])
+                    o = o.to(wide) * _scale(p, update_scale)
+                    if decay[i]:
+                        o = o + decay[i] * p.to(wide)
+                    p.copy_((p + o * neg_lr(wide)).to(p.dtype))
+        state.step.add_(1)
+        return params, state
+
+    return Optimizer(init, with_step(update, step_))
 
 
 def muon_adamw(
@@ -150,7 +181,7 @@ def muon_adamw(
     muon_lr_scale: float = 1.0,
     adamw_lr_scale: float = 1.0,
     predicate: Mask = None,
-    iteration_dtype: torch.dtype = torch.bfloat16,
+    iteration_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
 ) -> Optimizer:
     """Muon for the hidden matrices, AdamW for the rest: `partitioned(hidden_matrix, muon(...), adamw(...))`.
@@ -189,6 +220,20 @@ def _add_product(x: Tensor, left: Tensor, right: Tensor, beta: float, alpha: flo
         return torch.addmm(x, left, right, beta=beta, alpha=alpha)
     stacked = [t.reshape(-1, *t.shape[-2:]) for t in (x, left, right)]
     return torch.baddbmm(*stacked, beta=beta, alpha=alpha).reshape(x.shape)
+
+
+STACK_BYTES = 2**28  # of the directions in one stack, which is held once more in the format of the iteration
+
+
+def _stacks(xs: list[Tensor]) -> list[list[int]]:
+    """Numbers of the tensors that one iteration takes together: equal shape, dtype and device, and not too many."""
+    groups: dict[Any, list[list[int]]] = {}
+    for i, x in enumerate(xs):
+        found = groups.setdefault((x.shape, x.dtype, x.device), [[]])
+        if found[-1] and (len(found[-1]) + 1) * x.nbytes > STACK_BYTES:
+            found.append([])
+        found[-1].append(i)
+    return [group for found in groups.values() for group in found]
 
 
 def _scale(p: Tensor, update_scale: str) -> float:

@@ -5,7 +5,8 @@
 The first update is step 0. Warmup is linear from `lr_initial` at step 0 to `lr_peak` at step `n_warmup`: with the
 default 0.0 the first update moves nothing, which is the course's formula lr = t / T_w lr_peak with t from 0. The last
 value, `lr_final`, is reached at step `n_steps` and kept from there on: updates 0 .. n_steps - 1 stop just short of it.
-No Python branch depends on the step: a compiled train step is compiled once.
+A tensor step below 0 counts as 0, a Python number below 0 is a ValueError, and so are rates that are negative or not
+finite. No Python branch depends on the step: a compiled train step is compiled once.
 """
 
 import math
@@ -80,6 +81,7 @@ def wsd(
     >>> schedule(torch.tensor([0, 5, 10, 80, 90, 100]))
     tensor([0.0000, 0.5000, 1.0000, 1.0000, 0.5000, 0.0000])
     """
+    _check(lr_peak, n_warmup, n_steps, lr_initial, lr_final)
     if not 0 <= n_decay <= n_steps - n_warmup:
         raise ValueError(f"n_decay must be in [0, n_steps - n_warmup = {n_steps - n_warmup}], got {n_decay}")
     return _piecewise(
@@ -112,15 +114,28 @@ def _piecewise(
     decay: Callable[[Tensor], Tensor],
 ) -> Schedule:
     """Line to the peak at n_warmup, peak until n_stable, `decay` to lr_final at n_steps, lr_final after it."""
-    if not 0 <= n_warmup <= n_steps:
-        raise ValueError(f"n_warmup must be in [0, n_steps = {n_steps}], got {n_warmup}")
+    _check(lr_peak, n_warmup, n_steps, lr_initial, lr_final)
+    sudden = n_stable == n_steps  # no step lies in the decay: lr_final comes at n_steps all the same
 
     def schedule(step: Tensor | int) -> Tensor:
+        if not isinstance(step, Tensor) and not step >= 0:
+            raise ValueError(f"step must be at least 0, got {step}")
         # fp64: a step has more digits than fp32 holds, and these are a few operations once a step.
         t = step.to(torch.float64) if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float64)
+        t = t.clamp(min=0)
         rising = lr_initial + (lr_peak - lr_initial) * (t / max(n_warmup, 1))
-        passed = ((t - n_stable) / max(n_steps - n_stable, 1)).clamp(0, 1)
+        passed = ((t - n_stable + sudden) / max(n_steps - n_stable, 1)).clamp(0, 1)
         falling = lr_final + (lr_peak - lr_final) * decay(passed)
         return torch.where(t < n_warmup, rising, falling).to(torch.float32)
 
     return schedule
+
+
+def _check(lr_peak: float, n_warmup: int, n_steps: int, lr_initial: float, lr_final: float) -> None:
+    for name, rate in (("lr_peak", lr_peak), ("lr_initial", lr_initial), ("lr_final", lr_final)):
+        if not 0.0 <= rate < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, got {rate}")
+    if not n_steps >= 0:
+        raise ValueError(f"n_steps must be at least 0, got {n_steps}")
+    if not 0 <= n_warmup <= n_steps:
+        raise ValueError(f"n_warmup must be in [0, n_steps = {n_steps}], got {n_warmup}")

@@ -5,7 +5,7 @@
 as torch.optim.SGD (dampening 0); Sutskever et al. 2013 define momentum with lr inside m instead.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ from purelm.optim.base import (
     scalar,
     settle,
     unzip,
+    with_step,
 )
+from purelm.optim.in_place import leaf_by_leaf, rates
 
 __all__ = ["SGDState", "sgd"]
 
@@ -63,29 +65,36 @@ def sgd(
     def init(params: Tree) -> SGDState:
         return SGDState(first_step(params), moments_like(params, dtype) if momentum else ())
 
-    def update(grads: Tree, state: SGDState, params: Tree, lr: Tensor | float) -> tuple[Tree, SGDState]:
-        neg_lr = per_dtype(lambda d: settle(-scalar(lr, state.step), d))
-
-        def direction(rate: float, p: Tensor, g: Tensor) -> Tensor:
-            wide = compute_dtype(p)
-            return g.to(wide).add(p.to(wide), alpha=rate) if rate else g.to(wide)
-
-        def plain(rate: float, p: Tensor, g: Tensor | None) -> tuple:
-            return (None if g is None else direction(rate, p, g) * neg_lr(compute_dtype(p)),)
-
-        def with_momentum(rate: float, p: Tensor, g: Tensor | None, m: Tensor) -> tuple:
-            if g is None:
-                return None, m
-            g_ = direction(rate, p, g)
-            m_ = m.to(g_.dtype) * momentum + g_
-            d = g_.add(m_, alpha=momentum) if nesterov else m_
-            return d * neg_lr(g_.dtype), m_.to(m.dtype)
-
-        decay: dict[str, Any] = {"weight_decay": weight_decay, "mask": mask}
+    def leaf(rate: float | Tensor, s: tuple[Tensor], p: Tensor, g: Tensor, *m: Tensor) -> tuple:
+        wide = compute_dtype(p)
+        g_ = g.to(wide)
+        if isinstance(rate, Tensor):
+            g_ = torch.addcmul(g_, p.to(wide), rate)
+        elif rate:
+            g_ = g_.add(p.to(wide), alpha=rate)
         if not momentum:
-            (updates,), m = unzip(1, plain, params, grads, **decay), ()
-        else:
-            updates, m = unzip(2, with_momentum, params, grads, state.m, **decay)
-        return updates, SGDState(state.step + 1, m)
+            return (g_ * s[0],)
+        m_ = m[0].to(wide) * momentum + g_
+        d = g_.add(m_, alpha=momentum) if nesterov else m_
+        return d * s[0], m_.to(m[0].dtype)
 
-    return Optimizer(init, update)
+    def update(grads: Tree, state: SGDState, params: Tree, lr: Tensor | float) -> tuple[Tree, SGDState]:
+        neg_lr = per_dtype(lambda d: (settle(-scalar(lr, state.step), d),))
+
+        def one(rate: float, p: Tensor, g: Tensor | None, *m: Tensor) -> tuple:
+            return (None, *m) if g is None else leaf(rate, neg_lr(compute_dtype(p)), p, g, *m)
+
+        moments = (state.m,) if momentum else ()
+        updates, *m = unzip(1 + len(moments), one, params, grads, *moments, weight_decay=weight_decay, mask=mask)
+        return updates, SGDState(state.step + 1, m[0] if momentum else ())
+
+    write = leaf_by_leaf(leaf, "sgd")
+
+    def step_(grads: Tree, state: SGDState, params: Tree, lr: Tensor | float) -> tuple[Tree, SGDState]:
+        neg_lr = per_dtype(lambda d: (settle(-scalar(lr, state.step), d),))
+        moments = (state.m,) if momentum else ()
+        write(params, grads, moments, rates(params, weight_decay, mask), lambda dtype, rate: neg_lr(dtype))
+        state.step.add_(1)
+        return params, state
+
+    return Optimizer(init, with_step(update, step_))

@@ -1,10 +1,13 @@
 """GPT-2's printable alphabet for bytes, and reading and writing of text files, as the tokenizer's formats need them."""
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+
+from purelm.files import hold, remove_leftovers
 
 
 @lru_cache(maxsize=1)
@@ -60,16 +63,24 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def write_atomic(texts: Mapping[str | os.PathLike, str]) -> None:
-    """Write each text beside its path, flush all to the disk, then rename: a file is always the old or the new one."""
+    """Write each text beside its path, flush all to the disk, then rename: a file is always the old or the new one.
+
+    What a killed process left beside these paths is removed.
+    """
     written: list[tuple[str, str | os.PathLike]] = []
+    handles: list[int] = []  # open until all is renamed: so another process sees that these are no leftovers
     try:
         for path, text in texts.items():
-            handle, temporary = tempfile.mkstemp(dir=Path(path).parent, prefix=f".{Path(path).name}.", suffix=".tmp")
+            folder, name = Path(path).parent, Path(path).name
+            remove_leftovers(folder, re.compile(rf"\.{re.escape(name)}\.(?P<id>\w{{8}})\.tmp"))
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
+            handles.append(handle)
             written.append((temporary, path))
-            with os.fdopen(handle, "wb") as file:
+            hold(handle)
+            with open(handle, "wb", closefd=False) as file:
                 file.write(text.encode("utf-8"))
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(handle)
             os.chmod(temporary, 0o666 & ~_umask())
         for temporary, path in written:
             os.replace(temporary, path)
@@ -77,6 +88,9 @@ def write_atomic(texts: Mapping[str | os.PathLike, str]) -> None:
         for temporary, _ in written:
             Path(temporary).unlink(missing_ok=True)
         raise
+    finally:
+        for handle in handles:
+            os.close(handle)
 
 
 def _umask() -> int:

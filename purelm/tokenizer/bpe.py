@@ -15,6 +15,8 @@ import numpy as np
 
 from purelm.tokenizer.patterns import resolve
 
+MOST_IDS = 2**24
+
 
 @dataclass(frozen=True, eq=False)
 class BPE:
@@ -49,10 +51,13 @@ def make(
     >>> bpe.vocab[257], vocab_size(bpe)
     (b'<|endoftext|>', 258)
     """
-    vocab = dict(vocab)
+    if not isinstance(vocab, Mapping):
+        raise ValueError(f"vocab is {type(vocab).__name__}; give a mapping from id to bytes")
+    given, vocab = vocab, {}
     ids: dict[bytes, int] = {}
-    for token_id, token in vocab.items():
+    for token_id, token in given.items():
         _check_entry(token_id, token)
+        vocab[int(token_id)] = token  # numpy's integers, which json does not write
         if token in ids:
             raise ValueError(f"vocab: ids {ids[token]} and {token_id} are both {token!r}; a token has one id")
         ids[token] = token_id
@@ -63,7 +68,7 @@ def make(
             f"vocab: {len(missing)} of the 256 single bytes are missing, the first is {bytes(missing[:1])!r}; "
             "without them some texts have no encoding"
         )
-    merges = tuple((bytes(left), bytes(right)) for left, right in merges)
+    merges = tuple(_pair(merge, rank) for rank, merge in enumerate(_listed(merges, "merges", "pairs of bytes")))
     seen: dict[tuple[bytes, bytes], int] = {}
     for rank, pair in enumerate(merges):
         if pair in seen:
@@ -75,8 +80,21 @@ def make(
     return BPE(vocab, merges, special_tokens, resolve(pattern), bool(ignore_merges))
 
 
+def _listed(values, argument: str, what: str) -> list:
+    """The elements of an iterable that is not a string or bytes, which would be taken apart."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise ValueError(f"{argument} is {type(values).__name__} {values!r:.80}; give a sequence of {what}")
+    return list(values)
+
+
+def _pair(merge, rank: int) -> tuple[bytes, bytes]:
+    if isinstance(merge, tuple | list) and len(merge) == 2 and all(isinstance(part, bytes) for part in merge):
+        return merge[0], merge[1]
+    raise ValueError(f"merges: merge {rank} is {merge!r:.80}, not two bytes objects")
+
+
 def _check_entry(token_id, token) -> None:
-    if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool) or not 0 <= token_id < 2**24:
+    if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool) or not 0 <= token_id < MOST_IDS:
         raise ValueError(f"vocab: the id {token_id!r} is not an int in [0, 2**24); embeddings have a row for each id")
     if not isinstance(token, bytes) or not token:
         raise ValueError(f"vocab: id {token_id} is {token!r}; a token is bytes and not empty")
@@ -84,10 +102,8 @@ def _check_entry(token_id, token) -> None:
 
 def _add_specials(vocab: dict[int, bytes], ids: dict[bytes, int], special_tokens) -> tuple[str, ...]:
     """Append to vocab and ids (both local to the caller) what is missing; the names in order."""
-    if isinstance(special_tokens, str):
-        raise ValueError(f"special_tokens is the string {special_tokens!r}; give a sequence of strings")
     fixed = special_tokens if isinstance(special_tokens, Mapping) else {}
-    names = tuple(special_tokens)
+    names = tuple(_listed(special_tokens, "special_tokens", "strings"))
     seen: set[str] = set()
     for name in names:
         if not isinstance(name, str) or not name:
@@ -95,7 +111,7 @@ def _add_specials(vocab: dict[int, bytes], ids: dict[bytes, int], special_tokens
         if name in seen:
             raise ValueError(f"special_tokens: {name!r} is listed twice")
         seen.add(name)
-        lone = _LONE_SURROGATE.search(name)
+        lone = LONE_SURROGATE.search(name)
         if lone:
             raise ValueError(f"special_tokens: {name!r} holds a lone surrogate, which UTF-8 cannot hold")
         token = name.encode("utf-8")
@@ -112,13 +128,15 @@ def _add_specials(vocab: dict[int, bytes], ids: dict[bytes, int], special_tokens
     return names
 
 
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def with_special_tokens(bpe: BPE, special_tokens: Sequence[str] | Mapping[str, int]) -> BPE:
     """`bpe` with more special tokens; those that the vocab lacks are appended with the next ids."""
-    old = {name: None for name in bpe.special_tokens}
-    new = special_tokens if isinstance(special_tokens, Mapping) else {name: None for name in special_tokens}
+    old: dict[str, int | None] = {name: None for name in bpe.special_tokens}
+    new: Mapping[str, int | None] = dict.fromkeys(_listed(special_tokens, "special_tokens", "strings"))
+    if isinstance(special_tokens, Mapping):
+        new = special_tokens
     vocab = dict(bpe.vocab)
     names = _add_specials(vocab, {token: token_id for token_id, token in vocab.items()}, {**old, **new})
     return BPE(vocab, bpe.merges, names, bpe.pattern, bpe.ignore_merges)

@@ -17,7 +17,7 @@ such text is cut before special tokens only, and is one chunk when there are non
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import regex
@@ -52,6 +52,12 @@ def _rules(pattern: str, special_tokens: tuple[str, ...]):
     return forward, backward, tuple(name.encode("utf-8") for name in straddlers), straddlers
 
 
+def _names(special_tokens: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(special_tokens, str):
+        raise ValueError(f"special_tokens is the string {special_tokens!r}; give a sequence of strings")
+    return tuple(special_tokens)
+
+
 def can_straddle(name: str, special_tokens: tuple[str, ...], spaces: bool) -> bool:
     """Whether a cut (before a space, before a special) can fall inside `name`."""
     if spaces and " " in name[1:]:
@@ -75,7 +81,7 @@ def next_cut(data, start: int, pattern: str, special_tokens: tuple[str, ...] = (
     >>> next_cut(b"one two three", 4, "gpt2")
     7
     """
-    forward, _, straddlers, _ = _rules(pattern, tuple(special_tokens))
+    forward, _, straddlers, _ = _rules(pattern, _names(special_tokens))
     if start <= 0:
         return 0
     if forward is not None:
@@ -96,6 +102,7 @@ def chunks(data, n_bytes: int, pattern: str, special_tokens: tuple[str, ...] = (
     """
     if n_bytes < 1:
         raise ValueError(f"n_bytes is {n_bytes}; a chunk has at least 1 byte")
+    special_tokens = _names(special_tokens)
     start = 0
     while start < len(data):
         end = next_cut(data, start + n_bytes, pattern, special_tokens) if start + n_bytes < len(data) else len(data)
@@ -112,7 +119,7 @@ def last_cut(text: str, pattern: str, special_tokens: tuple[str, ...] = ()) -> i
     >>> last_cut("one two three", "gpt2")
     7
     """
-    _, backward, _, straddlers = _rules(pattern, tuple(special_tokens))
+    _, backward, _, straddlers = _rules(pattern, _names(special_tokens))
     if backward is None:
         return 0
     longest = max(map(len, straddlers), default=1)

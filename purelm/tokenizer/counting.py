@@ -60,8 +60,12 @@ def count_pieces(
     True
     """
     pattern = resolve(pattern)
+    if isinstance(special_tokens, str):
+        raise ValueError(f"special_tokens is the string {special_tokens!r}; give a sequence of strings")
     special_tokens = tuple(special_tokens)
     workers = check_workers(n_workers)
+    if isinstance(source, bytes) or not isinstance(source, str | os.PathLike | Iterable):
+        raise ValueError(f"source is {type(source).__name__}; give a path or an iterable of str")
     total: int | None
     if isinstance(source, str | os.PathLike):
         total = known = file_bytes(source)

@@ -3,6 +3,7 @@ r"""Ids to text: the bytes of the tokens, one after the other, read as UTF-8.
     decode(bpe, encode(bpe, text)) == text      for every text without lone surrogates
 """
 
+import codecs
 from collections.abc import Iterable
 from typing import SupportsIndex
 
@@ -46,6 +47,10 @@ def decode(bpe: BPE, ids: np.ndarray | Iterable[SupportsIndex], errors: str = "r
     >>> decode(bpe, [256, 33])
     'hi!'
     """
+    try:
+        codecs.lookup_error(errors)  # not only where a byte is bad
+    except (LookupError, TypeError):
+        raise ValueError(f'errors is {errors!r}; allowed: "replace", "strict", "ignore", ...') from None
     return decode_bytes(bpe, ids).decode("utf-8", errors)
 
 
@@ -99,6 +104,8 @@ def _replaced_starts(data: bytes) -> np.ndarray:
 
 def _integers(ids) -> np.ndarray:
     """`ids` as an array of integers with one axis."""
+    if isinstance(ids, str | bytes) or not (hasattr(ids, "__array__") or isinstance(ids, Iterable)):
+        raise ValueError(f"ids is {type(ids).__name__} {ids!r:.80}; give integers with one axis")
     array = np.asarray(ids if hasattr(ids, "__array__") or isinstance(ids, list | tuple) else list(ids))
     if array.shape == (0,):
         array = array.astype(np.int64)

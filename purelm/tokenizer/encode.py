@@ -15,7 +15,7 @@ import importlib.util
 import re
 import sys
 from array import array
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -45,7 +45,8 @@ def encode(
 
     allowed_special: the special tokens that become their ids: "all", some of `bpe.special_tokens`, or none of them
     (None, "none" or empty); the text of others is ordinary text. Of several at one position the longest wins.
-    disallowed_special: those whose appearance in the text is an error; "all" is all that are not allowed.
+    disallowed_special: those whose appearance in the text is an error, also inside of an allowed one or across its
+    end; "all" is all that are not allowed.
     engine: "auto", "python" or "numba" (see the top of this file).
     Raises ValueError on a disallowed special token and on lone surrogates, naming the place, and on names that are no
     special tokens of `bpe`.
@@ -59,7 +60,7 @@ def encode(
         raise ValueError(f"text is {type(text).__name__}; give a str (bytes: decode them first)")
     allowed, disallowed = _special_names(bpe, allowed_special, disallowed_special)
     if disallowed:
-        _refuse(text, allowed, disallowed)
+        _refuse(text, disallowed)
     try:
         if _use_numba(bpe, text, engine):
             from purelm.tokenizer.fast_encode import encode_numba
@@ -103,19 +104,23 @@ def _known_names(every: frozenset[str], names, argument: str) -> frozenset[str]:
         return frozenset()
     if isinstance(names, str):
         raise ValueError(f'{argument} is {names!r}; give "all", "none" or a collection of special tokens')
-    unknown = sorted(set(names) - every)
+    if not isinstance(names, Iterable) or isinstance(names, bytes):
+        raise ValueError(f'{argument} is {names!r}; give "all", "none" or a collection of special tokens')
+    names = tuple(names)  # once: it may be a generator
+    unknown = [name for name in names if name not in every]
     if unknown:
         raise ValueError(f"{argument}: {unknown[0]!r} is no special token of this BPE: {sorted(every)}")
     return frozenset(names)
 
 
-def _refuse(text: str, allowed: frozenset[str], disallowed: frozenset[str]) -> None:
-    for match in special_matcher(allowed | disallowed).finditer(text):
-        if match.group() in disallowed:
-            raise ValueError(
-                f"text holds the special token {match.group()!r} at character {match.start()}, which is in "
-                "disallowed_special; allow it (allowed_special), or take it as ordinary text (disallowed_special=())"
-            )
+def _refuse(text: str, disallowed: frozenset[str]) -> None:
+    """As tiktoken does, whatever is allowed: also where one lies inside of an allowed token or overlaps it."""
+    match = special_matcher(disallowed).search(text)
+    if match is not None:
+        raise ValueError(
+            f"text holds the special token {match.group()!r} at character {match.start()}, which is in "
+            "disallowed_special; allow it (allowed_special), or take it as ordinary text (disallowed_special=())"
+        )
 
 
 def _encoded_specials(bpe: BPE) -> dict[bytes, int]:

@@ -8,10 +8,12 @@ long inputs. The token file appears under its name when it is whole, see `purelm
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from purelm.files import refuse_overwrite
 from purelm.tokenizer import tables
 from purelm.tokenizer.bpe import BPE, vocab_size
 from purelm.tokenizer.chunks import can_straddle
@@ -57,6 +59,7 @@ def encode_file(
     under `out_path` is untouched.
     """
     paths = [in_path] if isinstance(in_path, str | os.PathLike) else list(in_path)
+    refuse_overwrite([out_path, Path(out_path).with_suffix(".json")], paths)
     total = sum(file_bytes(path) for path in paths)
     _check_special(bpe, between, "between")
 
@@ -87,8 +90,8 @@ def encode_documents(
     them. Special tokens inside a document become their ids too. `documents` is read as it is encoded, a few MB ahead.
     Otherwise as `encode_file`; progress gets None for the bytes in all. An error names the document by its number.
     """
-    if isinstance(documents, str):
-        raise ValueError("documents is one str: give an iterable of str")
+    if isinstance(documents, str | bytes) or not isinstance(documents, Iterable):
+        raise ValueError(f"documents is one {type(documents).__name__}: give an iterable of str")
     _check_special(bpe, eot, "eot")
     head: list[Block] = []
     blocks = text_blocks(documents, "document")

@@ -58,11 +58,20 @@ def save(bpe: BPE, path: str | os.PathLike) -> None:
         raise ValueError(f"path is {os.fspath(path)!r}; a tokenizer's file ends in .json or .tiktoken")
 
 
-def load(path: str | os.PathLike, *, pattern: str | None = None, special_tokens: Specials | None = None) -> BPE:
+def load(
+    path: str | os.PathLike,
+    *,
+    pattern: str | None = None,
+    special_tokens: Specials | None = None,
+    text_only: bool = False,
+) -> BPE:
     """Read a .json (tokenizer.json of Hugging Face) or .tiktoken file, or a folder.
 
     A folder holds tokenizer.json, or vocab.json and merges.txt. pattern, special_tokens: for the formats that lack
     them, see `load_tiktoken` and `load_gpt2`; a tokenizer.json has its own, and giving them is an error.
+    text_only: take a tokenizer.json that also truncates, pads, or adds tokens around a text (Llama's begin of text) for
+    what it makes of the text alone, its encode(text, add_special_tokens=False); otherwise such a file is refused, as
+    is everything in it that would give other ids than Hugging Face's library.
     """
     path = Path(path)
     if path.is_dir():
@@ -77,7 +86,7 @@ def load(path: str | os.PathLike, *, pattern: str | None = None, special_tokens:
         raise ValueError(f"path is {os.fspath(path)!r}; a tokenizer's file ends in .json or .tiktoken")
     if pattern is not None or special_tokens is not None:
         raise ValueError(f"{path} has its own pattern and special tokens; leave these arguments out")
-    return huggingface.from_json(read_text(path), os.fspath(path))
+    return huggingface.from_json(read_text(path), os.fspath(path), text_only)
 
 
 def load_tiktoken(

@@ -4,35 +4,38 @@ Written: model BPE, pre-tokenizer ByteLevel (GPT-2's pattern) or Split(pattern) 
 every special token as an added token, which the library cuts out first wherever it appears, as `encode` does with
 allowed_special="all". Read: the same, and what other programs write of it. What would change ids and is not supported
 is refused: normalizers, prefix spaces, dropout, subword marks, byte fallback, added tokens that strip or match whole
-words. Not read: the post-processor (ids of the text alone are the library's encode(..., add_special_tokens=False)),
-the decoder, truncation and padding.
-
-The library's regular expressions are Oniguruma's, and its Unicode is older than that of `regex`: see `classes`.
+words, regular expressions that the library (whose are Oniguruma's) reads differently (see `dialect`), and what it does
+to the ids of a text afterwards: truncation, padding, a post-processor that adds tokens. These three are left out where
+the caller says text_only: then the ids are the library's encode(text, add_special_tokens=False) without them.
+The decoder is not read: ids are decoded as what they are, bytes.
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from purelm.tokenizer.added import added_tokens
 from purelm.tokenizer.alphabet import from_unicode, to_unicode
-from purelm.tokenizer.bpe import BPE, make
+from purelm.tokenizer.bpe import BPE, LONE_SURROGATE, make
+from purelm.tokenizer.dialect import check_dialect
 from purelm.tokenizer.patterns import CL100K, GPT2, resolve
 
 # Oniguruma reads {1,3}+ as a repetition of {1,3}; the plain form matches the same pieces here.
 _SPELLINGS = {CL100K: CL100K.replace("{1,3}+", "{1,3}")}
 _READ_AS = {spelling: pattern for pattern, spelling in _SPELLINGS.items()}
-_REPEATED_INTERVAL = re.compile(r"(?<!\\)\{\d*,?\d*\}\+")
 
 
 def to_json(bpe: BPE) -> str:
-    """The text of a tokenizer.json."""
+    """The text of a tokenizer.json; ValueError for a pattern that Hugging Face's library would read differently."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     if bpe.pattern == GPT2:
         pre_tokenizer: dict[str, Any] = {**byte_level, "use_regex": True}
     else:
         pattern = _SPELLINGS.get(bpe.pattern, bpe.pattern)
-        _refuse_interval(pattern, "pattern")
+        try:
+            check_dialect(pattern)
+        except ValueError as error:
+            raise ValueError(f"bpe.pattern cannot be saved in a tokenizer.json: {error}") from None
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, byte_level]}
     vocab = vocab_to_json(bpe)
@@ -73,8 +76,8 @@ def to_json(bpe: BPE) -> str:
     return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
 
-def from_json(text: str, name: str) -> BPE:
-    """The BPE of the text of a tokenizer.json; errors begin with `name`."""
+def from_json(text: str, name: str, text_only: bool = False) -> BPE:
+    """The BPE of the text of a tokenizer.json; errors begin with `name`. text_only: see the top of this file."""
     content = parse_json(text, name)
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
@@ -89,7 +92,9 @@ def from_json(text: str, name: str) -> BPE:
         kind = content["normalizer"].get("type") if isinstance(content["normalizer"], dict) else "damaged"
         raise ValueError(f"{name}: the normalizer {kind} changes the text; not supported")
     pattern = _pattern(content.get("pre_tokenizer"), name)
-    special_tokens = _added_tokens(content.get("added_tokens") or [], name)
+    if not text_only:
+        _check_afterwards(content, name)
+    special_tokens = added_tokens(content.get("added_tokens") or [], model["vocab"], name)
     vocab = vocab_from_json(model["vocab"], special_tokens, name)
     merges = [_merge(merge, rank, name) for rank, merge in enumerate(model["merges"])]
     try:
@@ -136,34 +141,33 @@ def _pattern(pre_tokenizer: Any, name: str) -> str:
     regex = pattern["Regex"]
     if regex in _READ_AS:
         return _READ_AS[regex]
-    _refuse_interval(regex, f"{name}: the Split's pattern")
     try:
+        check_dialect(regex)  # before `regex` compiles it, which takes gigabytes for some
         return resolve(regex)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{name}: Split: {error}") from None
 
 
-def _refuse_interval(pattern: str, where: str) -> None:
-    if _REPEATED_INTERVAL.search(pattern):
-        raise ValueError(
-            f"{where} {pattern!r} has a possessive interval such as {{1,3}}+, which Hugging Face's library reads as a "
-            "repetition: write it as (?>...{1,3})"
-        )
+def _check_afterwards(content: dict[str, Any], name: str) -> None:
+    """Refuse what changes the ids of a text after it was encoded."""
+    advice = "give text_only=True for the ids of the text without it"
+    for key in ("truncation", "padding"):
+        if content.get(key) is not None:
+            raise ValueError(f"{name}: has {key}, which changes the ids of a text; {advice}")
+    if _adds_tokens(content.get("post_processor")):
+        kind = content["post_processor"].get("type") if isinstance(content["post_processor"], dict) else "damaged"
+        raise ValueError(f"{name}: the post-processor {kind} adds tokens around a text; {advice}")
 
 
-def _added_tokens(added: Any, name: str) -> dict[str, int]:
-    special: dict[str, int] = {}
-    for token in added:
-        content, token_id = (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
-        if not isinstance(content, str) or not isinstance(token_id, int):
-            raise ValueError(f"{name}: the added token {token!r} has no content or no id")
-        for key in ("single_word", "lstrip", "rstrip"):
-            if token.get(key):
-                raise ValueError(f"{name}: the added token {content!r} has {key}; not supported")
-        if content in special:
-            raise ValueError(f"{name}: the added token {content!r} is there twice")
-        special[content] = token_id
-    return special
+def _adds_tokens(processor: Any) -> bool:
+    if processor is None:
+        return False
+    kind = processor.get("type") if isinstance(processor, dict) else None
+    if kind == "Sequence" and isinstance(processor.get("processors"), list):
+        return any(map(_adds_tokens, processor["processors"]))
+    if kind == "TemplateProcessing" and isinstance(processor.get("single"), list):
+        return not (len(processor["single"]) == 1 and "Sequence" in processor["single"][0])
+    return kind != "ByteLevel"
 
 
 def vocab_to_json(bpe: BPE) -> dict[str, int]:
@@ -190,15 +194,21 @@ def vocab_from_json(entries: Mapping[str, Any], special_tokens: Iterable[str], n
             raise ValueError(f"{name}: the id of {text!r} is {token_id!r}, not an int")
         if token_id in vocab:
             raise ValueError(f"{name}: {text!r} and {vocab[token_id]!r} both have id {token_id}")
+        if text in special and LONE_SURROGATE.search(text):
+            raise ValueError(f"{name}: the special token {text!r} holds a lone surrogate, which UTF-8 cannot hold")
         vocab[token_id] = text.encode() if text in special else from_unicode(text, name)
     return vocab
 
 
 def parse_json(text: str, name: str) -> Any:
-    """json.loads, with a ValueError that names the file, the line and the column."""
+    """json.loads, with a ValueError that names the file, and the line and the column where there is one."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{name}, line {error.lineno}, column {error.colno}: {error.msg}; the file is damaged or cut short"
         ) from None
+    except RecursionError:
+        raise ValueError(f"{name}: its JSON is nested too deeply; the file is damaged") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{name}: {error}") from None

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,5 +71,8 @@ def _newlines_before(name: str, offset: int) -> int:
 
 
 def file_bytes(path: str | os.PathLike) -> int:
-    """Size of a file in bytes."""
-    return Path(path).stat().st_size
+    """Size of a file in bytes; ValueError for what is no file (a pipe would be waited for, /dev/zero never ends)."""
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{os.fspath(path)}: is a folder, a pipe or a device; a file is expected")
+    return status.st_size

@@ -15,6 +15,7 @@ All are `regex` syntax (Unicode classes, possessive quantifiers).
 Source: tiktoken 0.14, openai_public.py; Llama 3 and Qwen 2 tokenizer.json for the variants of CL100K_V1.
 """
 
+import re
 from functools import lru_cache
 
 import regex
@@ -74,6 +75,8 @@ def resolve(pattern: str) -> str:
     >>> resolve(r"\w+|\W+")
     '\\w+|\\W+'
     """
+    if not isinstance(pattern, str):
+        raise ValueError(f"pattern is {pattern!r}: give a regular expression or one of {', '.join(NAMES)}")
     if pattern in NAMES:
         return NAMES[pattern]
     if pattern in _SAME_AS_GPT2:
@@ -89,10 +92,21 @@ def family(pattern: str) -> tuple[int, int] | None:
     return _FAMILIES.get(resolve(pattern))
 
 
+MOST_REPEATS = 10_000
+_COUNTS = re.compile(r"\{(\d*),?(\d*)\}")
+
+
 @lru_cache(maxsize=64)
 def compiled(pattern: str) -> regex.Pattern:
     """`pattern` compiled by `regex`; a ValueError says where its syntax is wrong."""
+    surrogate = re.search("[\ud800-\udfff]", pattern)
+    if surrogate:
+        raise ValueError(f"pattern {pattern!r} holds a lone surrogate, which UTF-8 cannot hold")
+    # `regex` unrolls a counted repetition: a billion times is gigabytes, before anything is matched.
+    for counts in _COUNTS.findall(pattern):
+        if any(len(count) > 9 or int(count or 0) > MOST_REPEATS for count in counts):
+            raise ValueError(f"pattern {pattern!r} repeats more than {MOST_REPEATS:,} times")
     try:
         return regex.compile(pattern)
-    except regex.error as error:
-        raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"pattern {pattern!r:.200} is not a regular expression: {error}") from None

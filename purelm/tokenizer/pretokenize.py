@@ -11,6 +11,9 @@ from functools import lru_cache
 
 from purelm.tokenizer.patterns import CL100K, CL100K_V1, GPT2, O200K, QWEN, compiled, resolve
 
+# How long a pattern that repeats groups may take (CPU time): a hundred times what any without nested repetitions needs.
+PATIENCE_SECONDS, SECONDS_PER_CHARACTER = 10.0, 2e-5
+
 # The known patterns on ASCII text. re.ASCII makes \s the six white-space characters that \s of `regex` has there
 # (without it `re` adds U+001C..U+001F). Letters first where that cannot change the match: most pieces are words.
 _ASCII = {
@@ -35,10 +38,34 @@ _ASCII = {
 
 
 @lru_cache(maxsize=64)
-def _matchers(pattern: str) -> tuple[re.Pattern | None, object]:
-    """(matcher for ASCII text or None, matcher for any text)."""
+def _matchers(pattern: str) -> tuple[re.Pattern | None, object, bool]:
+    """(matcher for ASCII text or None, matcher for any text, whether the second may take exponential time)."""
     ascii_pattern = _ASCII.get(pattern)
-    return (None if ascii_pattern is None else re.compile(ascii_pattern, re.ASCII)), compiled(pattern)
+    matcher = compiled(pattern)
+    return (None if ascii_pattern is None else re.compile(ascii_pattern, re.ASCII)), matcher, _is_wild(pattern)
+
+
+_ATOM = re.compile(r"\\[pP]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+_REPETITION = re.compile(r"\)?(?:[*+]|\{\d*,?\d*\})[+?]?|\||(?<!\()\?")
+_MOST_OPTIONS = 8  # 2^8 ways
+
+
+def _is_wild(pattern: str) -> bool:
+    """Whether a group is repeated, or many repetitions follow one another: what can match in very many ways.
+
+    Without these a piece of n characters is matched in n^2 steps at most, as by the known patterns.
+    """
+    repetitions = options = 0  # in a row
+    for found in _REPETITION.findall(_ATOM.sub("x", pattern)):
+        if found == "|":
+            repetitions = options = 0
+        elif found == "?":
+            options += 1
+        else:
+            repetitions += 1
+        if found.startswith(")") or repetitions > 2 or options > _MOST_OPTIONS:
+            return True
+    return False
 
 
 def split(text: str, pattern: str) -> list[str]:
@@ -52,22 +79,31 @@ def split(text: str, pattern: str) -> list[str]:
     ['Hello', ',', ' world', "'s", ' end']
     """
     pattern = resolve(pattern)
-    ascii_matcher, matcher = _matchers(pattern)
+    ascii_matcher, matcher, wild = _matchers(pattern)
     if ascii_matcher is not None and text.isascii():
         return ascii_matcher.findall(text)
     if pattern in _ASCII:
         return matcher.findall(text)  # type: ignore[attr-defined]
-    if matcher.groups == 0:  # type: ignore[attr-defined]
-        pieces = matcher.findall(text)  # type: ignore[attr-defined]
-        if sum(map(len, pieces)) == len(text):
-            return pieces if all(pieces) else [piece for piece in pieces if piece]
-    return _split_with_gaps(text, matcher)
+    # Looking at the clock makes `regex` some 4 times slower: only where it may be needed.
+    seconds = PATIENCE_SECONDS + len(text) * SECONDS_PER_CHARACTER if wild else None
+    try:
+        if matcher.groups == 0:  # type: ignore[attr-defined]
+            pieces = matcher.findall(text, timeout=seconds)  # type: ignore[attr-defined]
+            if sum(map(len, pieces)) == len(text):
+                return pieces if all(pieces) else [piece for piece in pieces if piece]
+        return _split_with_gaps(text, matcher, seconds)
+    except TimeoutError:
+        assert seconds is not None
+        raise ValueError(
+            f"pattern {pattern!r}: no result after {seconds:.0f} s on {len(text):,} characters; it tries exponentially "
+            "many ways to match (as (a+)+b does): write it without a repetition inside of a repetition"
+        ) from None
 
 
-def _split_with_gaps(text: str, matcher) -> list[str]:
+def _split_with_gaps(text: str, matcher, seconds: float | None = None) -> list[str]:
     """Matches and what lies between them, empty ones dropped; also for patterns with groups, where findall differs."""
     pieces, end = [], 0
-    for match in matcher.finditer(text):
+    for match in matcher.finditer(text, timeout=seconds):
         start, stop = match.span()
         if start == stop:
             continue

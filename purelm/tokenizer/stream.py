@@ -38,10 +38,12 @@ def encode_iterable(
     >>> list(encode_iterable(bpe, ["h", "i h", "i"]))
     [256, 32, 256]
     """
-    if isinstance(texts, str):
-        raise ValueError("texts is one str: give an iterable of str, such as [text] or an open file")
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise ValueError(f"texts is one {type(texts).__name__}: give an iterable of str, as [text] or an open file")
     if engine not in ("auto", "python", "numba"):
         raise ValueError(f'engine is {engine!r}; allowed: "auto", "python", "numba"')
+    if not isinstance(max_held, int) or max_held < 1:
+        raise ValueError(f"max_held is {max_held!r}: allowed is an int of at least 1")
     return _ids(bpe, texts, engine, max_held)
 
 

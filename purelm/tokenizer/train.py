@@ -11,7 +11,7 @@ from functools import partial
 from typing import Literal
 
 from purelm.tokenizer import merging
-from purelm.tokenizer.bpe import BPE, make
+from purelm.tokenizer.bpe import BPE, MOST_IDS, make
 from purelm.tokenizer.counting import count_pieces
 from purelm.tokenizer.patterns import resolve
 
@@ -118,11 +118,14 @@ def _check(vocab_size: int, special_tokens: Sequence[str], tie_break: str) -> tu
     """(special tokens, how many of them need an id of their own); ValueError for what cannot be trained."""
     if tie_break not in ("course", "hf"):
         raise ValueError(f'tie_break is {tie_break!r}: allowed are "course" and "hf"')
+    if isinstance(special_tokens, Mapping):
+        raise ValueError("special_tokens is a mapping: ids follow the merges here, give a sequence of strings")
     # An empty vocabulary of bytes checks the names and appends them: one rule for which of them is new.
     base = make({value: bytes([value]) for value in range(256)}, (), special_tokens)
-    if not isinstance(vocab_size, int) or vocab_size < len(base.vocab):
+    fits = isinstance(vocab_size, int) and not isinstance(vocab_size, bool)
+    if not fits or not len(base.vocab) <= vocab_size <= MOST_IDS:
         raise ValueError(
             f"vocab_size is {vocab_size!r}: allowed is an int of at least {len(base.vocab)} "
-            f"(256 bytes and {len(base.vocab) - 256} special tokens)"
+            f"(256 bytes and {len(base.vocab) - 256} special tokens), and at most {MOST_IDS}"
         )
     return base.special_tokens, len(base.vocab) - 256

@@ -7,13 +7,16 @@ from itertools import islice
 from multiprocessing import get_context
 from typing import Any
 
+MOST_WORKERS = 1024
+
 
 def check_workers(n_workers: int | None) -> int:
     """The number of workers meant; None is one for each processor that this process may use."""
     if n_workers is None:
         return len(os.sched_getaffinity(0))
-    if not isinstance(n_workers, int) or n_workers < 1:
-        raise ValueError(f"n_workers is {n_workers!r}: allowed is an int of at least 1, or None")
+    if not isinstance(n_workers, int) or isinstance(n_workers, bool) or not 1 <= n_workers <= MOST_WORKERS:
+        allowed = f"an int of at least 1 and at most {MOST_WORKERS}, or None"
+        raise ValueError(f"n_workers is {n_workers!r}: allowed is {allowed}")
     return n_workers
 
 

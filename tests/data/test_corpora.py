@@ -5,7 +5,9 @@ import gzip
 import io
 import json
 import os
+import struct
 import sys
+import tracemalloc
 import types
 import zipfile
 
@@ -13,22 +15,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purelm.data import archives
+from purelm.data import archives, sources
 from purelm.data import corpora as corpora_module
-from purelm.data.corpora import DELIMITER, documents, open_prepared, prepare
+from purelm.data.corpora import DELIMITER, documents, limited, open_prepared, prepare
 from purelm.data.sources import cut_point, parse_hub
 
 TEXTS = ["One day,\nthere was a cat.\n", "\u00e9t\u00e9 \u4e2d\u6587 \U0001f600", " spaces are kept \n"]
 LINES = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS))
 
 
-def zstd(data):
-    return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
+SKIPPED = struct.pack("<II", 0x184D2A50, 5) + b"hello"  # a skippable frame (RFC 8878, 3.1.2)
 
 
-def zipped(members):
+def zstd(data, window_log=None):
+    zstandard = pytest.importorskip("zstandard")
+    if window_log is None:
+        return zstandard.ZstdCompressor().compress(data)
+    options = zstandard.ZstdCompressionParameters.from_level(3, window_log=window_log, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=options).compressobj()
+    return stream.compress(data) + stream.flush()
+
+
+def zipped(members, method=zipfile.ZIP_DEFLATED):
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w", method) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
     return buffer.getvalue()
@@ -48,6 +58,11 @@ JSONL = LINES.encode()
         ("a.gz", lambda: gzip.compress(TXT[:30]) + gzip.compress(TXT[30:])),  # two members
         ("a.txt.zst", lambda: zstd(TXT)),
         ("a.zst", lambda: zstd(TXT[:30]) + zstd(b"") + zstd(TXT[30:])),
+        ("d.zst", lambda: SKIPPED + zstd(TXT[:30]) + SKIPPED + zstd(TXT[30:]) + SKIPPED),
+        ("e.txt.zst", lambda: zstd(TXT, window_log=27)),
+        ("f.txt.gz", lambda: gzip.compress(TXT[:30]) + gzip.compress(TXT[30:]) + bytes(512)),  # padded, as on tapes
+        ("bz2.zip", lambda: zipped({"x.txt": TXT}, zipfile.ZIP_BZIP2)),
+        ("lzma.zip", lambda: zipped({"x.txt": TXT}, zipfile.ZIP_LZMA)),
         ("a.txt.zst.gz", lambda: gzip.compress(zstd(TXT))),
         ("a.txt.gz.zst", lambda: zstd(gzip.compress(TXT))),
         ("a.jsonl", lambda: JSONL),
@@ -153,6 +168,11 @@ BAD = b"line one\nline \xff two"
         ("a.zst", lambda: TXT, r"a\.zst: damaged archive"),
         ("a.zip", lambda: zipped({"x.txt": TXT})[:-30], r"a\.zip: damaged archive"),
         ("a.zip", lambda: zipped({"x.txt": b"a" * 99}).replace(b"KL\xa4", b"KL\xa5"), r"a\.zip!x\.txt: damaged"),
+        ("a.zst", lambda: zstd(TXT) + SKIPPED[:6], r"a\.zst: truncated archive"),
+        ("a.zst", lambda: zstd(TXT, window_log=28), r"a\.zst: was compressed with a window above 128 MiB .*--long=31"),
+        ("a.zip", lambda: marked(8, 9), r"a\.zip!x\.txt: is compressed with deflate64, which is not read here"),
+        ("a.zip", lambda: marked(8, 77), "is compressed with method 77"),
+        ("a.zip", lambda: marked(6, 1), r"a\.zip!x\.txt: is encrypted"),
         ("a.zip", lambda: zipped({"x.md": "no"}), r"a\.zip: no text in it; files that end in \.txt, \.jsonl "),
         ("a.md", lambda: b"x", r"a\.md: unknown kind of file; files that end in"),
     ],
@@ -164,6 +184,145 @@ def test_bad_files(tmp_path, name, make, message):
     with pytest.raises(ValueError, match=message) as caught:
         list(documents(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+def marked(offset, value):
+    """A zip whose one member has another value in a field of both of its headers (APPNOTE.TXT, 4.3.7 and 4.3.12)."""
+    data = bytearray(zipped({"x.txt": TXT}))
+    data[offset : offset + 2] = struct.pack("<H", value)
+    central = data.index(b"PK\x01\x02") + 2
+    data[central + offset : central + offset + 2] = struct.pack("<H", value)
+    return bytes(data)
+
+
+def test_two_members_of_one_name(tmp_path):
+    """Oracle: both were written; by name the second would be read twice."""
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("x.txt", "one")
+        archive.writestr("x.txt", "two")
+    assert list(documents(tmp_path / "a.zip")) == ["one", "two"]
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    """A pipe, a device and a link to nothing, named outright or among the texts of a folder; not under other names."""
+    os.mkfifo(tmp_path / "a.txt")
+    os.symlink("/dev/zero", tmp_path / "b.txt")
+    os.symlink("nothing", tmp_path / "c.txt")
+    for name, message in [("a.txt", "a pipe"), ("b.txt", "a device"), ("c.txt", "a link to nothing")]:
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}: (is )?{message}"):
+            list(documents(tmp_path / name))
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}: (is )?{message}"):
+            list(documents(tmp_path))
+        (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "d.txt").write_text("text")
+    assert list(documents(tmp_path)) == ["text"]
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_bombs_take_bounded_memory(tmp_path, kind):
+    """Oracle: tracemalloc and the limit. 64 MiB of one letter from some KB; what max_bytes cuts off is not unpacked."""
+    data = b"a" * (1 << 26)
+    (tmp_path / f"a.txt.{kind}").write_bytes(gzip.compress(data) if kind == "gz" else zstd(data))
+    del data
+    tracemalloc.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(archives, "ZSTD_FEED_BYTES", 64)  # at 2048, all of this file at once
+        prepared = prepare(tmp_path / f"a.txt.{kind}", tmp_path / "out", max_bytes=1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert prepared.n_bytes == 1000 and peak < 1 << 24
+    assert len(next(documents(tmp_path / f"a.txt.{kind}"))) == sources.MOST_DOCUMENT_BYTES
+
+
+def test_a_line_has_a_limit(tmp_path, monkeypatch):
+    """JSON lines cannot be cut: one beyond all measure is refused, before it is gathered."""
+    monkeypatch.setattr(sources, "MOST_LINE_BYTES", 1000)
+    monkeypatch.setattr(archives, "BLOCK_BYTES", 100)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 900}) + "\n" + json.dumps({"text": "x" * 2000}))
+    stream = documents(tmp_path / "a.jsonl")
+    assert len(next(stream)) == 900
+    with pytest.raises(ValueError, match=r"a\.jsonl: a line is longer than"):
+        next(stream)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": ""}, "source=''"),
+        ({"source": 5}, "source=5"),
+        ({"field": 5}, "field=5"),
+        ({"encoding": ()}, r"encoding=\(\)"),
+        ({"encoding": 5}, "encoding=5"),
+        ({"encoding": (5,)}, "encoding="),
+        ({"encoding": "a\0b"}, "no such encoding"),
+        ({"max_document_bytes": 1e6}, "max_document_bytes=1000000.0"),
+    ],
+)
+def test_wrong_kinds_of_arguments(tmp_path, arguments, message):
+    """Named at the call, before anything is read."""
+    with pytest.raises(ValueError, match=message):
+        documents(**{"source": tmp_path, **arguments})
+
+
+def test_the_source_is_never_written_over(tmp_path):
+    """The source under another name, or a folder that the result would lie in: refused, every byte as before."""
+    (tmp_path / "train.txt").write_text("some words\n" * 50)
+    os.link(tmp_path / "train.txt", tmp_path / "other.txt")
+    for source in ("train.txt", "other.txt", "."):
+        with pytest.raises(ValueError, match="write elsewhere"):
+            prepare(tmp_path / source, tmp_path)
+    with pytest.raises(ValueError, match="would become a part of it"):
+        prepare(tmp_path, tmp_path / "below" / "it")
+    assert sorted(os.listdir(tmp_path)) == ["other.txt", "train.txt"]
+    assert (tmp_path / "train.txt").read_text() == "some words\n" * 50
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_path": "/etc/passwd"}, "train_path is '/etc/passwd', not the name of a file beside it"),
+        ({"heldout_path": "../heldout.txt"}, "heldout_path is"),
+        ({"heldout_path": ".."}, "heldout_path is"),
+        ({"train_path": 5}, "train_path is 5"),
+        ({"n_train_bytes": "5"}, "n_train_bytes is '5'"),
+        ({"n_train_bytes": True}, "n_train_bytes is True"),
+        ({"n_train_bytes": -5}, "n_train_bytes is -5"),
+        ({"rule": "other"}, "rule is 'other'"),
+        ({"more": 1}, "unexpected keyword"),
+    ],
+)
+def test_manifests_are_looked_at(tmp_path, change, message):
+    """Fields that are mistyped, paths that lead elsewhere: one line that names the manifest."""
+    prepare(["some words\n" * 9], tmp_path)
+    path = tmp_path / "prepared.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"prepared\.json: damaged: .*{message}"):
+        open_prepared(tmp_path)
+
+
+def test_leftovers_of_a_killed_prepare_go(tmp_path):
+    """With the next one; files of other names stay."""
+    for name in ("train.txt.0123abcd", "heldout.txt.0123abcd", "prepared.json.0123abcd", "train.txt.old"):
+        (tmp_path / name).write_text("half")
+    prepare(["some words\n" * 9], tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["heldout.txt", "prepared.json", "train.txt", "train.txt.old"]
+
+
+def test_limited():
+    """Oracle: the bytes; the text that crosses the limit is cut behind its last space, and no more are read."""
+
+    def texts():
+        yield "one two three"
+        yield "four five six"
+        raise AssertionError
+
+    assert list(limited(texts(), 23)) == ["one two three", "four five "]
+    assert list(limited(["a", "b"], None)) == ["a", "b"]
+    with pytest.raises(ValueError, match="max_bytes=0"):
+        list(limited([], 0))
+    with pytest.raises(ValueError, match="document 1 is int; a str"):
+        list(limited(["a", 5], 10))
 
 
 def test_missing_source(tmp_path):

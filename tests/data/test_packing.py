@@ -112,3 +112,23 @@ def test_arguments(documents, options, message):
     """Bad arguments and empty corpora are refused."""
     with pytest.raises(ValueError, match=message):
         pack(documents, **({"context_length": 4} | options))
+
+
+@pytest.mark.parametrize(
+    ("documents", "options", "message"),
+    [
+        ("text", {}, "documents is str; give an iterable"),
+        (5, {}, "documents is int"),
+        ([[1, 2, -3]], {}, "one holds the id -3"),
+        ([1, 2], {}, "1-d integers are needed"),
+        ([[1, 2]], {"context_length": 2.0}, "context_length=2.0"),
+        ([[1, 2]], {"open_rows": True}, "open_rows=True"),
+        ([[1, 2]], {"pad_id": None}, "pad_id=None"),
+    ],
+)
+def test_wrong_kinds_of_arguments(documents, options, message):
+    """One line that names the argument; a generator is as good as a list."""
+    with pytest.raises(ValueError, match=message):
+        pack(documents, **{"context_length": 4, **options})
+    rows = pack((ids for ids in [[1, 2, 3], [4, 5]]), 4)
+    assert rows["tokens"].tolist() == pack([[1, 2, 3], [4, 5]], 4)["tokens"].tolist()

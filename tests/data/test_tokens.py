@@ -1,15 +1,19 @@
 """Token files: round trips, shards against one array, atomic writing, and one clear error for each kind of damage."""
 
+import copy
+import hashlib
 import json
 import os
+import pickle
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from purelm.data import token_format
 from purelm.data import tokens as tokens_module
-from purelm.data.tokens import ShardedTokens, TokenWriter, check_ids, check_tokenizer, open_tokens
+from purelm.data.tokens import ShardedTokens, TokenFile, TokenWriter, check_ids, check_tokenizer, open_tokens
 
 
 def write(path, ids, vocab_size=1000, pieces=3, **options):
@@ -63,8 +67,10 @@ def test_bytes_on_disk(tmp_path):
     assert (tmp_path / "a.bin").read_bytes() == b"\x01\x00\x02\x01\x50\xc4"
     sidecar = json.loads((tmp_path / "a.json").read_text())
     del sidecar["id"]
+    sha256 = hashlib.sha256(b"\x01\x00\x02\x01\x50\xc4").hexdigest()
     assert sidecar == {
         "dtype": "uint16", "n_tokens": 3, "vocab_size": 50257, "tokenizer_sha256": "ab", "n_bytes": 11,
+        "sha256": sha256, "sample_sha256": sha256,
     }  # fmt: skip
     write(tmp_path / "b.bin", [1], dtype="uint32")
     assert (tmp_path / "b.bin").read_bytes() == b"\x01\x00\x00\x00"
@@ -80,16 +86,113 @@ def test_mapped_not_read(tmp_path):
 
 
 def test_bare_file(tmp_path):
-    """A .bin without sidecar is uint16 unless dtype says otherwise; oracle: numpy's tofile."""
+    """A .bin without sidecar is opened by who says its dtype or writes the sidecar that the error names."""
     path = tmp_path / "bare.bin"
     np.array([5, 70000, 9], "<u4").tofile(path)
     assert open_tokens(path, dtype="uint32")[:].tolist() == [5, 70000, 9]
-    assert open_tokens(path)[:].tolist() == [5, 0, 4464, 1, 9, 0]
-    assert open_tokens(path).vocab_size is None
-    check_tokenizer(open_tokens(path), "anything")
+    assert open_tokens(path, dtype="uint16")[:].tolist() == [5, 0, 4464, 1, 9, 0]
+    assert open_tokens(path, dtype="uint16").vocab_size is None
+    check_tokenizer(open_tokens(path, dtype="uint16"), "anything")
+    with pytest.raises(ValueError, match=r"bare\.bin: its sidecar bare\.json is missing, .* dtype='uint16'") as caught:
+        open_tokens(path)
+    (tmp_path / "bare.json").write_text(str(caught.value).rsplit(" or ", 1)[1])
+    assert open_tokens(path)[:].tolist() == [5, 70000, 9] and open_tokens(path).dtype == "uint32"
+    (tmp_path / "bare.json").unlink()
     path.write_bytes(b"abc")
     with pytest.raises(ValueError, match=r"bare\.bin: 3 bytes is not a whole number of uint16 tokens"):
-        open_tokens(path)
+        open_tokens(path, dtype="uint16")
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 5000, 200_000])
+def test_checksums(tmp_path, n_tokens):
+    """Oracle: hashlib of the file. Changed bytes are seen by verify anywhere, by opening in the sampled blocks."""
+    path = tmp_path / "a.bin"
+    write(path, np.arange(n_tokens) % 1000)
+    assert open_tokens(path, verify=True)[:].tolist() == (np.arange(n_tokens) % 1000).tolist()
+    sidecar, data = json.loads((tmp_path / "a.json").read_text()), path.read_bytes()
+    assert sidecar["sha256"] == hashlib.sha256(data).hexdigest()
+    last = len(data) - token_format.SAMPLE_BYTES
+    blocks = [last * k // 15 for k in range(16)]
+    seen = b"".join(data[at : at + token_format.SAMPLE_BYTES] for at in blocks) if n_tokens > 100_000 else data
+    assert sidecar["sample_sha256"] == hashlib.sha256(seen).hexdigest()
+    for at in {0, len(data) // 2, last // 15 + 5000, len(data) - 1} if n_tokens else ():
+        if not 0 <= at < len(data):
+            continue
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(ValueError, match=r"a\.bin: damaged: its bytes are not those that were written"):
+            open_tokens(path, verify=True)
+        if n_tokens <= 5000 or at in (0, len(data) - 1):
+            with pytest.raises(ValueError, match=r"a\.bin: damaged"):
+                open_tokens(path)
+        else:
+            assert len(open_tokens(path)) == n_tokens  # between the blocks: what sampling cannot see
+
+
+def test_sidecars_without_checksums_are_read(tmp_path):
+    """As they were written before there were any; only verify asks for one."""
+    write(tmp_path / "s" / "a.bin", range(10), shard_tokens=4)
+    assert len(open_tokens(tmp_path / "s", verify=True)) == 10
+    for path in (tmp_path / "s").glob("*.json"):
+        sidecar = json.loads(path.read_text())
+        del sidecar["sha256"], sidecar["sample_sha256"]
+        path.write_text(json.dumps(sidecar))
+    assert open_tokens(tmp_path / "s")[:].tolist() == list(range(10))
+    with pytest.raises(ValueError, match=r"a-00000\.bin: cannot be verified, its sidecar has no checksum"):
+        open_tokens(tmp_path / "s", verify=True)
+
+
+@pytest.mark.parametrize("shard_tokens", [None, 3])
+def test_copies_and_pickles(tmp_path, monkeypatch, shard_tokens):
+    """A pickle names the files and is mapped anew: it is small, and refused where they are others meanwhile."""
+    write(tmp_path / "a.bin", range(1000) if shard_tokens is None else range(10), shard_tokens=shard_tokens)
+    monkeypatch.chdir(tmp_path)
+    opened = open_tokens("a.bin", dtype="uint16")
+    assert copy.copy(opened) is opened and copy.deepcopy(opened) is opened
+    pickled = pickle.dumps(opened)
+    assert len(pickled) < 500
+    monkeypatch.chdir("/")
+    again = pickle.loads(pickled)
+    assert again[:].tolist() == opened[:].tolist() and again.path == "a.bin" and again.vocab_size == 1000
+    assert isinstance(again.tokens, np.memmap if shard_tokens is None else ShardedTokens)
+    write(tmp_path / "a.bin", range(10), shard_tokens=shard_tokens)
+    with pytest.raises(ValueError, match="was written anew"):
+        pickle.loads(pickled)
+    by_hand = TokenFile("here", np.arange(3), "uint16", 3, None, None, None)
+    assert pickle.loads(pickle.dumps(by_hand))[:].tolist() == [0, 1, 2]
+    assert copy.deepcopy(ShardedTokens([np.arange(3), np.arange(2)]))[:].tolist() == [0, 1, 2, 0, 1]
+
+
+def test_a_writer_is_neither_copied_nor_used_twice(tmp_path):
+    """Two writers of one file would leave a mixture."""
+    writer = TokenWriter(tmp_path / "a.bin", 10)
+    for function in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            function(writer)
+    with writer:
+        writer.append([1, 2])
+    with pytest.raises(ValueError, match="this writer was used"), writer:
+        pass
+    assert open_tokens(tmp_path / "a.bin")[:].tolist() == [1, 2]
+
+
+def test_leftovers_go_with_the_next_writer(tmp_path):
+    """What a killed writer left goes; what a living one writes, another name's and what a sidecar names stay."""
+    dead = ["a.bin.00000000000000aa", "a.json.00000000000000aa", "a-00001.bin.00000000000000aa"]
+    other = ["ab.bin.00000000000000aa", "a.bin.old", "b.bin.00000000000000aa"]
+    for name in [*dead, *other]:
+        (tmp_path / name).write_bytes(b"x")
+    write(tmp_path / "a.bin", [1])
+    os.rename(tmp_path / "a.bin", tmp_path / f"a.bin.{json.loads((tmp_path / 'a.json').read_text())['id']}")
+    living = TokenWriter(tmp_path / "a.bin", 10, shard_tokens=1)
+    with pytest.raises(RuntimeError), living:
+        living.append([1, 2, 3])
+        with pytest.raises(RuntimeError), TokenWriter(tmp_path / "a.bin", 10):
+            names = sorted(os.listdir(tmp_path))
+            assert len([name for name in names if living._id in name]) == 3
+            assert not set(dead) & set(names) and set(other) <= set(names)
+            raise RuntimeError
+        raise RuntimeError
+    assert open_tokens(tmp_path / "a.bin")[:].tolist() == [1]  # committed, and not yet renamed
 
 
 class Kill(BaseException):
@@ -236,7 +339,7 @@ def test_shards_of_others_in_number_order(tmp_path):
     """Bare shards numbered without padding come in the order of their numbers."""
     for i in (0, 2, 10):
         np.array([i], "<u2").tofile(tmp_path / f"part_{i}.bin")
-    assert open_tokens(tmp_path)[:].tolist() == [0, 2, 10]
+    assert open_tokens(tmp_path, dtype="uint16")[:].tolist() == [0, 2, 10]
 
 
 @pytest.mark.parametrize(
@@ -248,6 +351,11 @@ def test_shards_of_others_in_number_order(tmp_path):
         (lambda b, j: j.write_text('{"dtype": "uint16"'), r"a\.json: damaged sidecar"),
         (lambda b, j: j.write_bytes(b"\xff\xfe"), r"a\.json: damaged sidecar"),
         (lambda b, j: j.write_text("[1]"), r"a\.json: damaged sidecar"),
+        (lambda b, j: j.write_text("[" * 100_000), r"a\.json: damaged sidecar"),
+        (lambda b, j: j.write_text('{"id": "../b"}'), r"a\.json: damaged sidecar .*id is"),
+        (lambda b, j: j.write_text('{"dtype": "uint16", "n_tokens": true}'), r"a\.json: n_tokens is True"),
+        (lambda b, j: j.write_text('{"dtype": "uint16", "n_tokens": 10, "vocab_size": "9"}'), "vocab_size is '9'"),
+        (lambda b, j: b.write_bytes(bytes(20)), r"a\.bin: damaged: its bytes are not those that were written"),
         (lambda b, j: j.write_text('{"dtype": "int64", "n_tokens": 10}'), r"a\.json: dtype is 'int64': allowed are"),
         (lambda b, j: j.write_text('{"dtype": "uint16"}'), r"a\.json: n_tokens is None"),
         (lambda b, j: j.write_text('{"dtype": "uint32", "n_tokens": 10}'), r"a\.bin: .*expected 40 bytes"),
@@ -323,6 +431,10 @@ def test_ids_outside_the_vocabulary(tmp_path, monkeypatch):
         ({"vocab_size": 65537, "dtype": "uint16"}, "dtype='uint16' cannot hold the ids of vocab_size=65537"),
         ({"dtype": "int64"}, "dtype='int64'"),
         ({"shard_tokens": 0}, "shard_tokens=0"),
+        ({"shard_tokens": 2.5}, "shard_tokens=2.5"),
+        ({"vocab_size": 1e4}, "vocab_size=10000.0"),
+        ({"n_bytes": -1}, "n_bytes=-1"),
+        ({"tokenizer_sha256": 5}, "tokenizer_sha256=5"),
     ],
 )
 def test_writer_arguments(tmp_path, arguments, message):
@@ -338,6 +450,11 @@ def test_append_refuses_other_things(tmp_path):
     with TokenWriter(tmp_path / "a.bin", 10) as writer:
         with pytest.raises(ValueError, match="dtype float64: allowed are integers"):
             writer.append([1.0])
+        for ids in ("12", 5):
+            with pytest.raises(ValueError, match=r"are (str|int): allowed are integers"):
+                writer.append(ids)
+        with pytest.raises(ValueError, match="n_bytes=-3"):
+            writer.append([], n_bytes=-3)
         writer.append(i for i in range(3))
     with pytest.raises(ValueError, match="outside of the writer's with-block"):
         writer.append([1])

@@ -31,8 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # A script outside of the project finds it, too.
 PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
-TIMEOUT = 120.0  # seconds of one call
-COLLECTIVE_TIMEOUT = 20.0  # a collective that one rank never enters
+# Seconds after which something hangs: the one limit, for a machine that is 10 times slower and has others to serve.
+# Nothing may take as long, and nothing waits for it that is not stuck.
+TIMEOUT = 600.0
 
 # What torch.distributed calls them: 2.13 renamed both.
 ALL_GATHER = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
@@ -70,7 +71,7 @@ def _work(rank: int, size: int, port: int, gpus: bool, tasks: Any, results: Any)
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT)
+    timeout = timedelta(seconds=TIMEOUT)
     if gpus:
         device = torch.device("cuda", take_gpu(rank, size))
         torch.cuda.set_device(device)

@@ -98,6 +98,9 @@ def test_alone_everything_agrees():
     check_same_kind(x)
     check_equal(x)
     assert non_finite_ranks(x) == [0] and non_finite_ranks({"a": torch.ones(1)}) == []
+    for device in ("tpu", "meta", "cuda:7"):
+        with pytest.raises(ValueError, match=f"device must be .* got '{device}'"), start(device):
+            pass
     with start("cpu") as w:
         assert w == (0, 1, torch.device("cpu"))
 

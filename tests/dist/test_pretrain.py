@@ -17,7 +17,7 @@ import tyro
 from experiments import pretrain as program
 from experiments.config import Pretrain
 from purelm.dist.world import World, rank_of, size_of
-from tests.dist.processes import ENVIRONMENT, ROOT, launcher, run
+from tests.dist.processes import ENVIRONMENT, ROOT, TIMEOUT, launcher, run
 
 FLAGS = (
     "--model.vocab-size 61 --model.d-model 32 --model.n-layers 2 --model.n-heads 4 --model.context-length 32 "
@@ -117,13 +117,13 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(data, tmp_path):
         command(data, folder, *flags, restarts=1), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + TIMEOUT
         while not (folder / "checkpoints" / "step-00000020").exists():
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
         os.kill(int(children[-1]), signal.SIGKILL)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     assert process.returncode == 0, errors

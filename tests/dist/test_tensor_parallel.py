@@ -397,7 +397,7 @@ def on_rank_refused(case):
         ("rows", "ValueError: params: token_embeddings.weight has 20 rows, but cfg.vocab_size is 21"),
         ("leaf", "ValueError: adapter.weight: tensor parallelism does not know"),
         ("token", "IndexError: index out of range"),
-        ("target", "RuntimeError: index 10 is out of bounds"),
+        ("target", "ValueError: targets must be in 0..18 where weights are not 0, got 19"),
         ("chunk", "ValueError: chunk must be at least 1 token or None, got 0"),
         ({"n_heads": 3, "n_kv_heads": 3}, "ValueError: cfg.n_heads must be a multiple of the 2 ranks .* got 3"),
         ({"n_kv_heads": 1}, "ValueError: cfg.n_kv_heads must be a multiple of the 2 ranks .* got 1"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from purelm.evals import bits_per_byte, score
+from purelm.evals import Score, bits_per_byte, score
 
 
 def uniform_loss(params, batch):
@@ -52,3 +52,13 @@ def test_no_gradient_is_recorded_and_bytes_must_be_positive():
     assert score(loss_fn, p, [{"targets": torch.ones(2)}], 8).nats == 2.0
     with pytest.raises(ValueError, match="n_bytes must be positive, got 0"):
         bits_per_byte(1.0, 0)
+
+
+def test_nothing_measured_and_an_infinite_loss_are_no_numbers():
+    """Oracle: the definition. 0 / 0 was a perplexity of 1, the best there is; inf was one of e^700."""
+    none = [{"targets": torch.ones(1, 2), "weights": torch.zeros(1, 2)}]
+    for batches in ([], none):
+        with pytest.raises(ValueError, match="batches must have targets of weights above 0"):
+            score(lambda params, batch: (torch.zeros(()), {}), None, batches, 8)
+    assert math.isnan(Score(0.0, 0.0, 8).perplexity)
+    assert Score(math.inf, 2.0, 8).perplexity == math.inf == Score(1e6, 2.0, 8).perplexity

@@ -130,3 +130,13 @@ def test_an_end_with_a_line_of_its_own_passes():
 
     with pytest.raises(OfAPeer, match="another process"):
         main()
+
+
+def test_auto_is_bf16_on_gpus_with_units_for_it_alone(monkeypatch):
+    """Whatever the CPU has: fp32. Asked for is asked for."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for native in (False, True):
+        monkeypatch.setattr(console, "multiplies_natively", lambda dtype, device, native=native: native)
+        assert console.in_bf16("auto", cuda) == native
+        assert not console.in_bf16("auto", cpu) and not console.in_bf16("fp32", cuda)
+        assert console.in_bf16("bf16", cpu)

@@ -4,13 +4,15 @@ Oracles: `purelm.ops.attention.attention` in float64 on the GPU, with the same r
 tolerance; eager for compiled; a second run for determinism; one row at a time for lengths whose whole does not fit.
 """
 
+import math
+
 import pytest
 import torch
 from torch.func import grad, vmap
 
 from purelm.kernels.flash_attention import bidirectional_flash_attention, flash_attention
 from purelm.ops.attention import attention
-from tests.kernels.rules import assert_as_exact
+from tests.kernels.rules import assert_as_exact, attention_scales
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,10 +45,12 @@ def check(size, dtype, **options):
     wide = [x.double() for x in (q, k, v)]
     exact = with_gradients(lambda *x: attention(*x, **options), wide, do.double())
     same = with_gradients(lambda *x: attention(*x, **options), [q, k, v], do)
-    for found, reference, wanted in zip(mine, same, exact, strict=True):
-        # fp32: exp(s) is |s| roundings off, and scores go up to 8 here. atol: where dp - delta is 0 in exact arithmetic
-        # (one key), both are sums in fp32 of numbers up to 20, in different orders.
-        assert_as_exact(found, reference, wanted, ulps=8.0 if dtype == FP32 else 2.0, atol=1e-5)
+    scales, score = attention_scales(q, k, v, do, options.get("scale") or q.shape[-1] ** -0.5)
+    for found, reference, wanted, size in zip(mine, same, exact, scales, strict=True):
+        # Scores, exp, sums over keys and features, a quotient, products. (tf32x3, the default, drops the product of the
+        # two low parts: 2^-22 of a term, 2 more.)
+        roundings = score + math.log2(k.shape[1] * k.shape[3]) + 6
+        assert_as_exact(found, reference, wanted, roundings=roundings, scale=size)
 
 
 @pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])

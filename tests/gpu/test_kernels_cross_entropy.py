@@ -29,6 +29,9 @@ pytestmark = [
 CUDA = torch.device("cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OPTIONS = [{}, {"softcap": 15.0, "z_loss": 1e-2}]
+# Sums over a row of up to 2^18, exp of scores up to 15, a softcap, a log, products; in the dtype are held logits, their
+# gradients and what is summed of these.
+RULE = {"stored": 4.0, "roundings": 18.0 + 15.0 + 8.0}
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +88,7 @@ def test_cross_entropy_against_float64(N, V, dtype, options):
         exact = run(reference, [logits.double()], targets, **{**kw, "weights": weights.double()})
         same, ours = (run(f, [logits], targets, **kw) for f in (reference, cross_entropy))
         for o, s, e in zip(ours, same, exact, strict=True):
-            assert_as_exact(o, s, e, ulps=8)
+            assert_as_exact(o, s, e, **RULE)
 
 
 def test_cross_entropy_where_offsets_exceed_32_bits():
@@ -136,11 +139,11 @@ def test_linear_against_float64(N, V, D, chunk, dtype, options):
         same = run(linear_reference, [hidden, unembedding], targets, **kw)
         ours = run(linear_cross_entropy, [hidden, unembedding], targets, chunk=chunk, **kw)
         for o, s, e in zip(ours, same, exact, strict=True):
-            assert_as_exact(o, s, e, ulps=8)
+            assert_as_exact(o, s, e, **RULE)
         with torch.no_grad():
             alone = linear_cross_entropy(hidden, unembedding, targets, chunk=chunk, **kw)
         for a, s, e in zip(alone, same[:2], exact[:2], strict=True):
-            assert_as_exact(a, s, e, ulps=8)
+            assert_as_exact(a, s, e, **RULE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,7 +161,7 @@ def test_log_probs_and_entropy_against_float64(dtype):
     exact = both(log_probs_and_entropy_reference, [hidden.double(), unembedding.double()])
     same = both(log_probs_and_entropy_reference, [hidden, unembedding])
     for o, s, e in zip(both(log_probs_and_entropy, [hidden, unembedding], chunk=200), same, exact, strict=True):
-        assert_as_exact(o, s, e, ulps=8)
+        assert_as_exact(o, s, e, **RULE)
 
 
 def test_loss_scale_in_fp16():

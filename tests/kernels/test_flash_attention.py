@@ -4,6 +4,8 @@ Oracles: `purelm.ops.attention.attention` in float64, for values and gradients; 
 log-sum-exp of the scores written out. Tolerances: tests/kernels/rules.py, and 1e-12 between float64 results.
 """
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,7 +30,7 @@ from purelm.ops import REFERENCE
 from purelm.ops.attention import attention
 from purelm.ops.masks import span
 from purelm.transforms import remat, save_matmuls
-from tests.kernels.rules import assert_as_exact
+from tests.kernels.rules import assert_as_exact, attention_scales
 
 interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 SMALL = Blocks(16, 16, 4, 1)
@@ -86,10 +88,10 @@ def test_kernels_against_float64(name, dtype):
     request = Request(left, right, scale, cap)
     o, lse = forward(q, k, v, segments, sinks, request, SMALL)
     mine = [o, *backward(do, None, q, k, v, o, lse, segments, request, SMALL, SMALL)[:3]]
-    # exp(s) of a score that is one rounding off is |s| roundings off, and scores here go up to 6: in fp32, where the
-    # reference's own error may be smaller by luck, that much is granted.
-    for found, reference, wanted in zip(mine, same, exact, strict=True):
-        assert_as_exact(found, reference, wanted, ulps=8.0 if dtype == torch.float32 else 2.0)
+    scales, score = attention_scales(q, k, v, do, scale)
+    for found, reference, wanted, size in zip(mine, same, exact, scales, strict=True):
+        # Scores, exp, sums over keys and features, a quotient, products.
+        assert_as_exact(found, reference, wanted, roundings=score + math.log2(k.shape[1] * k.shape[3]) + 4, scale=size)
 
 
 def arguments(options):
@@ -455,3 +457,21 @@ def test_tiles_are_those_of_the_nearest_measured_length(monkeypatch):
 
     assert [m(64, n) for n in (1, 1024, 2048, 2049, 1 << 20)] == [3, 3, 3, 1, 1]
     assert [m(32, n) for n in (1, 1 << 20)] == [5, 5]
+
+
+@pytest.mark.parametrize("ends", [[2, 4], [0, 4, 2, 6], [0, 3, 9], [2, 6], [0, 3], [6], []], ids=str)
+def test_cu_seqlens_that_are_no_ends_of_documents(ends):
+    """Oracle: the documented form [0, n1, n1 + n2, ..., T]; anything else mixed documents or cut them elsewhere."""
+    q = torch.zeros(1, 6, 2, 4)
+    with pytest.raises(ValueError, match=r"cu_seqlens must be the ends of documents, .* \.\.\., 6\], got"):
+        flash_attention(q, q, q, cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+    with pytest.raises(ValueError, match="cu_seqlens must be the ends of documents"):
+        segment_ids_from_cu_seqlens(torch.tensor([0.0, 6.0]), 6)
+    assert segment_ids_from_cu_seqlens(torch.tensor([0, 2, 2, 6]), 6).tolist() == [[0, 0, 2, 2, 2, 2]]
+
+
+@pytest.mark.parametrize("lengths", [[7], [-1], [1, 2], [1.0]], ids=str)
+def test_lengths_that_rows_do_not_have(lengths):
+    q = torch.zeros(1, 6, 2, 4)
+    with pytest.raises(ValueError, match="lengths must be"):
+        bidirectional_flash_attention(q, q, q, lengths=torch.tensor(lengths))

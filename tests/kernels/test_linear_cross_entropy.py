@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import math
 
 import pytest
 import torch
@@ -107,7 +108,8 @@ def test_passes_with_triton_rows(dtype):
     exact = everything(PLAIN, h.double(), w.double(), weights.double(), per_token.double())
     same = everything(PLAIN, h, w, weights, per_token)
     for x, s, e in zip(everything(TRITON, h, w, weights, per_token), same, exact, strict=True):
-        assert_as_exact(x, s, e, ulps=4)
+        # Sums over features, a row and tokens, exp, log, a softcap and a temperature.
+        assert_as_exact(x, s, e, roundings=8 + math.log2(8 * 301 * 20))
     third = torch.tensor(1 / 3)
     # a rounding: the interpreter truncates to bf16
     assert_as_exact(scale(h[::2], third, dtype), (h[::2].float() * third).to(dtype), h[::2].double() * third.double())

@@ -45,9 +45,11 @@ def test_resolved_sizes():
         (dict(head_dim=5), "Config.head_dim must be even for rope, got 5"),
         (dict(position="none", rope_scaling=RopeScaling("ntk", 2.0)), 'Config.rope_scaling needs position "rope"'),
         (dict(norm="none", norm_position="post"), 'Config.norm_position must stay "pre" without a norm'),
-        (dict(norm_eps=0.0), "Config.norm_eps must be above 0, got 0.0"),
-        (dict(rope_theta=-1.0), "Config.rope_theta must be above 0, got -1.0"),
-        (dict(logit_softcap=0.0), "Config.logit_softcap must be above 0, got 0.0"),
+        (dict(norm_eps=0.0), "Config.norm_eps must be above 0 and finite, got 0.0"),
+        (dict(rope_theta=-1.0), "Config.rope_theta must be above 0 and finite, got -1.0"),
+        (dict(logit_softcap=float("inf")), "Config.logit_softcap must be above 0 and finite, got inf"),
+        (dict(attention_scale="0.5"), "Config.attention_scale must be above 0 and finite, got '0.5'"),
+        (dict(logit_softcap=0.0), "Config.logit_softcap must be above 0 and finite, got 0.0"),
     ],
 )
 def test_each_bad_value_is_named(change, message):
@@ -78,3 +80,10 @@ def test_fields_of_another_config_are_named():
         config_from_dict({**BASE, "depth": 3})
     with pytest.raises(ValueError, match="Config needs fields d_model, got only context_length, "):
         config_from_dict({k: v for k, v in BASE.items() if k != "d_model"})
+
+
+def test_rope_scaling_of_a_dict_with_other_fields():
+    given = {"vocab_size": 8, "context_length": 4, "d_model": 4, "n_layers": 1, "n_heads": 2}
+    for scaling in ({"kind": "linear", "factor": 2.0, "type": "x"}, {"factor": 2.0}):
+        with pytest.raises(ValueError, match=r"Config.rope_scaling has or lacks (type|kind); it has kind, factor"):
+            config_from_dict({**given, "rope_scaling": scaling})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from purelm import random, tree
 from purelm.models import transformer
 from purelm.models.layers import segment_positions
-from purelm.models.transformer import Config, apply, hidden
+from purelm.models.transformer import Config, RopeScaling, apply, hidden
 from purelm.ops import REFERENCE
 from purelm.ops.sdpa import sdpa_attention
 
@@ -55,10 +55,12 @@ def test_bidirectional_sees_both_sides():
 DOCUMENTS = st.lists(st.lists(st.integers(0, 28), min_size=1, max_size=7), min_size=1, max_size=4)
 
 
-@given(DOCUMENTS, st.sampled_from(["rope", "learned", "none"]))
+@given(DOCUMENTS, st.sampled_from(["rope", "learned", "none", "dynamic"]))
 def test_packed_equals_separate(documents, position):
     """Law: documents in one row, told apart by segment ids, give what each gives alone; padding changes nothing."""
-    cfg = replace(CFG, position=position, context_length=32)
+    cfg = replace(CFG, position="rope" if position == "dynamic" else position, context_length=32)
+    if position == "dynamic":  # whose base goes by a length: that of the document
+        cfg = replace(cfg, rope_scaling=RopeScaling("dynamic_ntk", 4.0, 3))
     params = transformer.init(random.key(0), cfg, dtype=torch.float64)
     row = [t for d in documents for t in d] + [7, 7]
     ids = [i + 1 for i, d in enumerate(documents) for _ in d] + [0, 0]

@@ -227,6 +227,7 @@ def test_bad_arguments(attend, unchecked):
         ((q, k, v), {"window": (-1, 0)}, "window must have sides of at least 0"),
         ((q, k, v), {"window": -1}, "window must have sides of at least 0"),
         ((q, k, v), {"segment_ids": torch.ones(2, 4, dtype=torch.int64)}, "segment_ids must have 5 ids for queries"),
+        ((q, k, v), {"segment_ids": torch.ones(2, 5)}, "segment_ids must be integers, got torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):
             attend(*args, **kwargs)
@@ -235,3 +236,35 @@ def test_bad_arguments(attend, unchecked):
 def test_sdpa_has_no_softcap():
     with pytest.raises(ValueError, match="softcap must be None"):
         sdpa_attention(*qkv(), softcap=1.0)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3, 1.5])
+def test_fp16_scores_that_overflow_before_they_are_scaled(scale):
+    """Oracle: the same fp16 numbers in float64. q k^T is beyond 65504, scale q k^T far below it."""
+    g = torch.Generator().manual_seed(0)
+    centres = (30.0, 40.0) if scale != 1.5 else (3.0, 4.0)
+    q, k = (torch.randn(1, 4, 1, 64, generator=g) * 2 + centre for centre in centres)
+    q, k, v = (x.half() for x in (q, k, torch.randn(1, 4, 1, 64, generator=g)))
+    exact = attention(q.double(), k.double(), v.double(), scale=scale)
+    scores = (q.double() @ k.double().mT).abs().max()
+    assert (scores > 65504) == (scale != 1.5) and scores * (scale or 0.125) < 65504
+    # Scores of 10^4 have a spacing of 8 in fp16: two roundings of them decide which key wins.
+    assert (attention(q, k, v, scale=scale).double() - exact).abs().max() < 2e-2
+
+
+def test_fp16_scores_have_the_bits_that_they_had():
+    """Oracle: scaled after the product, written out. A power of two in front of it changes nothing else."""
+    q, k, v = (x.half() for x in qkv(dtype=torch.float32))
+    q, k, v = (x[:, :, :2] for x in (q, k, v))
+    s = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).float() * (1.0 / math.sqrt(q.shape[-1]))
+    expected = (torch.softmax(s, -1).half() @ v.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(attention(q, k, v, causal=False), expected, rtol=0, atol=2**-11)
+
+
+@BOTH
+def test_no_queries(attend):
+    """Oracle: an empty result. And a query that has no keys to see gives zeros, as one that sees none of them."""
+    empty, q = torch.zeros(1, 0, 2, 4), torch.ones(1, 3, 2, 4)
+    assert attend(empty, empty, empty).shape == (1, 0, 2, 4)
+    assert attend(empty, q, q).shape == (1, 0, 2, 4)
+    assert torch.equal(attention(q, empty, empty), torch.zeros(1, 3, 2, 4))

@@ -144,3 +144,43 @@ def test_bad_arguments():
         cross_entropy(h, t.clamp(max=3), reduction="mean")
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         linear_cross_entropy(h, w, t, chunk=0)
+
+
+@pytest.mark.compile
+def test_targets_that_are_no_index_are_never_a_plausible_loss():
+    """Oracle: the eager functions, which raise. Compiled, in one graph, loss and gradients are NaN."""
+    h, w, t, weights = random_case((4,), dtype=torch.float32)
+    weights[0] = 0.0
+
+    def both(h, w, t, weights):
+        some = cross_entropy(h @ w.T, t, weights=weights, z_loss=0.1)[0]
+        return some, linear_cross_entropy(h, w, t, denominator=3.0)[0]
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    for bad in (-100, -1, 11):
+        targets = torch.cat([t[:1], torch.tensor([bad]), t[2:]])
+        with pytest.raises((RuntimeError, IndexError)):
+            both(h, w, targets, None)
+        leaves = h.clone().requires_grad_(), w.clone().requires_grad_()
+        for loss in compiled(*leaves, targets, None):
+            assert bool(loss.isnan())
+            grads = torch.autograd.grad(loss, leaves, retain_graph=True)
+            assert bool(grads[0][1].isnan().all()) and bool(grads[1].isnan().all())
+        right = both(h, w, t, weights)  # where the weight is 0 the target may be anything
+        masked = torch.cat([torch.tensor([bad]), t[1:]])
+        assert torch.equal(compiled(h, w, masked.where(weights != 0, t), weights)[0], compiled(h, w, t, weights)[0])
+        torch.testing.assert_close(cross_entropy(h @ w.T, masked, weights=weights, z_loss=0.1)[0], right[0])
+
+
+@pytest.mark.parametrize("denominator", [0.0, torch.tensor(0.0)])
+def test_no_target_is_a_loss_of_0(denominator):
+    """Oracle: the sum over nothing. Losses and all gradients are exactly 0, where 0 / 0 would be NaN."""
+    h, w, t, _ = random_case()
+    h.requires_grad_(), w.requires_grad_()
+    none = torch.zeros(t.shape, dtype=h.dtype)
+    for loss, nll in (
+        cross_entropy(h @ w.T, t - 100, weights=none, denominator=denominator, z_loss=0.1),
+        linear_cross_entropy(h, w, t - 100, weights=none, denominator=denominator, chunk=2),
+    ):
+        assert loss == 0.0 and nll == 0.0
+        assert all(bool((g == 0).all()) for g in torch.autograd.grad(loss, (h, w)))

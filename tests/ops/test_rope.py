@@ -164,14 +164,17 @@ def test_bad_arguments():
     cos, sin = rope_tables(torch.arange(2), 4)
     with pytest.raises(ValueError, match="layout must be one of interleaved, half, got 'x'"):
         rope(torch.zeros(1, 2, 1, 4), cos, sin, "x")
-    with pytest.raises(ValueError, match="head_dim must be even for rotary embeddings, got 3"):
+    with pytest.raises(ValueError, match="head_dim must be even and positive for rotary embeddings, got 3"):
         frequencies(3)
     for bad, message in (
         (dict(kind="x", factor=2.0), "kind must be one of"),
-        (dict(kind="linear", factor=0.5), "factor must be at least 1, got 0.5"),
+        (dict(kind="linear", factor=0.5), "factor must be at least 1 and finite, got 0.5"),
         (dict(kind="yarn", factor=2.0), "original_length must be"),
-        (dict(kind="llama3", factor=2.0, original_length=8, low_freq_factor=4.0), "low_freq_factor must be below"),
-        (dict(kind="yarn", factor=2.0, original_length=8, beta_fast=1.0), "beta_slow must be below"),
+        (
+            dict(kind="llama3", factor=2.0, original_length=8, low_freq_factor=4.0),
+            "low_freq_factor must be above 0 and below",
+        ),
+        (dict(kind="yarn", factor=2.0, original_length=8, beta_fast=1.0), "beta_slow must be above 0 and below"),
     ):
         with pytest.raises(ValueError, match=message):
             RopeScaling(**bad)
@@ -181,3 +184,15 @@ def test_two_features():
     """Closed form: one pair turns by its position; ntk has no slower pair to slow."""
     for scaling in (None, RopeScaling("ntk", 4.0)):
         assert torch.equal(frequencies(2, THETA, scaling), torch.ones(1, dtype=torch.float64))
+
+
+def test_each_position_may_have_a_length_of_its_own():
+    """Oracle: one length at a time. dynamic_ntk alone looks at it."""
+    scaling = RopeScaling("dynamic_ntk", S, L)
+    lengths = torch.tensor([[1, L, L + 1, 3 * L]])
+    found = frequencies(K, THETA, scaling, length=lengths)
+    expected = torch.stack([frequencies(K, THETA, scaling, length=n) for n in lengths[0].tolist()])[None]
+    torch.testing.assert_close(found, expected, rtol=1e-15, atol=0)
+    cos, sin = rope_tables(torch.arange(4), K, THETA, scaling, length=lengths)
+    assert cos.shape == sin.shape == (1, 4, K // 2)
+    torch.testing.assert_close(cos[0, 3], rope_tables(torch.tensor([3]), K, THETA, scaling, length=3 * L)[0][0])

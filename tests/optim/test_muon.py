@@ -32,7 +32,7 @@ def test_orthogonalize_maps_singular_values(shape):
     torch.testing.assert_close(orthogonalize(x, dtype=torch.float64), expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(orthogonalize(x.float(), dtype=torch.float32), expected.float(), rtol=1e-4, atol=1e-4)
     # bf16 has 8 bits; five products with coefficients up to 4.8.
-    narrow = orthogonalize(x)
+    narrow = orthogonalize(x, dtype=torch.bfloat16)
     assert narrow.dtype == torch.bfloat16 and narrow.shape == x.shape
     torch.testing.assert_close(narrow.double(), expected, rtol=0, atol=0.06)
 
@@ -66,7 +66,7 @@ def test_orthogonalize_laws(rows, columns, seed, scale):
 
 def test_orthogonalize_of_nothing():
     """A zero matrix stays zero (eps), an empty one empty; a vector is an error."""
-    assert torch.equal(orthogonalize(torch.zeros(3, 2)), torch.zeros(3, 2, dtype=torch.bfloat16))
+    assert torch.equal(orthogonalize(torch.zeros(3, 2), dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.bfloat16))
     assert orthogonalize(torch.zeros(0, 3)).shape == (0, 3)
     with pytest.raises(ValueError, match=r"x must have 2 or more dimensions, got shape \(3,\)"):
         orthogonalize(torch.ones(3))

@@ -68,12 +68,21 @@ def test_wsd(decay, expected):
 
 
 def test_zero_lengths():
-    """No warmup starts at the peak; no decay never leaves it; warmup up to the end ends at the peak."""
+    """No warmup starts at the peak; without a decay every update has it, and lr_final comes at n_steps, as always."""
     assert float(cosine(2.0, 10)(0)) == 2.0
-    assert float(wsd(2.0, 10, n_decay=0)(10)) == 2.0
+    assert [float(wsd(2.0, 10, n_decay=0, lr_final=0.5)(t)) for t in (9, 10, 11)] == [2.0, 0.5, 0.5]
     ends_with_warmup = linear(2.0, 4, n_warmup=4)
-    assert [float(ends_with_warmup(t)) for t in range(6)] == [0.0, 0.5, 1.0, 1.5, 2.0, 0.0]
-    assert float(linear(2.0, 0)(0)) == 2.0
+    assert [float(ends_with_warmup(t)) for t in range(6)] == [0.0, 0.5, 1.0, 1.5, 0.0, 0.0]
+    assert [float(linear(2.0, 0, lr_final=0.5)(t)) for t in (0, 1)] == [0.5, 0.5]
+    assert [float(constant(2.0, n_warmup=2)(t)) for t in range(4)] == [0.0, 1.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("schedule", [constant(2.0, n_warmup=4), cosine(2.0, 8, n_warmup=4), linear(2.0, 8)])
+def test_before_the_first_step(schedule):
+    """Oracle: step 0. On the warmup's line a step of -1 had a negative rate, and the update went uphill."""
+    assert torch.equal(schedule(torch.tensor([-1, -100])), schedule(0).expand(2))
+    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+        schedule(-1)
 
 
 MAKERS = [
@@ -103,15 +112,16 @@ def test_laws(drawn):
     """Laws: the stated end points; between final or initial and peak; rises, stays, falls; no jump in between."""
     schedule, n_warmup, n_stable, n_steps, initial, peak, final = drawn
     values = schedule(torch.arange(n_steps + 3)).double()
-    assert values[n_warmup] == torch.tensor(peak, dtype=torch.float32)
+    if n_warmup < n_steps:
+        assert values[n_warmup] == torch.tensor(peak, dtype=torch.float32)
     if n_warmup:
         assert values[0] == torch.tensor(initial, dtype=torch.float32)
-    assert torch.equal(values[n_warmup : n_stable + 1], values[n_warmup].expand(n_stable - n_warmup + 1))
-    if n_steps > n_stable:
-        assert (values[n_steps:] == torch.tensor(final, dtype=torch.float32)).all()
-    assert (values[: n_warmup + 1].diff() >= 0).all() and (values[n_stable:].diff() <= 0).all()
+    end = min(n_stable + 1, n_steps)
+    assert torch.equal(values[n_warmup:end], values[n_warmup].expand(end - n_warmup))
+    assert (values[n_steps:] == torch.tensor(final, dtype=torch.float32)).all()
+    assert (values[: min(n_warmup + 1, n_steps)].diff() >= 0).all() and (values[n_stable:].diff() <= 0).all()
     jumps = values.diff().abs()
-    if n_warmup:
+    if 0 < n_warmup < n_steps:
         assert jumps[:n_warmup].max() <= (peak - initial) / n_warmup + 1e-6 * peak
     if n_steps > n_stable:
         # The steepest of the decays is 1 - sqrt(x) at its start: sqrt(1 / n); half a cosine is pi / 2 of a line.
@@ -146,6 +156,12 @@ def test_large_steps_are_exact():
         (lambda: linear(1.0, 10, n_warmup=-1), "n_warmup must be in"),
         (lambda: wsd(1.0, 10, n_warmup=4, n_decay=7), r"n_decay must be in \[0, n_steps - n_warmup = 6\], got 7"),
         (lambda: wsd(1.0, 10, n_decay=-1), "n_decay must be in"),
+        (lambda: linear(1.0, -1), "n_steps must be at least 0, got -1"),
+        (lambda: linear(1.0, math.nan), "n_steps must be at least 0, got nan"),
+        (lambda: constant(-1.0), "lr_peak must be at least 0 and finite, got -1.0"),
+        (lambda: cosine(math.nan, 10), "lr_peak must be at least 0 and finite, got nan"),
+        (lambda: wsd(1.0, 10, n_decay=2, lr_final=-0.1), "lr_final must be at least 0 and finite, got -0.1"),
+        (lambda: linear(1.0, 10, lr_initial=math.inf), "lr_initial must be at least 0 and finite, got inf"),
     ],
 )
 def test_bad_arguments(make, message):

@@ -1,12 +1,13 @@
 """BPE, make and with_special_tokens. Oracles: the definition, and the text of each error."""
 
+import copy
 import dataclasses
 import pickle
 
 import numpy as np
 import pytest
 
-from purelm.tokenizer import BPE, make, token_dtype, vocab_size, with_special_tokens
+from purelm.tokenizer import BPE, encode, fingerprint, make, token_dtype, vocab_size, with_special_tokens
 from purelm.tokenizer.patterns import GPT2
 
 BYTES = {value: bytes([value]) for value in range(256)}
@@ -43,11 +44,26 @@ def test_dtype_holds_the_largest_id(n, dtype):
     assert token_dtype(make(BYTES | {n - 1: b"ab"}, [(b"a", b"b")])) == dtype
 
 
-def test_bpe_goes_through_pickle():
-    """Workers get it by pickle: the fields come back equal."""
+@pytest.mark.parametrize("copied", [lambda x: pickle.loads(pickle.dumps(x)), copy.copy, copy.deepcopy])
+def test_bpe_goes_through_copies(copied):
+    """Workers get it by pickle: the fields come back equal, and so do ids and fingerprint, also after it was used."""
     bpe = make(BYTES | {256: b"ab"}, [(b"a", b"b")], ["<x>"])
-    copy = pickle.loads(pickle.dumps(bpe))
-    assert isinstance(copy, BPE) and dataclasses.astuple(copy) == dataclasses.astuple(bpe)
+    ids, print_ = encode(bpe, "ab<x>b"), fingerprint(bpe)
+    other = copied(bpe)
+    assert isinstance(other, BPE) and dataclasses.astuple(other) == dataclasses.astuple(bpe)
+    assert encode(other, "ab<x>b").tolist() == ids.tolist() and fingerprint(other) == print_
+    changed = dataclasses.replace(bpe, special_tokens=())
+    assert encode(changed, "<x>").tolist() == [60, 120, 62] and fingerprint(changed) != print_
+
+
+def test_generators_and_numpys_integers():
+    """Oracle: the same parts as lists and ints; a vocab of numpy's integers can be saved as JSON."""
+    vocab = {np.int64(i): token for i, token in BYTES.items()} | {np.uint16(256): b"ab"}
+    bpe = make(vocab, iter([(b"a", b"b")]), iter(["<x>"]))
+    assert bpe.merges == ((b"a", b"b"),) and bpe.vocab[257] == b"<x>" and {type(i) for i in bpe.vocab} == {int}
+    assert with_special_tokens(bpe, (name for name in ["<y>"])).vocab[258] == b"<y>"
+    with pytest.raises(ValueError, match="special_tokens is str '<y>'"):
+        with_special_tokens(bpe, "<y>")
 
 
 @pytest.mark.parametrize(
@@ -67,6 +83,16 @@ def test_bpe_goes_through_pickle():
         (BYTES, [], ["<x>", "<x>"], "gpt2", "'<x>' is listed twice"),
         (BYTES, [], [""], "gpt2", "at least one character"),
         (BYTES, [], "<x>", "gpt2", "give a sequence of strings"),
+        (BYTES, [], 5, "gpt2", "special_tokens is int 5; give a sequence of strings"),
+        ([b"a"], [], [], "gpt2", "vocab is list; give a mapping"),
+        (BYTES, "ab", [], "gpt2", "merges is str 'ab'; give a sequence of pairs"),
+        (BYTES, ["ab"], [], "gpt2", "merge 0 is 'ab', not two bytes objects"),
+        (BYTES, [("a", "b")], [], "gpt2", r"merge 0 is \('a', 'b'\), not two bytes objects"),
+        (BYTES, [(1, 2)], [], "gpt2", "not two bytes objects"),
+        (BYTES, [], [], 3, "pattern is 3"),
+        (BYTES, [], [], "a{1000000000}", "repeats more than 10,000 times"),
+        (BYTES, [], [], "\ud800+", "lone surrogate"),
+        (BYTES, [], [], "(" * 5000, "not a regular expression"),
         (BYTES, [], ["\ud800"], "gpt2", "lone surrogate"),
         (BYTES, [], {"<x>": 5}, "gpt2", r"to have id 5, which is b'\\x05'"),
         (BYTES, [], {"a": 300}, "gpt2", "to have id 300, but the vocab has it as 97"),

@@ -156,3 +156,14 @@ def test_strict_errors():
         decode_with_offsets(bpe, [255])
     with pytest.raises(ValueError, match='errors is \'ignore\'; allowed: "strict", "replace"'):
         decode_with_offsets(bpe, [65], "ignore")
+
+
+def test_wrong_kinds_of_ids_and_errors():
+    """A string, a number, an unknown error handler: one line each, also where no byte is bad."""
+    bpe = make({value: bytes([value]) for value in range(256)}, [])
+    for ids in ("123", b"123", 5, None):
+        with pytest.raises(ValueError, match=r"ids is .*; give integers with one axis"):
+            decode(bpe, ids)
+    with pytest.raises(ValueError, match="errors is 'replce'"):
+        decode(bpe, [97], errors="replce")
+    assert decode(bpe, (i for i in [97, 98])) == "ab"

@@ -172,15 +172,50 @@ def test_specials_longest_wins_and_the_rest_is_text(engine):
 
 
 def test_disallowed_specials_raise_with_their_place(engine):
-    """The token and its position in characters; an allowed longer one that covers it is no fault."""
+    """The token and its position in characters, also where an allowed one covers it or overlaps it."""
     bpe = make(BYTES, [], ["<a>", "<a><b>", "<c>"])
     with pytest.raises(ValueError, match=r"special token '<a>' at character 2, .*disallowed_special"):
         encode(bpe, "\u00e9\u4e2d<a>", None, "all", engine=engine)
     with pytest.raises(ValueError, match="'<c>' at character 6"):
-        encode(bpe, "<a><b><c>", {"<a><b>"}, {"<a>", "<c>"}, engine=engine)
-    assert encode(bpe, "<a><b>", {"<a><b>"}, {"<a>"}, engine=engine).tolist() == [257]
+        encode(bpe, "<a><b><c>", {"<a><b>"}, {"<c>"}, engine=engine)
+    with pytest.raises(ValueError, match="'<a>' at character 0"):
+        encode(bpe, "<a><b>", {"<a><b>"}, {"<a>"}, engine=engine)
+    assert encode(bpe, "<a><b>", {"<a><b>"}, {"<c>"}, engine=engine).tolist() == [257]
     assert encode(bpe, "<a>", "all", "all", engine=engine).tolist() == [256]
     assert encode(bpe, "<c", "none", "all", engine=engine).tolist() == [60, 99]
+
+
+def test_disallowed_specials_as_tiktoken(tiktoken_of):
+    """Oracle: tiktoken raises for the same texts, and gives equal ids for the others; names that overlap."""
+    bpe = make(BYTES, [], ["xa", "ab", "abc", "xx", "bb"], r"[\s\S]")
+    peer = tiktoken_of(bpe)
+    rng = random.Random(0)
+    raised = 0
+    for _ in range(400):
+        text = "".join(rng.choices("abcx", k=rng.randint(1, 5)))
+        names = rng.sample(bpe.special_tokens, rng.randint(0, 5))
+        allowed = names[: rng.randint(0, len(names))]
+        disallowed = rng.choice([set(names[len(allowed) :]), "all"])
+        results = []
+        for call in (peer.encode, lambda *sets, **named: encode(bpe, *sets, **named).tolist()):
+            try:
+                results.append(call(text, allowed_special=set(allowed), disallowed_special=disallowed))
+            except ValueError:
+                results.append(None)
+        assert results[0] == results[1], (text, allowed, disallowed)
+        raised += results[0] is None
+    assert 50 < raised < 350
+
+
+def test_special_names_may_come_from_a_generator():
+    """Oracle: the same names as a list. They are looked at twice inside."""
+    bpe = make(BYTES, [], ["<x>", "<y>"])
+    assert encode(bpe, "<x><y>", (name for name in ["<y>"])).tolist() == encode(bpe, "<x><y>", ["<y>"]).tolist()
+    with pytest.raises(ValueError, match="'<x>' at character 0"):
+        encode(bpe, "<x>", (name for name in ["<y>"]), (name for name in ["<x>"]))
+    for names in (7, b"<x>"):
+        with pytest.raises(ValueError, match=r"allowed_special is .*; give"):
+            encode(bpe, "text", names)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purelm.data.tokens import open_tokens
-from purelm.tokenizer import files, make
+from purelm.tokenizer import encode_iterable, files, make, train
+from purelm.tokenizer.chunks import next_cut
+from purelm.tokenizer.counting import count_pieces
 from purelm.tokenizer.encode import encode
 from purelm.tokenizer.files import encode_documents, encode_file
 from purelm.tokenizer.formats import fingerprint
@@ -275,3 +277,58 @@ def test_two_threads_overlap(tmp_path):
     if os.getloadavg()[0] > 1.5:
         pytest.skip(f"the machine is busy: {ratios}")
     raise AssertionError(f"CPU seconds per wall second {ratios}")
+
+
+def test_inputs_that_are_no_files_or_are_the_output(tmp_path):
+    """A pipe would be waited for, an output of the input's name would replace it: refused, nothing changed."""
+    bpe = make({value: bytes([value]) for value in range(256)}, [], ["<|endoftext|>"])
+    (tmp_path / "a.bin").write_text("text")
+    (tmp_path / "a.json").write_text("text")
+    os.symlink("a.bin", tmp_path / "b.bin")
+    for name, out in [("a.bin", "a.bin"), ("a.json", "a.bin"), ("a.bin", "b.bin"), ("b.bin", "a.bin")]:
+        with pytest.raises(ValueError, match="is an input, and the output"):
+            encode_file(bpe, (path for path in [tmp_path / name]), tmp_path / out)
+    os.mkfifo(tmp_path / "pipe.txt")
+    for function in (lambda path: encode_file(bpe, path, tmp_path / "x.bin"), lambda path: train(path, 300)):
+        with pytest.raises(ValueError, match=r"pipe\.txt: is a folder, a pipe or a device"):
+            function(tmp_path / "pipe.txt")
+    assert (tmp_path / "a.bin").read_text() == (tmp_path / "a.json").read_text() == "text"
+    assert sorted(os.listdir(tmp_path)) == ["a.bin", "a.json", "b.bin", "pipe.txt"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda bpe, out: encode_documents(bpe, "text", out), "documents is one str"),
+        (lambda bpe, out: encode_documents(bpe, b"text", out), "documents is one bytes"),
+        (lambda bpe, out: encode_documents(bpe, 5, out), "documents is one int"),
+        (lambda bpe, out: encode_documents(bpe, ["a"], out, n_workers=True), "n_workers is True"),
+        (lambda bpe, out: encode_documents(bpe, ["a"], out, n_workers=10**9), "at most 1024"),
+        (lambda bpe, out: encode_iterable(bpe, b"text"), "texts is one bytes"),
+        (lambda bpe, out: encode_iterable(bpe, ["text"], max_held=0), "max_held is 0"),
+        (lambda bpe, out: train(5, 300), "source is int; give a path or an iterable"),
+        (lambda bpe, out: train(b"text", 300), "source is bytes"),
+        (lambda bpe, out: train(["text"], 300, "<x>"), "special_tokens is str '<x>'"),
+        (lambda bpe, out: train(["text"], 10**12), "vocab_size is 1000000000000: .* at most 16777216"),
+        (lambda bpe, out: train(["text"], True), "vocab_size is True"),
+        (lambda bpe, out: train(["text"], 300, {"<x>": 5000}), "special_tokens is a mapping"),
+        (lambda bpe, out: count_pieces(["text"], "gpt2", "<x>"), "special_tokens is the string '<x>'"),
+        (lambda bpe, out: next_cut(b"text", 1, "gpt2", "<x>"), "special_tokens is the string '<x>'"),
+    ],
+)
+def test_wrong_kinds_of_arguments(tmp_path, call, message):
+    """A string where a list is meant, numbers out of range: one line at the call, and nothing written."""
+    bpe = make({value: bytes([value]) for value in range(256)}, [], ["<|endoftext|>"])
+    with pytest.raises(ValueError, match=message):
+        call(bpe, tmp_path / "out.bin")
+    assert not list(tmp_path.iterdir())
+
+
+def test_generators_are_as_good_as_lists(tmp_path):
+    """Oracle: the same call with lists."""
+    ids = []
+    for kind in (list, iter):
+        bpe = train(kind(["low lower<x>low"] * 9), 260, kind(["<x>"]))
+        tokens = encode_documents(bpe, kind(["low<x>", "lower"]), tmp_path / "a.bin", eot="<x>")
+        ids.append((bpe.merges, tokens[:].tolist(), list(encode_iterable(bpe, kind(["lo", "w"])))))
+    assert ids[0] == ids[1]

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from purelm.files import hold
 from purelm.tokenizer import (
     encode,
     fingerprint,
+    huggingface,
     load,
     load_gpt2,
     load_tiktoken,
@@ -59,7 +61,7 @@ def trained():
 # ---- Round trips ----
 
 
-@pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "o200k", "cl100k_v1", "qwen", r"\w+|\W+"])
+@pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "o200k", "cl100k_v1", "qwen", r"\p{L}+|\P{L}+"])
 def test_huggingface_reads_what_is_written(trained, tmp_path, pattern):
     """Oracles: the round trip, and Hugging Face's ids; its own writing of the file is read back equal too."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -133,7 +135,7 @@ def test_gpt2_is_the_same_from_either_source(published, shared_data, tmp_path):
 @settings(max_examples=40)
 def test_any_tokenizer_survives_tokenizer_json(random_bpe, tmp_path_factory, data):
     """Law: load(save(bpe)) decides the same ids; random merges, ids, specials, patterns."""
-    pattern = data.draw(st.sampled_from([GPT2, CL100K, O200K, QWEN, r"\w+|\s+"]))
+    pattern = data.draw(st.sampled_from([GPT2, CL100K, O200K, QWEN, r"\p{L}+|\s+"]))
     names = data.draw(st.lists(st.text(st.characters(codec="utf-8"), min_size=2, max_size=6), unique=True, max_size=4))
     names = [f"<{name}>" for name in names]
     bpe = random_bpe(
@@ -220,6 +222,14 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False
 SPLIT = {"type": "Split", "pattern": {"Regex": "a|."}, "behavior": "Isolated", "invert": False}
 
 
+BOS = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|pad|>"}}, {"Sequence": {"id": "A"}}]}
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+
+
+def _append(token):
+    return lambda content: content["added_tokens"].append(FLAGS | token)
+
+
 def _sequence(*steps):
     return _set("pre_tokenizer", {"type": "Sequence", "pretokenizers": list(steps)})
 
@@ -240,7 +250,21 @@ def _sequence(*steps):
         (_sequence({**SPLIT, "behavior": "Removed"}, BYTE_LEVEL), "behavior 'Removed'"),
         (_sequence({**SPLIT, "invert": True}, BYTE_LEVEL), "invert True"),
         (_sequence({**SPLIT, "pattern": {"String": "a"}}, BYTE_LEVEL), "only a Regex"),
-        (_sequence({**SPLIT, "pattern": {"Regex": "("}}, BYTE_LEVEL), "not a regular expression"),
+        (_sequence({**SPLIT, "pattern": {"Regex": "("}}, BYTE_LEVEL), r"a group without \)"),
+        (_sequence({**SPLIT, "pattern": {"Regex": r"\p{L}+$"}}, BYTE_LEVEL), r"Split: \$ at character 6 of"),
+        (_sequence({**SPLIT, "pattern": {"Regex": "(?:a{900}){900}"}}, BYTE_LEVEL), "810,000 times in all"),
+        (_set("truncation", {"max_length": 5}), "has truncation, .*text_only=True"),
+        (_set("padding", {"pad_id": 0}), "has padding, .*text_only=True"),
+        (_set("post_processor", BOS), "the post-processor TemplateProcessing adds tokens .*text_only=True"),
+        (_set("post_processor", {"type": "Sequence", "processors": [BYTE_LEVEL, BOS]}), "the post-processor Sequence"),
+        (_set("added_tokens", {"<a>": 3}), "added_tokens is dict"),
+        (_set("added_tokens", 0, "id", True), "no content or no id"),
+        (_set("added_tokens", 0, "id", 1.0), "no content or no id"),
+        (_set("added_tokens", 0, "content", ""), "no content or no id"),
+        (_append({"content": "x<|pad", "id": 302, "normalized": True}), "can overlap"),
+        (_append({"content": "pad", "id": 302, "normalized": True}), "can overlap"),
+        (_append({"content": "\ud800", "id": 302}), "lone surrogate"),
+        (_append({"content": "<new>", "id": 303}), "id 303, but .* gives it 302, the next"),
         (_sequence({**SPLIT, "pattern": {"Regex": r"\d{1,3}+|."}}, BYTE_LEVEL), "possessive interval"),
         (_sequence(SPLIT, {**BYTE_LEVEL, "use_regex": True}), "splits twice"),
         (_sequence({"type": "Digits"}, BYTE_LEVEL), "Digits"),
@@ -264,6 +288,107 @@ def test_what_would_change_ids_is_refused(trained, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         load(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_text_only_leaves_out_what_comes_after_encoding(trained, tmp_path):
+    """Oracle: Hugging Face's encode(add_special_tokens=False) of a file with a begin-of-text token."""
+    tokenizers = pytest.importorskip("tokenizers")
+
+    def change(content):
+        special = {"id": "<|pad|>", "ids": [399], "tokens": ["<|pad|>"]}
+        single = [{"SpecialToken": {"id": "<|pad|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        content["post_processor"] = {
+            "type": "TemplateProcessing", "single": single, "special_tokens": {"<|pad|>": special},
+            "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+        }  # fmt: skip
+
+    bpe = trained()
+    path = huggingface_file(bpe, tmp_path / "t.json", change)
+    peer = tokenizers.Tokenizer.from_file(str(path))
+    with pytest.raises(ValueError, match="adds tokens around a text"):
+        load(path)
+    for text in TEXTS:
+        assert peer.encode(text).ids == [399, *encode(bpe, text).tolist()]
+        assert peer.encode(text, add_special_tokens=False).ids == encode(load(path, text_only=True), text).tolist()
+
+
+def test_random_files_give_hugging_faces_ids_or_are_refused():
+    """Oracle: the library on the same file. Random merges, ids, added tokens that overlap, flags, splits."""
+    tokenizers = pytest.importorskip("tokenizers")
+    rng = random.Random(0)
+    read = 0
+    for _ in range(250):
+        text = json.dumps(random_file(rng))
+        try:
+            bpe = huggingface.from_json(text, "file")
+        except ValueError:
+            continue
+        read += 1
+        peer = tokenizers.Tokenizer.from_str(text)
+        for _ in range(6):
+            parts = ["a", "b", "c", " ", "bc", "a b", "<x>", "x>y", "\u0120a", "\u00e9", "bbb"]
+            sample = "".join(rng.choices(parts, k=7))
+            assert encode(bpe, sample, engine="python").tolist() == peer.encode(sample).ids, (text, sample)
+    assert read > 60
+
+
+def random_file(rng):
+    """The content of a tokenizer.json; about half of them are such as we refuse."""
+    characters = byte_characters()
+    vocab = {character: value for value, character in enumerate(characters)}
+    pool = [characters[ord(letter)] for letter in "ab c"]
+    merges = []
+    for _ in range(rng.randint(0, 14)):
+        left, right = rng.choices(pool, k=2)
+        if [left, right] not in merges and len(left + right) < 7:
+            if left + right not in vocab:
+                vocab[left + right] = len(vocab)
+                pool.append(left + right)
+            merges.append([left, right])
+    rng.shuffle(merges)
+    following, added = len(vocab), []
+    mixed = rng.random() < 0.3
+    for name in rng.sample(["ab", "b", "bc", " a", "a b", "<x>", "<x", "x>y", "bb", "  "], rng.randint(0, 3)):
+        token_id = vocab.get(name, following)
+        following += name not in vocab
+        wrong = rng.random() < 0.05
+        added.append(FLAGS | {"content": name, "id": token_id + wrong, "normalized": mixed and rng.random() < 0.5})
+    if added and rng.random() < 0.1:
+        added[0][rng.choice(["lstrip", "rstrip", "single_word"])] = True
+    level = {"type": "ByteLevel", "add_prefix_space": rng.random() < 0.05, "trim_offsets": True, "use_regex": True}
+    regexes = [r"a|b+|\s+", r"\S+\s*", r" ?\p{L}+|\s+(?!\S)|\s+", r"ab|(?<=a)b", r"(?=b)", r"\S+$|\s", r"\w+"]
+    split = {
+        "type": "Split", "pattern": {"Regex": rng.choice(regexes)}, "invert": rng.random() < 0.1,
+        "behavior": rng.choice(["Isolated"] * 4 + ["Removed", "MergedWithNext", "Contiguous"]),
+    }  # fmt: skip
+    plain = {**level, "use_regex": rng.random() < 0.1}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": rng.choice([level, plain, {"type": "Sequence", "pretokenizers": [split, plain]}]),
+        "post_processor": rng.choice([None, None, level]), "decoder": level,
+        "model": {
+            "type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": rng.random() < 0.5,
+            "dropout": rng.choice([None, None, None, 0.0, 0.5]), "unk_token": rng.choice([None, "a"]), "fuse_unk": True,
+        },
+    }  # fmt: skip
+
+
+def test_hostile_json(tmp_path):
+    """Depth and numbers that Python's reader gives up on are one line; oracle: the text of the error."""
+    for text, message in [("[" * 100_000, "nested too deeply"), ('{"model": ' + "9" * 5000 + "}", "integer string")]:
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"tokenizer\.json: .*{message}"):
+            load(tmp_path)
+
+
+def test_patterns_that_the_library_reads_differently_are_not_saved(trained, tmp_path):
+    """The file on disk stays what it was; .tiktoken, which holds no pattern, takes them."""
+    save(trained(), tmp_path / "t.json")
+    before = (tmp_path / "t.json").read_bytes()
+    with pytest.raises(ValueError, match=r"bpe.pattern cannot be saved in a tokenizer.json: \\w at character 0"):
+        save(trained(r"\w+|\W+"), tmp_path / "t.json")
+    assert (tmp_path / "t.json").read_bytes() == before
+    save(trained(r"\w+|\W+"), tmp_path / "t.tiktoken")
 
 
 def test_special_tokens_that_read_as_others_are_refused(tmp_path):
@@ -391,6 +516,18 @@ def test_writing_is_all_or_nothing(trained, tmp_path, monkeypatch):
     with pytest.raises(UnicodeEncodeError):
         write_atomic({path: "ok", tmp_path / "other": "\ud800"})
     assert path.read_bytes() == before and not (tmp_path / "other").exists()
+
+
+def test_leftovers_of_a_killed_process_go(trained, tmp_path):
+    """With the next writing of the same file; those that a living process holds, and other names, stay."""
+    names = [".t.json.abcd_012.tmp", ".t.json.efgh3456.tmp", ".other.json.abcd_012.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    held = os.open(tmp_path / names[1], os.O_RDONLY)
+    assert hold(held)
+    save(trained(), tmp_path / "t.json")
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], "t.json"])
+    os.close(held)
 
 
 def test_alphabet_is_gpt2s():

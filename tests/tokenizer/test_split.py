@@ -9,7 +9,7 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purelm.tokenizer import resolve, split
+from purelm.tokenizer import pretokenize, resolve, split
 from purelm.tokenizer.classes import LETTER, LOWER, NEWLINE, NUMBER, SPACE, UPPER, class_table
 from purelm.tokenizer.patterns import CL100K, GPT2, NAMES, O200K, family
 
@@ -181,3 +181,17 @@ def test_a_megabyte_of_anything_is_linear(name):
         pytest.importorskip("numba")
         assert fast(text, pattern) == pieces
     assert time.process_time() - start < 10  # a quadratic split takes minutes; this takes 0.1 to 1.5 s
+
+
+def test_patterns_that_never_end_are_stopped(monkeypatch):
+    """Oracle: the count of ways, 2^40; stopped by the clock with one line; only such patterns look at it."""
+    monkeypatch.setattr(pretokenize, "PATIENCE_SECONDS", 0.2)
+    for pattern in (r"(?:a|aa)+$|.", r"((?:a|aa)*)*c(?<=d)|."):
+        with pytest.raises(ValueError, match=r"no result after .* s on 6,001 characters"):
+            split("a" * 6000 + "b", pattern)
+    for pattern, wild in [
+        (r"\w+|\W+", False), (r"(a+)+c|.", True), (r"[(a)+]+", False), (r"(?:ab){2,}", True), (r"a*b*c*", True),
+        (r"a*|b*|c*", False), ("a?" * 9, True), (r"\(\)+ ?\p{L}+", False), (r"(?:a|b)?c+", False),
+    ]:  # fmt: skip
+        assert pretokenize._is_wild(pattern) == wild, pattern
+    assert split("aab ab", r"(?:a+b)+|.") == ["aab", " ", "ab"]

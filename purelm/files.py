@@ -1,0 +1,83 @@
+"""Files written beside their name: what a killed writer left is found and removed, and no output replaces an input."""
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["hold", "refuse_overwrite", "remove_leftovers", "staging"]
+
+_STAGED = re.compile(r"\.new-(?P<id>[0-9a-f]{16})")
+
+
+def hold(descriptor: int) -> bool:
+    """Lock an open file or folder for as long as it is open, in this process or a killed one; False where it is taken.
+
+    Also False where the file system has no locks: then nothing there is ever taken for a leftover.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+
+
+def remove_leftovers(folder: Path, name: re.Pattern, keep: Iterable[str | None] = ()) -> None:
+    """Remove the files and folders in `folder` whose whole name matches and whose writer does not `hold` them any more.
+
+    name: with a group "id"; where one of an id is held, none of them goes. keep: ids that are not leftovers.
+    """
+    kept = set(keep)
+    groups: dict[str, list[Path]] = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = name.fullmatch(path.name)
+        if match and match["id"] not in kept:
+            groups.setdefault(match["id"], []).append(path)
+    for paths in groups.values():
+        opened: list[int] = []
+        try:
+            opened += [os.open(path, os.O_RDONLY | os.O_NONBLOCK) for path in paths]
+            if all([hold(descriptor) for descriptor in opened]):
+                for path in paths:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError:  # another process was quicker, or it is not ours to remove
+            pass
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """A new folder inside of `folder` for what is renamed from there when all of it is done; it goes in any case.
+
+    Made with `folder` where that does not exist. What a killed process left of this kind is removed first.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, _STAGED)
+    staged = folder / f".new-{secrets.token_hex(8)}"
+    staged.mkdir()
+    descriptor = os.open(staged, os.O_RDONLY)
+    try:
+        hold(descriptor)
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        os.close(descriptor)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def refuse_overwrite(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike]) -> None:
+    """ValueError where writing an output would replace an input: one path, or two names of one file."""
+    given = [Path(path) for path in inputs]
+    for output in map(Path, outputs):
+        for path in given:
+            same = output.resolve() == path.resolve()
+            if same or (output.exists() and path.exists() and os.path.samefile(output, path)):
+                raise ValueError(f"{path}: is an input, and the output {output} would replace it; write elsewhere")
