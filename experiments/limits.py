@@ -102,10 +102,10 @@ def check(cfg: Any, prefix: str = "") -> None:
 
 
 def _check_one(name: str, value: Any, rule: "Range | Unicode | None") -> None:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(rule, Range) and isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number{f', {rule}' if rule else ''}, got {value}")
-        if isinstance(rule, Range) and not rule.holds(value):
+            raise ValueError(f"{name} must be a finite number, {rule}, got {value}")
+        if not rule.holds(value):
             raise ValueError(f"{name} must be {rule}, got {value}")
     elif isinstance(value, str) and isinstance(rule, Unicode):
         try:
