@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from experiments import accounting, generate, overlap, profile, quickstart, remat_study
 from experiments.config import Optim, Pretrain
-from experiments.limits import OTHERS, Count, Range, Share, Text, check, rule_of
+from experiments.limits import OTHERS, Count, Place, Range, Share, Text, check, rule_of
 from purelm.models.config import Config
 from tests.programs import run_here
 
@@ -72,6 +72,7 @@ class Outer:
     prompt: Text | None = None
     flag: bool = False
     path: Path = Path("\udcff")  # a name that is not UTF-8 is a name
+    place: Place = Path("a")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,8 @@ class Outer:
         ({"many": (0.5, 2.0)}, "many must be at least 0 and at most 1, got 2.0"),
         ({"some": -0.1}, "some must be at least 0 and at most 1, got -0.1"),
         ({"some": math.nan}, "some must be a finite number, at least 0 and at most 1, got nan"),
+        ({"place": Path("\udcff")}, r"place must be text that UTF-8 can hold, got '\udcff': surrogates not allowed"),
+        ({"inner": Inner(10**16)}, "inner.n must be at least 1, and at most 1e+15, got 10000000000000000"),
         ({"prompt": "a\udcff"}, r"prompt must be text that UTF-8 can hold, got 'a\udcff': surrogates not allowed"),
     ],
 )
@@ -135,6 +138,7 @@ GENERATE = ("generate", "RUN")
         ((*PRETRAIN, "--sample", "\udcff"), "sample"),
         ((*PRETRAIN, "--device", "tpu"), "device"),
         ((*PRETRAIN, "--device", "meta"), "device"),
+        (("quickstart", "--run", "a\udcff"), "run must be text"),
         ((*QUICKSTART, "--stories", "1"), "stories"),
         ((*QUICKSTART, "--stories", str(10**12)), "stories"),
         ((*QUICKSTART, "--max-bytes", "0"), "max_bytes"),
