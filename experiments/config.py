@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.limits import Beta, Count, Epsilon, Factor, Seed, Share, Text, Whole
+from experiments.limits import Beta, Count, Epsilon, Factor, Place, Seed, Share, Text, Whole
 from experiments.ops import OpsName
 from experiments.parallel import Parallel
 from purelm.models import transformer
@@ -39,14 +39,14 @@ class Optim:
 class Pretrain:
     """Train a Transformer on a token file."""
 
-    run: Path
+    run: Place
     """folder of the run"""
-    train: Path
+    train: Place
     """token file (.bin with .json), or a folder of shards"""
-    heldout: Path | None = None
+    heldout: Place | None = None
     token_dtype: Literal["uint16", "uint32"] | None = None
     """of token files without a .json, which do not say it"""
-    tokenizer: Path | None = None
+    tokenizer: Place | None = None
     """tokenizer.json, for bytes, samples and `experiments.generate`"""
     model: transformer.Config = field(
         default_factory=lambda: transformer.Config(vocab_size=1, context_length=256, d_model=256, n_layers=4, n_heads=4)

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from purelm.models.config import Config
@@ -65,6 +66,7 @@ Beta = Annotated[float, Range(0, 1, open_high=True)]
 # fp32 holds no smaller number to full precision, and 0 / (0 + eps) is nan where eps is rounded to 0.
 Epsilon = Annotated[float, Range(1.2e-38, FP32_MAX)]
 Text = Annotated[str, Unicode()]
+Place = Annotated[Path, Unicode()]  # that reports name
 
 _size, _number, _positive = Range(1), Range(0), Range(0, FP32_MAX, open_low=True)
 OTHERS: dict[type, dict[str, Range]] = {
@@ -102,16 +104,17 @@ def check(cfg: Any, prefix: str = "") -> None:
 
 
 def _check_one(name: str, value: Any, rule: "Range | Unicode | None") -> None:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(rule, Range) and isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number{f', {rule}' if rule else ''}, got {value}")
-        if isinstance(rule, Range) and not rule.holds(value):
-            raise ValueError(f"{name} must be {rule}, got {value}")
-    elif isinstance(value, str) and isinstance(rule, Unicode):
+            raise ValueError(f"{name} must be a finite number, {rule}, got {value}")
+        if not rule.holds(value):
+            most = f", and at most {rule.high:g}" if value > rule.high in (MOST, FP32_MAX) else ""
+            raise ValueError(f"{name} must be {rule}{most}, got {value}")
+    elif isinstance(rule, Unicode) and isinstance(value, str | Path):
         try:
-            value.encode()
+            str(value).encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{name} must be text that UTF-8 can hold, got {value!r}: {error.reason}") from None
+            raise ValueError(f"{name} must be text that UTF-8 can hold, got {str(value)!r}: {error.reason}") from None
 
 
 def rule_of(owner: type, name: str, hint: Any) -> "Range | Unicode | None":

@@ -231,7 +231,7 @@ def save(cfg: Pretrain, ready: Setup, state: TrainState, step: int, seconds: flo
         "data": {"key": "split(key(seed))[1]", "step": step},
         "seconds": seconds,
     }
-    ready.run.save(cfg.run / "checkpoints", step, trees, meta=meta, keep_last=cfg.keep_last)
+    ready.run.save(cfg.run / "checkpoints", step, trees, meta=meta, keep_last=cfg.keep_last, finite=True)
 
 
 def _advice(cfg: Pretrain) -> str:

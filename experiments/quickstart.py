@@ -26,7 +26,7 @@ from experiments import capacity
 from experiments.config import Optim, Pretrain, config_json
 from experiments.console import pick_device, program, say
 from experiments.generate import END, complete
-from experiments.limits import Count, Range, Seed, Text
+from experiments.limits import Count, Place, Range, Seed, Text
 from experiments.lock import LOCK, locked
 from experiments.loop import train
 from experiments.report import finish, summarise
@@ -49,7 +49,7 @@ STORY_BYTES = 1100  # on disk: 700 of text, 200 tokens of 2 bytes
 class Quickstart:
     """From raw text to a trained language model."""
 
-    run: Path = Path("runs/quickstart")
+    run: Place = Path("runs/quickstart")
     data: str | None = None
     """a file, a folder or hub:owner/name; the built-in stories if not given"""
     encoding: tuple[str, ...] = ("utf-8",)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from experiments import accounting, generate, overlap, profile, quickstart, remat_study
 from experiments.config import Optim, Pretrain
-from experiments.limits import OTHERS, Count, Range, Share, Text, check, rule_of
+from experiments.limits import OTHERS, Count, Place, Range, Share, Text, check, rule_of
 from purelm.models.config import Config
 from tests.programs import run_here
 
@@ -68,10 +68,11 @@ class Outer:
     inner: Inner = Inner()
     many: tuple[Share, ...] = ()
     some: Share | None = None
-    free: float = 0.0
+    free: float = math.nan  # without a rule: the program's own
     prompt: Text | None = None
     flag: bool = False
     path: Path = Path("\udcff")  # a name that is not UTF-8 is a name
+    place: Place = Path("a")
 
 
 @pytest.mark.parametrize(
@@ -81,13 +82,14 @@ class Outer:
         ({"many": (0.5, 2.0)}, "many must be at least 0 and at most 1, got 2.0"),
         ({"some": -0.1}, "some must be at least 0 and at most 1, got -0.1"),
         ({"some": math.nan}, "some must be a finite number, at least 0 and at most 1, got nan"),
-        ({"free": math.inf}, "free must be a finite number, got inf"),
+        ({"place": Path("\udcff")}, r"place must be text that UTF-8 can hold, got '\udcff': surrogates not allowed"),
+        ({"inner": Inner(10**16)}, "inner.n must be at least 1, and at most 1e+15, got 10000000000000000"),
         ({"prompt": "a\udcff"}, r"prompt must be text that UTF-8 can hold, got 'a\udcff': surrogates not allowed"),
     ],
 )
 def test_the_field_its_value_and_the_range_are_named(change, message):
     check(Outer())
-    check(Outer(many=(0.0, 1.0), some=1.0, prompt="\u00e9", flag=True, free=-1e30))
+    check(Outer(many=(0.0, 1.0), some=1.0, prompt="\u00e9", flag=True))
     with pytest.raises(ValueError) as error:
         check(dataclasses.replace(Outer(), **change))
     assert str(error.value) == message
@@ -99,7 +101,7 @@ def test_models_and_the_defaults_of_all_programs_are_in_their_ranges():
         check(cls(**dict.fromkeys(required, Path("x"))))
     model = Config(vocab_size=8, context_length=4, d_model=8, n_layers=1, n_heads=2, window=(None, 3), norm_eps=1e-6)
     check(model)
-    for name, value in (("norm_eps", math.inf), ("rope_theta", math.inf), ("attention_softcap", 1e39)):
+    for name, value in (("norm_eps", 1e39), ("rope_theta", 1e300), ("attention_softcap", 1e39)):
         with pytest.raises(ValueError, match=f"{name} must be"):
             check(dataclasses.replace(model, **{name: value}))
     check(Optim(clip=0.0, lr=0.0))
@@ -130,12 +132,13 @@ GENERATE = ("generate", "RUN")
         ((*PRETRAIN, "--optim.eps", "0"), "optim.eps"),
         ((*PRETRAIN, "--optim.warmup-steps", "-1"), "optim.warmup_steps"),
         ((*PRETRAIN, "--optim.weight-decay", "inf"), "optim.weight_decay"),
-        ((*PRETRAIN, "--model.rope-theta", "inf"), "model.rope_theta"),
+        ((*PRETRAIN, "--model.rope-theta", "1e300"), "model.rope_theta"),
         ((*PRETRAIN, "--parallel.timeout", "nan"), "parallel.timeout"),
         ((*PRETRAIN, "--parallel.bucket-mb", "0"), "parallel.bucket_mb"),
         ((*PRETRAIN, "--sample", "\udcff"), "sample"),
         ((*PRETRAIN, "--device", "tpu"), "device"),
         ((*PRETRAIN, "--device", "meta"), "device"),
+        (("quickstart", "--run", "a\udcff"), "run must be text"),
         ((*QUICKSTART, "--stories", "1"), "stories"),
         ((*QUICKSTART, "--stories", str(10**12)), "stories"),
         ((*QUICKSTART, "--max-bytes", "0"), "max_bytes"),

@@ -1,5 +1,6 @@
 """One run at a time in a folder. Oracles: a process that is killed; the folder before and after."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -69,12 +70,18 @@ def test_a_folder_in_which_nothing_was_written_is_gone_again(tmp_path):
         pass
 
 
-def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path):
-    """The holder removes its file at the end: who opened that file before must look again."""
+def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path, monkeypatch):
+    """The holder ends, and removes its file, between our opening it and locking it: we look again."""
+    flock, calls = fcntl.flock, []
+
+    def late(file, how):
+        if not calls:
+            (tmp_path / LOCK).unlink()
+        calls.append(how)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
     with locked(tmp_path):
-        (tmp_path / LOCK).unlink()
-        with locked(tmp_path):  # another file of that name: free, and seen as current
-            inode = (tmp_path / LOCK).stat().st_ino
-            with pytest.raises(ValueError, match="being written"), locked(tmp_path):
-                pass
-            assert (tmp_path / LOCK).stat().st_ino == inode
+        assert len(calls) == 2 and (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+        with pytest.raises(ValueError, match="being written"), locked(tmp_path):
+            pass
