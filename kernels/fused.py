@@ -8,6 +8,7 @@ they stay the references, because inductor fuses them with what is around them, 
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -25,15 +26,15 @@ __all__ = ["FUSED", "unless_compiling"]
 def unless_compiling(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     """`reference` while torch.compile traces, else `kernel`."""
 
+    @wraps(kernel)
     def op(*args: Any, **kwargs: Any) -> Any:
         return reference(*args, **kwargs) if torch.compiler.is_compiling() else kernel(*args, **kwargs)
 
-    op.__name__ = op.__qualname__ = f"eager_{kernel.__name__}"
-    op.__doc__ = kernel.__doc__
+    op.__module__, op.__name__, op.__qualname__ = __name__, f"eager_{kernel.__name__}", f"eager_{kernel.__name__}"
     return op
 
 
-# Under their own names in here, by which a bundle that holds them is pickled.
+# Under names of their own in here, by which a bundle that holds them is pickled.
 eager_rms_norm = unless_compiling(rms_norm, REFERENCE.rms_norm)
 eager_rope = unless_compiling(rope, REFERENCE.rope)
 eager_swiglu = unless_compiling(swiglu, REFERENCE.swiglu)

@@ -1,6 +1,8 @@
 """Shared fixtures: where real text may lie, hypothesis profile, and one torch thread per worker."""
 
+import getpass
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,12 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports triton: its kernels then run on the CPU, step by step
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Inductor's cache of compiled code does not know of this variable (torch 2.11-2.13): code for wider vectors than it
+# allows would be taken from there, and not compile.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    cache = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 from hypothesis import HealthCheck, settings
 

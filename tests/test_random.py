@@ -452,3 +452,27 @@ def test_draws_follow_the_device_of_the_key():
 def test_errors_name_what_was_given(call, message):
     with pytest.raises(ValueError, match=message):
         call(random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda key: random.categorical(key, torch.tensor([[0.0, 1.0], [math.nan, 0.0]])), "categorical: logits"),
+        (lambda key: random.categorical(key, torch.tensor([math.inf, 0.0])), "categorical: logits"),
+        (lambda key: random.categorical(key, torch.tensor([-math.inf, -math.inf])), "categorical: logits"),
+        (lambda key: random.choice(key, 2, p=torch.tensor([0.5, math.nan])), "choice: p must be at least 0"),
+        (lambda key: random.choice(key, 2, p=torch.tensor([1.5, -0.5])), "choice: p must be at least 0"),
+        (lambda key: random.choice(key, 2, p=torch.zeros(2)), "choice: p must be .* above 0 somewhere"),
+        (
+            lambda key: random.choice(key, 3, (2,), replace=False, p=torch.tensor([0.0, 1.0, 0.0])),
+            "choice: 2 draws without replacement, but p is above 0 for 1 elements",
+        ),
+        (lambda key: random.bernoulli(key, 1.5), r"bernoulli: p must be in \[0, 1\], got 1.5"),
+        (lambda key: random.bernoulli(key, torch.tensor([0.5, math.nan])), "bernoulli: p must be in"),
+    ],
+)
+def test_what_is_no_distribution_is_refused(draw, message):
+    """Oracle: the definition. argmax of NaN is the NaN's place, a plausible class."""
+    with pytest.raises(ValueError, match=message):
+        draw(random.key(0))
+    assert int(random.categorical(random.key(0), torch.tensor([-math.inf, 0.0]))) == 1

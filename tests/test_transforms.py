@@ -295,3 +295,15 @@ def test_transforms_keep_names_and_warn_of_nothing():
         warnings.simplefilter("error")
         assert value_and_grad(mlp_loss).__doc__ == mlp_loss.__doc__
         assert jit(train_step, donate=0).__name__ == "train_step"
+
+
+@pytest.mark.parametrize("of", [value_and_grad, grad])
+def test_no_gradients_under_inference_mode(of):
+    """Oracle: the gradient 2 w. It was zeros there, silently: a step that only decays. no_grad is no obstacle."""
+    w = torch.tensor([1.0, 2.0])
+    call = of(lambda x: (x**2).sum())
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"under torch.inference_mode\(\) there are"):
+        call(w)
+    with torch.no_grad():
+        found = call(w)
+    assert torch.equal(found[1] if of is value_and_grad else found, 2 * w)

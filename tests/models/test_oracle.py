@@ -35,14 +35,19 @@ class Attention(nn.Module):
         if cfg.qk_norm == "full":
             self.q_norm, self.k_norm = nn.RMSNorm(H * K, eps=cfg.norm_eps), nn.RMSNorm(G * K, eps=cfg.norm_eps)
 
-    def turn(self, x):
-        """(B, heads, T, K) times exp(i angle)."""
+    def turn(self, x, same):
+        """(B, heads, T, K) times exp(i angle); dynamic_ntk goes by the length of a token's own document."""
         cfg, T = self.cfg, x.shape[2]
-        w = frequencies(self.K, cfg.rope_theta, cfg.rope_scaling, length=T)
+        lengths = [[T] * T] if same is None else same.sum(-1).tolist()
+        w = torch.stack([
+            torch.stack([frequencies(self.K, cfg.rope_theta, cfg.rope_scaling, length=n) for n in row])
+            for row in lengths
+        ])[:, None]
         factor = 1.0
         if cfg.rope_scaling is not None and cfg.rope_scaling.kind == "yarn":
             factor = 0.1 * math.log(cfg.rope_scaling.factor) + 1
-        z = torch.polar(torch.full((T, self.K // 2), factor, dtype=torch.float64), torch.arange(T)[:, None] * w)
+        angle = torch.arange(T)[:, None] * w
+        z = torch.polar(torch.full_like(angle, factor), angle)
         if cfg.rope_layout == "interleaved":
             return torch.view_as_real(torch.complex(x[..., 0::2], x[..., 1::2]) * z).flatten(-2)
         turned = torch.complex(x[..., : self.K // 2], x[..., self.K // 2 :]) * z
@@ -58,7 +63,7 @@ class Attention(nn.Module):
         if cfg.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if cfg.position == "rope":
-            q, k = self.turn(q), self.turn(k)
+            q, k = self.turn(q, same), self.turn(k, same)
         k, v = (y.repeat_interleave(self.H // self.G, 1) for y in (k, v))
         distance = torch.arange(T)[:, None] - torch.arange(T)
         seen = distance >= 0 if cfg.causal else torch.ones(T, T, dtype=torch.bool)
@@ -195,7 +200,7 @@ def test_bf16_parameters(axis, make):
     assert logits.dtype == torch.bfloat16
     exact = transformer.apply(tree.cast(params, torch.float64), tokens, axis)
     model = twin(axis, tree.cast(params, torch.float64)).to(torch.bfloat16)
-    Attention.turn, turn = (lambda self, x: turn(self, x.float()).to(x.dtype)), Attention.turn
+    Attention.turn, turn = (lambda self, x, same: turn(self, x.float(), same).to(x.dtype)), Attention.turn
     try:
         theirs = model(tokens)
     finally:
