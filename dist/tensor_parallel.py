@@ -279,7 +279,11 @@ def shard(params: Params, cfg: Config, group: Group = None) -> Params:
 
     def part(path: str, x: Tensor) -> Tensor:
         axis = cut_axis(path)
-        return x if axis is None else part_of(x.movedim(axis, 0), rank, N).movedim(0, axis).contiguous()
+        if axis is None:
+            return x
+        local = part_of(x.movedim(axis, 0), rank, N).movedim(0, axis).contiguous()
+        local.is_part = True  # type: ignore[attr-defined]  # make_step asks for a norm of all
+        return local
 
     return params if N == 1 else tree.map_with_path(part, params)
 

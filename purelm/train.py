@@ -142,9 +142,12 @@ def make_step(
     def reduced(state: TrainState, found: tuple[Any, dict[str, Tensor]]) -> tuple[Any, dict[str, Tensor]]:
         grads, metrics = found
         grads = reduce(grads)
-        if norm is not tree.global_norm and not is_tried:
-            advice = "give it the same norm as make_step, clip_by_global_norm(max_norm, norm=...)"
-            check_sees_all(optimizer, state.params, norm, "make_step", advice)
+        if not is_tried:
+            if norm is tree.global_norm:
+                _check_whole(gradient, state.params)
+            else:
+                advice = "give it the same norm as make_step, clip_by_global_norm(max_norm, norm=...)"
+                check_sees_all(optimizer, state.params, norm, "make_step", advice)
             is_tried.append(True)
         # The plain norm is compiled with the update; another one may talk to other processes.
         return grads, metrics if norm is tree.global_norm else {**metrics, "grad_norm": norm(grads)}
@@ -190,5 +193,5 @@ def _check_whole(gradient: Any, params: Any) -> None:
     if (gives_parts is not None and gives_parts()) or any(getattr(x, "is_part", False) for x in tree.leaves(params)):
         raise ValueError(
             "make_step: each process has a part of the gradients, and grad_norm would be of that alone: give the norm "
-            "of all, norm=plan.norm of fsdp, or norm=zero.global_norm(group)"
+            "of all, norm=plan.norm of fsdp, norm=plan.global_norm of tensor_parallel, or norm=zero.global_norm(group)"
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from purelm import interop, tree
-from purelm.dist import fsdp, zero
+from purelm.dist import fsdp, tensor_parallel, zero
 from purelm.dist.ddp import differentiate, with_global_denominator
 from purelm.dist.world import rank_of
 from purelm.kernels.fused import FUSED
@@ -164,4 +164,18 @@ def test_a_torch_optimizer_that_clips_parts_of_a_module_is_refused():
     run(on_rank_torch_optimizer, None)
     with pytest.raises(RankError, match=r"TorchOptimizer.step: the optimizer clips by a norm") as error:
         run(on_rank_torch_optimizer, 0.1)
+    assert len(error.value.errors) == 2
+
+
+def on_rank_tensor_parallel(norm):
+    plan = tensor_parallel.Plan(CFG)
+    local, options = plan.shard(params_of()), {"norm": plan.global_norm} if norm else {}
+    step = make_step(plan.loss, clipped(options.get("norm", tree.global_norm)), SCHEDULE, reduce=plan.reduce, **options)
+    step(init_state(local, clipped(), F64), batch_of(0, 1))
+
+
+def test_a_norm_of_one_rank_of_tensor_parallelism_is_refused():
+    run(on_rank_tensor_parallel, True)
+    with pytest.raises(RankError, match="each process has a part of the gradients") as error:
+        run(on_rank_tensor_parallel, False)
     assert len(error.value.errors) == 2

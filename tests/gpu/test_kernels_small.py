@@ -58,7 +58,7 @@ def check(kernel, reference, xs):
     again = outputs_and_gradients(kernel, xs, upstream)
     for a, b, c, d in zip(mine, same, exact, again, strict=True):
         assert a.dtype == b.dtype
-        assert_as_exact(a, b, c)
+        assert_as_exact(a, b, c, roundings=24)  # sums of up to 2^18 terms, and six operations more
         assert torch.equal(a, d)
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from purelm.kernels import swiglu as module
 from purelm.kernels.swiglu import swiglu
 from purelm.ops.glu import swiglu as reference
-from tests.kernels.rules import assert_as_exact
+from tests.kernels.rules import assert_as_exact, largest
 
 # What dynamo does to trace a Function, and torch.compile's own import.
 pytestmark = [
@@ -40,11 +40,12 @@ def test_kernels_are_as_exact_as_the_reference(shape, dtype):
     from purelm.kernels import swiglu_triton as kernels
 
     gate, up, dy = numbers(0, shape, shape, shape, dtype=dtype)
-    assert_as_exact(kernels.forward(gate, up), reference(gate, up), reference(gate.double(), up.double()))
+    rule = {"roundings": 6 + largest(gate)}  # an exp, a quotient, a difference, three products
+    assert_as_exact(kernels.forward(gate, up), reference(gate, up), reference(gate.double(), up.double()), **rule)
     same = gradients(reference, (gate, up), dy)
     exact = gradients(reference, (gate.double(), up.double()), dy.double())
     for got, a, b in zip(kernels.backward(dy, gate, up), same, exact, strict=True):
-        assert_as_exact(got, a, b)
+        assert_as_exact(got, a, b, **rule)
 
 
 @INTERPRETED
