@@ -144,7 +144,7 @@ def make_step(
         grads = reduce(grads)
         if not is_tried:
             if norm is tree.global_norm:
-                _check_whole(gradient, state.params)
+                _check_whole(reduce, state.params)
             else:
                 advice = "give it the same norm as make_step, clip_by_global_norm(max_norm, norm=...)"
                 check_sees_all(optimizer, state.params, norm, "make_step", advice)

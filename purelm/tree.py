@@ -226,11 +226,16 @@ def global_norm(tree: Tree) -> Tensor:
 
 def all_finite(tree: Tree) -> Tensor:
     """0-d bool tensor: no floating leaf holds inf or nan."""
-    floats = [x for x in leaves(tree) if is_floating(x)]
-    if not floats:
-        return torch.ones((), dtype=torch.bool)
-    # Formats of 8 bits have no arithmetic of their own.
-    return torch.stack([torch.isfinite(x.float() if x.element_size() == 1 else x).all() for x in floats]).all()
+    found = [_is_finite(x) for x in leaves(tree) if is_floating(x) and x.numel()]
+    return torch.stack(found).all() if found else torch.ones((), dtype=torch.bool)
+
+
+def _is_finite(x: Tensor) -> Tensor:
+    """One pass and no memory: an inf is the least or the greatest, and of a nan both are nan."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):  # fp8: no order there
+        return torch.isfinite(x.to(torch.float32)).all()
+    least, greatest = torch.aminmax(x)
+    return torch.isfinite(least) & torch.isfinite(greatest)
 
 
 def n_params(tree: Tree) -> int:

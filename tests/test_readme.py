@@ -48,6 +48,7 @@ def test_many_processes_print_what_one_does(tmp_path, alone):
     assert float(run(tmp_path, MANY, n_ranks=2).split()[1]) == pytest.approx(float(alone.split()[1]), abs=2e-4)
 
 
+@pytest.mark.slow
 def test_state_in_parts(tmp_path, alone):
     program = MANY.replace("adamw(weight_decay=0.1)", "zero.sharded(adamw(weight_decay=0.1), reduce=None)")
     program = program.replace("import collectives, ddp,", "import collectives, ddp, zero,")
@@ -55,6 +56,7 @@ def test_state_in_parts(tmp_path, alone):
     assert float(run(tmp_path, program, n_ranks=2).split()[1]) == pytest.approx(float(alone.split()[1]), abs=2e-4)
 
 
+@pytest.mark.slow
 def test_fully_sharded(tmp_path, alone):
     """bf16 has three digits: 50 steps of it end within 0.05 of fp32's."""
     imports = "from functools import partial\n" + MANY.replace(

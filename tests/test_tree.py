@@ -282,6 +282,16 @@ def test_all_finite_finds_one_bad_element(bad):
     assert bool(tree.all_finite({}))
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_all_finite_in_each_format(dtype):
+    """Oracle: isfinite of the numbers in fp64; the largest number is finite, though sums of it are not."""
+    largest = torch.full((2, 3), torch.finfo(dtype).max, dtype=dtype)
+    for bad in (0.0, float("inf"), float("-inf"), float("nan")):
+        wide = torch.stack((largest[0].double(), torch.tensor([1.0, bad, 2.0], dtype=torch.float64)))
+        t = {"large": -largest, "x": wide.to(dtype).T, "none": torch.ones(0, 3, dtype=dtype)}
+        assert bool(tree.all_finite(t)) == bool(torch.isfinite(t["x"].double()).all()) == (bad == 0.0)
+
+
 @pytest.mark.parametrize("empty", [{}, [], (), None, {"a": {}, "b": [None]}])
 def test_empty_trees(empty):
     assert tree.leaves(empty) == [] and tree.paths(empty) == [] and tree.n_params(empty) == 0

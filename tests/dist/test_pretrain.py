@@ -104,6 +104,7 @@ def test_compiled(data, tmp_path, alone):
     assert_same_curve(pretrain(data, tmp_path / "run", *flags, n=2), alone, 1e-3)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(data, tmp_path):
     """kill -9 of one rank after the first checkpoint; torchrun starts both again; the curve has no gap.
 

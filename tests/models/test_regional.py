@@ -106,7 +106,15 @@ def test_makers_that_cannot_be_looked_up():
 
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # asked by dynamo
-@pytest.mark.parametrize("around", [jit, lambda f: jit(remat(f)), partial(torch.compile, backend="aot_eager")])
+@pytest.mark.parametrize(
+    "around",
+    [
+        partial(jit, backend="aot_eager"),
+        lambda f: jit(remat(f), backend="aot_eager"),
+        partial(torch.compile, backend="aot_eager"),
+        pytest.param(jit, marks=pytest.mark.slow),  # what inductor makes of a block, of either kind
+    ],
+)
 def test_blocks_are_compiled_once(around):
     """Three evaluations of loss and gradients: as many graphs as the first one made, and the values of no wrapper."""
     expected, grads = value_and_grad(lambda p: transformer.loss(p, BATCH, CFG)[0])(params_of())
