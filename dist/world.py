@@ -79,16 +79,16 @@ def start(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
         _join(here, timeout)
     except RuntimeError as error:  # all that torch.distributed raises
         raise PeerError(_why_not_joined(error, timeout)) from None
-    failed = False
+    failed: BaseException | None = None
     try:
         yield World(dist.get_rank(), dist.get_world_size(), here)
     except (Exception, KeyboardInterrupt) as error:
-        failed = True
+        failed = error
         if isinstance(error, RuntimeError) and _is_of_a_peer(error):
             raise PeerError(_where_lost(error)) from None
         raise
     finally:
-        _abandon() if failed else _leave()
+        _leave() if failed is None else _abandon(failed)
 
 
 def _join(here: torch.device, timeout: float) -> None:
@@ -144,7 +144,7 @@ def _leave() -> None:
     dist.destroy_process_group()
 
 
-def _abandon() -> None:
+def _abandon(error: BaseException) -> None:
     """Leave without waiting for messages under way, which processes that are elsewhere may never enter.
 
     The wait would be until the timeout, and the error on its way out would be seen only then.
@@ -152,9 +152,11 @@ def _abandon() -> None:
     if dist.get_backend() == "nccl":
         dist.distributed_c10d._abort_process_group()
         return
-    # Gloo cannot give a message up, and a group waits for its own when it goes: so these never go.
-    for group in dist.distributed_c10d._world.pg_map:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    # Gloo cannot give a message up, and a group waits for its own when it goes: so these never go. Nor does the error,
+    # whose frames hold the messages: a thread of Gloo's that lets go of one as the last, while the interpreter is going
+    # down, takes the process with it (`_leave`).
+    for kept in (*dist.distributed_c10d._world.pg_map, error):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
     dist.destroy_process_group()
 
 

@@ -288,7 +288,7 @@ def test_all_finite_in_each_format(dtype):
     largest = torch.full((2, 3), torch.finfo(dtype).max, dtype=dtype)
     for bad in (0.0, float("inf"), float("-inf"), float("nan")):
         wide = torch.stack((largest[0].double(), torch.tensor([1.0, bad, 2.0], dtype=torch.float64)))
-        t = {"large": -largest, "x": wide.to(dtype).T, "none": torch.ones(0, 3, dtype=dtype)}
+        t = {"large": (-largest.double()).to(dtype), "x": wide.to(dtype).T, "none": torch.ones(0, 3, dtype=dtype)}
         assert bool(tree.all_finite(t)) == bool(torch.isfinite(t["x"].double()).all()) == (bad == 0.0)
 
 
