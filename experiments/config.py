@@ -46,6 +46,8 @@ class Pretrain:
     heldout: Place | None = None
     token_dtype: Literal["uint16", "uint32"] | None = None
     """of token files without a .json, which do not say it"""
+    verify: bool = False
+    """read all of the token files and compare them with the checksums that their .json files have"""
     tokenizer: Place | None = None
     """tokenizer.json, for bytes, samples and `experiments.generate`"""
     model: transformer.Config = field(

@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "heldout",
     "tokenizer",
     "token_dtype",
+    "verify",
     # What asks for all this.
     "resume",
     "resume_anyway",

@@ -90,8 +90,8 @@ def _check_folder(cfg: Pretrain) -> None:
 
 def setup(cfg: Pretrain, world: World) -> Setup:
     device = world.device
-    tokens = open_tokens(cfg.train, dtype=cfg.token_dtype)
-    heldout = open_tokens(cfg.heldout, dtype=cfg.token_dtype) if cfg.heldout else None
+    tokens = open_tokens(cfg.train, dtype=cfg.token_dtype, verify=cfg.verify)
+    heldout = open_tokens(cfg.heldout, dtype=cfg.token_dtype, verify=cfg.verify) if cfg.heldout else None
     model = resolve_model(cfg, tokens.vocab_size)
     precision = MIXED if in_bf16(cfg.compute, device) else FULL
     _check_memory(cfg, model, world, precision.compute.itemsize)
