@@ -78,7 +78,7 @@ def test_orthogonalize_of_nothing():
 def test_equals_torch(shape, nesterov, scale, adjust):
     """Oracle: torch.optim.Muon, 10 steps, decay 0.1: the same bf16 operations; torch rounds 1 - lr wd to fp32: 2e-6."""
     ours, theirs = {"w": draw(*shape)}, draw(*shape).requires_grad_()
-    optimizer = muon(0.9, 0.1, nesterov=nesterov, update_scale=scale)
+    optimizer = muon(0.9, 0.1, nesterov=nesterov, update_scale=scale, iteration_dtype=torch.bfloat16)
     peer = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.9, nesterov=nesterov, adjust_lr_fn=adjust)
     state = optimizer.init(ours)
     for i in range(10):
