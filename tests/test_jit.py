@@ -286,6 +286,7 @@ print((memory("VmHWM") - before) / tree.n_bytes(state["p"]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 def test_one_copy_of_the_state_is_held():
     """Peak resident memory of a step beyond the state that stands before it, in units of the parameters (48 MiB).

@@ -132,6 +132,7 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(data, tmp_path):
     assert [r["step"] for r in rows(folder) if "loss" in r] == list(range(1, 151))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_divided_is_said(data, tmp_path):
     flags = ["--steps", "4", "--compile", "no", "--microbatches", "3"]
     line = command(data, tmp_path / "run", *flags)

@@ -56,6 +56,7 @@ data_parallel.main(tyro.cli(data_parallel.Args))
 """
 
 
+@pytest.mark.slow
 def test_a_rank_without_memory_ends_the_program_and_what_was_measured_is_kept(tmp_path):
     script = tmp_path / "runs_out.py"
     script.write_text(RUNS_OUT)
