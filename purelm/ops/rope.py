@@ -140,9 +140,9 @@ def rope_tables(
     theta: float = 10000.0,
     scaling: RopeScaling | None = None,
     *,
-    length: int | Int[Tensor, "*p"] | None = None,
+    length: int | Int[Tensor, "*q"] | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Float[Tensor, "*p j"], Float[Tensor, "*p j"]]:
+) -> tuple[Float[Tensor, "*t j"], Float[Tensor, "*t j"]]:
     """cos and sin of position * w_j, for positions (T,), shared by all rows, or (B, T).
 
     Angles are formed in float64, because in float32 they are off by 0.06 radians at position 10^6.

@@ -48,7 +48,7 @@ def test_resolved_sizes():
         (dict(norm_eps=0.0), "Config.norm_eps must be above 0 and finite, got 0.0"),
         (dict(rope_theta=-1.0), "Config.rope_theta must be above 0 and finite, got -1.0"),
         (dict(logit_softcap=float("inf")), "Config.logit_softcap must be above 0 and finite, got inf"),
-        (dict(attention_scale="0.5"), "Config.attention_scale must be above 0 and finite, got '0.5'"),
+        (dict(attention_scale=float("nan")), "Config.attention_scale must be above 0 and finite, got nan"),
         (dict(logit_softcap=0.0), "Config.logit_softcap must be above 0 and finite, got 0.0"),
     ],
 )

@@ -195,7 +195,8 @@ def test_sdpa_is_a_drop_in(axis, make):
 def test_bf16_parameters(axis, make):
     """Oracle: float64 of the same bf16 weights; at most twice the module's error in bf16, on average over logits."""
     params = tree.cast(make(axis), torch.bfloat16)
-    tokens = torch.randint(0, axis.vocab_size, (4, 16))
+    # Many rows: without norms a few tokens have most of the error, by chance of either side.
+    tokens = torch.randint(0, axis.vocab_size, (32, 16), generator=torch.Generator().manual_seed(0))
     logits = transformer.apply(params, tokens, axis)
     assert logits.dtype == torch.bfloat16
     exact = transformer.apply(tree.cast(params, torch.float64), tokens, axis)
