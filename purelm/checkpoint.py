@@ -33,6 +33,7 @@ from purelm._manifest import (
     rebuild,
     skeleton,
 )
+from purelm.files import sync
 
 __all__ = ["latest", "latest_finite", "load", "read_manifest", "save", "steps"]
 
@@ -52,15 +53,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk, so that a rename never outruns the data."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _storable(leaves: list[Tensor]) -> list[Tensor]:
@@ -159,7 +151,7 @@ def save(
                 save_file(tensors, path)
             except SafetensorError as error:  # what a full disk becomes
                 raise OSError(f"{path}: {error}") from error
-            _sync(path)
+            sync(path)
             files[name] = {
                 "file": path.name,
                 "bytes": path.stat().st_size,
@@ -194,14 +186,14 @@ def _finish(temporary: Path, step: int, content: Mapping[str, Any], keep_last: i
     manifest = json.loads(json.dumps({**content, "step": step, "torch": torch.__version__}))
     manifest["sha256"] = _seal(manifest)
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _sync(temporary / MANIFEST)
-    _sync(temporary)
+    sync(temporary / MANIFEST)
+    sync(temporary)
     replaced = final.with_name(final.name + ".replaced")
     if final.exists():
         _remove(replaced)
         os.rename(final, replaced)
     os.rename(temporary, final)
-    _sync(root)
+    sync(root)
     _remove(replaced)
     if keep_last is not None:
         found = steps(root)

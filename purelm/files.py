@@ -9,9 +9,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["hold", "refuse_overwrite", "remove_leftovers", "staging"]
+__all__ = ["hold", "refuse_overwrite", "remove_leftovers", "staging", "sync"]
 
 _STAGED = re.compile(r"\.new-(?P<id>[0-9a-f]{16})")
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk: so that a rename never outruns the data."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def hold(descriptor: int) -> bool:

@@ -131,7 +131,7 @@ def make_step(
 
         def gradients(state: TrainState, batch: Any) -> tuple[Any, dict[str, Tensor]]:
             if differentiate is not None and norm is tree.global_norm:
-                _check_whole(gradient, state.params)
+                _check_whole(state.params, gradient)
             (loss, metrics), grads = gradient(state.params, prepare(batch))
             return tree.cast(grads, precision.reduce), {**metrics, "loss": loss}
 
@@ -144,7 +144,7 @@ def make_step(
         grads = reduce(grads)
         if not is_tried:
             if norm is tree.global_norm:
-                _check_whole(reduce, state.params)
+                _check_whole(state.params)
             else:
                 advice = "give it the same norm as make_step, clip_by_global_norm(max_norm, norm=...)"
                 check_sees_all(optimizer, state.params, norm, "make_step", advice)
@@ -187,7 +187,7 @@ def make_step(
     return in_stages(gradients, not_traced(reduced), update)
 
 
-def _check_whole(gradient: Any, params: Any) -> None:
+def _check_whole(params: Any, gradient: Any = None) -> None:
     """ValueError where purelm.dist says that a process holds parts, of parameters or of their gradients."""
     gives_parts = getattr(gradient, "gives_parts", None)
     if (gives_parts is not None and gives_parts()) or any(getattr(x, "is_part", False) for x in tree.leaves(params)):

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from purelm.files import sync
+
 __all__ = [
     "DTYPES",
     "check_sidecar",
@@ -34,7 +36,6 @@ __all__ = [
     "remove",
     "sample_sha256",
     "shard_files",
-    "sync_folder",
     "uncommitted",
     "whole_sha256",
 ]
@@ -143,7 +144,7 @@ def move(source: Path, target: Path) -> None:
     identity, previous = str(read_sidecar(source)["id"]), identity_of(target)
     os.replace(source, uncommitted(target, identity))
     os.replace(source.with_suffix(".json"), target.with_suffix(".json"))  # the commit
-    sync_folder(target.parent)
+    sync(target.parent)
     os.replace(uncommitted(target, identity), target)
     if previous:
         uncommitted(target, previous).unlink(missing_ok=True)
@@ -156,12 +157,3 @@ def remove(target: Path) -> None:
     target.unlink(missing_ok=True)
     if identity:
         uncommitted(target, identity).unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Let renames in `folder` reach the disk before what comes next."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

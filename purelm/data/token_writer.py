@@ -18,10 +18,9 @@ from purelm.data.token_format import (
     outside_message,
     sample_sha256,
     shard_files,
-    sync_folder,
     uncommitted,
 )
-from purelm.files import hold, remove_leftovers
+from purelm.files import hold, remove_leftovers, sync
 
 __all__ = ["TokenWriter"]
 
@@ -193,7 +192,7 @@ class TokenWriter:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target.with_suffix(".json"))  # the commit
-            sync_folder(target.parent)  # the two renames must reach the disk in this order
+            sync(target.parent)  # the two renames must reach the disk in this order
             os.replace(self._temporary(shard), target)
             if previous:  # a writer killed between its two renames left this behind
                 uncommitted(target, previous).unlink(missing_ok=True)
@@ -203,4 +202,4 @@ class TokenWriter:
             if old not in written and identity_of(old):
                 old.unlink(missing_ok=True)
                 old.with_suffix(".json").unlink()
-        sync_folder(self.path.parent)
+        sync(self.path.parent)

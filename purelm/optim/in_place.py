@@ -63,12 +63,17 @@ def leaf_by_leaf(leaf: LeafFn, name: str) -> Callable[..., None]:
             f = write if some else functools.partial(write, 0.0)
             compiled[some] = torch.compile(own_cache(f, name), dynamic=True)
         (ps, gs, *ms), _ = tree.flatten_up_to(params, grads, *moments)
+
+        @functools.cache  # a launch for each kind, not for each leaf
+        def number(rate: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+            return torch.full((), rate, dtype=dtype, device=device)
+
         with torch.no_grad():
             for rate, p, g, *m in zip(rates, ps, gs, *ms, strict=True):
                 if g is None or not p.numel():
                     continue
                 wide = compute_dtype(p)
-                before: tuple = (torch.full((), rate, dtype=wide, device=p.device),) if some else ()
+                before: tuple = (number(rate, wide, p.device),) if some else ()
                 s = scalars(wide, rate)
                 if p.numel() > 1 and all(x.is_contiguous() for x in (p, *m)):
                     # .data, since a compiled function would be bound to the shape of a view's base.
