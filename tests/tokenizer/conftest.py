@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from purelm.tokenizer import load, load_gpt2, make
+from purelm.tokenizer import load, load_gpt2, make, train
 
 
 @pytest.fixture(scope="session")
@@ -58,5 +58,18 @@ def tiktoken_of():
         special = {name: i for i, t in bpe.vocab.items() for name in bpe.special_tokens if t == name.encode()}
         ranks = {token: i for i, token in bpe.vocab.items() if i not in special.values()}
         return tiktoken.Encoding("test", pat_str=bpe.pattern, mergeable_ranks=ranks, special_tokens=special)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """trained(pattern) -> BPE of 400 tokens with two special tokens, the first of them with id 0."""
+    rng = random.Random(0)
+    words = "the that then cat hat sat mat caf\u00e9 \u4e2d\u6587 at on 12 345 we'll THAT \U0001f600".split()
+    text = " ".join(rng.choices(words, k=4000))
+
+    def build(pattern="gpt2"):
+        return train([text], 400, ["<|endoftext|>", "<|pad|>"], pattern=pattern)
 
     return build
