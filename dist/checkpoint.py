@@ -24,9 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from purelm import _shards, tree
-from purelm import checkpoint as one_process
-from purelm._manifest import check_meta, check_structure, is_finite, skeleton
+from purelm import tree
+from purelm.checkpoint import folder as one_process
+from purelm.checkpoint import shards
+from purelm.checkpoint.manifest import check_meta, check_structure, is_finite, skeleton
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.sharding import part_shape
 from purelm.dist.world import Group, rank_of, size_of
@@ -90,11 +91,11 @@ def save(
 
     def begin() -> tuple[list[_Placed], Any]:
         nonlocal step, meta
-        step = one_process._as_step(step)
+        step = one_process.as_step(step)
         meta = check_meta(meta, step)
         plan = _plan(trees, like, sharded, N)
         if rank == 0:
-            begun.append(one_process._begin(Path(root), step, keep_last))
+            begun.append(one_process.begin(Path(root), step, keep_last))
         return plan, (step, begun[0].name if begun else None, [p.full_name for p in plan if p.local is None])
 
     try:
@@ -104,11 +105,11 @@ def save(
         plan, common = _placed(plan, [absent for *_, absent in everyone])
         check_same_kind(common, group, what)
         temporary = Path(root) / everyone[0][1]
-        path = temporary / _shards.file_name(rank, N)
+        path = temporary / shards.file_name(rank, N)
 
         def write() -> tuple[None, Any]:
             good = is_finite(dict(trees)) if finite is None else bool(finite)
-            return None, (_shards.write(path, _own(plan, rank, N)), good)
+            return None, (shards.write(path, _own(plan, rank, N)), good)
 
         _, written = _together(write, group, what)
 
@@ -116,7 +117,7 @@ def save(
             if rank == 0:
                 content: dict[str, Any] = {"format": one_process.SHARDED, "files": _describe(like, plan), "meta": meta}
                 content |= {"shards": [entry for entry, _ in written], "finite": all(good for _, good in written)}
-                one_process._finish(temporary, step, content, keep_last)
+                one_process.finish(temporary, step, content, keep_last)
             return None, None
 
         _together(finish, group, what)
@@ -124,7 +125,7 @@ def save(
         for path in begun:
             shutil.rmtree(path, ignore_errors=True)
         raise
-    return one_process._folder(Path(root), step)
+    return one_process.folder_of(Path(root), step)
 
 
 def load(
@@ -156,7 +157,7 @@ def load(
     rank, N, what = rank_of(group), size_of(group), "load"
 
     def locate() -> tuple[None, Path | None]:  # rank 0 decides: the newest may change meanwhile
-        return None, one_process._locate(Path(root), step).relative_to(root) if rank == 0 else None
+        return None, one_process.locate(Path(root), step).relative_to(root) if rank == 0 else None
 
     folder = Path(root) / _together(locate, group, what)[1][0]
 
@@ -164,7 +165,7 @@ def load(
         manifest = one_process.read_manifest(folder)
         files = manifest.get("shards") or [entry for name, entry in manifest["files"].items() if name in like]
         for entry in files[rank::N]:
-            one_process._check_file(folder / entry["file"], entry)
+            one_process.check_file(folder / entry["file"], entry)
         return manifest, manifest["sha256"]
 
     manifest, seals = _together(check, group, what)
@@ -174,16 +175,16 @@ def load(
     def read() -> tuple[dict[str, Any], None]:
         cut, skipped = _cut(like, False if whole else sharded), _cut(like, absent)
         how = tree.map(lambda is_cut, skip: "skip" if skip else "part" if is_cut else "whole", cut, skipped)
-        with _shards.Reader(folder) as reader:
+        with shards.Reader(folder) as reader:
             found = {n: _read(reader, folder, manifest, n, like[n], how[n], rank, N, device) for n in like}
-        one_process._check_unchanged(folder, manifest)
+        one_process.check_unchanged(folder, manifest)
         return found, None
 
     return _together(read, group, what)[0], {**manifest["meta"], "step": manifest["step"]}
 
 
 def _read(
-    reader: _shards.Reader,
+    reader: shards.Reader,
     folder: Path,
     manifest: Mapping[str, Any],
     name: str,
@@ -195,10 +196,10 @@ def _read(
 ) -> Any:
     if name not in manifest["files"]:
         raise ValueError(f"{folder}: has no {name!r}; it holds {sorted(manifest['files'])}")
-    stored = _shards.leaves(folder, manifest, name)
+    stored = shards.leaves(folder, manifest, name)
     wanted = dict(zip(tree.paths(like), tree.leaves(like), strict=True))
     kinds = {path: torch.empty(leaf.shape, dtype=leaf.dtype, device="meta") for path, leaf in stored.items()}
-    problem = one_process._mismatch(folder / name, kinds, wanted)
+    problem = one_process.mismatch(folder / name, kinds, wanted)
     if problem:
         raise ValueError(problem)
     out: list[Tensor | None] = []
@@ -250,7 +251,7 @@ def _plan(trees: Mapping[str, Any], like: Mapping[str, Any], sharded: Layout | N
             raise ValueError(f"save: trees and like differ in {name}.{odd[0]}") from None
         flags = None if cut is None else tree.leaves(cut[name])
         for i, (path, x, whole) in enumerate(zip(paths, leaves, wholes, strict=True)):
-            if whole.dtype not in _shards._NAMES:
+            if whole.dtype not in shards.NAMES:
                 raise ValueError(f"save: {name}.{path} is {whole.dtype}, which cannot be stored")
             if x is None:
                 plan.append(_Placed(name, path, whole, None, 0))
@@ -319,7 +320,7 @@ def _describe(like: Mapping[str, Any], plan: list[_Placed]) -> dict[str, Any]:
     return {
         name: {
             "tree": skeleton(value),
-            "leaves": {p.path: _shards.describe(p.like, p.shard) for p in plan if p.name == name},
+            "leaves": {p.path: shards.describe(p.like, p.shard) for p in plan if p.name == name},
         }
         for name, value in like.items()
     }

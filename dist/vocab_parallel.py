@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from purelm._values import at_hand
+from purelm.devices import at_hand
 from purelm.dist.world import Group, rank_of, size_of
 from purelm.ops import REFERENCE
 from purelm.ops.cross_entropy import check_z_loss, reduce_tokens

@@ -24,8 +24,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from purelm import tree
-from purelm._between import between_graphs, not_traced
-from purelm._donate import check_memory, consume, donated_type_of
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import all_reduce
 from purelm.dist.messages import Op, Pending, by_owner, default_bucket_bytes, from_owners, in_turn, split_as, stand_in
@@ -33,6 +31,8 @@ from purelm.dist.sharding import gather_leaves, gathered, part_of, part_shape, s
 from purelm.dist.world import Group, all_gather_single, device_of, rank_of, size_of
 from purelm.optim import Optimizer
 from purelm.optim.parts import check_sees_all
+from purelm.transforms.boundary import between_graphs, not_traced
+from purelm.transforms.donation import check_memory, consume, donated_type_of
 
 __all__ = [
     "assign",

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from purelm import tree
-from purelm._donate import check_memory, consume, donated_type_of
 from purelm.optim.adamw import AdamWState
 from purelm.optim.adamw import adamw as reference
 from purelm.optim.base import Mask, Optimizer, Tree, apply_updates, chosen_by, compute_dtype, scalar, with_step
+from purelm.transforms.donation import check_memory, consume, donated_type_of
 
 __all__ = ["adamw", "adamw_step"]
 

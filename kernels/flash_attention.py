@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from purelm._values import at_hand
+from purelm.devices import at_hand
 from purelm.kernels.flash_attention_reference import tiled_backward, tiled_forward
 from purelm.kernels.recipe import applier, backward_function, eager_or_op
 from purelm.ops.attention import check_heads, check_scale

@@ -1,11 +1,12 @@
-"""What a device computes with units of its own, found out by measuring it."""
+"""What a device computes with units of its own, found by measuring; and whether its values can be read at once."""
 
 import functools
 import time
 
 import torch
+from torch import Tensor
 
-__all__ = ["multiplies_natively"]
+__all__ = ["at_hand", "multiplies_natively"]
 
 # Time of a product relative to fp32's at which a format counts as native. With units for it a device takes 0.6 of
 # fp32's time or less; a CPU that widens bf16 to fp32 on the way 2.7 (AVX-512 without bf16), one that falls back to
@@ -66,3 +67,15 @@ def _seconds(x: torch.Tensor, device: torch.device) -> float:
     x @ x
     torch.accelerator.synchronize(device)
     return time.perf_counter() - begin
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def at_hand(x: Tensor) -> bool:
+    """Whether the host can read x at once: on a CPU, in plain eager code.
+
+    On a GPU to look means to wait for it. While compiling, under torch.func and in fake tensors there is no value yet.
+    """
+    plain = type(x) in _PLAIN and x.device.type == "cpu"
+    return plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]

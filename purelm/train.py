@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from purelm import tree
-from purelm._between import not_traced
-from purelm._donate import consuming, jitted_as
 from purelm.optim import Optimizer, apply_updates, step_of
 from purelm.optim.parts import check_sees_all
 from purelm.transforms import accumulate, in_stages, jit, value_and_grad
+from purelm.transforms.boundary import not_traced
+from purelm.transforms.donation import consuming, jitted_as
 
 __all__ = ["FULL", "MIXED", "Precision", "TrainState", "init_state", "make_step", "n_targets", "with_denominator"]
 

@@ -2,7 +2,6 @@
 optimizer states, the course's answers as numbers, tensors that autograd really keeps.
 """
 
-import doctest
 import json
 from types import SimpleNamespace
 
@@ -341,8 +340,3 @@ def test_program_names_a_bad_file(tmp_path, capsys, content, message):
     with pytest.raises(SystemExit):
         program.main(program.Args(run=tmp_path))
     assert message in (error := capsys.readouterr().err) and str(tmp_path) in error and error.count("\n") == 1
-
-
-def test_examples():
-    result = doctest.testmod(accounting, optionflags=doctest.ELLIPSIS)
-    assert result.failed == 0 and result.attempted > 0

@@ -2,15 +2,14 @@
 purelm.dist cuts them, numbers worked out by hand for the course's xl and for the 8B model, search over batches.
 """
 
-import doctest
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purelm import accounting, accounting_parallel
-from purelm.accounting_parallel import (
+from purelm import accounting
+from purelm.accounting.parallel import (
     communication_bytes,
     critical_tokens,
     max_tensor_ranks,
@@ -235,7 +234,3 @@ def test_errors():
         rank_bytes(XL, n_data=0)
     with pytest.raises(ValueError, match="n_tensor must be at least 1, got -1"):
         phases(XL, peak=1.0, bandwidth=1.0, n_tensor=-1)
-
-
-def test_examples():
-    assert doctest.testmod(accounting_parallel, optionflags=doctest.ELLIPSIS).failed == 0

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from purelm import _shards, checkpoint
+from purelm import checkpoint
+from purelm.checkpoint import folder as one_process
+from purelm.checkpoint import shards
 from purelm.dist import checkpoint as dist_checkpoint
 
 
@@ -92,9 +94,9 @@ def test_a_full_disk_says_where_and_leaves_what_was_there(tmp_path, monkeypatch,
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     if kind == "one":
-        monkeypatch.setattr(checkpoint, "save_file", full_in_library)
+        monkeypatch.setattr(one_process, "save_file", full_in_library)
     else:
-        monkeypatch.setattr(_shards.os, "fsync", full)
+        monkeypatch.setattr(shards.os, "fsync", full)
     with pytest.raises(OSError, match=r"\.tmp-step-00000002-.*\.safetensors") as error:
         save(tmp_path, 2, 2, kind)
     assert "No space left on device" in str(error.value)
@@ -117,7 +119,7 @@ def test_what_a_kill_left_of_an_old_checkpoint_goes_with_the_next_save(tmp_path,
             raise Killed
         real(path, **options)
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", kill)
+    monkeypatch.setattr(one_process.shutil, "rmtree", kill)
     with pytest.raises(Killed):
         save(tmp_path, *((2, 2) if at == "keep_last" else (1, 2)), kind, keep_last=1)
     monkeypatch.undo()
@@ -134,14 +136,14 @@ def test_a_save_killed_before_it_clears_what_it_replaced(tmp_path, monkeypatch, 
     class Killed(BaseException):
         pass
 
-    real = checkpoint._remove
+    real = one_process._remove
 
     def kill(folder):
         if folder.exists():
             raise Killed
         real(folder)
 
-    monkeypatch.setattr(checkpoint, "_remove", kill)
+    monkeypatch.setattr(one_process, "_remove", kill)
     with pytest.raises(Killed):
         save(tmp_path, 1, 2, kind)
     monkeypatch.undo()
@@ -157,7 +159,7 @@ def test_a_save_killed_before_it_clears_what_it_replaced(tmp_path, monkeypatch, 
 def test_a_checkpoint_that_is_replaced_while_it_is_read_is_not_taken(tmp_path, monkeypatch, kind, read):
     """Files are checked, and opened again to be read: those of another save by then."""
     save(tmp_path, 1, 1, kind)
-    real, checked = checkpoint._check_file, []
+    real, checked = one_process.check_file, []
     n_files = len(list((tmp_path / "step-00000001").glob("*.safetensors")))
 
     def check(path, entry):
@@ -166,7 +168,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_not_taken(tmp_path, m
         if len(checked) == n_files:
             save(tmp_path, 1, 2, kind)
 
-    monkeypatch.setattr(checkpoint, "_check_file", check)
+    monkeypatch.setattr(one_process, "check_file", check)
     like = {"params": {"w": torch.empty(4, 3)}, "opt_state": [torch.tensor(0)]}
     with pytest.raises(ValueError, match="step-00000001: was replaced while it was read: load it again"):
         checkpoint.load(tmp_path) if read == "one" else dist_checkpoint.load(tmp_path, like)

@@ -10,7 +10,8 @@ from collections import deque
 import pytest
 import torch
 
-from purelm import _manifest, checkpoint, tree
+from purelm import checkpoint, tree
+from purelm.checkpoint import manifest
 
 X = torch.arange(3.0)
 
@@ -112,7 +113,7 @@ def test_what_was_just_saved_is_not_pruned(tmp_path):
 def test_formats_of_8_bits_are_looked_at():
     """Oracle: the values."""
     x = torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn)
-    assert not _manifest.is_finite({"x": x}) and _manifest.is_finite({"x": x[:1], "n": torch.tensor(1)})
+    assert not manifest.is_finite({"x": x}) and manifest.is_finite({"x": x[:1], "n": torch.tensor(1)})
 
 
 def forged(folder, change):
@@ -120,7 +121,7 @@ def forged(folder, change):
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    manifest["sha256"] = checkpoint._seal(manifest)
+    manifest["sha256"] = checkpoint.folder._seal(manifest)
     path.write_text(json.dumps(manifest))
 
 

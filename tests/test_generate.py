@@ -8,10 +8,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from purelm import random
-from purelm.generate import _finite, _stopped, _text, generate, stream
+from purelm.generate import generate, stream
+from purelm.generate.batched import _finite, _stopped, _text
+from purelm.generate.sampling import distribution, forbid, pick
 from purelm.models import transformer
 from purelm.models.transformer import Config, apply
-from purelm.sampling import distribution, forbid, pick
 
 CFG = Config(
     vocab_size=29, context_length=40, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=40, window=(6, None)
@@ -120,7 +121,7 @@ def test_min_new_tokens():
 def script(monkeypatch, *rows):
     """Makes the model say these tokens, whatever it thinks."""
     cursor = iter(zip(*rows, strict=True))
-    monkeypatch.setattr("purelm.generate.pick", lambda log_probs, u: torch.tensor(next(cursor)))
+    monkeypatch.setattr("purelm.generate.batched.pick", lambda log_probs, u: torch.tensor(next(cursor)))
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ def test_wheel_maps_both_folders(project, tmp_path):
     )
     (wheel,) = tmp_path.glob("purelm-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"purelm/kernels/probe.py", "purelm/dist/probe.py", "purelm/py.typed", "purelm/tree.py"} <= set(names)
+    expected = {"purelm/kernels/probe.py", "purelm/dist/probe.py", "purelm/py.typed", "purelm/tree/__init__.py"}
+    assert expected <= set(names)
     assert {n.split("/")[0] for n in names if not n.startswith("purelm-")} == {"purelm"}
     # Every module of the checkout is in the wheel: `packages` is listed by hand and could fall behind.
     here = {str(p.relative_to(project)) for p in (project / "purelm").rglob("*.py")}

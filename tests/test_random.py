@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purelm import _threefry, random
+from purelm import random
+from purelm.random import threefry
 
 M = 0xFFFFFFFF
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -42,7 +43,7 @@ def words(*values):
 )
 def test_known_answers(key, counter, answer):
     """Oracle: Random123's file of known answers (kat_vectors, threefry2x32 20)."""
-    out = _threefry.threefry2x32(*words(*key), *words(*counter))
+    out = threefry.threefry2x32(*words(*key), *words(*counter))
     assert tuple(int(x) & M for x in out) == answer == threefry_by_hand(key, counter)
 
 
@@ -270,7 +271,7 @@ def test_passes_of_a_long_draw_join(name, monkeypatch):
     """Oracle: the same draw in one pass; sizes around the multiples of a pass."""
     draw, key = DRAWS[name], random.key(2)
     long = draw(key, (1000,))
-    monkeypatch.setattr(_threefry, "CHUNK_CPU", 64)
+    monkeypatch.setattr(threefry, "CHUNK_CPU", 64)
     for n in (63, 64, 65, 128, 1000):
         assert torch.equal(draw(key, (n,)), long[:n])
         assert torch.equal(draw(key, (n,), index=torch.arange(n)), long[:n])
@@ -282,7 +283,7 @@ def test_passes_of_a_long_draw_join(name, monkeypatch):
 def test_vmap_over_keys_equals_a_loop(name, chunk, monkeypatch):
     """Oracle: a Python loop over keys. With passes of 16 the draw takes several, under vmap too."""
     if chunk:
-        monkeypatch.setattr(_threefry, "CHUNK_CPU", chunk)
+        monkeypatch.setattr(threefry, "CHUNK_CPU", chunk)
     draw = DRAWS[name]
     keys = random.split(random.key(0), 3)
     batched = torch.func.vmap(lambda k: draw(k, (5, 7)))(keys)

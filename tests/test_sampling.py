@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purelm.sampling import distribution, forbid, keep_min_p, keep_top_k, keep_top_p, pick, temper
+from purelm.generate.sampling import distribution, forbid, keep_min_p, keep_top_k, keep_top_p, pick, temper
 
 INF = math.inf
 # Small integers, so that equal logits are common.

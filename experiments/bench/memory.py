@@ -12,7 +12,7 @@ AdamW, fp32 masters, bf16 compute on a GPU. Eager, phase by phase, so that each 
 
 At each point: bytes of the storages of parameters, optimizer state and gradients; what the allocator has handed out
 ("held", so "rest" is held less those three: tables, buckets of messages); and its peak since the point before, where
-activations and an update's new tensors show. Beside them the formula, `accounting_parallel.rank_bytes`. A CPU has no
+activations and an update's new tensors show. Beside them the formula, `parallel.rank_bytes`. A CPU has no
 such allocator: held is what was counted, and peaks are missing. All figures are of the rank that holds most. purelm's
 update makes new parameters and state before the old ones go; --compile writes them in place, as the peers do.
 """
@@ -34,7 +34,7 @@ from experiments.console import program, say
 from experiments.memory import columns, human
 from experiments.ops import OpsName, ops_named
 from purelm import random
-from purelm.accounting_parallel import rank_bytes
+from purelm.accounting.parallel import rank_bytes
 from purelm.dist import world
 from purelm.models import transformer
 from purelm.transforms import remat

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from purelm import tree
-from purelm._between import own_cache
-from purelm._versions import keep_writes_behind_reads
 from purelm.optim.base import Mask, Tree, chosen_by, compute_dtype
+from purelm.transforms.boundary import own_cache
+from purelm.transforms.torch_versions import keep_writes_behind_reads
 
 __all__ = ["LeafFn", "decays", "leaf_by_leaf", "rates"]
 

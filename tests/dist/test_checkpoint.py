@@ -5,7 +5,6 @@ Ranks that die are in test_checkpoint_kills.
 """
 
 import ctypes
-import doctest
 import json
 import os
 from typing import NamedTuple
@@ -17,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from purelm import _shards, random, tree
 from purelm import checkpoint as one_process
+from purelm import random, tree
+from purelm.checkpoint import shards
 from purelm.dist import checkpoint
 from purelm.dist.sharding import part_of, part_shape
 from purelm.dist.world import rank_of, size_of
@@ -187,7 +187,7 @@ def on_rank_wrong(root, kind):
     if kind == "both" and rank == 0:
         root = root / "step-00000001" / "manifest.json"  # no folder can be made there
     if kind == "disk":
-        real, full = _shards.write, OSError(28, "No space left on device")
+        real, full = shards.write, OSError(28, "No space left on device")
 
         def write(path, tensors):
             out = real(path, tensors)
@@ -195,12 +195,12 @@ def on_rank_wrong(root, kind):
                 raise full
             return out
 
-        _shards.write = write
+        shards.write = write
     try:
         checkpoint.save(root, step, trees, like=like, keep_last=0 if kind == "keep" else None)
     finally:
         if kind == "disk":
-            _shards.write = real
+            shards.write = real
         if kind == "rename":
             os.rename = rename
 
@@ -331,7 +331,7 @@ def test_names_alone_are_read(tmp_path):
         checkpoint.load(tmp_path, LIKE, step=9)
 
 
-tensors = st.tuples(st.sampled_from(list(_shards._NAMES)), st.lists(st.integers(0, 3), max_size=3)).map(
+tensors = st.tuples(st.sampled_from(list(shards.NAMES)), st.lists(st.integers(0, 3), max_size=3)).map(
     lambda t: torch.arange(27, dtype=torch.uint8).repeat(16)[: torch.Size(t[1]).numel() * t[0].itemsize].clone()
     .view(t[0]).view(t[1])
 )  # fmt: skip
@@ -342,7 +342,7 @@ def test_files_are_safetensors(tmp_path_factory, values):
     """Oracle: the library's own reader; and, with a view, its own writer."""
     folder = tmp_path_factory.mktemp("files")
     values = {k: x % 2 == 0 if x.dtype == torch.bool else x for k, x in values.items() if k != "__metadata__"}
-    entry = _shards.write(folder / "a", values)
+    entry = shards.write(folder / "a", values)
     data = (folder / "a").read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
@@ -353,7 +353,7 @@ def test_files_are_safetensors(tmp_path_factory, values):
         bits = [y.contiguous().view(-1).view(torch.uint8) for y in (x, read[key])]  # NaNs too
         assert x.dtype == read[key].dtype and x.shape == read[key].shape and torch.equal(*bits)
     assert entry["bytes"] == (folder / "a").stat().st_size
-    one_process._check_file(folder / "a", entry)
+    one_process.folder.check_file(folder / "a", entry)
     save_file(values, folder / "b")
     assert (folder / "a").stat().st_size - entry["bytes"] == 0 and load_file(folder / "b").keys() == values.keys()
 
@@ -365,10 +365,10 @@ def test_rows_of_any_cut(tmp_path_factory, n, n_saved, n_loaded):
     files = []
     for r in range(n_saved):
         plan = checkpoint._plan({"t": part_of(x, r, n_saved)}, {"t": x}, True, n_saved)
-        files.append(_shards.write(folder / f"{r}", checkpoint._own(plan, r, n_saved)))
+        files.append(shards.write(folder / f"{r}", checkpoint._own(plan, r, n_saved)))
     manifest = {"shards": files, "files": checkpoint._describe({"t": x}, plan)}
-    (leaf,) = _shards.leaves(folder, manifest, "t").values()
-    with _shards.Reader(folder) as reader:
+    (leaf,) = shards.leaves(folder, manifest, "t").values()
+    with shards.Reader(folder) as reader:
         for r in range(n_loaded):
             shape = part_shape(x.shape, n_loaded)
             assert torch.equal(reader.fill(torch.zeros(shape), leaf, r * shape[0]), part_of(x, r, n_loaded))
@@ -426,23 +426,23 @@ def on_rank_memory(root, n_leaves, rows):
         def hexdigest(self):
             return self.inner.hexdigest()
 
-    hashlib = _shards.hashlib
-    _shards.hashlib = type("H", (), {"sha256": Digest})
+    hashlib = shards.hashlib
+    shards.hashlib = type("H", (), {"sha256": Digest})
     before = anonymous()
     try:
         checkpoint.save(root, 1, parts, like=like)
     finally:
-        _shards.hashlib = hashlib
+        shards.hashlib = hashlib
     saving = max(seen) - before
     del parts
     ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the kernel
     seen.clear()
-    _shards.safe_open = File
+    shards.safe_open = File
     before = anonymous()
     try:
         got, _ = checkpoint.load(root, like)
     finally:
-        _shards.safe_open = safe_open
+        shards.safe_open = safe_open
     loading = max([*seen, anonymous()]) - before
     assert all((x == rank + 1).all() for x in got["p"])
     return saving, loading, sum(read), max(read)
@@ -455,7 +455,3 @@ def test_a_rank_holds_its_part_and_one_leaf_at_most(tmp_path):
         assert saving <= leaf + slack
         assert part <= loading <= part + leaf + slack
         assert read == part and largest == leaf // 2
-
-
-def test_examples():
-    assert doctest.testmod(checkpoint).failed == 0

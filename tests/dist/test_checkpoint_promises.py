@@ -91,7 +91,7 @@ def test_manifests_are_not_believed(tmp_path, place, values):
         for name in parents:
             at = at[name]
         at[last] = value
-        manifest["sha256"] = one_process._seal(manifest)
+        manifest["sha256"] = one_process.folder._seal(manifest)
         path.write_text(json.dumps(manifest))
         if place == "files.p.tree":  # a tree that is one, but of other leaves
             if value is None:
@@ -112,7 +112,7 @@ def test_leaves_that_files_cannot_hold(tmp_path):
     for shape, message in (([10**9, 10**6], "its leaves have .* bytes more than its"), ([2, 2], "the manifest says")):
         manifest = json.loads(path.read_text())
         manifest["files"]["p"]["leaves"]["w"]["shape"] = shape
-        manifest["sha256"] = one_process._seal(manifest)
+        manifest["sha256"] = one_process.folder._seal(manifest)
         path.write_text(json.dumps(manifest))
         with pytest.raises(ValueError, match=message):
             one_process.load(tmp_path)

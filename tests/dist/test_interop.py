@@ -3,7 +3,6 @@
 Oracle: torch.optim itself, on the same gradients, in one process.
 """
 
-import doctest
 import io
 
 import numpy as np
@@ -233,7 +232,3 @@ def test_torch_optimizer_groups_masks_and_closures():
     momentum = interop.TorchOptimizer([torch.nn.Parameter(torch.zeros(2))], sgd(0.9))
     with pytest.raises(ValueError, match=r"0.m.0 has shape \(2,\), this optimizer has \(3,\)"):
         interop.TorchOptimizer(larger, sgd(0.9)).load_state_dict(momentum.state_dict())
-
-
-def test_examples():
-    assert doctest.testmod(interop).failed == 0

@@ -3,7 +3,6 @@
 Oracle: the same module in one process, on the whole batch, with torch.optim.
 """
 
-import doctest
 import weakref
 from functools import partial
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from purelm import interop_modules
 from purelm.dist.agreement import check_equal
 from purelm.dist.world import rank_of
 from purelm.interop import ddp, fsdp, functional
@@ -324,7 +322,3 @@ def on_rank_wrong(which):
 @pytest.mark.parametrize("which", ["ddp", "fsdp"])
 def test_wrong_arguments(which):
     run(on_rank_wrong, which)
-
-
-def test_doctests():
-    assert doctest.testmod(interop_modules).failed == 0

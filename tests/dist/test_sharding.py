@@ -1,13 +1,11 @@
 """Trees cut along axis 0. Oracles: slices of the whole; reduce_scatter and all_gather leaf by leaf; the dot product."""
 
-import doctest
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from purelm import random, tree
-from purelm.dist import sharding
 from purelm.dist.collectives import all_reduce
 from purelm.dist.sharding import gather_parts, part_of, part_shape, scatter_sums, shard, unshard
 from purelm.dist.world import rank_of, size_of
@@ -101,7 +99,3 @@ def test_alone():
     assert {x.dtype for x in scatter_sums(values, dtype=torch.bfloat16).wait()} == {torch.bfloat16}
     with pytest.raises(ValueError, match="8 parts, but `like` has 7 leaves"):
         unshard(parts, values[1:])
-
-
-def test_examples():
-    assert doctest.testmod(sharding).failed == 0

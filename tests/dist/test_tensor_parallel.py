@@ -1,6 +1,5 @@
 """Tensor parallelism on two and four Gloo processes. Oracle: `transformer.loss` in one process, whole parameters."""
 
-import doctest
 from dataclasses import replace
 from functools import partial
 
@@ -413,9 +412,6 @@ def test_refused_on_every_rank(case, message):
     assert len(error.value.errors) == 2
 
 
-@pytest.mark.parametrize("module", [tensor_parallel, vocab_parallel, conjugates])
-def test_examples(module):
-    assert doctest.testmod(module).failed == 0
 
 
 def on_rank_wrapped_once():

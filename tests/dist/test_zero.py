@@ -4,7 +4,6 @@ Two gradients have one sum whatever the order, so element-wise optimizers agree 
 or a loss over halves of a batch comes in, to the rounding of the dtype.
 """
 
-import doctest
 
 import pytest
 import torch
@@ -463,7 +462,3 @@ def test_training_in_fp32():
 @pytest.mark.parametrize("name", ["momentum", "clipped"])
 def test_compiled_and_donated(name):
     run(on_rank_trains, name, torch.float64, True)
-
-
-def test_examples():
-    assert doctest.testmod(zero).failed == 0

@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_changes_no_file(copy):
 def test_a_checkpoint_that_says_it_is_not_finite_is_not_gone_on_from(copy):
     path = copy / "run" / "checkpoints" / "step-00000004" / "manifest.json"
     manifest = {**json.loads(path.read_text()), "finite": False}
-    path.write_text(json.dumps({**manifest, "sha256": checkpoint._seal(manifest)}))
+    path.write_text(json.dumps({**manifest, "sha256": checkpoint.folder._seal(manifest)}))
     with pytest.raises(ValueError, match="step-00000004: holds inf or nan, so nothing can go on from it"):
         start(again(copy))
 

@@ -3,7 +3,6 @@
 Oracles: the plain-torch reference in float64, with the rule of rules.py; on the CPU, the reference itself.
 """
 
-import doctest
 import math
 
 import pytest
@@ -159,8 +158,3 @@ def test_double_backward_says_so():
 def test_bad_arguments(x, w, message):
     with pytest.raises(ValueError, match=message):
         weighted_sum(x, w)
-
-
-def test_example():
-    """Oracle: what the docstring prints."""
-    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0

@@ -1,6 +1,5 @@
 """Wrappers of blocks are made once. Oracles: counts of calls, dynamo's own count of graphs, the unwrapped model."""
 
-import doctest
 import gc
 import weakref
 from dataclasses import replace
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from purelm import random
-from purelm.models import regional, transformer
+from purelm.models import transformer
 from purelm.models.regional import MOST, Block, made_once
 from purelm.ops import REFERENCE
 from purelm.transforms import jit, remat, value_and_grad
@@ -125,7 +124,3 @@ def test_blocks_are_compiled_once(around):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found["layers"][0], grads["layers"][0], rtol=1e-4, atol=1e-6)
     assert graphs[0] == graphs[1] == graphs[2]
-
-
-def test_examples():
-    assert doctest.testmod(regional).failed == 0 < doctest.testmod(regional).attempted

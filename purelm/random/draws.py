@@ -1,15 +1,4 @@
-"""Random numbers from explicit keys: the same key gives the same numbers on every device and for every sharding.
-
-A key is an int64 tensor of shape (2,) holding two 32-bit words. Element i of a draw is a function of (key, i) alone
-(`_threefry.py`), so bits are equal on CPU and GPU, under torch.vmap and torch.compile, and in any slice of a draw.
-They are also jax.random's bits for the same key (threefry2x32, jax_threefry_partitionable=True). Floats are made of
-them by the same maps; transcendental ones are evaluated in fp64 and rounded once, so that they agree with jax to
-its rounding, and between devices almost always exactly.
-
-Every draw takes `index`, the linear index of its first element in the whole array (int or 0-d tensor), or of each
-element (int64 tensor of the draw's shape, see `block_index`): with it a shard draws exactly its part of the whole.
-Never use a key twice: `split` or `fold_in` it.
-"""
+"""Draws from a key: bits, and what is made of them."""
 
 import math
 from collections.abc import Sequence
@@ -18,97 +7,27 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from purelm._threefry import WORD, draw, encipher, unsigned
-from purelm._values import at_hand
-
-Key = Int[Tensor, " 2"]
-Index = int | Tensor
+from purelm.devices import at_hand
+from purelm.random.keys import Index, Key, check_key, split
+from purelm.random.threefry import WORD, draw, unsigned
 
 __all__ = [
-    "Key",
     "bernoulli",
     "bits",
-    "block_index",
     "categorical",
     "choice",
-    "fold_in",
     "gumbel",
-    "key",
     "normal",
     "permutation",
     "randint",
-    "split",
     "truncated_normal",
     "uniform",
 ]
 
 
-def key(seed: int, device: torch.device | str | None = None) -> Key:
-    """The key of a 64-bit seed: its high and its low word (two's complement for a negative seed).
-
-    Equal to jax.random.key(seed) for 0 <= seed < 2**32, and beyond as jax with jax_enable_x64 (without it, jax
-    drops the high word). ValueError outside [-2**63, 2**63).
-
-    >>> key(42)
-    tensor([ 0, 42])
-    """
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"key: seed is {seed!r}; an int in [-2**63, 2**63) is needed")
-    return torch.tensor([(seed >> 32) & WORD, seed & WORD], dtype=torch.int64, device=device)
-
-
-def split(key: Key, n: int | Sequence[int] = 2) -> Int[Tensor, "n 2"]:
-    """n independent keys (or an array of keys of shape n), stacked on the first axes.
-
-    >>> k1, k2 = split(key(0))
-    """
-    _check_key("split", key)
-    shape = (n,) if isinstance(n, int) else tuple(n)
-    index = torch.arange(math.prod(shape), device=key.device).reshape(shape)
-    return torch.stack([unsigned(word) for word in encipher(key, index)], dim=-1)
-
-
-def fold_in(key: Key, data: int | Int[Tensor, ""]) -> Key:
-    """A new key from a key and a number, 0 <= data < 2**63; a 0-d tensor keeps compiled code free of its value.
-
-    Equal to `split(key, n)[data]` for data < n, and to jax's for data < 2**32 (jax refuses larger ones).
-    """
-    _check_key("fold_in", key)
-    if isinstance(data, Tensor):
-        if data.ndim != 0 or data.dtype.is_floating_point:
-            raise ValueError(f"fold_in: data has shape {tuple(data.shape)} and {data.dtype}; a 0-d integer is needed")
-        index = data.to(device=key.device, dtype=torch.int64)
-    else:
-        if not 0 <= data < 2**63:
-            raise ValueError(f"fold_in: data is {data}; 0 <= data < 2**63 is needed")
-        index = torch.full((), data, dtype=torch.int64, device=key.device)
-    return torch.stack([unsigned(word) for word in encipher(key, index)], dim=-1)
-
-
-def block_index(
-    whole: Sequence[int], start: Sequence[int], shape: Sequence[int], device: torch.device | str | None = None
-) -> Int[Tensor, "..."]:
-    """Linear indices, within an array of shape `whole`, of the block of `shape` that begins at `start`.
-
-    normal(key, shape, index=block_index(whole, start, shape)) equals that block of normal(key, whole).
-
-    >>> block_index((4, 6), (1, 2), (2, 2))
-    tensor([[ 8,  9],
-            [14, 15]])
-    """
-    if not len(whole) == len(start) == len(shape):
-        raise ValueError(f"block_index: {len(whole)} axes of whole, {len(start)} of start, {len(shape)} of shape")
-    index = torch.zeros((), dtype=torch.int64, device=device)
-    for size, first, length in zip(whole, start, shape, strict=True):
-        if not (0 <= first and first + length <= size):
-            raise ValueError(f"block_index: [{first}, {first + length}) is not inside an axis of {size}")
-        index = index[..., None] * size + torch.arange(first, first + length, device=device)
-    return index
-
-
 def bits(key: Key, shape: Sequence[int], *, index: Index = 0) -> Int[Tensor, "..."]:
     """32 random bits an element, as int64 values in [0, 2**32)."""
-    _check_key("bits", key)
+    check_key("bits", key)
     return draw(key, shape, index, lambda a, b: unsigned(a ^ b), torch.int64)
 
 
@@ -125,7 +44,7 @@ def uniform(
 
     The grid is 2**-52 in float64, 2**-10 in float16 and 2**-7 in bfloat16, as in jax.
     """
-    _check_key("uniform", key)
+    check_key("uniform", key)
     _check_float("uniform", dtype)
     return draw(key, shape, index, lambda a, b: _scaled(a, b, low, high, dtype), dtype)
 
@@ -138,7 +57,7 @@ def normal(
     In bfloat16 and float16 u itself has that dtype (jax's way), which leaves 128 or 2048 distinct values: draw in
     float32 and cast where that is too few, as for weights.
     """
-    _check_key("normal", key)
+    check_key("normal", key)
     _check_float("normal", dtype)
     low = -1.0 + torch.finfo(dtype).eps / 2  # the float after -1
 
@@ -161,7 +80,7 @@ def truncated_normal(
 
     lower and upper are in standard deviations; multiply the result for another scale. It never touches the bounds.
     """
-    _check_key("truncated_normal", key)
+    check_key("truncated_normal", key)
     _check_float("truncated_normal", dtype)
     if not lower < upper:
         raise ValueError(f"truncated_normal: lower {lower} must be below upper {upper}")
@@ -180,7 +99,7 @@ def gumbel(
     key: Key, shape: Sequence[int], dtype: torch.dtype = torch.float32, *, index: Index = 0
 ) -> Float[Tensor, "..."]:
     """Standard Gumbel: -log(-log(u)), u uniform on [tiny, 1). In float32 the values lie in [-4.5, 16]."""
-    _check_key("gumbel", key)
+    check_key("gumbel", key)
     _check_float("gumbel", dtype)
     tiny = torch.finfo(dtype).tiny
 
@@ -215,7 +134,7 @@ def randint(
     With 32 bits the probabilities differ by up to a factor 1 + (high - low) / 2**32, which is much for a range of
     many millions (an offset into a corpus): take n_bits=64 there. Bounds beyond int32 always use 64.
     """
-    _check_key("randint", key)
+    check_key("randint", key)
     if n_bits not in (32, 64):
         raise ValueError(f"randint: n_bits is {n_bits}; 32 or 64 are allowed")
     if not low < high:
@@ -241,7 +160,7 @@ def randint(
 
 def permutation(key: Key, n: int) -> Int[Tensor, " n"]:
     """A uniformly random order of 0..n-1: repeated stable sorts by random 32-bit words, as many as jax makes."""
-    _check_key("permutation", key)
+    check_key("permutation", key)
     order = torch.arange(n, device=key.device)
     # Words of one sort collide; after this many rounds two elements agree in all of them with negligible chance.
     n_rounds = math.ceil(3 * math.log(max(1, n)) / math.log(WORD))
@@ -278,7 +197,7 @@ def choice(
     Without replacement and with p, the draws are ordered as if taken one after another (Gumbel top-k).
     ValueError for a p that is no distribution, where the host can look: on a CPU.
     """
-    _check_key("choice", key)
+    check_key("choice", key)
     n = a.shape[0] if isinstance(a, Tensor) else a
     n_draws = math.prod(shape)
     if n <= 0:
@@ -328,12 +247,6 @@ def _unsigned_mod(x: Tensor, span: int) -> Tensor:
     """x mod span, with the int64 x read as unsigned: (2 * (x >> 1) + lowest bit) mod span, for span <= 2**62."""
     half = ((x >> 1) & 0x7FFFFFFFFFFFFFFF) % span
     return (2 * half + (x & 1)) % span
-
-
-def _check_key(name: str, key: Tensor) -> None:
-    if not isinstance(key, Tensor) or key.shape != (2,) or key.dtype != torch.int64:
-        given = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
-        raise ValueError(f"{name}: key is {given}; a key is an int64 tensor of shape (2,) (vmap over several)")
 
 
 def _check_float(name: str, dtype: torch.dtype) -> None:

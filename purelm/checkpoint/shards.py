@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 # Names of the format (https://github.com/huggingface/safetensors) for what torch has.
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -40,7 +40,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Piece(NamedTuple):
@@ -66,7 +66,7 @@ def file_name(rank: int, n_ranks: int) -> str:
 
 def describe(x: Tensor, shard: int | None) -> dict[str, Any]:
     """A leaf's entry in the manifest of format 2."""
-    return {"shape": list(x.shape), "dtype": _NAMES[x.dtype], "shard": shard}
+    return {"shape": list(x.shape), "dtype": NAMES[x.dtype], "shard": shard}
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     for key in order:
         x = tensors[key]
         begin, end = end, end + x.numel() * x.element_size()
-        header[key] = {"dtype": _NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
+        header[key] = {"dtype": NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
@@ -115,14 +115,14 @@ def leaves(folder: Path, manifest: Mapping[str, Any], name: str) -> dict[str, Le
             if leaf["shard"] is not None:
                 cuts = [(0, n if r == leaf["shard"] else 0) for r in range(N)]
             pieces = [Piece(f, f"{name}/{path}", a, b) for f, (a, b) in zip(files, cuts, strict=True) if a < b]
-            found[path] = Leaf(tuple(leaf["shape"]), _DTYPES[leaf["dtype"]], pieces)
+            found[path] = Leaf(tuple(leaf["shape"]), DTYPES[leaf["dtype"]], pieces)
         return found
     with safe_open(folder / entry["file"], framework="pt") as file:
         for key in file.keys():
             header = file.get_slice(key)
             shape = tuple(header.get_shape())
             piece = Piece(entry["file"], key, 0, _rows(shape))
-            found[key] = Leaf(shape, _DTYPES[header.get_dtype()], [piece] if piece.stop else [])
+            found[key] = Leaf(shape, DTYPES[header.get_dtype()], [piece] if piece.stop else [])
     return found
 
 
@@ -152,7 +152,7 @@ class Reader:
             if a < b and out.numel():
                 try:
                     stored = self._file(piece.file).get_slice(piece.key)
-                    has = tuple(stored.get_shape()), _DTYPES.get(stored.get_dtype())
+                    has = tuple(stored.get_shape()), DTYPES.get(stored.get_dtype())
                     value = stored[...] if not leaf.shape else stored[a - piece.start : b - piece.start]
                 except SafetensorError as error:
                     raise ValueError(f"{self._folder / piece.file}: {piece.key}: {error}") from None

@@ -1,7 +1,7 @@
 """torch's class-based interfaces over purelm's functions, for programs that are written against torch.optim.
 
 Optimizers here change parameters in place, as torch.optim does: that is what such programs expect. The arithmetic is
-that of the optimizer that they wrap. `functional`, `ddp` and `fsdp` take modules (interop_modules, interop_fsdp).
+that of the optimizer that they wrap. `functional`, `ddp` and `fsdp` take modules (modules, fully_sharded).
 """
 
 from collections.abc import Callable, Iterable
@@ -15,8 +15,8 @@ from purelm import tree
 from purelm.dist import messages, zero
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.world import Group, rank_of, size_of
-from purelm.interop_fsdp import fsdp
-from purelm.interop_modules import ddp, functional
+from purelm.interop.fully_sharded import fsdp
+from purelm.interop.modules import ddp, functional
 from purelm.optim import Optimizer, apply_updates
 from purelm.optim.parts import check_sees_all
 

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: trees as JSON and back, and nothing believed before it was checked.
 
 A tree is written as {"dict": {...}}, {"int_dict": {...}} (whose keys are numbers), {"list": [...]}, {"tuple": [...]},
-null or "leaf". Fields of the two formats: see `purelm._shards`.
+null or "leaf". Fields of the two formats: see `purelm.checkpoint.shards`.
 """
 
 import json
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purelm import _shards, tree
+from purelm import tree
+from purelm.checkpoint.shards import DTYPES, NAMES
 
 __all__ = ["check_leaves", "check_manifest", "check_meta", "check_structure", "is_finite", "rebuild", "skeleton"]
 
@@ -83,7 +84,7 @@ def check_leaves(name: str, value: Any) -> None:
         what = f"save: {name}.{path}" if path else f"save: {name}"
         if not isinstance(x, Tensor):
             raise ValueError(f"{what} is {x!r:.80}, a {type(x).__name__}: leaves are tensors (numbers go into meta)")
-        if x.layout != torch.strided or x.device.type == "meta" or x.dtype not in _shards._NAMES:
+        if x.layout != torch.strided or x.device.type == "meta" or x.dtype not in NAMES:
             raise ValueError(f"{what} is {x.dtype}, {x.layout}, on {x.device}, which cannot be stored")
 
 
@@ -143,11 +144,11 @@ def check_manifest(path: Path, manifest: Mapping[str, Any], *, sharded: bool) ->
             shape = has(at, leaf, "shape", list)
             if any(type(n) is not int or n < 0 for n in shape):
                 raise ValueError(f"{path}: {at}shape is {shape!r:.80}, not a list of sizes")
-            if (dtype := has(at, leaf, "dtype", str)) not in _shards._DTYPES:
+            if (dtype := has(at, leaf, "dtype", str)) not in DTYPES:
                 raise ValueError(f"{path}: {at}dtype is {dtype!r:.80}, which this version does not know")
             if leaf.get("shard", 0) is not None and has(at, leaf, "shard", int) >= len(shards):
                 raise ValueError(f"{path}: {at}shard is {leaf['shard']}, but there are {len(shards)} files")
-            n_bytes -= math.prod(shape) * _shards._DTYPES[dtype].itemsize
+            n_bytes -= math.prod(shape) * DTYPES[dtype].itemsize
     if sharded and n_bytes < 0:
         raise ValueError(f"{path}: its leaves have {-n_bytes} bytes more than its files")
 

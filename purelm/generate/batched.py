@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from purelm import random
+from purelm.generate.sampling import distribution, forbid, pick
 from purelm.models.cache import decode_, init_cache, prefill
 from purelm.models.config import Config
 from purelm.models.tokens import check_tokens
 from purelm.ops import REFERENCE, Ops
-from purelm.sampling import distribution, forbid, pick
 
 __all__ = ["Generation", "Step", "generate", "stream"]
 

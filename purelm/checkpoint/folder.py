@@ -1,11 +1,4 @@
-"""Checkpoints: a folder `step-00001000/` of safetensors files and a manifest, complete or not there at all.
-
-    save(root, step, {"params": params, "opt_state": opt_state}, meta={"config": ...})
-    trees, meta = load(root, like={"params": params})
-
-A checkpoint is written beside its final place, flushed to disk and renamed, so a kill at any instant leaves the
-previous one loadable. The manifest holds each file's size and SHA-256: a flipped byte is named, never trained on.
-What `purelm.dist.checkpoint` wrote on many processes is listed and read here too (format 2, see `purelm._shards`).
+"""Checkpoints of one process: saved beside their place and renamed, and read with every byte checked.
 """
 
 import hashlib
@@ -23,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from purelm import _shards, tree
-from purelm._manifest import (
+from purelm import tree
+from purelm.checkpoint import shards
+from purelm.checkpoint.manifest import (
     check_leaves,
     check_manifest,
     check_meta,
@@ -43,7 +37,7 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 
 
-def _folder(root: Path, step: int) -> Path:
+def folder_of(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
@@ -135,13 +129,13 @@ def save(
     A checkpoint of the same step is replaced: the old one keeps its data under `.replaced` until the new one stands.
     Where anything fails nothing is left of it. One process at a time may save under a root.
     """
-    step = _as_step(step)
+    step = as_step(step)
     for name, value in trees.items():
         check_structure(name, value)
         check_leaves(name, value)
     content = {"format": FORMAT, "meta": check_meta(meta, step)}
     content["finite"] = is_finite(dict(trees)) if finite is None else bool(finite)
-    temporary = _begin(Path(root), step, keep_last)
+    temporary = begin(Path(root), step, keep_last)
     try:
         files = {}
         for name, value in trees.items():
@@ -158,13 +152,13 @@ def save(
                 "sha256": _sha256(path),
                 "tree": skeleton(value),
             }
-        return _finish(temporary, step, {**content, "files": files}, keep_last)
+        return finish(temporary, step, {**content, "files": files}, keep_last)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _begin(root: Path, step: int, keep_last: int | None) -> Path:
+def begin(root: Path, step: int, keep_last: int | None) -> Path:
     """A new folder for the files, under a name that does not count as a checkpoint."""
     if keep_last is not None and (not isinstance(keep_last, int) or keep_last < 1):
         raise ValueError(f"keep_last must be at least 1 or None, got {keep_last!r}")
@@ -179,9 +173,9 @@ def _begin(root: Path, step: int, keep_last: int | None) -> Path:
     return temporary
 
 
-def _finish(temporary: Path, step: int, content: Mapping[str, Any], keep_last: int | None) -> Path:
+def finish(temporary: Path, step: int, content: Mapping[str, Any], keep_last: int | None) -> Path:
     """Write the manifest beside the flushed files, and give the folder its name."""
-    root, final = temporary.parent, _folder(temporary.parent, step)
+    root, final = temporary.parent, folder_of(temporary.parent, step)
     # As it will be read: keys become texts, tuples lists.
     manifest = json.loads(json.dumps({**content, "step": step, "torch": torch.__version__}))
     manifest["sha256"] = _seal(manifest)
@@ -200,11 +194,11 @@ def _finish(temporary: Path, step: int, content: Mapping[str, Any], keep_last: i
         kept = {step, latest_finite(root), *found[-keep_last:]}
         for old in found:
             if old not in kept:
-                _remove(_folder(root, old))
+                _remove(folder_of(root, old))
     return final
 
 
-def _as_step(step: int) -> int:
+def as_step(step: int) -> int:
     try:
         number = operator.index(step)
     except TypeError:
@@ -214,7 +208,7 @@ def _as_step(step: int) -> int:
     return number
 
 
-def _locate(root: Path, step: int | None) -> Path:
+def locate(root: Path, step: int | None) -> Path:
     """The folder of a checkpoint: `root` may be the folder of checkpoints or one checkpoint itself."""
     if step is None and (root / MANIFEST).is_file():
         return root
@@ -222,7 +216,7 @@ def _locate(root: Path, step: int | None) -> Path:
         step = latest(root)
         if step is None:
             raise ValueError(f"{root}: no complete checkpoint here (looked for step-*/{MANIFEST})")
-    for folder in (_folder(root, step), _folder(root, step).with_name(_folder(root, step).name + ".replaced")):
+    for folder in (folder_of(root, step), folder_of(root, step).with_name(folder_of(root, step).name + ".replaced")):
         if (folder / MANIFEST).is_file():
             return folder
     raise ValueError(f"{root}: no checkpoint of step {step}; there are {steps(root) or 'none'}")
@@ -233,7 +227,7 @@ def read_manifest(root: str | Path, step: int | None = None) -> dict[str, Any]:
 
     ValueError names a field that is missing or of another type, and files that are not in the folder.
     """
-    path = _locate(Path(root), step) / MANIFEST
+    path = locate(Path(root), step) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
@@ -247,13 +241,13 @@ def read_manifest(root: str | Path, step: int | None = None) -> dict[str, Any]:
     return manifest
 
 
-def _check_unchanged(folder: Path, manifest: Mapping[str, Any]) -> None:
+def check_unchanged(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Files are opened again after they were checked: it must be the same checkpoint's still."""
     if read_manifest(folder)["sha256"] != manifest["sha256"]:
         raise ValueError(f"{folder}: was replaced while it was read: load it again")
 
 
-def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
+def check_file(path: Path, entry: Mapping[str, Any]) -> None:
     if not path.is_file():
         raise ValueError(f"{path}: missing, though the manifest lists it")
     size = path.stat().st_size
@@ -264,7 +258,7 @@ def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path, entry: Mapping[str, Any], device: str | torch.device) -> dict[str, Tensor]:
-    _check_file(path, entry)
+    check_file(path, entry)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             return {key: file.get_tensor(key) for key in file.keys()}
@@ -272,7 +266,7 @@ def _read(path: Path, entry: Mapping[str, Any], device: str | torch.device) -> d
         raise ValueError(f"{path}: not a safetensors file ({error})") from None
 
 
-def _mismatch(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+def mismatch(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
     for key in sorted(stored.keys() | wanted.keys()):
         if key not in wanted:
             return f"{path}: holds {key} {tuple(stored[key].shape)}, which the given config does not have"
@@ -302,13 +296,13 @@ def load(
         only: the names to read (default: those of `like`, else all).
         device: where the tensors go.
     """
-    folder = _locate(Path(root), step)
+    folder = locate(Path(root), step)
     manifest = read_manifest(folder)
     if isinstance(only, str):
         raise ValueError(f"load: only must be a list of names, got {only!r}: give [{only!r}]")
     names = list(only) if only is not None else list(like if like is not None else manifest["files"])
     for shard in manifest.get("shards", ()):
-        _check_file(folder / shard["file"], shard)
+        check_file(folder / shard["file"], shard)
     out = {}
     for name in names:
         if name not in manifest["files"]:
@@ -318,12 +312,12 @@ def load(
         if "file" in entry:
             tensors = _read(path, entry, device)
         else:
-            with _shards.Reader(folder) as reader:
-                stored = _shards.leaves(folder, manifest, name)
+            with shards.Reader(folder) as reader:
+                stored = shards.leaves(folder, manifest, name)
                 tensors = {key: reader.whole(leaf, device) for key, leaf in stored.items()}
         if like is not None and name in like:
             wanted = dict(zip(tree.paths(like[name]), tree.leaves(like[name]), strict=True))
-            problem = _mismatch(path, tensors, wanted)
+            problem = mismatch(path, tensors, wanted)
             if problem:
                 raise ValueError(problem)
             out[name] = tree.unflatten(tree.structure(like[name]), [tensors[k] for k in wanted])
@@ -332,5 +326,5 @@ def load(
                 out[name] = rebuild(entry["tree"], tensors)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
-    _check_unchanged(folder, manifest)
+    check_unchanged(folder, manifest)
     return out, {**manifest["meta"], "step": manifest["step"]}

@@ -24,7 +24,7 @@ from purelm.dist import fsdp as sharded
 from purelm.dist.messages import Pending
 from purelm.dist.sharding import unshard
 from purelm.dist.world import Group, size_of
-from purelm.interop_modules import _Means, _same_everywhere
+from purelm.interop.modules import _Means, _same_everywhere
 
 __all__ = ["FullySharded", "fsdp"]
 

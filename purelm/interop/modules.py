@@ -2,7 +2,7 @@
 
     params, apply = functional(module)       # apply(params, x) is module(x)
 
-    model = ddp(module)                      # or interop_fsdp.fsdp(module)
+    model = ddp(module)                      # or fully_sharded.fsdp(module)
     model(x).square().mean().backward()
     model.finish_gradient_synchronization()  # .grad is now the mean over ranks
     optimizer.step()                         # any of torch.optim, over model.parameters()

@@ -13,7 +13,7 @@ import optree
 import torch
 from torch import Tensor
 
-from purelm._donate import check_memory, consume, donated_type_of, unmatched_message
+from purelm.transforms.donation import check_memory, consume, donated_type_of, unmatched_message
 
 __all__ = ["cuda_graph"]
 

@@ -1,6 +1,5 @@
-"""Transformations of pure functions: gradients, compilation with donation, rematerialisation, accumulation.
+"""Gradients, rematerialisation and accumulation, as functions of functions.
 
-Each takes a function of trees and returns one; none changes its arguments (`jit` consumes what it was told to).
 `value_and_grad` is first-order reverse mode through torch.autograd. For forward mode, per-sample gradients and
 higher derivatives apply torch.func to the same functions.
 
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor
 
 from purelm import tree
-from purelm._between import between_graphs, not_traced, own_cache
-from purelm._donate import in_stages, jit
-from purelm._graph import cuda_graph
+from purelm.transforms.boundary import between_graphs, not_traced, own_cache
+from purelm.transforms.donation import in_stages, jit
+from purelm.transforms.graph import cuda_graph
 
-__all__ = ["accumulate", "cuda_graph", "grad", "in_stages", "jit", "remat", "save_matmuls", "value_and_grad"]
+__all__ = ["accumulate", "cuda_graph", "grad", "in_stages", "jit", "remat", "save_matmuls", "value_and_grad",]
 
 
 Watch = Callable[[list[Tensor]], Callable[[], list[Tensor]]]

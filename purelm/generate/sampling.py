@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from purelm._values import at_hand
+from purelm.devices import at_hand
 from purelm.ops.softmax import log_softmax
 
 __all__ = ["distribution", "forbid", "keep_min_p", "keep_top_k", "keep_top_p", "pick", "temper"]

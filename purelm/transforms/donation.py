@@ -14,9 +14,10 @@ import optree
 import torch
 from torch import Tensor
 
-from purelm import _tree_traced, tree
-from purelm._between import own_cache, own_code
-from purelm._versions import keep_writes_behind_reads, nested_graph_breaks
+from purelm import tree
+from purelm.transforms.boundary import own_cache, own_code
+from purelm.transforms.torch_versions import keep_writes_behind_reads, nested_graph_breaks
+from purelm.tree import traced
 
 __all__ = [
     "check_memory",
@@ -180,7 +181,7 @@ def _as_numbers(
 
     new_args = list(args)
     for i, are in zip(donate, numbers, strict=True):
-        new_args[i] = _tree_traced.map(restored, args[i], are)
+        new_args[i] = traced.map(restored, args[i], are)
     return tuple(new_args)
 
 
@@ -220,8 +221,8 @@ def _store(
     old: list[Any] = []
     new: list[Any] = []
     for i in donate:
-        _tree_traced.map(old.append, args[i])
-    _tree_traced.map(new.append, out)
+        traced.map(old.append, args[i])
+    traced.map(new.append, out)
     place: dict[Any, int] = {}
     for i, x in enumerate(old):
         if isinstance(x, Tensor):
@@ -241,7 +242,7 @@ def _store(
     if free:
         left = set(free)
         where = iter(range(len(old)))
-        return [_tree_traced.map(lambda x: next(where) in left, args[i]) for i in donate], None
+        return [traced.map(lambda x: next(where) in left, args[i]) for i in donate], None
     # A result may be a view or a copy of a donated tensor that is about to be overwritten: read all before writing.
     for k, x in enumerate(new):
         slot = slots[k]
@@ -258,7 +259,7 @@ def _store(
             (old[slot] if vector is None else vector).copy_(new[k])
         new[k] = old[slot] if vector is None else vector.view(())
     # partial(next, iterator)(leaf) is the iterator's next item; a lambda would be one more call to trace for each.
-    return [], _tree_traced.map(functools.partial(next, iter(new)), out)
+    return [], traced.map(functools.partial(next, iter(new)), out)
 
 
 def _read(x: Tensor, always: list[Tensor]) -> Tensor:

@@ -1,0 +1,19 @@
+"""Text from a model: batched sampling with a cache, one key a row.
+
+    out = generate(params, prompts, cfg, key, max_new_tokens=50, temperature=0.8, stop_ids=[end])
+    out.tokens[0], out.logprobs[0], out.finish_reasons[0]
+
+A row's sample is a function of its prompt and its key alone: number i of the row's key decides the token at position
+i of the row, whatever the batch, the padding or the number of tokens asked for. (Up to rounding: the logits of a row
+may differ in the last bits from one batch shape to another, which can matter when two tokens are as good as equal.)
+So dynamic_ntk, which looks at a length, is given the model's context_length: that of the longest row is not each row's.
+"""
+
+from purelm.generate.batched import Generation, Step, generate, stream
+
+__all__ = [
+    "Generation",
+    "Step",
+    "generate",
+    "stream",
+]

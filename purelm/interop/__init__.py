@@ -1,0 +1,21 @@
+"""torch's class-based interfaces over purelm's functions, for programs that are written against them.
+
+Optimizers change parameters in place, as torch.optim does: that is what such programs expect. The arithmetic is that of
+the optimizer that they wrap. `functional`, `ddp` and `fsdp` take modules.
+"""
+
+from purelm.interop.fully_sharded import FullySharded, fsdp
+from purelm.interop.modules import DataParallel, ddp, functional
+from purelm.interop.optimizers import ShardedOptimizer, TorchOptimizer, sharded_optimizer, whole_state_dict
+
+__all__ = [
+    "DataParallel",
+    "FullySharded",
+    "ShardedOptimizer",
+    "TorchOptimizer",
+    "ddp",
+    "fsdp",
+    "functional",
+    "sharded_optimizer",
+    "whole_state_dict",
+]

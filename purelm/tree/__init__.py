@@ -1,0 +1,58 @@
+"""Trees of tensors: nested dicts, lists, tuples and NamedTuples, over optree.
+
+Dict keys are visited in sorted order. None is an absent leaf: it is kept where it stands and has no leaves.
+Nothing here changes its arguments; tensors that need no change are returned as they are, not copied.
+Inside torch.compile the walks are those of `traced`, which dynamo traces faster than optree's.
+"""
+
+from purelm.tree.parts import (
+    combine,
+    partition,
+    ravel,
+)
+from purelm.tree.tensors import (
+    all_finite,
+    cast,
+    global_norm,
+    is_floating,
+    n_bytes,
+    n_params,
+    to,
+    zeros_like,
+)
+from purelm.tree.walks import (
+    Tree,
+    TreeDef,
+    flatten,
+    flatten_up_to,
+    leaves,
+    map,
+    map_with_path,
+    paths,
+    structure,
+    unflatten,
+)
+
+__all__ = [
+    "Tree",
+    "TreeDef",
+    "all_finite",
+    "cast",
+    "combine",
+    "flatten",
+    "flatten_up_to",
+    "global_norm",
+    "is_floating",
+    "leaves",
+    "map",
+    "map_with_path",
+    "n_bytes",
+    "n_params",
+    "partition",
+    "paths",
+    "ravel",
+    "structure",
+    "to",
+    "unflatten",
+    "zeros_like",
+]

@@ -1,0 +1,76 @@
+"""What is done to all tensors of a tree, and asked of them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purelm.tree.walks import Tree, leaves, map
+
+__all__ = [
+    "all_finite",
+    "cast",
+    "global_norm",
+    "n_bytes",
+    "n_params",
+    "to",
+    "zeros_like",
+]
+
+
+def cast(tree: Tree, dtype: torch.dtype) -> Tree:
+    """Floating leaves in `dtype`; integers, booleans and what is no tensor stay as they are."""
+    return map(lambda x: x.to(dtype) if is_floating(x) else x, tree)
+
+
+def to(tree: Tree, device: torch.device | str) -> Tree:
+    """Each tensor on `device`; what is no tensor stays as it is."""
+    return map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
+
+
+def zeros_like(tree: Tree) -> Tree:
+    """Zeros of each tensor's shape, dtype and device."""
+    return map(torch.zeros_like, tree)
+
+
+def global_norm(tree: Tree) -> Tensor:
+    """sqrt(sum of squares) over the floating leaves, 0-d; accumulated in fp32 (fp64 if a leaf is fp64)."""
+    floats = [x for x in leaves(tree) if is_floating(x)]
+    if not floats:
+        return torch.zeros(())
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in floats) else torch.float32
+    if floats[0].is_cuda and not torch.compiler.is_compiling() and not torch._C._functorch.peek_interpreter_stack():
+        # A few launches; one a leaf keeps the host busy for a millisecond.
+        norms = list(torch._foreach_norm(floats, 2, dtype))
+    else:
+        norms = [torch.linalg.vector_norm(x, dtype=dtype) for x in floats]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def all_finite(tree: Tree) -> Tensor:
+    """0-d bool tensor: no floating leaf holds inf or nan."""
+    found = [_is_finite(x) for x in leaves(tree) if is_floating(x) and x.numel()]
+    return torch.stack(found).all() if found else torch.ones((), dtype=torch.bool)
+
+
+def _is_finite(x: Tensor) -> Tensor:
+    """One pass and no memory: an inf is the least or the greatest, and of a nan both are nan."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):  # fp8: no order there
+        return torch.isfinite(x.to(torch.float32)).all()
+    least, greatest = torch.aminmax(x)
+    return torch.isfinite(least) & torch.isfinite(greatest)
+
+
+def n_params(tree: Tree) -> int:
+    """Number of elements over all tensors."""
+    return sum(x.numel() for x in leaves(tree) if isinstance(x, Tensor))
+
+
+def n_bytes(tree: Tree) -> int:
+    """Bytes of the elements of all tensors; one that stands in two places counts twice."""
+    return sum(x.numel() * x.element_size() for x in leaves(tree) if isinstance(x, Tensor))
+
+
+def is_floating(x: Any) -> bool:
+    """Whether x is a tensor of a floating dtype: what gradients and casts apply to."""
+    return isinstance(x, Tensor) and x.dtype.is_floating_point
