@@ -21,7 +21,7 @@ from purelm import tree
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.world import Group, all_gather_single, rank_of, reduce_scatter_single, size_of
 
-__all__ = ["Linear", "all_gather", "all_reduce", "broadcast", "reduce", "reduce_scatter", "total"]
+__all__ = ["Linear", "alike", "all_gather", "all_reduce", "broadcast", "reduce", "reduce_scatter", "total"]
 
 
 def broadcast(values: Any, src: int = 0, group: Group = None, *, check: bool = True) -> Any:
@@ -51,6 +51,14 @@ def all_gather(values: Any, group: Group = None, *, check: bool = True) -> Any:
     """
     what = "all_gather"
     return _on_leaves(lambda x: _AllGather.apply(_with_axis(x, what), group), values, group, check, what)
+
+
+def alike(values: Any, group: Group = None) -> Any:
+    """The tree as it is, the same on all ranks: its gradient is summed over them. No message; `all_reduce` backward.
+
+    (The gradient of a loss summed over ranks. `conjugates.enter` is for one loss that all ranks compute alike.)
+    """
+    return values if size_of(group) == 1 else tree.map(lambda x: _Alike.apply(x, group), values)
 
 
 def reduce_scatter(values: Any, group: Group = None, *, check: bool = True) -> Any:
@@ -99,6 +107,19 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def differentiated(adjoint: Any, ctx: Any, dy: Tensor) -> Any:
         return adjoint.apply(dy, *ctx.rest), *[None for _ in ctx.rest]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Forward mode, the map of the tangent; and vmap, by one more axis at the end."""
+        super().__init_subclass__(**kwargs)
+
+        def jvp(ctx: Any, dx: Tensor, *rest: Any) -> Tensor:
+            return cls.apply(dx, *ctx.rest)
+
+        def vmap(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+            y = cls.apply(x.movedim(in_dims[0], -1), *rest)
+            return y, y.ndim - 1
+
+        cls.jvp, cls.vmap = staticmethod(jvp), staticmethod(vmap)  # type: ignore[assignment]
 
 
 class _Broadcast(Linear):
@@ -157,3 +178,13 @@ class _ReduceScatter(Linear):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         return Linear.differentiated(_AllGather, ctx, dy)
+
+
+class _Alike(Linear):
+    @staticmethod
+    def forward(x: Tensor, group: Group) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return _AllReduce.apply(dy, False, *ctx.rest), None

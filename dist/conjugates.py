@@ -2,6 +2,7 @@
 
     enter        identity    <->  leave         all_reduce        Shoeybi et al. 2019 (arXiv:1909.08053): f and g
     gather_time  all_gather  <->  scatter_time  reduce_scatter    Korthikanti et al. 2022 (arXiv:2205.05198): g, g-bar
+    whole        all_gather   ->  the own part
 
 Unlike `collectives`, whose adjoints are those of a loss summed over ranks, the first pair is for one loss that all
 ranks compute alike: the gradient that reaches `leave` is whole on every rank, and is not summed again. The second pair
@@ -15,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from purelm.dist.collectives import Linear, all_gather, reduce_scatter, total
-from purelm.dist.world import Group, size_of
+from purelm.dist.world import Group, rank_of, size_of
 
-__all__ = ["enter", "gather_time", "leave", "scatter_time"]
+__all__ = ["enter", "gather_time", "leave", "scatter_time", "whole"]
 
 
 def enter(x: Tensor, group: Group = None) -> Tensor:
@@ -47,6 +48,14 @@ def scatter_time(x_BTD: Float[Tensor, "b T d"], group: Group = None) -> Float[Te
     return reduce_scatter(x_BTD.transpose(0, 1), group, check=False).transpose(0, 1).contiguous()
 
 
+def whole(x: Tensor, axis: int, group: Group = None) -> Tensor:
+    """All ranks' parts of `axis` one after another, the same on every rank, for work that is the same on every rank.
+
+    One all_gather, n (N - 1) bytes. Backward: the rank's own part of the gradient, no message.
+    """
+    return x if size_of(group) == 1 else _Whole.apply(x.movedim(axis, 0), group).movedim(0, axis).contiguous()
+
+
 class _Enter(Linear):
     @staticmethod
     def forward(x: Tensor, group: Group) -> Tensor:
@@ -65,3 +74,14 @@ class _Leave(Linear):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         return Linear.differentiated(_Enter, ctx, dy)
+
+
+class _Whole(Linear):
+    @staticmethod
+    def forward(x: Tensor, group: Group) -> Tensor:
+        return all_gather(x.detach(), group, check=False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (group,) = ctx.rest
+        return dy.chunk(size_of(group))[rank_of(group)].contiguous(), None

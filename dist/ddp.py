@@ -1,15 +1,14 @@
 """Data parallelism: a gradient tree goes through a function.
 
-    params = broadcast(params)                                          # once: all ranks begin alike
-    step = make_step(loss, optimizer, schedule, reduce=all_reduce_mean)  # the one line
-    step = make_step(                                                   # or, while backward still runs
-        loss, optimizer, schedule, prepare=ddp.with_global_denominator, differentiate=ddp.differentiate
-    )
+    state = init_state(params, optimizer, strategy=ddp.strategy())
+    step = make_step(loss, optimizer, schedule, strategy=ddp.strategy())
 
-`all_reduce_mean` averages gradients of losses that are means over each rank's batch. `differentiate` sums gradients of
-losses that are divided by a denominator of all ranks, which `with_global_denominator` puts into the batch, so that
-padding and weights may differ from rank to rank. Of losses that are means over each rank's batch it would give N times
-the gradient: a batch whose denominator is of one rank is refused.
+`strategy` sums gradients, while backward still runs, of losses that are divided by a denominator of all ranks, which it
+puts into the batch; so padding and weights may differ from rank to rank. Beneath it lie functions for programs of one's
+own: `all_reduce_mean` averages gradients of losses that are means over each rank's batch
+(`strategy=train.reducing(all_reduce_mean)`), `differentiate` sums those of losses that are divided by a denominator of
+all ranks. Of losses that are means over each rank's batch it would give N times the gradient: a batch whose denominator
+is of one rank is refused.
 """
 
 import math
@@ -28,24 +27,42 @@ from purelm.dist.messages import Op, Pending, cast_leaves, cut, default_bucket_b
 from purelm.dist.sharding import scatter_bucket
 from purelm.dist.world import Group, device_of, rank_of, size_of
 from purelm.ops.cross_entropy import nonzero
-from purelm.train import n_targets
+from purelm.train import Loss, Strategy, n_targets
 from purelm.transforms import accumulate, value_and_grad
 
 __all__ = [
     "all_reduce_mean",
     "differentiate",
+    "evaluate",
     "overlapped_value_and_grad",
+    "strategy",
     "sum_metrics",
     "with_global_denominator",
 ]
 
-Strategy = Literal["per_leaf", "flat", "bucketed"]
+Messages = Literal["per_leaf", "flat", "bucketed"]
+
+
+def strategy(
+    group: Group = None, *, bucket_bytes: int | None = None, wire: torch.dtype | None = None
+) -> Strategy:
+    """Every rank holds all parameters, and sees its own part of the batch.
+
+    Parameters begin as rank 0's. Loss, metrics and gradients are those of one process with the whole batch. A step
+    sends what `all_reduce_mean` does, bucket by bucket while backward runs (`overlapped_value_and_grad`).
+    """
+    return Strategy(
+        prepare=partial(with_global_denominator, group=group),
+        differentiate=partial(differentiate, group=group, bucket_bytes=bucket_bytes, wire=wire),
+        shard=partial(broadcast, group=group),
+        evaluate=partial(evaluate, group=group),
+    )
 
 
 def all_reduce_mean(
     grads: Any,
     group: Group = None,
-    strategy: Strategy = "bucketed",
+    strategy: Messages = "bucketed",
     *,
     op: Op = "mean",
     bucket_bytes: int | None = None,
@@ -193,14 +210,13 @@ def differentiate(
     compute: torch.dtype | None = None,
     parts: bool = False,
 ) -> Callable[[Any, Any], tuple[tuple[Tensor, dict[str, Tensor]], Any]]:
-    """(params, batch) -> ((loss, metrics), grads) over all ranks' batches: for `make_step(..., differentiate=...)`.
+    """(params, batch) -> ((loss, metrics), grads) over all ranks' batches: what `strategy` differentiates with.
 
-    loss_fn divides by batch["denominator"]: make_step's `prepare` is `with_global_denominator`. Loss, metrics and
-    gradients are then sums over ranks, as they would come from one process with the whole batch. ValueError for a batch
-    with "targets" that has no denominator, or this rank's own (`train.with_denominator`, make_step's default). The
-    metric non_finite_rank is the first rank whose own loss is inf or nan, -1 if none is. compute: that of make_step's
-    `precision`, given here too, so that nothing is cast before the first block; or gradients all come at the end.
-    parts: gradients are this rank's parts of them; make_step's `norm` is then `zero.global_norm(group)`.
+    loss_fn divides by batch["denominator"], which `with_global_denominator` puts there. Loss, metrics and gradients are
+    then sums over ranks, as they would come from one process with the whole batch. ValueError for a batch with
+    "targets" that has no denominator, or this rank's own (`train.with_denominator`). The metric non_finite_rank is the
+    first rank whose own loss is inf or nan, -1 if none is. compute: the dtype that parameters are cast to, before the
+    first block, or gradients would all come at the end. parts: gradients are this rank's parts of them.
     """
     options: dict[str, Any] = {"bucket_bytes": bucket_bytes, "wire": wire, "compute": compute, "parts": parts}
     both = overlapped_value_and_grad(loss_fn, group, has_aux=True, microbatches=microbatches, op="sum", **options)
@@ -215,6 +231,30 @@ def differentiate(
     return gradient
 
 
+def evaluate(loss_fn: Loss, group: Group = None) -> Loss:
+    """loss_fn, summed over ranks, and its metrics."""
+
+    def summed(params: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        check_denominator(batch, group, "ddp.evaluate")
+        loss, metrics = loss_fn(params, batch)
+        metrics = sum_metrics({**metrics, "loss": loss}, group)
+        return OneTerm.apply(loss, metrics.pop("loss")), metrics
+
+    return summed
+
+
+class OneTerm(torch.autograd.Function):
+    """The sum over ranks; backward, the identity: each rank differentiates its own term of it."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, total: Tensor) -> Tensor:
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
 def check_denominator(batch: Any, group: Group, who: str) -> None:
     """ValueError where losses that are summed over ranks would be divided by the number of one rank's targets."""
     if size_of(group) == 1 or not isinstance(batch, Mapping) or "targets" not in batch:
@@ -224,7 +264,7 @@ def check_denominator(batch: Any, group: Group, who: str) -> None:
         has = "no denominator" if denominator is None else "the denominator of one rank's targets"
         raise ValueError(
             f"{who}: the batch has {has}, and the sum over {size_of(group)} ranks would be as many times too large: "
-            "give make_step prepare=ddp.with_global_denominator"
+            "put that of all ranks there (ddp.with_global_denominator), or train with ddp.strategy(group)"
         )
 
 

@@ -1,26 +1,30 @@
 """Fully sharded parameters: each rank holds 1/N of every matrix, and a block's are whole only while it runs.
 
-    plan = fsdp.plan(params, group, compute=torch.bfloat16)
-    local = plan.shard(params)                                   # fp32 masters, 1/N of them
-    loss = partial(fsdp.transformer_loss, cfg=cfg, plan=plan, wrap_block=remat)
-    step = make_step(loss, optimizer, schedule, differentiate=fsdp.differentiate, norm=plan.norm,
-                     prepare=partial(with_global_denominator, group=group))
+    model = transformer.make(cfg, ops=fsdp.ops(FUSED), wrap_block=lambda f: fsdp.gathered(remat(f)))
+    strategy = fsdp.strategy(model, group)
+    state = init_state(params, optimizer, strategy=strategy)          # 1/N of the fp32 masters
+    step = make_step(model.loss, optimizer, schedule, strategy=strategy, precision=MIXED)
 
-(ZeRO stage 3, Rajbhandari et al. 1910.02054.) Around a block stands `Bound.gathered`: parameters are cast, gathered,
-used and dropped. What autograd saves of them are notes of where they were; the first note that backward reads gathers
-the block's parameters again. Their gradients are reduce-scattered when the block's backward is done. While one block
-runs, the next one's parameters are under way, in either direction: two blocks' at a time, never more. All of it is
-ordinary autograd: it goes with value_and_grad, accumulate, remat (inside: gathered(remat(block))), compiled blocks and
-gradients of gradients of activations; gradients of parameters cannot be differentiated again, which raises.
+(ZeRO stage 3, Rajbhandari et al. 1910.02054.) Any loss will do, of any model: what it gets are `Part`s, tensors with
+the shape of the whole, which are gathered where they are used. `gathered` makes what a function is given one unit: its
+parameters are cast, gathered by one message, used and dropped. What autograd saves of them are notes of where they
+were; the first note that backward reads gathers the unit's parameters again. Their gradients are reduce-scattered when
+the unit's backward is done. While one unit runs, the next one's parameters are under way, in either direction: two
+units' at a time, never more. (In forward from the second evaluation on: the first one shows the order.)
 
-Messages and bytes a step, of n bytes of parameters in `compute`: an all_gather a block forward and one backward,
-(N - 1) / N n sent each; a reduce_scatter a block, (N - 1) / N n in `reduce`; one all_reduce of what is replicated.
-Every rank must run the same blocks in the same order.
+All of it is ordinary autograd: it goes with value_and_grad, accumulate, remat (inside: gathered(remat(block))),
+compiled blocks and gradients of gradients. Under torch.func's transforms (jvp, vmap, grad) parameters are gathered all
+the same, by `collectives.all_gather`, and nothing is dropped in between.
+
+Messages and bytes a step, of n bytes of parameters in `compute`: an all_gather a unit forward and one backward,
+(N - 1) / N n sent each; a reduce_scatter a unit, (N - 1) / N n in `reduce`; one all_reduce of what is replicated.
+Every rank must run the same units in the same order.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,17 +33,94 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from purelm import tree
 from purelm.dist.agreement import check_same_kind
-from purelm.dist.ddp import check_denominator, sum_metrics
+from purelm.dist.collectives import alike, all_gather
+from purelm.dist.ddp import OneTerm, check_denominator, sum_metrics, with_global_denominator
 from purelm.dist.fsdp_units import Arrive, Deliver, Gather, Replicated, Schedule, Unit, unpack
 from purelm.dist.sharding import part_of, part_shape, unshard, whole_of
 from purelm.dist.world import Group, rank_of, size_of
 from purelm.dist.zero import global_norm
-from purelm.models import transformer
-from purelm.models.regional import made_once
-from purelm.ops import REFERENCE, Ops
+from purelm.ops import Ops
+from purelm.train import Loss, Strategy
 from purelm.transforms import accumulate, value_and_grad
 
-__all__ = ["Bound", "Plan", "differentiate", "plan", "transformer_loss"]
+__all__ = ["Bound", "Part", "Plan", "differentiate", "evaluate", "gathered", "ops", "plan", "strategy"]
+
+
+def strategy(
+    model: Any,
+    group: Group = None,
+    *,
+    reduce: torch.dtype | None = None,
+    replicated: Callable[[str, Tensor], bool] | None = None,
+    check: bool = True,
+) -> Strategy:
+    """Each rank holds its part of every matrix, of parameters, gradients and optimizer state.
+
+    Loss, metrics and gradients are those of one process with the whole batch (`ddp.strategy`). Parameters travel in
+    make_step's `precision.compute`.
+
+    Args:
+        model: a Model, or any tree like the whole parameters (meta tensors will do): one with a head of one's own, say.
+        reduce, replicated, check: of `plan`.
+    """
+    like = _like(model)
+    made = plan(like, group, reduce=reduce, replicated=vectors if replicated is None else replicated, check=check)
+    return Strategy(
+        prepare=partial(with_global_denominator, group=group),
+        differentiate=partial(differentiate, plan=made),
+        norm=made.norm,
+        shard=made.shard,
+        unshard=made.unshard,
+        evaluate=partial(evaluate, plan=made),
+    )
+
+
+def _like(model: Any) -> Any:
+    leaves = getattr(model, "leaves", None)
+    if not isinstance(leaves, Mapping):
+        return model
+    return tree.from_flat({path: torch.empty(leaf.shape, device="meta") for path, leaf in leaves.items()})
+
+
+def gathered(f: Callable[..., Any]) -> Callable[..., Any]:
+    """f(params, ...) with parameters of one unit: gathered together, whole while f runs, and dropped.
+
+    For `wrap_block`. Parameters that are whole already pass through.
+    """
+
+    @functools.wraps(f, updated=())
+    def whole(params: Any, *args: Any, **kwargs: Any) -> Any:
+        part = next((x for x in tree.leaves(params) if isinstance(x, Part)), None)
+        return f(params, *args, **kwargs) if part is None else part.bound.gathered(f)(params, *args, **kwargs)
+
+    return whole
+
+
+def ops(base: Ops) -> Ops:
+    """base, where each op gathers the matrices that it is given: one unit, for all that the op does with them.
+
+    For what stands outside of blocks: a loss that goes through its unembedding chunk by chunk gathers it once.
+    """
+    names = [name for name in base._fields if name not in ("enter", "final")]  # which take no parameters
+    return base._replace(**{name: _on_parts(getattr(base, name)) for name in names})
+
+
+def _on_parts(op: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(op, updated=())
+    def call(*args: Any, **kwargs: Any) -> Any:
+        at = [i for i, x in enumerate(args) if isinstance(x, Part)]
+        if not at:
+            return op(*args, **kwargs)
+
+        def whole(parts: list[Tensor]) -> Any:
+            merged = list(args)
+            for i, x in zip(at, parts, strict=True):
+                merged[i] = x
+            return op(*merged, **kwargs)
+
+        return args[at[0]].bound.gathered(whole)([args[i] for i in at])
+
+    return call
 
 
 def vectors(path: str, x: Tensor) -> bool:
@@ -94,12 +175,25 @@ class Plan:
         over_ranks = global_norm(self.group)(cut)
         return torch.hypot(over_ranks, tree.global_norm(once).to(over_ranks.device))
 
-    def bind(self, local: Any, order: list[Any] | None = None, deliver: Deliver | None = None) -> "Bound":
+    def bind(self, local: Any, order: Sequence[Any] = (), deliver: Deliver | None = None) -> "Bound":
         """For one evaluation. order: subtrees of `local` in the order in which they will be gathered.
 
         deliver: takes parts and their gradients under way, in place of autograd, for which the parts then have none.
         """
-        return Bound(self, local, order or [], deliver)
+        return Bound(self, local, [tree.leaves(subtree) for subtree in order], deliver)
+
+    def bound(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """f(params, ...) as a function of this rank's tree: params are `Part`s, whole where they are used."""
+        order: list[list[int]] = []  # numbers of the leaves that were gathered together, as the last evaluation had it
+
+        def call(local: Any, *args: Any, **kwargs: Any) -> Any:
+            leaves = tree.leaves(local)
+            bound = Bound(self, local, [[leaves[i] for i in unit] for unit in order])
+            out = f(bound.params, *args, **kwargs)
+            order[:] = bound.used
+            return out
+
+        return call
 
 
 def plan(
@@ -127,29 +221,46 @@ def plan(
     return Plan(like, flags, group, compute, reduce)
 
 
-def differentiate(loss_fn: Callable[[Any, Any], Any], *, microbatches: int = 1) -> Callable[[Any, Any], Any]:
-    """value_and_grad, and accumulate: for `make_step(..., differentiate=...)`, which leaves it uncompiled.
+def differentiate(
+    loss_fn: Loss, plan: Plan, *, microbatches: int = 1, compute: torch.dtype | None = None
+) -> Callable[[Any, Any], Any]:
+    """(local, batch) -> ((loss, metrics), local gradients): what `strategy` differentiates with.
 
-    Metrics of microbatches are added, but for "non_finite_rank": the first one that is a rank.
+    loss_fn divides by batch["denominator"], that of all ranks (`ddp.with_global_denominator`). Loss, metrics and
+    gradients are sums over ranks and microbatches; the metric non_finite_rank is the first rank whose own loss is inf
+    or nan, -1 if none is. compute: in place of the plan's.
     """
-    gradient = value_and_grad(loss_fn, has_aux=True)
-    if microbatches == 1:
-        return gradient
+    casting = plan if compute is None else replace(plan, compute=compute)
+    gradient = value_and_grad(casting.bound(loss_fn), has_aux=True)
 
-    def accumulated(params: Any, batch: Any) -> Any:
+    def differentiated(local: Any, batch: Any) -> Any:
+        check_denominator(batch, plan.group, "fsdp.differentiate")
         ranks: list[Tensor] = []
 
-        def one(params: Any, batch: Any) -> Any:
-            (value, metrics), grads = gradient(params, batch)
-            ranks.extend(metrics[name] for name in metrics if name == "non_finite_rank")
-            return (value, {name: x for name, x in metrics.items() if name != "non_finite_rank"}), grads
+        def one(local: Any, batch: Any) -> Any:
+            (loss, metrics), grads = gradient(local, batch)
+            sums = sum_metrics({**metrics, "loss": loss}, plan.group)
+            ranks.append(sums.pop("non_finite_rank"))
+            return (sums.pop("loss"), sums), grads
 
-        (value, metrics), grads = accumulate(one, microbatches)(params, batch)
-        if ranks:
-            metrics = {**metrics, "non_finite_rank": _first_of(torch.stack(ranks))}
-        return (value, metrics), grads
+        whole = one if microbatches == 1 else accumulate(one, microbatches)
+        (value, metrics), grads = whole(local, batch)
+        return (value, {**metrics, "non_finite_rank": _first_of(torch.stack(ranks))}), grads
 
-    return accumulated
+    return differentiated
+
+
+def evaluate(loss_fn: Loss, plan: Plan) -> Loss:
+    """(local, batch) -> (loss, metrics), sums over ranks."""
+    bound = plan.bound(loss_fn)
+
+    def summed(local: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        check_denominator(batch, plan.group, "fsdp.evaluate")
+        loss, metrics = bound(local, batch)
+        sums = sum_metrics({**metrics, "loss": loss}, plan.group)
+        return OneTerm.apply(loss, sums.pop("loss")), sums
+
+    return summed
 
 
 def _first_of(ranks: Tensor) -> Tensor:
@@ -157,65 +268,83 @@ def _first_of(ranks: Tensor) -> Tensor:
     return ranks[(ranks >= 0).to(torch.int8).argmax()]
 
 
-def transformer_loss(
-    local: Any,
-    batch: Mapping[str, Tensor],
-    cfg: transformer.Config,
-    plan: Plan,
-    *,
-    ops: Ops = REFERENCE,
-    wrap_block: Callable[[transformer.BlockFn], transformer.BlockFn] = transformer.identity,
-    tensor_parallel: Any = None,
-    **options: Any,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`transformer.loss` of sharded parameters, summed over ranks, and metrics likewise, in one message.
+class Part(Tensor):
+    """A matrix of which this rank has some rows; it looks like the whole one, and is gathered where it is used.
 
-    The metric non_finite_rank is the first rank whose own loss is inf or nan, -1 if none is.
-
-    batch["denominator"] must be that of all ranks (ddp.with_global_denominator). The embedding, each block, and the
-    unembedding, which stays whole over all chunks of the loss, are units of their own.
-
-    tensor_parallel: a `tensor_parallel.Plan` over another axis of a mesh. `local` is plan.shard of its shard, plan
-    being that of what it shards; gradients go through its `reduce` afterwards, and their norm is
-    `tensor_parallel.global_norm(grads, norm=plan.norm)`.
+    Each use in a function of torch is a unit of its own, with a message of its own; what `gathered` is given is one
+    unit. Functions that write to their argument are refused.
     """
-    if "denominator" not in batch:
-        raise ValueError("batch has no denominator of all ranks: use ddp.with_global_denominator")
-    if not torch.compiler.is_compiling():
-        check_denominator(batch, plan.group, "fsdp.transformer_loss")
-    head = local["token_embeddings" if cfg.tie_embeddings else "lm_head"]
-    bound = plan.bind(local, [local["token_embeddings"], *local["layers"], head])
-    if tensor_parallel is not None:
-        options = {**options, "ops": ops, "wrap_block": wrap_block, "bound": bound}
-        value, metrics = tensor_parallel.loss(bound.params, batch, **options)
-    else:
-        value, metrics = transformer.loss(
-            bound.params,
-            batch,
-            cfg,
-            ops=bound.ops(ops),
-            wrap_block=lambda f: bound.gathered(_wrapped(wrap_block, f, ops)),
-            **options,
+
+    bound: "Bound"
+    local: Tensor
+    _shape: torch.Size
+
+    @staticmethod
+    def of(bound: "Bound", local: Tensor, shape: Sequence[int], dtype: torch.dtype) -> "Part":
+        part = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            Part, shape, dtype=dtype, device=local.device, requires_grad=local.requires_grad
         )
-    sums = sum_metrics({**metrics, "loss": value}, plan.group)
-    return _OneTerm.apply(value, sums.pop("loss")), sums
+        part.bound, part.local, part._shape = bound, local, torch.Size(shape)
+        return part
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self._shape
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Part(shape={tuple(self.shape)}, dtype={self.dtype}, rows here: {self.local.shape[0]})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _asks():
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        if name == "detach":
+            return args[0].bound.part(args[0].local.detach(), args[0].shape)
+        if name == "to" and not kwargs and args[1:] in ((args[0].dtype,), (args[0].device,)):
+            return args[0]
+        if name.endswith("_") and not name.endswith("__"):
+            raise ValueError(f"fsdp: {name} writes to a parameter of which this rank has a part")
+        leaves, treedef = tree.flatten((list(args), kwargs))
+        at = [i for i, x in enumerate(leaves) if isinstance(x, Part)]
+
+        def whole(parts: list[Tensor]) -> Any:
+            for i, x in zip(at, parts, strict=True):
+                leaves[i] = x
+            args, kwargs = tree.unflatten(treedef, leaves)
+            return func(*args, **kwargs)
+
+        return leaves[at[0]].bound.gathered(whole)([leaves[i] for i in at])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
+        raise ValueError(
+            f"fsdp: {func} got a parameter of which this rank has a part: make the model with ops=fsdp.ops(...), or "
+            "use the parameter inside of fsdp.gathered(f)"
+        )
 
 
-def _wrapped(wrap_block: Callable[[transformer.BlockFn], transformer.BlockFn], f: Any, ops: Ops) -> Any:
-    """wrap_block of the block, with ops that know nothing of this evaluation: in there all parameters are whole."""
-    plain = replace(f, ops=ops)
-    return made_once(wrap_block, plain, lambda: wrap_block(plain))
+@functools.cache
+def _asks() -> frozenset[Any]:
+    """What can be said of a part without gathering it."""
+    attributes = "dtype device layout ndim requires_grad is_leaf is_cuda is_cpu is_meta grad".split()
+    methods = "dim numel nelement size is_floating_point is_complex element_size get_device".split()
+    asked = [getattr(Tensor, name).__get__ for name in attributes] + [getattr(Tensor, name) for name in methods]
+    return frozenset([*asked, torch.is_floating_point, torch.numel, torch.is_complex])
 
 
 class Bound:
     """A plan and the tensors of one evaluation: `params`, and functions that gather what they are given of them."""
 
-    def __init__(self, plan: Plan, local: Any, order: list[Any], deliver: Deliver | None = None):
+    def __init__(self, plan: Plan, local: Any, order: Sequence[Sequence[Tensor]] = (), deliver: Deliver | None = None):
         self.plan, self.schedule = plan, Schedule(plan.group, plan.compute, plan.reduce, deliver)
         leaves, treedef = tree.flatten(local)
         if len(leaves) != len(plan._leaves):
             raise ValueError(f"the plan is for {len(plan._leaves)} leaves, got {len(leaves)}")
         self.shapes: dict[int, torch.Size] = {}  # of whole leaves, by the id of their part
+        self.numbers = {id(x): i for i, x in enumerate(leaves)}
         whole = []
         for i, (x, (replicated, shape, expected)) in enumerate(zip(leaves, plan._leaves, strict=True)):
             if x.shape != expected:
@@ -226,23 +355,46 @@ class Bound:
             elif tree.is_floating(x):
                 whole.append(i)
         self.leaves = list(leaves)  # ids stay theirs
-        if whole and size_of(plan.group) > 1:
-            lower = Replicated.apply(plan.group, plan.compute, *[leaves[i] for i in whole])
-            for i, x in zip(whole, lower, strict=True):
-                leaves[i] = x
-        elif plan.compute is not None:
-            for i in whole:
-                leaves[i] = leaves[i].to(plan.compute)
-        self.params = tree.unflatten(treedef, leaves)
         self.inputs: dict[int, Tensor] = {}  # of Gather, by the id of the part, where it is not the part itself
         cut = [x for x in self.leaves if id(x) in self.shapes and x.requires_grad]
-        if cut and deliver is None and size_of(plan.group) > 1 and torch.is_grad_enabled():
+        is_waited_for = deliver is None and not self.is_transformed and torch.is_grad_enabled()
+        if cut and is_waited_for and size_of(plan.group) > 1:
             self.inputs = dict(zip(map(id, cut), Arrive.apply(self.schedule, *cut), strict=True))
-        subtrees = [[x for x in tree.leaves(subtree) if id(x) in self.shapes] for subtree in order]
+        self.treedef, self.seen = treedef, list(leaves)
+        for i, x in zip(whole, self._replicated([leaves[i] for i in whole]), strict=True):
+            self.seen[i] = x
         self.units: list[Unit] = []
-        for parts in subtrees:
-            self._add(parts)
+        for parts in order:
+            self._add([x for x in parts if id(x) in self.shapes])
         self.position = 0  # of the unit that is expected next
+        self.used: list[list[int]] = []  # numbers of the leaves of each unit that was gathered
+
+    @property
+    def params(self) -> Any:
+        """The tree with a `Part` for each leaf that is cut, made anew: they hold this object, and it holds none."""
+        leaves = [self.part(x, self.shapes[id(x)]) if id(x) in self.shapes else x for x in self.seen]
+        return tree.unflatten(self.treedef, leaves)
+
+    @property
+    def is_transformed(self) -> bool:
+        """Whether a transform of torch.func differentiates, which has no hooks on what is saved."""
+        is_forward = torch.autograd.forward_ad._current_level >= 0  # type: ignore[attr-defined]
+        return is_forward or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+
+    def part(self, local: Tensor, shape: torch.Size) -> Part:
+        """The part as a tensor that looks like the whole."""
+        if id(local) not in self.shapes:  # derived from a leaf
+            self.shapes[id(local)] = shape
+            self.leaves.append(local)
+        return Part.of(self, local, shape, self.plan.compute or local.dtype)
+
+    def _replicated(self, leaves: list[Tensor]) -> Sequence[Tensor]:
+        compute, group = self.plan.compute, self.plan.group
+        if not leaves or size_of(group) == 1:
+            return [x if compute is None else x.to(compute) for x in leaves]
+        if self.is_transformed:
+            return [alike(x, group).to(compute or x.dtype) for x in leaves]
+        return Replicated.apply(group, compute, *leaves)
 
     def _add(self, parts: list[Tensor]) -> "Unit":
         unit = Unit(self.schedule, parts, [self.shapes[id(p)] for p in parts])
@@ -260,20 +412,22 @@ class Bound:
         else:
             unit = self._add(parts)
         unit.used = True
+        self.used.append([self.numbers[id(p)] for p in parts if id(p) in self.numbers])
         return unit
 
     def gathered(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        """f(params, ...) as a function of a subtree of `self.params`."""
+        """f(params, ...) as a function of a subtree of `self.params`, or of the parts themselves."""
 
         def whole(params: Any, *args: Any, **kwargs: Any) -> Any:
             leaves, treedef = tree.flatten(params)
+            leaves = [x.local if isinstance(x, Part) else x for x in leaves]
             at = [i for i, x in enumerate(leaves) if id(x) in self.shapes]
             if not at:
                 return f(params, *args, **kwargs)
             parts = [leaves[i] for i in at]
-            if size_of(self.plan.group) == 1:
+            if size_of(self.plan.group) == 1 or self.is_transformed:
                 for i, x in zip(at, parts, strict=True):
-                    leaves[i] = whole_of(x.to(self.plan.compute or x.dtype), self.shapes[id(x)])
+                    leaves[i] = self._whole(x)
                 return f(tree.unflatten(treedef, leaves), *args, **kwargs)
             unit = self._unit(parts)
             inputs = [self.inputs.get(id(x), x) for x in parts]
@@ -289,36 +443,6 @@ class Bound:
 
         return whole
 
-    def ops(self, ops: Ops) -> Ops:
-        """Ops for what stands outside of blocks: they gather a matrix that is a part."""
-
-        def on_parts(op: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                # In trees, too: tensor_parallel marks matrices.
-                parts = {i: x for i, x in enumerate(args) if any(id(leaf) in self.shapes for leaf in tree.leaves(x))}
-                if not parts:
-                    return op(*args, **kwargs)
-                return self.gathered(lambda some, others: op(*_merged(some, others), **kwargs))(
-                    parts, [None if i in parts else x for i, x in enumerate(args)]
-                )
-
-            return call
-
-        names = ("embedding", "linear", "linear_cross_entropy", "rms_norm", "layer_norm")
-        return ops._replace(**{name: on_parts(getattr(ops, name)) for name in names})
-
-
-def _merged(some: Mapping[int, Any], others: list[Any]) -> list[Any]:
-    return [some.get(i, x) for i, x in enumerate(others)]
-
-
-class _OneTerm(torch.autograd.Function):
-    """The sum over ranks; backward, the identity: each rank differentiates its own term of it."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, total: Tensor) -> Tensor:
-        return total.view_as(total)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, None
+    def _whole(self, part: Tensor) -> Tensor:
+        lower = part.to(self.plan.compute or part.dtype)
+        return whole_of(all_gather(lower, self.plan.group, check=False), self.shapes[id(part)])

@@ -9,12 +9,12 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from purelm.dist.collectives import all_reduce
 from purelm.dist.messages import Pending, cast_leaves, send_bucket
 from purelm.dist.sharding import gather_parts, scatter_sums
 from purelm.dist.world import Group
@@ -40,10 +40,9 @@ class Schedule:
         self.scatters: list[Pending] = []
         self.n_arrived = 0  # of them
 
-    def scatter(self, unit: "Unit", grads: Sequence[Tensor], now: bool = False) -> Sequence[Tensor | None]:
-        """Gradients of the unit's parts: sent now, and there when `arrived` returns, or `now`."""
-        parts = unit.parts
-        wire = self.reduce or functools.reduce(torch.promote_types, [p.dtype for p in parts])
+    def scatter(self, unit: "Unit", grads: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Gradients of the unit's parts: sent now, and there when `arrived` returns."""
+        parts, wire = unit.parts, unit.travel.wire
         while self.n_arrived < len(self.scatters) - 1:  # lets go of a message: two at a time, with the one that comes
             self.scatters[self.n_arrived].wait()
             self.n_arrived += 1
@@ -51,7 +50,7 @@ class Schedule:
         if self.deliver is not None:
             self.deliver(parts, pending)
             return [None] * len(parts)
-        if now or any(p.dtype != wire or self.uses[id(p)] > 1 for p in parts):  # autograd itself will read them
+        if any(p.dtype != wire or self.uses[id(p)] > 1 for p in parts):  # autograd itself will read them
             return [g.to(p.dtype) for g, p in zip(pending.wait(), parts, strict=True)]
         self.scatters.append(pending)
         return pending.early()  # for Arrive, which reads none of them
@@ -74,6 +73,12 @@ class Unit:
         self.storages: dict[int, int] = {}
         self.used = False
         self.noted = self.read = 0  # how often backward will ask for them, and has
+
+    @functools.cached_property
+    def travel(self) -> "Travel":
+        of, dtypes = self.schedule, [p.dtype for p in self.parts]
+        wire = of.reduce or functools.reduce(torch.promote_types, dtypes)
+        return Travel(of.group, self.shapes, dtypes, [of.compute or dtype for dtype in dtypes], wire)
 
     def start(self) -> None:
         """Send the parts, if they are neither here nor under way."""
@@ -120,7 +125,7 @@ def unpack(packed: Any) -> Tensor:
         unit.prefetch(-1)
     unit.read += 1
     if unit.read % unit.noted == 0 and not any(p.requires_grad for p in unit.parts):
-        unit.drop()  # no gradient will come back, at which it would be
+        unit.drop()  # no parameter wants a gradient, so Gather.backward, which drops them else, will not run
     return whole.as_strided(size, stride, offset)
 
 
@@ -155,7 +160,9 @@ class Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         unit = ctx.unit
         unit.drop()
-        return None, *_sums(partial(unit.schedule.scatter, unit, now=torch.is_grad_enabled()), grads)
+        if torch.is_grad_enabled():  # create_graph: what is made of these gradients will be differentiated
+            return None, *_Sums.apply(unit.travel, *grads)
+        return None, *unit.schedule.scatter(unit, grads)
 
 
 class Replicated(torch.autograd.Function):
@@ -169,22 +176,46 @@ class Replicated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raised = [g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+            return None, None, *all_reduce(raised, ctx.group, check=False)
         widest = functools.reduce(torch.promote_types, ctx.dtypes)
-        return None, None, *_sums(lambda grads: send_bucket(grads, ctx.group, "sum", widest, ctx.dtypes).wait(), grads)
+        return None, None, *send_bucket(grads, ctx.group, "sum", widest, ctx.dtypes).wait()
 
 
-def _sums(f: Callable[[Sequence[Tensor]], Sequence[Tensor | None]], grads: Sequence[Tensor]) -> Any:
-    """f(grads), which autograd does not see through."""
-    return _Once.apply(f, *grads) if torch.is_grad_enabled() else f(grads)  # enabled: create_graph
+class Travel(NamedTuple):
+    """How the leaves of a unit travel."""
+
+    group: Group
+    shapes: list[torch.Size]  # of the wholes
+    dtypes: list[torch.dtype]  # of the parts
+    compute: list[torch.dtype]  # of the wholes
+    wire: torch.dtype  # of gradients
 
 
-class _Once(torch.autograd.Function):
-    """Sums over ranks that are not differentiated again."""
+class _Sums(torch.autograd.Function):
+    """Wholes to parts of their sums over ranks; backward, `_Wholes`."""
 
     @staticmethod
-    def forward(ctx: Any, f: Callable[[Sequence[Tensor]], Sequence[Tensor | None]], *grads: Tensor) -> Any:
-        return tuple(None if x is None else x.clone() for x in f(grads))  # no views of a message
+    def forward(ctx: Any, travel: Travel, *wholes: Tensor) -> Any:
+        ctx.travel = travel
+        parts = scatter_sums(wholes, travel.group, travel.wire).wait()
+        return tuple(x.to(dtype, copy=True) for x, dtype in zip(parts, travel.dtypes, strict=True))  # no views
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("fsdp: gradients of sharded parameters cannot be differentiated again")
+        return None, *_Wholes.apply(ctx.travel, *grads)
+
+
+class _Wholes(torch.autograd.Function):
+    """Parts to wholes, which stay; backward, `_Sums`."""
+
+    @staticmethod
+    def forward(ctx: Any, travel: Travel, *parts: Tensor) -> Any:
+        ctx.travel = travel
+        wholes = gather_parts(parts, travel.shapes, travel.group).wait()
+        return tuple(x.to(dtype, copy=True) for x, dtype in zip(wholes, travel.compute, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, *_Sums.apply(ctx.travel, *grads)

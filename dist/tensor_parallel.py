@@ -1,18 +1,22 @@
-"""Tensor parallelism of a Transformer: each rank has some heads, some of the ffn's features, some of the vocabulary.
+"""Tensor parallelism: each rank has some heads, some of the ffn's features, some of the vocabulary.
 
-    plan = tensor_parallel.Plan(cfg, group, sequence_parallel=True)
-    local = plan.shard(params)                                # this rank's tree; no message
-    loss, metrics = plan.loss(local, batch, ops=FUSED)        # as transformer.loss(params, batch, cfg, ops=FUSED)
-    step = make_step(plan.loss, optimizer, schedule, reduce=plan.reduce, norm=plan.global_norm)
+    layout = tensor_parallel.Layout(cfg.vocab_size, group, sequence_parallel=True)
+    model = transformer.make(cfg, ops=layout.ops(FUSED), wrap_block=remat)
+    strategy = tensor_parallel.strategy(model, layout)
+    state = init_state(params, optimizer, strategy=strategy)             # this rank's part of the whole params
+    step = make_step(model.loss, optimizer, schedule, strategy=strategy)
 
-All ranks of the group see the same batch and get the same loss; the model is `purelm.models.transformer` itself, on
-the Config of one rank (`local_config`). q, k, v, w1 and w3 have their rows cut, output_proj and w2 their columns, the
-token embedding and lm_head their rows (`vocab_parallel`); everything else is on every rank.
+All ranks of the group see the same batch and get the same loss. Which leaf is cut along which axis the model's leaf
+table says (`Leaf.cut`): q, k, v, w1 and w3 by rows, output_proj and w2 by columns, the token embedding and lm_head by
+rows (`vocab_parallel`); everything else is on every rank. A model computes with the shapes of the parameters that it is
+given, so nothing else of it changes: messages stand where it calls `ops.enter`, `ops.linear_out`, `ops.embedding`,
+`ops.final`, `ops.unembed`, `ops.linear_cross_entropy` and `ops.log_probs`.
 
 A sublayer's input is the same on all ranks and its output is a sum over ranks; the pairs of `conjugates` stand there:
 `enter` and `leave`, or with sequence_parallel `gather_time` and `scatter_time`. Between sublayers a rank then has T / N
 of the T positions, so norms and residuals take 1 / N of the memory, and gradients of what norms hold are sums over
-ranks: `Plan.reduce` adds them.
+ranks, which the strategy's `reduce` adds. What `model.hidden`, `model.apply` and `model.log_probs` return is whole, and
+the same on all ranks, for any loss that is made of it. A matrix that is cut must be used through ops.
 
 Messages of one block, n bytes of x_BTD each: 2 all_reduce in forward and 2 in backward, or 2 all_gather and 2
 reduce_scatter in each. A rank sends 4 n (N - 1) / N in forward and as much in backward, either way. Under `remat`
@@ -23,282 +27,252 @@ Differences: there is no dropout; what `gather_time` returns is kept for backwar
 Legend: B batch, T positions, D d_model, N ranks.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from purelm import tree
 from purelm.dist import vocab_parallel
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import all_reduce
-from purelm.dist.conjugates import enter, gather_time, leave, scatter_time
-from purelm.dist.sharding import gather_leaves, part_of
+from purelm.dist.conjugates import enter, gather_time, leave, scatter_time, whole
+from purelm.dist.sharding import gather_leaves, part_of, part_shape
 from purelm.dist.world import Group, rank_of, size_of
 from purelm.dist.zero import global_norm
-from purelm.models import transformer
-from purelm.models.config import Config
-from purelm.models.regional import made_once
-from purelm.models.transformer import BlockFn, Params, identity
-from purelm.ops import REFERENCE, Ops
+from purelm.ops import Ops
+from purelm.train import ALONE, Loss, Strategy
+from purelm.transforms import accumulate, value_and_grad
 
-__all__ = ["Plan", "cut_axis", "local_config", "shard", "unshard"]
+__all__ = ["Layout", "like", "shard", "strategy", "unshard"]
 
-VOCABULARY = ("token_embeddings", "lm_head")
-ROWS = ("q_proj", "k_proj", "v_proj", "w1", "w3", *VOCABULARY)
-COLUMNS = ("output_proj", "w2")
-HEAD_NORMS = ("q_norm", "k_norm")  # one for all heads, of which a rank sees its own
-WHOLE = ("ln1", "ln2", "ln1_post", "ln2_post", "ln_final", "position_embeddings", *HEAD_NORMS)
+Params = dict[str, Any]
+Leaves = Mapping[str, Any]  # path -> models.leaves.Leaf
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a Transformer is divided over the ranks of a group."""
+class Layout:
+    """How a model is divided over the ranks of a group."""
 
-    cfg: Config  # of the whole model
+    vocab_size: int  # of the whole model
     group: Group = None
     sequence_parallel: bool = False  # between sublayers a rank has T / N positions
+    calls: Counter[str] = field(default_factory=Counter, compare=False, repr=False)  # of ops, in eager code
 
-    def __post_init__(self) -> None:
-        local_config(self.cfg, self.group)
+    def ops(self, base: Ops) -> Ops:
+        """base, with messages where sublayers begin and end and where the vocabulary is read.
 
-    def shard(self, params: Params) -> Params:
-        """This rank's tree; see `shard`."""
-        return shard(params, self.cfg, self.group)
-
-    def unshard(self, local: Params) -> Params:
-        """The whole tree, of parameters or of gradients; see `unshard`."""
-        return unshard(local, self.cfg, self.group)
-
-    def loss(
-        self,
-        params: Params,
-        batch: Mapping[str, Tensor],
-        *,
-        ops: Ops = REFERENCE,
-        wrap_block: Callable[[BlockFn], BlockFn] = identity,
-        z_loss: float = 0.0,
-        chunk: int | None = None,
-        bound: Any = None,
-    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """`transformer.loss` of the whole model, from this rank's parameters and the whole batch; equal on all ranks.
-
-        Gradients are those of the whole, cut like the parameters, once `reduce` has been applied. ops.attention and
-        the like run on this rank's heads; ops.linear_cross_entropy gives way to `vocab_parallel`'s. wrap_block sees
-        one layer's local parameters. bound: an `fsdp.Bound` whose `params` these are: this rank's parameters are cut
-        over another group besides, and gathered when they are used (`fsdp.transformer_loss(tensor_parallel=)`).
+        attention and the like run on this rank's heads. Losses give way to `vocab_parallel`'s.
         """
-        options: dict[str, Any] = {"z_loss": z_loss, "chunk": chunk}
-        N, T = size_of(self.group), batch["tokens"].shape[1]
-        if N == 1 and bound is None:
-            return transformer.loss(params, batch, self.cfg, ops=ops, wrap_block=wrap_block, **options)
-        if self.sequence_parallel and T % N:
-            raise ValueError(f'batch["tokens"] has {T} positions; sequence_parallel needs a multiple of the {N} ranks')
+        group, V = self.group, self.vocab_size
+        if size_of(group) == 1:
+            return base
 
-        local_ops = self._ops(ops)
+        def enter_sublayer(x_BtD: Tensor) -> Tensor:
+            self._count("enter")
+            return gather_time(x_BtD, group) if self.sequence_parallel else enter(x_BtD, group)
 
-        def wrapped(f: Any) -> BlockFn:
-            key = self, replace(f, ops=ops)  # local_ops are made anew in each evaluation, of the same things
-            plain = replace(f, ops=local_ops)
-            made = made_once(wrap_block, key, lambda: wrap_block(self._wrap_block(plain)))
-            return made if bound is None else bound.gathered(made)
+        def linear_out(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            self._count("linear_out")
+            y = self._leave(base.linear(x, weight))
+            return y if bias is None else y + bias
 
-        marked = {k: {"weight": _Vocabulary(v["weight"])} if k in VOCABULARY else v for k, v in params.items()}
-        return transformer.loss(
-            marked,
-            batch,
-            local_config(self.cfg, self.group),
-            ops=local_ops if bound is None else bound.ops(local_ops),
-            wrap_block=wrapped,
-            **options,
+        def embedding(ids: Tensor, part_MD: Tensor) -> Tensor:
+            self._count("embedding")
+            if self.sequence_parallel and ids.shape[-1] % size_of(group):
+                raise ValueError(
+                    f'batch["tokens"] has {ids.shape[-1]} positions; sequence_parallel needs a multiple of the '
+                    f"{size_of(group)} ranks"
+                )
+            return self._leave(vocab_parallel.embedding(ids, part_MD, V, group, base.embedding))
+
+        def position_embedding(ids: Tensor, weight: Tensor) -> Tensor:
+            ids = ids.chunk(size_of(group), -1)[rank_of(group)] if self.sequence_parallel else ids
+            return base.position_embedding(ids, weight)
+
+        def final(x_BtD: Tensor) -> Tensor:
+            return whole(x_BtD, 1, group) if self.sequence_parallel else x_BtD
+
+        def unembed(x: Tensor, part_MD: Tensor) -> Tensor:
+            return whole(base.unembed(enter(x, group), part_MD), -1, group)[..., :V]
+
+        def linear_cross_entropy(hidden: Tensor, part_MD: Tensor, targets: Tensor, **rest: Any) -> Any:
+            return vocab_parallel.linear_cross_entropy(enter(hidden, group), part_MD, targets, V, group, **rest)
+
+        def log_probs(hidden: Tensor, part_MD: Tensor, targets: Tensor, **rest: Any) -> Any:
+            return vocab_parallel.log_probs(enter(hidden, group), part_MD, targets, V, group, **rest)
+
+        return base._replace(
+            enter=enter_sublayer,
+            linear_out=linear_out,
+            embedding=embedding,
+            position_embedding=position_embedding,
+            final=final,
+            unembed=unembed,
+            linear_cross_entropy=linear_cross_entropy,
+            log_probs=log_probs,
         )
-
-    def reduce(self, grads: Params) -> Params:
-        """Gradients of `loss` made complete: those summed over ranks of which each rank has a share.
-
-        These are norms of q and k, and with sequence_parallel all that is not cut. One all_reduce for all of them; none
-        where there are none. For `make_step(reduce=)`; data parallelism comes after or before it.
-        """
-        if size_of(self.group) == 1:
-            return grads
-        shares, complete = tree.partition(self._is_share, grads)
-        if not tree.leaves(shares):
-            return grads
-        flat, unravel = tree.ravel(shares)
-        return tree.combine(unravel(all_reduce(flat, self.group, check=False)), complete)
-
-    def global_norm(
-        self, grads: Params, norm: Callable[[Any], Tensor] = tree.global_norm
-    ) -> Float[Tensor, ""]:
-        """`tree.global_norm` of the whole, from what `reduce` returned; one all_reduce of one number.
-
-        For `make_step(norm=)` and `clip_by_global_norm(norm=)`. norm: of this rank's tree; where its leaves are cut
-        over another axis besides, `fsdp.Plan.norm`: `partial(model.global_norm, norm=plan.norm)`.
-        """
-        if size_of(self.group) == 1:
-            return norm(grads)
-        cut, whole = tree.partition(lambda path, x: cut_axis(path) is not None, grads)
-        over_ranks = global_norm(self.group)(norm(cut))
-        return torch.hypot(over_ranks, norm(whole).to(over_ranks.device))
-
-    def _is_share(self, path: str, _: Any) -> bool:
-        return cut_axis(path) is None and (self.sequence_parallel or path.split(".")[-2] in HEAD_NORMS)
-
-    def _enter(self, x_BTD: Tensor) -> Tensor:
-        return gather_time(x_BTD, self.group) if self.sequence_parallel else enter(x_BTD, self.group)
 
     def _leave(self, x_BTD: Tensor) -> Tensor:
         return scatter_time(x_BTD, self.group) if self.sequence_parallel else leave(x_BTD, self.group)
 
-    def _ops(self, base: Ops) -> Ops:
-        """`base`, where weights marked as cut are met by their messages."""
-
-        def linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-            if isinstance(weight, _Rows):
-                return base.linear(weight.enter(x), weight.weight, bias)
-            if isinstance(weight, _Columns):
-                y = self._leave(base.linear(x, weight.weight))
-                return y if bias is None else y + bias
-            return base.linear(x, weight, bias)
-
-        def embedding(ids: Tensor, weight: Any) -> Tensor:
-            if isinstance(weight, _Vocabulary):
-                V = self.cfg.vocab_size
-                return self._leave(vocab_parallel.embedding(ids, weight.weight, V, self.group, base.embedding))
-            if self.sequence_parallel:  # learned positions
-                ids = ids.chunk(size_of(self.group), -1)[rank_of(self.group)]
-            return base.embedding(ids, weight)
-
-        def linear_cross_entropy(hidden: Tensor, weight: Any, targets: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
-            return vocab_parallel.linear_cross_entropy(
-                self._enter(hidden), weight.weight, targets, self.cfg.vocab_size, self.group, **rest
-            )
-
-        return base._replace(linear=linear, embedding=embedding, linear_cross_entropy=linear_cross_entropy)
-
-    def _wrap_block(self, f: BlockFn) -> BlockFn:
-        """f, on a layer whose weights are marked."""
-
-        def marked(module: Params) -> Params:
-            enter_once = _once(self._enter)
-
-            def mark(name: str, leaves: Params) -> Params:
-                if name in ROWS:
-                    return {**leaves, "weight": _Rows(leaves["weight"], enter_once)}
-                return {**leaves, "weight": _Columns(leaves["weight"])} if name in COLUMNS else leaves
-
-            return {name: mark(name, leaves) for name, leaves in module.items()}
-
-        def local_block(layer: Params, x_BTD: Tensor, ctx: transformer.Context) -> Tensor:
-            return f({**layer, "attn": marked(layer["attn"]), "ffn": marked(layer["ffn"])}, x_BTD, ctx)
-
-        return local_block
+    def _count(self, op: str) -> None:
+        if not torch.compiler.is_compiling():
+            self.calls[op] += 1
 
 
-class _Rows(NamedTuple):
-    """A matrix of which a rank has some outputs; `enter` is shared by those that have the same input."""
+def strategy(model: Any, layout: Layout, data: Strategy = ALONE) -> Strategy:
+    """Each rank holds its part of the leaves that the table says may be cut; one loss, the same on all ranks.
 
-    weight: Tensor
-    enter: Callable[[Tensor], Tensor]
-
-
-class _Columns(NamedTuple):
-    """A matrix of which a rank has some inputs."""
-
-    weight: Tensor
-
-
-class _Vocabulary(NamedTuple):
-    """A matrix of which a rank has the vectors of some tokens."""
-
-    weight: Tensor
-
-
-def _once(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """f, which is called once for one x: q, k and v share a message, in backward too. Lives as long as a block runs."""
-    last: list[Tensor] = []
-
-    def call(x: Tensor) -> Tensor:
-        if not last or last[0] is not x:
-            last[:] = [x, f(x)]
-        return last[1]
-
-    return call
-
-
-def local_config(cfg: Config, group: Group = None) -> Config:
-    """The Config of one rank's parameters; ValueError for a model that cannot be divided over the ranks."""
-    N = size_of(group)
+    Args:
+        model: a Model made with layout.ops, or a leaf table: of one with a head of one's own, say.
+        data: of another axis of a mesh, `ddp.strategy(data_group)` or `fsdp.strategy(like(model, layout), data_group)`:
+            it divides what this one has divided.
+    ValueError for a model that cannot be divided over the ranks.
+    """
+    leaves = _table(model)
+    N, group = size_of(layout.group), layout.group
     if N == 1:
-        return cfg
-    for name, value in (("n_heads", cfg.n_heads), ("n_kv_heads", cfg.kv_heads), ("d_ff", cfg.ff_width)):
-        if value % N:
-            raise ValueError(f"cfg.{name} must be a multiple of the {N} ranks for tensor parallelism, got {value}")
-    if cfg.qk_norm == "full":
-        raise ValueError('cfg.qk_norm must be "none" or "head" for tensor parallelism: "full" is a norm over all heads')
-    if any(x != "attention" for x in ((cfg.mixer,) if isinstance(cfg.mixer, str) else cfg.mixer)):
-        raise ValueError(f'cfg.mixer must be "attention" for tensor parallelism, got {cfg.mixer!r}')
-    return replace(
-        cfg,
-        vocab_size=-(-cfg.vocab_size // N),
-        n_heads=cfg.n_heads // N,
-        n_kv_heads=cfg.kv_heads // N,
-        head_dim=cfg.head_width,
-        d_ff=cfg.ff_width // N,
+        return data
+    _check_cuts(leaves, N)
+    if (V := getattr(model, "vocab_size", layout.vocab_size)) != layout.vocab_size:
+        raise ValueError(f"layout.vocab_size is {layout.vocab_size}, the model's is {V}")
+
+    def is_share(path: str, _: Any) -> bool:
+        leaf = _leaf(leaves, path)
+        has_some_positions = layout.sequence_parallel and leaf.place == "stream"
+        return leaf.cut is None and (leaf.place == "sublayer" or has_some_positions)
+
+    def reduce(grads: Params) -> Params:
+        """Gradients made complete: those summed over ranks of which each rank has a share. One all_reduce, or none."""
+        grads = data.reduce(grads)
+        shares, complete = tree.partition(is_share, grads)
+        if not tree.leaves(shares):
+            return grads
+        flat, unravel = tree.ravel(shares)
+        return tree.combine(unravel(all_reduce(flat, group, check=False)), complete)
+
+    def norm(grads: Params) -> Tensor:
+        """Of the whole, each leaf counted once; one all_reduce of one number, and what data.norm sends."""
+        cut, same = tree.partition(lambda path, x: _leaf(leaves, path).cut is not None, grads)
+        over_ranks = global_norm(group)(data.norm(cut))
+        return torch.hypot(over_ranks, data.norm(same).to(over_ranks.device))
+
+    def differentiate(loss: Loss, *, microbatches: int = 1, compute: torch.dtype | None = None) -> Any:
+        if data.differentiate is not None:
+            gradient = data.differentiate(loss, microbatches=microbatches, compute=compute)
+        else:
+            gradient = value_and_grad(loss, has_aux=True)
+            gradient = accumulate(gradient, microbatches) if microbatches > 1 else gradient
+
+        def checked(params: Any, batch: Any) -> Any:
+            before = layout.calls.copy()
+            out = gradient(params, batch)
+            _check_calls(layout.calls - before)
+            return out
+
+        return checked
+
+    return Strategy(
+        prepare=data.prepare,
+        differentiate=differentiate,
+        reduce=reduce,
+        norm=norm,
+        optimizer=data.optimizer,
+        shard=lambda params: data.shard(shard(params, leaves, group)),
+        unshard=lambda local: unshard(data.unshard(local), leaves, group),
+        evaluate=data.evaluate,
     )
 
 
-def cut_axis(path: str) -> int | None:
-    """The axis on which this leaf is cut; None for one that every rank has.
-
-    >>> [cut_axis(f"layers.0.ffn.{name}") for name in ("w1.weight", "w1.bias", "w2.weight", "w2.bias")]
-    [0, 0, 1, None]
-    """
-    module, leaf = path.split(".")[-2:]
-    if module not in (*ROWS, *COLUMNS, *WHOLE):
-        raise ValueError(f"{path}: tensor parallelism does not know how to divide this")
-    if module in ROWS:
-        return 0
-    return 1 if module in COLUMNS and leaf == "weight" else None
+def _check_calls(calls: Counter[str]) -> None:
+    """ValueError for a model that does not say where its sublayers begin and end."""
+    if not calls["embedding"]:
+        raise ValueError("tensor_parallel: the model was not made with layout.ops(...), and would use parts as wholes")
+    if calls["enter"] != calls["linear_out"]:
+        raise ValueError(
+            f"tensor_parallel: ops.enter was called {calls['enter']} times and ops.linear_out {calls['linear_out']} "
+            "times: each sublayer must call both once, or sums over ranks are wrong"
+        )
 
 
-def shard(params: Params, cfg: Config, group: Group = None) -> Params:
-    """This rank's part of the whole parameters, in memory of its own where cut.
+def _table(model: Any) -> Leaves:
+    leaves = getattr(model, "leaves", model)
+    if not isinstance(leaves, Mapping):
+        raise ValueError(f"model must be a Model or a leaf table, path -> Leaf, got {type(model).__name__}")
+    return leaves
+
+
+def _leaf(leaves: Leaves, path: str) -> Any:
+    if path not in leaves:
+        raise ValueError(f"{path}: tensor parallelism does not know how to divide this; it is not in the leaf table")
+    return leaves[path]
+
+
+def _check_cuts(leaves: Leaves, N: int) -> None:
+    for path, leaf in leaves.items():
+        if leaf.cut is not None and leaf.cut.units is not None and leaf.cut.units % N:
+            raise ValueError(
+                f"{path}: {leaf.cut.what} must be a multiple of the {N} ranks for tensor parallelism, "
+                f"got {leaf.cut.units}"
+            )
+
+
+def like(model: Any, layout: Layout, dtype: torch.dtype = torch.float32) -> Params:
+    """A tree like one rank's, on the meta device: for the plan of what divides it further."""
+    N = size_of(layout.group)
+
+    def local(leaf: Any) -> Tensor:
+        shape = list(leaf.shape)
+        if N > 1 and leaf.cut is not None:
+            shape[leaf.cut.axis] = part_shape((shape[leaf.cut.axis],), N)[0]
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return tree.from_flat({path: local(leaf) for path, leaf in _table(model).items()})
+
+
+def shard(params: Params, model: Any, group: Group = None) -> Params:
+    """This rank's part of the whole parameters, in memory of its own where cut; model: a Model or its leaf table.
 
     A vocabulary that N does not divide is filled up with rows of zeros; these have gradients of 0. All ranks call it:
-    ValueError on each, naming what differs, where their trees or Configs do; a message of 32 bytes.
+    ValueError on each, naming what differs, where their trees do; a message of 32 bytes.
     """
-    rank, N = rank_of(group), size_of(group)
-    check_same_kind({"cfg": asdict(cfg), "params": params}, group, "tensor_parallel.shard")
-    local_config(cfg, group)
-    if (V := len(params["token_embeddings"]["weight"])) != cfg.vocab_size:
-        raise ValueError(f"params: token_embeddings.weight has {V} rows, but cfg.vocab_size is {cfg.vocab_size}")
+    leaves, rank, N = _table(model), rank_of(group), size_of(group)
+    if N == 1:
+        return params
+    table = {path: (leaf.shape, None if leaf.cut is None else leaf.cut.axis) for path, leaf in leaves.items()}
+    check_same_kind({"leaves": table, "params": params}, group, "tensor_parallel.shard")
+    _check_cuts(leaves, N)
 
     def part(path: str, x: Tensor) -> Tensor:
-        axis = cut_axis(path)
-        if axis is None:
+        leaf = _leaf(leaves, path)
+        if tuple(x.shape) != leaf.shape:
+            raise ValueError(f"params: {path} has shape {tuple(x.shape)}, the leaf table says {leaf.shape}")
+        if leaf.cut is None:
             return x
+        axis = leaf.cut.axis
         local = part_of(x.movedim(axis, 0), rank, N).movedim(0, axis).contiguous()
         local.is_part = True  # type: ignore[attr-defined]  # make_step asks for a norm of all
         return local
 
-    return params if N == 1 else tree.map_with_path(part, params)
+    return tree.map_with_path(part, params)
 
 
-def unshard(local: Params, cfg: Config, group: Group = None) -> Params:
+def unshard(local: Params, model: Any, group: Group = None) -> Params:
     """The inverse of `shard`, on every rank. Also for (reduced) gradients. Messages of `sharding.gathered`."""
-    N = size_of(group)
-    if N == 1:
+    leaves = _table(model)
+    if size_of(group) == 1:
         return local
-    cut, whole = tree.partition(lambda path, x: cut_axis(path) is not None, local)
-    axes = [cut_axis(path) or 0 for path in tree.paths(cut)]
-    vocabulary = [path.split(".")[-2] in VOCABULARY for path in tree.paths(cut)]
-    leaves, treedef = tree.flatten(cut)
-    parts = [x.movedim(axis, 0).contiguous() for x, axis in zip(leaves, axes, strict=True)]
-    rows = [cfg.vocab_size if v else N * len(x) for v, x in zip(vocabulary, parts, strict=True)]
-    wholes = gather_leaves(parts, [(n, *x.shape[1:]) for n, x in zip(rows, parts, strict=True)], group)
-    out = [x.movedim(0, axis).contiguous() for x, axis in zip(wholes, axes, strict=True)]
-    return tree.combine(tree.unflatten(treedef, out), whole)
+    cut, same = tree.partition(lambda path, x: _leaf(leaves, path).cut is not None, local)
+    of = [_leaf(leaves, path) for path in tree.paths(cut)]
+    parts, treedef = tree.flatten(cut)
+    parts = [x.movedim(leaf.cut.axis, 0).contiguous() for x, leaf in zip(parts, of, strict=True)]
+    shapes = [
+        (leaf.shape[leaf.cut.axis], *x.shape[1:]) for x, leaf in zip(parts, of, strict=True)
+    ]
+    wholes = gather_leaves(parts, shapes, group)
+    out = [x.movedim(0, leaf.cut.axis).contiguous() for x, leaf in zip(wholes, of, strict=True)]
+    return tree.combine(tree.unflatten(treedef, out), same)

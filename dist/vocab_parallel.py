@@ -21,16 +21,18 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from purelm.devices import at_hand
+from purelm.dist.conjugates import enter, leave
 from purelm.dist.world import Group, rank_of, size_of
 from purelm.ops import REFERENCE
 from purelm.ops.cross_entropy import check_z_loss, reduce_tokens
 from purelm.ops.linear import linear
 from purelm.ops.precision import accumulator
-from purelm.ops.softcap import check_softcap, soft_cap
+from purelm.ops.softcap import check_positive, check_softcap, soft_cap
 
-__all__ = ["embedding", "linear_cross_entropy"]
+__all__ = ["embedding", "linear_cross_entropy", "log_probs"]
 
 
 def embedding(
@@ -91,6 +93,65 @@ def linear_cross_entropy(
         reduce_tokens(loss.reshape(targets.shape), weights, denominator, reduction),
         reduce_tokens(nll.reshape(targets.shape), weights, denominator, reduction),
     )
+
+
+def log_probs(
+    hidden: Float[Tensor, "*batch d"],
+    part_MD: Float[Tensor, "m d"],
+    targets: Int[Tensor, "*batch"],
+    vocab_size: int,
+    group: Group = None,
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    ignore_index: int | None = None,
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """`purelm.ops.log_probs` of all ranks' rows: the same two results, on every rank.
+
+    With log p_j = cap(x_j) / temperature - log Z, H = -sum_j p_j log p_j is a sum over ranks. hidden is the same on all
+    ranks, and its gradient this rank's share, as for `linear_cross_entropy`. A message of one fp32 number a token (max)
+    and two of one or two (sums) for each chunk; in backward, one of one.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token or None, got {chunk}")
+    check_positive("temperature", temperature)
+    check_softcap(softcap)
+    live = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
+    M = part_MD.shape[0]
+    real_MD = part_MD[: max(0, min(M, vocab_size - rank_of(group) * M))]
+    given, nan_or_1 = _real_targets(torch.where(live, targets, 0), vocab_size)
+    row_N, mine_N = _local_rows(given.reshape(-1), M, vocab_size, group)
+
+    def some(h_ND: Tensor, row_N: Tensor, mine_N: Tensor) -> tuple[Tensor, Tensor]:
+        x_NM = linear(h_ND, real_MD)
+        l_NM = soft_cap(x_NM.to(accumulator(x_NM.dtype)), softcap) / temperature
+        most_N = _largest(l_NM.detach(), group)
+        log_z_N = most_N + torch.log(leave(torch.exp(l_NM - most_N[:, None]).sum(-1), group))
+        # log p of this rank's own rows: what they send back to log Z is a share of its gradient.
+        log_p_NM = l_NM - enter(log_z_N, group)[:, None]
+        sums = leave(torch.stack([_at(log_p_NM, row_N, mine_N), -(log_p_NM.exp() * log_p_NM).sum(-1)]), group)
+        return sums[0], sums[1]
+
+    hidden_ND = hidden.reshape(-1, hidden.shape[-1])
+    if chunk is not None:
+        parts = [
+            checkpoint(some, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in _chunks(chunk, hidden_ND, row_N, mine_N)
+        ]
+        log_p, entropy = (torch.cat(xs) for xs in zip(*parts, strict=True))
+    else:
+        log_p, entropy = some(hidden_ND, row_N, mine_N)
+    log_p, entropy = log_p.reshape(targets.shape) * nan_or_1, entropy.reshape(targets.shape)
+    return torch.where(live, log_p, 0.0), torch.where(live, entropy, 0.0)
+
+
+def _largest(x_NM: Tensor, group: Group) -> Tensor:
+    """Of each token over all ranks; -inf counts for a rank whose rows are all filled up."""
+    most = x_NM.amax(-1) if x_NM.shape[1] else x_NM.new_full((len(x_NM),), -torch.inf)
+    if size_of(group) > 1:
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    return most
 
 
 def _real_targets(targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,14 @@ With g_r the gradients of rank r of N, part_r a cut of each leaf along axis 0, a
 
 Equal to f(mean of g_r, state, p), because f treats every element alone. What does not (Muon wants whole matrices) goes
 into `whole_tensors`: leaves are not cut, each has one owner. Both are optimizers like any other: they chain, and
-`partitioned(hidden_matrix, whole_tensors(muon()), sharded(adamw()))` has both.
+`partitioned(hidden_matrix, whole_tensors(muon()), sharded(adamw()))` has both. `strategy` is what make_step takes.
 
 An update must be called by all ranks of the group, with trees of one kind: check=True makes sure, at the cost of 32
 bytes and of a wait for the device (`agreement.check_same_kind`). Inside torch.compile an update ends a graph, and the
 optimizer that it wraps is compiled. In a world of one it is that optimizer, to the last bit.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from purelm import tree
+from purelm.dist import ddp
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.collectives import all_reduce
 from purelm.dist.messages import Op, Pending, by_owner, default_bucket_bytes, from_owners, in_turn, split_as, stand_in
@@ -31,6 +33,7 @@ from purelm.dist.sharding import gather_leaves, gathered, part_of, part_shape, s
 from purelm.dist.world import Group, all_gather_single, device_of, rank_of, size_of
 from purelm.optim import Optimizer
 from purelm.optim.parts import check_sees_all
+from purelm.train import Strategy
 from purelm.transforms.boundary import between_graphs, not_traced
 from purelm.transforms.donation import check_memory, consume, donated_type_of
 
@@ -39,8 +42,34 @@ __all__ = [
     "global_norm",
     "sharded",
     "sharded_step",
+    "strategy",
     "whole_tensors",
 ]
+
+
+def strategy(
+    group: Group = None,
+    *,
+    whole: bool = False,
+    bucket_bytes: int | None = None,
+    wire: torch.dtype | None = None,
+    check: bool = False,
+) -> Strategy:
+    """`ddp.strategy`, where each rank holds 1/N of the optimizer's state, and of the reduced gradients.
+
+    The optimizer goes into `sharded(reduce="parts")`. whole: into `whole_tensors` instead, for those that want whole
+    matrices (Muon); then every rank gets all of the gradients. check: as for `sharded`.
+    """
+    plain = ddp.strategy(group, bucket_bytes=bucket_bytes, wire=wire)
+    if whole:
+        return plain._replace(optimizer=lambda optimizer: whole_tensors(optimizer, group, reduce=None, check=check))
+    return plain._replace(
+        differentiate=functools.partial(
+            ddp.differentiate, group=group, bucket_bytes=bucket_bytes, wire=wire, parts=True
+        ),
+        norm=global_norm(group),
+        optimizer=lambda optimizer: sharded(optimizer, group, reduce="parts", check=check),
+    )
 
 Reduce = Literal["sum", "mean", "parts"] | None
 
@@ -92,9 +121,9 @@ def sharded(
             return call(optimizer.update, grads, state, params, lr)
         if check:
             check_same_kind({"grads": grads, "params": params}, group, "zero.sharded")
-            if not is_tried:
-                _try("zero.sharded", optimizer, tree.map(lambda p: p[None] if p.ndim == 0 else p, params), group)
-                is_tried.append(True)
+        if not is_tried:
+            _try("zero.sharded", optimizer, tree.map(lambda p: p[None] if p.ndim == 0 else p, params), group)
+            is_tried.append(True)
         (ps, wholes), treedef = tree.flatten_up_to(params, grads)
         limit = bucket_bytes or default_bucket_bytes(ps)
         if reduce == "parts":
@@ -207,7 +236,7 @@ def whole_tensors(
         (ps, wholes), treedef = tree.flatten_up_to(params, grads)
         limit = bucket_bytes or default_bucket_bytes(ps)
         owners = assign([p.numel() for p in ps], N)
-        if check and not is_tried:
+        if not is_tried:
             _try("zero.whole_tensors", optimizer, _owned(params, owners, rank), group)
             is_tried.append(True)
         at = [i for i, g in enumerate(wholes) if g is not None]
@@ -262,7 +291,7 @@ def assign(sizes: Sequence[int], n_ranks: int, loads: Sequence[int] = ()) -> lis
 
 
 def _try(who: str, optimizer: Optimizer, params: Any, group: Group) -> None:
-    advice = "clip_by_global_norm(max_norm, norm=zero.global_norm(group)), inside of what is sharded"
+    advice = "give make_step max_norm, or clip_by_global_norm(max_norm, norm=zero.global_norm(group)) here"
     check_sees_all(optimizer, params, global_norm(group), who, advice)
 
 

@@ -17,7 +17,7 @@ import tyro
 from experiments.console import pick_device, program, say
 from experiments.limits import Count, Range, Seed, Share, Text, Whole
 from purelm import checkpoint, random, tree
-from purelm.generate import stream
+from purelm.generate import Sampling, Stop, stream
 from purelm.models import transformer
 from purelm.tokenizer import BPE, decode, encode, fingerprint
 from purelm.tokenizer import load as load_tokenizer
@@ -81,7 +81,15 @@ def prompt_ids(bpe: BPE, prompt: str) -> list[int]:
 
 
 def text_stream(
-    params: Any, cfg: transformer.Config, bpe: BPE, prompt: str, key: torch.Tensor, **settings: Any
+    params: Any,
+    cfg: transformer.Config,
+    bpe: BPE,
+    prompt: str,
+    key: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_strings: tuple[str, ...] = (),
 ) -> Iterator[str]:
     """Pieces of text as they are sampled: only whole characters, nothing of a stop token."""
     ids = prompt_ids(bpe, prompt)
@@ -93,13 +101,14 @@ def text_stream(
     new: list[int] = []
     shown = 0
     steps = stream(
+        transformer.make(cfg),
         params,
         [keep],
-        cfg,
         key.to(device),
-        stop_ids=stops,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=Stop(stops, stop_strings),
         decode_fn=lambda tokens: decode(bpe, tokens),
-        **settings,
     )
     for step in steps:
         token = step.tokens[0]
@@ -117,8 +126,9 @@ def complete(
     params: Any, cfg: transformer.Config, bpe: BPE, prompt: str, *, seed: int = 0, max_new_tokens: int = 200
 ) -> str:
     """prompt + its continuation, as runs put it into their report."""
+    sampling = Sampling(temperature=0.8, top_p=0.95)
     pieces = text_stream(
-        params, cfg, bpe, prompt, random.key(seed), max_new_tokens=max_new_tokens, temperature=0.8, top_p=0.95
+        params, cfg, bpe, prompt, random.key(seed), max_new_tokens=max_new_tokens, sampling=sampling
     )
     return prompt + "".join(pieces)
 
@@ -138,10 +148,7 @@ def main(args: Args) -> None:
             args.prompt,
             random.fold_in(random.key(args.seed), i),
             max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
+            sampling=Sampling(args.temperature, args.top_k, args.top_p, args.min_p),
             stop_strings=args.stop,
         )
         for piece in pieces:

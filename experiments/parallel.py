@@ -25,10 +25,10 @@ from purelm.dist.sharding import part_of
 from purelm.dist.world import World
 from purelm.evals import Score, score
 from purelm.models import transformer
+from purelm.models.leaves import like
 from purelm.ops import Ops
-from purelm.optim import Optimizer, chain, clip_by_global_norm
-from purelm.optim.clip import clip
-from purelm.train import Precision, TrainState, init_state, make_step
+from purelm.optim import Optimizer, chain
+from purelm.train import ALONE, Precision, Strategy, TrainState, init_state, make_step, state_of
 from purelm.transforms import cuda_graph, jit
 
 Wrap = Callable[[transformer.BlockFn], transformer.BlockFn]
@@ -86,20 +86,16 @@ def layout(world: World, cfg: Parallel, job: Job, *, compiled: bool) -> Run:
 
 def alone(job: Job, device: torch.device, *, compiled: bool, graph: bool) -> Run:
     """The run of one process. graph: each step is a replay of a CUDA graph."""
-
-    def loss_fn(params: Any, batch: Any) -> Any:
-        return transformer.loss(params, batch, job.model, ops=job.ops, wrap_block=job.wrap_block)
-
-    optimizer = _clipped(job.core, job.max_norm)
-    step = make_step(loss_fn, optimizer, job.schedule, microbatches=job.microbatches, precision=job.precision)
+    model = transformer.make(job.model, job.ops, job.wrap_block)
+    optimizer = _linked(job)
+    step = _step(job, model, optimizer, ALONE)
     if compiled:
         step = jit(step, donate=0)
     if graph:
         step = cuda_graph(step, donate=0)
 
     def evaluate(params: Any, batches: Iterable[dict[str, Tensor]], n_bytes: int) -> Score:
-        loss_fn = partial(transformer.loss, cfg=job.model, ops=job.ops)
-        return score(loss_fn, params, batches, n_bytes, device=device)
+        return score(transformer.make(job.model, job.ops).loss, params, batches, n_bytes, device=device)
 
     def init() -> TrainState:
         return init_state(tree.to(job.init(), device), optimizer, job.precision)
@@ -108,51 +104,49 @@ def alone(job: Job, device: torch.device, *, compiled: bool, graph: bool) -> Run
     return Run(init, step, evaluate, lambda params: params, one_process.save, load)
 
 
-def _replicated(world: World, cfg: Parallel, job: Job) -> Run:
-    """ddp and zero1: every rank has all parameters."""
-    optimizer = job.core
-    parts = cfg.mode == "zero1" and not job.whole_matrices
-    if parts:
-        optimizer = zero.sharded(job.core, reduce="parts", check=False)
-    elif cfg.mode == "zero1":
-        optimizer = zero.whole_tensors(job.core, reduce=None, check=False)
-    norm = zero.global_norm() if parts else tree.global_norm
-    optimizer = _clipped(optimizer, job.max_norm, norm)
-    step = make_step(
-        lambda p, b: transformer.loss(p, b, job.model, ops=job.ops, wrap_block=job.wrap_block),
+def _step(job: Job, model: transformer.Model, optimizer: Optimizer, strategy: Strategy) -> Any:
+    return make_step(
+        model.loss,
         optimizer,
         job.schedule,
+        strategy=strategy,
+        max_norm=job.max_norm if job.max_norm > 0 else None,
+        microbatches=job.microbatches,
         precision=job.precision,
-        differentiate=partial(
-            ddp.differentiate,
-            microbatches=job.microbatches,
-            bucket_bytes=None if cfg.bucket_mb is None else max(int(cfg.bucket_mb * 2**20), 1),
-            wire=torch.bfloat16 if cfg.wire == "bf16" else None,
-            compute=job.precision.compute,
-            parts=parts,
-        ),
-        prepare=ddp.with_global_denominator,
-        norm=norm,
     )
+
+
+def _replicated(world: World, cfg: Parallel, job: Job) -> Run:
+    """ddp and zero1: every rank has all parameters."""
+    options: dict[str, Any] = {
+        "bucket_bytes": None if cfg.bucket_mb is None else max(int(cfg.bucket_mb * 2**20), 1),
+        "wire": torch.bfloat16 if cfg.wire == "bf16" else None,
+    }
+    optimizer = _linked(job)
+    if cfg.mode == "zero1":
+        strategy = zero.strategy(whole=job.whole_matrices, **options)
+    else:
+        strategy = ddp.strategy(**options)
+    parts = cfg.mode == "zero1" and not job.whole_matrices
+    step = _step(job, transformer.make(job.model, job.ops, job.wrap_block), optimizer, strategy)
 
     def evaluate(params: Any, batches: Iterable[dict[str, Tensor]], n_bytes: int) -> Score:
         """Each rank takes every N-th batch."""
         mine = islice(batches, world.rank, None, world.size)
-        loss_fn = partial(transformer.loss, cfg=job.model, ops=job.ops)
-        one = score(loss_fn, params, mine, n_bytes, device=world.device)
+        one = score(transformer.make(job.model, job.ops).loss, params, mine, n_bytes, device=world.device)
         nats, tokens = _sum(world, one.nats, one.n_tokens)
         return Score(nats, tokens, n_bytes)
 
     def init() -> TrainState:
         params = tree.to(tree.cast(job.init(), job.precision.param), world.device)
         # Equal seeds make equal parameters, but not with other versions of a maths library.
-        params = broadcast(params)
+        params = strategy.shard(params)
         check_equal(params, what="parameters")
-        return init_state(params, optimizer)
+        return state_of(params, optimizer, strategy)
 
-    like = _like(job, _clipped(job.core, job.max_norm))
+    like = _like(job, optimizer)
     # Of the optimizer's state each rank saves and loads what it has: its rows, or with whole_tensors its leaves.
-    held = {f"opt_state.{path}" for path in tree.paths(optimizer.init(like["params"]))}
+    held = {f"opt_state.{path}" for path in tree.paths(strategy.optimizer(optimizer).init(like["params"]))}
 
     def is_cut(path: str, x: Tensor) -> bool:
         return parts and path.startswith("opt_state.") and checkpoint.has_axes(path, x)
@@ -168,25 +162,10 @@ def _replicated(world: World, cfg: Parallel, job: Job) -> Run:
 def _fsdp(world: World, cfg: Parallel, job: Job) -> Run:
     if job.whole_matrices:
         raise ValueError("optim.name muon needs whole matrices, which no rank has: use --parallel.mode zero1, or adamw")
-    compute = None if job.precision.compute == job.precision.param else job.precision.compute
+    model = transformer.make(job.model, fsdp.ops(job.ops), lambda f: fsdp.gathered(job.wrap_block(f)))
     reduce = torch.bfloat16 if cfg.wire == "bf16" else job.precision.reduce
-    plan = fsdp.plan(_params_like(job), compute=compute, reduce=reduce)
-    # Clipped before the optimizer, by a norm over ranks; in its place a link without state, as in the other modes.
-    optimizer = chain(_nothing, job.core) if job.max_norm > 0 else job.core
-
-    def clipped(grads: Any) -> Any:
-        return clip(grads, job.max_norm, norm=plan.norm)[0] if job.max_norm > 0 else grads
-
-    step = make_step(
-        partial(fsdp.transformer_loss, cfg=job.model, plan=plan, ops=job.ops, wrap_block=job.wrap_block),
-        optimizer,
-        job.schedule,
-        precision=Precision(*[job.precision.param] * 3),  # the plan casts what it sends
-        differentiate=partial(fsdp.differentiate, microbatches=job.microbatches),
-        prepare=ddp.with_global_denominator,
-        reduce=clipped,
-        norm=plan.norm,
-    )
+    strategy, optimizer = fsdp.strategy(model, reduce=reduce), _linked(job)
+    step = _step(job, model, optimizer, strategy)
 
     def evaluate(params: Any, batches: Iterable[dict[str, Tensor]], n_bytes: int) -> Score:
         """In rounds of N batches, since all ranks must gather alike: one that has none left counts nothing."""
@@ -201,8 +180,8 @@ def _fsdp(world: World, cfg: Parallel, job: Job) -> Run:
             if group:
                 yield group[world.rank] if world.rank < len(group) else _weightless(group[0])
 
-        loss_fn = partial(fsdp.transformer_loss, cfg=job.model, plan=plan, ops=job.ops)
-        one = score(loss_fn, params, rounds(), n_bytes, device=world.device)
+        plain = transformer.make(job.model, fsdp.ops(job.ops), fsdp.gathered)
+        one = score(strategy.evaluate(plain.loss), params, rounds(), n_bytes, device=world.device)
         return Score(one.nats, _sum(world, one.n_tokens)[0], n_bytes)  # losses are sums over ranks already
 
     def is_cut(path: str, x: Tensor) -> bool:
@@ -211,42 +190,30 @@ def _fsdp(world: World, cfg: Parallel, job: Job) -> Run:
     def init() -> TrainState:
         """Leaf by leaf, as `_replicated` does: one at a time is whole on the device."""
 
-        def part(path: str, x: Tensor, replicated: bool) -> Tensor:
+        def part(path: str, x: Tensor) -> Tensor:
             x = broadcast({path: x.to(world.device, job.precision.param)})[path]
             check_equal({path: x}, what="parameters")
-            return x if replicated else part_of(x, world.rank, world.size)
+            return part_of(x, world.rank, world.size) if is_cut(path, x) else x
 
-        return init_state(tree.map_with_path(part, job.init(), plan.replicated), optimizer)
+        return state_of(tree.map_with_path(part, job.init()), optimizer, strategy)
 
     like = _like(job, optimizer)
     save = partial(checkpoint.save, like=like, sharded=is_cut)
     load = partial(checkpoint.load, like=like, sharded=is_cut, device=world.device)
-    return Run(init, step, evaluate, plan.unshard, save, load)
+    return Run(init, step, evaluate, strategy.unshard, save, load)
 
 
 _nothing = Optimizer(lambda params: (), lambda grads, state, params, lr: (grads, state))
 
 
-def _clipped(
-    optimizer: Optimizer, max_norm: float, norm: Callable[[Any], Tensor] = tree.global_norm
-) -> Optimizer:
-    return chain(clip_by_global_norm(max_norm, norm=norm), optimizer) if max_norm > 0 else optimizer
-
-
-def _params_like(job: Job) -> Any:
-    """The whole parameters on the meta device: shapes and dtypes."""
-
-    def like(node: Any) -> Any:
-        if isinstance(node, tuple):
-            return torch.empty(node, dtype=job.precision.param, device="meta")
-        return {k: like(v) for k, v in node.items()} if isinstance(node, dict) else [like(v) for v in node]
-
-    return like(transformer.param_shapes(job.model))
+def _linked(job: Job) -> Optimizer:
+    """The optimizer behind a link without state, where gradients are clipped: so checkpoints have had it since ever."""
+    return chain(_nothing, job.core) if job.max_norm > 0 else job.core
 
 
 def _like(job: Job, optimizer: Optimizer) -> Trees:
     """What one process would save, likewise."""
-    params = _params_like(job)
+    params = like(transformer.leaves(job.model), job.precision.param)
     return {"params": params, "opt_state": optimizer.init(params)}
 
 

@@ -47,7 +47,8 @@ def around_ops(ops: Ops, around: Callable[[str, tuple[Any, ...]], AbstractContex
 
         return call
 
-    return Ops(*(wrapped(name, op) for name, op in zip(ops._fields, ops, strict=True)))
+    names = [name for name in ops._fields if name not in ("enter", "final")]  # nothing, in one process
+    return ops._replace(**{name: wrapped(name, getattr(ops, name)) for name in names})
 
 
 def addresses(params: Any) -> dict[int, str]:

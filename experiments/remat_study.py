@@ -38,8 +38,11 @@ from experiments.ops import OpsName, ops_named
 from experiments.remat_strategies import Layer, Parts, Strategy, extra_flops, formula, predict, strategies
 from purelm import accounting, random, tree
 from purelm.models import transformer
+from purelm.models.block import apply_norm, block
 from purelm.models.config import Config
-from purelm.models.layers import attend_all, block, context, embed, norm, unembedding
+from purelm.models.context import context
+from purelm.models.embedding import embed, unembedding
+from purelm.models.layers import layer_of, norm_of
 from purelm.ops import Ops
 
 
@@ -64,12 +67,12 @@ class Args:
 
 def layers(params: Any, cfg: Config, ops: Ops, ctx: Any) -> list[Layer]:
     """The blocks as functions of x alone."""
-    fs = (partial(block, cfg=cfg, ops=ops, attend=attend_all(cfg, ops, cfg.window_of(i))) for i in range(cfg.n_layers))
-    return [partial(_call, f, layer, ctx) for f, layer in zip(fs, params["layers"], strict=True)]
+    kinds = [layer_of(cfg, i) for i in range(cfg.n_layers)]
+    return [partial(_call, kind, layer, ctx, ops) for kind, layer in zip(kinds, params["layers"], strict=True)]
 
 
-def _call(f: Callable[..., Tensor], layer: Any, ctx: Any, x: Tensor) -> Tensor:
-    return f(layer, x, ctx)
+def _call(kind: Any, layer: Any, ctx: Any, ops: Ops, x: Tensor) -> Tensor:
+    return block(kind, layer, x, ctx, ops)
 
 
 def start(params: Any, tokens: Tensor, cfg: Config, ops: Ops) -> tuple[Tensor, Any]:
@@ -81,7 +84,7 @@ def start(params: Any, tokens: Tensor, cfg: Config, ops: Ops) -> tuple[Tensor, A
 
 def head(params: Any, x: Tensor, targets: Tensor, cfg: Config, ops: Ops) -> Tensor:
     """Mean loss of final states, nats."""
-    h = norm(params.get("ln_final"), x, cfg, ops)
+    h = apply_norm(norm_of(cfg), params, "ln_final", x, ops)
     n = float(targets.numel())
     return ops.linear_cross_entropy(
         h, unembedding(params, cfg), targets, denominator=n, softcap=cfg.logit_softcap

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from purelm.kernels.flash_attention import flash_attention
-from purelm.kernels.linear_cross_entropy import linear_cross_entropy
+from purelm.kernels.linear_cross_entropy import linear_cross_entropy, log_probs_and_entropy
 from purelm.kernels.rms_norm import rms_norm
 from purelm.kernels.rope import rope
 from purelm.kernels.swiglu import swiglu
@@ -41,6 +41,7 @@ eager_swiglu = unless_compiling(swiglu, REFERENCE.swiglu)
 FUSED = REFERENCE._replace(
     attention=flash_attention,
     linear_cross_entropy=linear_cross_entropy,
+    log_probs=log_probs_and_entropy,
     rms_norm=eager_rms_norm,
     rope=eager_rope,
     swiglu=eager_swiglu,

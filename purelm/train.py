@@ -1,11 +1,12 @@
 """The training step: loss, gradients, reduction, clipping and update as one pure function of (state, batch).
 
     state = init_state(params, optimizer)
-    step = make_step(loss_fn, optimizer, schedule)
+    step = make_step(loss_fn, optimizer, schedule, max_norm=1.0)
     state, metrics = step(state, batch)
 
 `loss_fn(params, batch) -> (scalar, metrics)`; nothing else is known of the model. `jit(step, donate=0)` compiles it
-so that one copy of parameters and optimizer state is held.
+so that one copy of parameters and optimizer state is held. On several processes both functions get one more argument,
+the same `Strategy`: how parameters lie on them, and how gradients come about.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,12 +17,30 @@ from torch import Tensor
 
 from purelm import tree
 from purelm.optim import Optimizer, apply_updates, step_of
+from purelm.optim.base import check_range
+from purelm.optim.clip import clip
 from purelm.optim.parts import check_sees_all
 from purelm.transforms import accumulate, in_stages, jit, value_and_grad
 from purelm.transforms.boundary import not_traced
 from purelm.transforms.donation import consuming, jitted_as
 
-__all__ = ["FULL", "MIXED", "Precision", "TrainState", "init_state", "make_step", "n_targets", "with_denominator"]
+__all__ = [
+    "ALONE",
+    "FULL",
+    "MIXED",
+    "Loss",
+    "Precision",
+    "Strategy",
+    "TrainState",
+    "init_state",
+    "make_step",
+    "n_targets",
+    "reducing",
+    "state_of",
+    "with_denominator",
+]
+
+Loss = Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]]  # (params, batch) -> (0-d loss, metrics)
 
 
 class TrainState(NamedTuple):
@@ -46,13 +65,6 @@ MIXED = Precision(compute=torch.bfloat16)
 
 def identity(x: Any) -> Any:
     return x
-
-
-def init_state(params: Any, optimizer: Optimizer, precision: Precision = FULL) -> TrainState:
-    """State before the first update: masters cast to `precision.param`, fresh optimizer state, step 0."""
-    params = tree.cast(params, precision.param)
-    device = next((x.device for x in tree.leaves(params)), torch.device("cpu"))
-    return TrainState(params, optimizer.init(params), torch.zeros((), dtype=torch.int64, device=device))
 
 
 def with_denominator(batch: Any) -> Any:
@@ -82,62 +94,123 @@ def n_targets(batch: Any) -> Tensor | None:
     return weights.sum(dtype=torch.promote_types(weights.dtype, torch.float32))
 
 
+class Strategy(NamedTuple):
+    """What several processes do differently, as one value: its functions agree with each other.
+
+    From `ddp.strategy`, `zero.strategy`, `fsdp.strategy`, `tensor_parallel.strategy` of purelm.dist. Each function is
+    called by all processes alike.
+    """
+
+    # batch -> batch, before it is cut into microbatches: where a denominator of all processes' batches enters
+    prepare: Callable[[Any], Any] = with_denominator
+    # (loss, microbatches=n, compute=dtype) -> the function (local params, batch) -> ((loss, metrics), gradients) of
+    # what all processes have; never compiled as a whole. None: value_and_grad and accumulate, of this one's batch.
+    differentiate: Callable[..., Callable[[Any, Any], Any]] | None = None
+    reduce: Callable[[Any], Any] = identity  # gradients -> gradients of what all processes have
+    norm: Callable[[Any], Tensor] = tree.global_norm  # of reduced gradients: of all of them, not of one process's parts
+    optimizer: Callable[[Optimizer], Optimizer] = identity  # to the one that takes these gradients
+    shard: Callable[[Any], Any] = identity  # whole params -> what this process holds
+    unshard: Callable[[Any], Any] = identity  # the inverse, on every process; of gradients, too
+    evaluate: Callable[[Loss], Loss] = identity  # to the loss of local params, summed over processes
+
+
+ALONE = Strategy()
+
+
+def reducing(reduce: Callable[[Any], Any]) -> Strategy:
+    """The strategy of a function gradient tree -> gradient tree, such as `ddp.all_reduce_mean`, and nothing else.
+
+    Each process divides by the denominator of its own batch; where these differ, `ddp.strategy` gives the mean over all
+    targets, and this one the mean of means.
+    """
+    return Strategy(reduce=reduce)
+
+
+def init_state(
+    params: Any, optimizer: Optimizer, precision: Precision = FULL, strategy: Strategy = ALONE
+) -> TrainState:
+    """State before the first update: masters cast to `precision.param`, fresh optimizer state, step 0.
+
+    params are whole; each process keeps what the strategy says.
+    """
+    return state_of(strategy.shard(tree.cast(params, precision.param)), optimizer, strategy)
+
+
+def state_of(local: Any, optimizer: Optimizer, strategy: Strategy = ALONE) -> TrainState:
+    """The same, of masters that were sharded already."""
+    device = next((x.device for x in tree.leaves(local)), torch.device("cpu"))
+    step = torch.zeros((), dtype=torch.int64, device=device)
+    return TrainState(local, strategy.optimizer(optimizer).init(local), step)
+
+
 def make_step(
-    loss_fn: Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]],
+    loss_fn: Loss,
     optimizer: Optimizer,
     schedule: Callable[[Tensor], Tensor],
     *,
-    reduce: Callable[[Any], Any] = identity,
+    strategy: Strategy = ALONE,
+    max_norm: float | None = None,
     microbatches: int = 1,
     precision: Precision = FULL,
-    prepare: Callable[[Any], Any] = with_denominator,
-    differentiate: Callable[..., Callable[[Any, Any], Any]] | None = None,
-    norm: Callable[[Any], Tensor] = tree.global_norm,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Tensor]]]:
-    """One update: g = reduce(grad loss(cast(params), batch)); params + optimizer.update(g, lr = schedule(step)).
+    """One update: g = clip(reduce(grad loss(cast(params), batch))); params + optimizer.update(g, lr = schedule(step)).
 
     Args:
-        loss_fn: (params, batch) -> (scalar, metrics); with microbatches > 1 both must be additive over them, as every
-            loss here is that divides by batch["denominator"] (added when it is missing: `with_denominator`).
+        loss_fn: (params, batch) -> (scalar, metrics); over microbatches and processes both are added up, as every loss
+            here can be that divides by batch["denominator"] (put there by the strategy where it is missing). The first
+            step refuses (ValueError) a loss that is a mean whatever the denominator.
         schedule: 0-d step -> 0-d learning rate; the first update sees step 0.
-        reduce: gradient tree -> gradient tree; data parallelism enters here (average over ranks), and clipping by a
-            norm that is a sum over processes. It runs between two compiled graphs.
+        strategy: of several processes; the state comes from `init_state` with the same one.
+        max_norm: largest global norm of the gradients, of all processes' together; None: they are not clipped. The
+            first step refuses an optimizer that clips by the norm of one process's parts.
         microbatches: the batch axis is cut in this many equal parts; same result, activations of one part at a time.
         precision: parameters are cast to `compute` inside the differentiated function, so gradients arrive in the
-            masters' dtype; they are cast to `reduce` before `reduce` sees them.
-        prepare: batch -> batch, before it is cut in microbatches: where a denominator of the whole batch enters, which
-            with several processes is that of all of them.
-        differentiate: loss -> gradient function (params, batch) -> ((loss, metrics), grads), in place of
-            `value_and_grad` and `accumulate`, and never compiled as a whole (purelm.dist.ddp.differentiate).
-        norm: reduced gradient tree -> the metric grad_norm; of sharded gradients it is a sum over processes. The first
-            step refuses (ValueError) an optimizer that clips by another norm, of this process's gradients alone.
+            masters' dtype; they are cast to `reduce` before the strategy's `reduce` sees them.
     Returns:
         step(state, batch) -> (state, metrics): metrics are detached 0-d tensors: loss, lr, grad_norm (before any
-        clipping in the optimizer) and what loss_fn reports. Read them one step late: reading waits for the device.
+        clipping) and what loss_fn reports. Read them one step late: reading waits for the device.
     """
     if not isinstance(microbatches, int) or microbatches < 1:
         raise ValueError(f"microbatches must be at least 1, got {microbatches!r}")
+    if max_norm is not None:
+        check_range("max_norm", max_norm, 0.0, float("inf"))
+    prepare, differentiate, reduce, norm = strategy[:4]
+    is_plain = reduce is identity and norm is tree.global_norm
+    given, optimizer = optimizer, strategy.optimizer(optimizer)
 
     def compute_loss(params: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return loss_fn(tree.cast(params, precision.compute), batch)
 
-    if differentiate is not None and microbatches > 1:
-        raise ValueError("make_step: with differentiate, microbatches are its own argument")
-
-    def gradients_of(loss: Callable[[Any, Any], Any]) -> Callable[[TrainState, Any], tuple[Any, dict[str, Tensor]]]:
-        gradient = value_and_grad(loss, has_aux=True) if differentiate is None else differentiate(loss)
-        if microbatches > 1:
-            gradient = accumulate(gradient, microbatches)
+    def gradients_of(loss: Loss) -> Callable[[TrainState, Any], tuple[Any, dict[str, Tensor]]]:
+        if differentiate is not None:
+            gradient = differentiate(loss, microbatches=microbatches, compute=precision.compute)
+        else:
+            gradient = value_and_grad(loss, has_aux=True)
+            if microbatches > 1:
+                gradient = accumulate(gradient, microbatches)
 
         def gradients(state: TrainState, batch: Any) -> tuple[Any, dict[str, Tensor]]:
             if differentiate is not None and norm is tree.global_norm:
                 _check_whole(state.params, gradient)
-            (loss, metrics), grads = gradient(state.params, prepare(batch))
+            batch = prepare(batch)
+            check_loss(state.params, batch)
+            (loss, metrics), grads = gradient(state.params, batch)
             return tree.cast(grads, precision.reduce), {**metrics, "loss": loss}
 
         return gradients
 
+    is_added = microbatches > 1 or differentiate is not None
     is_tried: list[bool] = []
+    is_checked: list[bool] = [] if is_added else [True]
+
+    @not_traced
+    def check_loss(params: Any, batch: Any) -> None:
+        if not is_checked:
+            _check_divides(strategy.evaluate(compute_loss), params, batch, microbatches)
+            is_checked.append(True)
+
+    def clipped(grads: Any, found: Tensor) -> Any:
+        return grads if max_norm is None else clip(grads, max_norm, norm=lambda _: found)[0]
 
     def reduced(state: TrainState, found: tuple[Any, dict[str, Tensor]]) -> tuple[Any, dict[str, Tensor]]:
         grads, metrics = found
@@ -146,27 +219,32 @@ def make_step(
             if norm is tree.global_norm:
                 _check_whole(state.params)
             else:
-                advice = "give it the same norm as make_step, clip_by_global_norm(max_norm, norm=...)"
-                check_sees_all(optimizer, state.params, norm, "make_step", advice)
+                advice = "give make_step max_norm instead"
+                check_sees_all(given, state.params, norm, "make_step", advice)
             is_tried.append(True)
         # The plain norm is compiled with the update; another one may talk to other processes.
-        return grads, metrics if norm is tree.global_norm else {**metrics, "grad_norm": norm(grads)}
+        if norm is tree.global_norm:
+            return grads, metrics
+        size = norm(grads)
+        return clipped(grads, size), {**metrics, "grad_norm": size}
+
+    def prepared(found: tuple[Any, dict[str, Tensor]]) -> tuple[Any, dict[str, Tensor]]:
+        grads, metrics = found
+        if norm is not tree.global_norm:
+            return grads, metrics
+        size = norm(grads)
+        return clipped(grads, size), {**metrics, "grad_norm": size}
 
     def update(state: TrainState, found: tuple[Any, dict[str, Tensor]]) -> tuple[TrainState, dict[str, Tensor]]:
-        grads, metrics = found
+        grads, metrics = prepared(found)
         lr = schedule(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, lr)
-        new = TrainState(apply_updates(state.params, updates), opt_state, state.step + 1)
-        if norm is tree.global_norm:
-            metrics = {**metrics, "grad_norm": norm(grads)}
-        return new, {**metrics, "lr": lr}
+        return TrainState(apply_updates(state.params, updates), opt_state, state.step + 1), {**metrics, "lr": lr}
 
     def update_(state: TrainState, found: tuple[Any, dict[str, Tensor]]) -> tuple[TrainState, dict[str, Tensor]]:
         """`update`, written over the state."""
-        grads, metrics = found
+        grads, metrics = prepared(found)
         lr = schedule(state.step)
-        if norm is tree.global_norm:
-            metrics = {**metrics, "grad_norm": norm(grads)}
         assert write_over is not None
         params, opt_state = write_over(grads, state.opt_state, state.params, lr)
         return TrainState(params, opt_state, state.step.add_(1)), {**metrics, "lr": lr}
@@ -182,9 +260,36 @@ def make_step(
     if write_over is not None:
         jitted_as(update, lambda donate, options: consuming(update, update_) if donate else None)
     # What talks to other processes runs between the two, as it is.
-    if reduce is identity and norm is tree.global_norm:
+    if is_plain:
         return in_stages(gradients, update)
     return in_stages(gradients, not_traced(reduced), update)
+
+
+def _check_divides(loss: Loss, params: Any, batch: Any, microbatches: int) -> None:
+    """ValueError for a loss that is a mean over what it is given, whatever batch["denominator"] says.
+
+    Summed over n microbatches or processes it would be n times too large. Two evaluations of the first microbatch; and
+    for a loss that does not depend on the denominator one more, of that microbatch twice, which of a sum is twice as
+    much.
+    """
+    if not isinstance(batch, Mapping) or "targets" not in batch or "denominator" not in batch:
+        return
+    n = batch["targets"].shape[0] // microbatches
+    some = {k: x[:n] if isinstance(x, Tensor) and x.ndim > 0 else x for k, x in batch.items()}
+    # Shapes, and gradients that could be asked for, as in the step that follows: compiled blocks are compiled for it.
+    params = tree.map(lambda x: x.detach().requires_grad_() if tree.is_floating(x) else x, params)
+    value = loss(params, some)[0].detach()
+    other = loss(params, {**some, "denominator": 2 * batch["denominator"]})[0].detach()
+    if not bool(torch.isclose(value, other, rtol=1e-2, atol=0.0)) or not bool(value.abs() > 0):
+        return
+    twice = {k: torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim > 0 else x for k, x in some.items()}
+    doubled = loss(params, twice)[0].detach()
+    if bool((doubled - 2 * value).abs() < (doubled - value).abs()):
+        return
+    raise ValueError(
+        'make_step: the loss is a mean over what it is given and does not divide by batch["denominator"]: its sum over '
+        "microbatches or processes would be as many times too large. Divide the sum over targets by it"
+    )
 
 
 def _check_whole(params: Any, gradient: Any = None) -> None:
@@ -192,6 +297,6 @@ def _check_whole(params: Any, gradient: Any = None) -> None:
     gives_parts = getattr(gradient, "gives_parts", None)
     if (gives_parts is not None and gives_parts()) or any(getattr(x, "is_part", False) for x in tree.leaves(params)):
         raise ValueError(
-            "make_step: each process has a part of the gradients, and grad_norm would be of that alone: give the norm "
-            "of all, norm=plan.norm of fsdp, norm=plan.global_norm of tensor_parallel, or norm=zero.global_norm(group)"
+            "make_step: each process has a part of the gradients, and grad_norm would be of that alone: give make_step "
+            "the strategy that divided the parameters, from fsdp, tensor_parallel or zero, as it is"
         )

@@ -3,7 +3,6 @@ optimizer states, the course's answers as numbers, tensors that autograd really 
 """
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -209,9 +208,9 @@ def test_kv_cache_bytes(cfg, batch_size):
     """Oracle: the cache itself (which a model that is not causal cannot have)."""
     cfg = Config(**{**cfg.__dict__, "causal": True})
     cache = transformer.init_cache(cfg, batch_size, cfg.context_length, dtype=torch.bfloat16, device="cpu")
-    assert accounting.kv_cache_bytes(cfg, batch_size) == tree.n_bytes((cache.k, cache.v))
+    assert accounting.kv_cache_bytes(cfg, batch_size) == tree.n_bytes(cache.layers)
     assert accounting.kv_cache_bytes(cfg, batch_size, 3, bytes_per_element=4) * cfg.context_length == 6 * tree.n_bytes(
-        (cache.k, cache.v)
+        cache.layers
     )
 
 
@@ -287,19 +286,6 @@ def test_peak_flops_of_a_gpu_reads_its_name(monkeypatch):
     assert accounting.peak_flops(torch.device("cuda", 0)) == accounting.peak_flops("cuda:0") == 989.4e12
     with pytest.raises(ValueError, match="precision must be one of bf16, fp16, tf32, fp32, fp8, got 'int8'"):
         accounting.peak_flops("cuda", "int8")
-
-
-def test_unknown_mixers_are_refused():
-    """A layer that is not attention is not counted as attention."""
-    names = ("kv_heads", "head_width", "ff_width", "gated")
-    fields = {**TINY.__dict__, **{n: getattr(TINY, n) for n in names}, "mixer": ("attention", "delta")}
-    other = SimpleNamespace(**fields)
-    functions = (accounting.params, accounting.forward_flops, accounting.activation_bytes, accounting.kv_cache_bytes)
-    for f in functions:
-        with pytest.raises(ValueError, match="whose mixer is 'attention', got 'delta'"):
-            f(other)
-    fields["mixer"] = ("attention",)
-    assert accounting.params(SimpleNamespace(**fields)) == accounting.params(TINY)
 
 
 def test_program_prints_the_course_answers(tmp_path, capsys):

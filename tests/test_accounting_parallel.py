@@ -20,7 +20,7 @@ from purelm.accounting.parallel import (
 )
 from purelm.dist.sharding import part_shape
 from purelm.models.config import Config
-from purelm.models.initialise import param_shapes
+from purelm.models.layers import leaves
 
 XL = Config(10_000, 512, 2560, 32, 32, d_ff=10_240)  # of assignment 2
 EIGHT = Config(151_936, 32_768, 4096, 34, 32, d_ff=11_008)  # of its leaderboard in 2026
@@ -51,13 +51,6 @@ def ring(n_ranks, collective):
             sent += 1
         assert all(len(h) == n_ranks for h in has)
     return sent
-
-
-def shapes_of(node):
-    """The shapes of all leaves of `param_shapes`."""
-    if isinstance(node, tuple):
-        return [node]
-    return [s for child in (node.values() if isinstance(node, dict) else node) for s in shapes_of(child)]
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 3, 8])
@@ -120,8 +113,8 @@ def test_the_8b_model_by_hand():
 @pytest.mark.parametrize("n_ranks", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("cfg", [SMALL, Config(50, 7, 24, 3, 4, d_ff=37), XL], ids=["small", "odd", "xl"])
 def test_memory_is_the_sum_over_leaves(cfg, n_ranks):
-    """Oracle: param_shapes cut as purelm.dist.sharding cuts them, equal where N divides every axis 0."""
-    shapes = shapes_of(param_shapes(cfg))
+    """Oracle: the leaf table cut as purelm.dist.sharding cuts them, equal where N divides every axis 0."""
+    shapes = [leaf.shape for leaf in leaves(cfg).values()]
     n_bytes = sum(4 * math.prod(part_shape(s, n_ranks)) for s in shapes)
     rows = sum(4 * math.prod(s[1:]) for s in shapes)  # at most one more row in each leaf
     held = rank_bytes(cfg, scheme="fsdp", n_data=n_ranks, gathered_blocks=0)
@@ -142,8 +135,7 @@ def test_memory_of_activations_and_copies_is_that_of_one_process():
     assert held["activations"] == whole["activations"]
     assert held["parameters"] + held["gathered"] == whole["parameters"]
     blocks = rank_bytes(XL, scheme="fsdp", n_data=4, gathered_blocks=3)["gathered"]
-    layer = param_shapes(XL)["layers"][0]
-    one = sum(math.prod(s) for s in shapes_of([layer["attn"], layer["ffn"]]))
+    one = sum(math.prod(x.shape) for p, x in leaves(XL).items() if p.startswith(("layers.0.attn", "layers.0.ffn")))
     assert blocks == 3 * 4 * one
 
 

@@ -38,9 +38,12 @@ def test_a_donated_tensor_says_that_it_was_given_away(copied):
 
 
 @EVERY
+LAYOUT = tensor_parallel.Layout(CFG.vocab_size)
+
+
 @pytest.mark.parametrize(
     "value",
-    [CFG, REFERENCE, FUSED, tensor_parallel.Plan(CFG), sharded.plan(PARAMS), tree.structure(PARAMS), random.key(3)],
+    [CFG, REFERENCE, FUSED, LAYOUT, sharded.plan(PARAMS), tree.structure(PARAMS), random.key(3)],
     ids=["config", "reference", "fused", "tensor_parallel", "fsdp", "structure", "key"],
 )
 def test_values_are_equal_to_their_copies(copied, value):

@@ -1,18 +1,22 @@
 """Generation: against a loop without a cache, independence of rows, log-probabilities, stops, limits, streaming."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import purelm.generate
 from purelm import random
-from purelm.generate import generate, stream
-from purelm.generate.batched import _finite, _stopped, _text
+from purelm.generate import Sampling, Stop
+from purelm.generate.batched import _finite
 from purelm.generate.sampling import distribution, forbid, pick
+from purelm.generate.stops import stopped, text_of
 from purelm.models import transformer
 from purelm.models.transformer import Config, apply
+from purelm.ops import REFERENCE
 
 CFG = Config(
     vocab_size=29, context_length=40, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=40, window=(6, None)
@@ -21,6 +25,26 @@ PARAMS = transformer.init(random.key(0), CFG, dtype=torch.float64)
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
 KEY = random.key(7)
 SETTINGS = dict(temperature=0.9, top_k=20, top_p=0.95, min_p=0.01)
+
+
+def _called(function, params, prompts, cfg, key, *, max_new_tokens, ops=REFERENCE, decode_fn=None, **options):
+    """With the fields of Sampling and Stop as plain keywords."""
+    stops = {name: options.pop(key) for name, key in STOPS.items() if key in options}
+    return function(
+        transformer.make(cfg, ops),
+        params,
+        prompts,
+        key,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(**options),
+        stop=Stop(**stops),
+        decode_fn=decode_fn,
+    )
+
+
+STOPS = {"ids": "stop_ids", "strings": "stop_strings", "min_new_tokens": "min_new_tokens"}
+generate = partial(_called, purelm.generate.generate)
+stream = partial(_called, purelm.generate.stream)
 
 
 def decode_fn(ids):
@@ -188,13 +212,13 @@ def test_stop_string_found_at_once(pieces, stop):
         return "".join(pieces[i] for i in ids)
 
     text = decode(range(len(pieces)))
-    found = next((n for n in range(1, len(pieces) + 1) if _stopped(decode, list(range(n)), [stop])), None)
+    found = next((n for n in range(1, len(pieces) + 1) if stopped(decode, list(range(n)), [stop])), None)
     if stop not in text:
         assert found is None
         return
     end = text.find(stop) + len(stop)
     assert found == next(n for n in range(len(pieces) + 1) if len(decode(range(n))) >= end)
-    assert _text(decode, list(range(found)), "stop_string", [stop]) == text[:end]
+    assert text_of(decode, list(range(found)), "stop_string", [stop]) == text[:end]
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
@@ -233,9 +257,9 @@ def test_stream_does_no_more_than_is_asked_for():
 
     def counted(x, w):
         calls.append(x.shape)
-        return transformer.REFERENCE.embedding(x, w)
+        return REFERENCE.embedding(x, w)
 
-    ops = transformer.REFERENCE._replace(embedding=counted)
+    ops = REFERENCE._replace(embedding=counted)
     steps = stream(PARAMS, [[1, 2, 3]], CFG, KEY, max_new_tokens=20, ops=ops)
     assert not calls
     next(steps), next(steps)
@@ -259,11 +283,11 @@ def test_no_gradient_and_no_global_generator():
     needs = []
 
     def spy(x, w, b=None):
-        y = transformer.REFERENCE.linear(x, w, b)
+        y = REFERENCE.linear(x, w, b)
         needs.append(y.requires_grad)
         return y
 
-    ops = transformer.REFERENCE._replace(linear=spy)
+    ops = REFERENCE._replace(linear=spy)
     out = generate(params, [[1]], CFG, KEY, max_new_tokens=3, ops=ops)
     assert not any(needs)
     assert not out.logprobs[0].requires_grad
@@ -288,17 +312,17 @@ def test_bf16_parameters():
         (dict(prompts=[[1.5]]), r"prompts\[0\] must hold integers"),
         (dict(max_new_tokens=-1), "max_new_tokens must be an integer of at least 0, got -1"),
         (dict(min_new_tokens=4), r"min_new_tokens must be in 0..max_new_tokens 3, got 4"),
-        (dict(stop_strings=["x"]), r"decode_fn \(ids -> text\) must be given with stop_strings"),
-        (dict(stop_strings=[""], decode_fn=decode_fn), "stop_strings must be strings that are not empty, got ''"),
-        (dict(stop_strings="END", decode_fn=decode_fn), r"stop_strings must be a sequence of strings, got 'END': give"),
-        (dict(stop_strings=[3], decode_fn=decode_fn), "stop_strings must be strings that are not empty, got 3"),
-        (dict(stop_ids=5), "stop_ids must be a sequence of token ids, got 5"),
-        (dict(stop_ids=[1.5]), "stop_ids must be integers, got 1.5"),
+        (dict(stop_strings=["x"]), r"decode_fn \(ids -> text\) must be given with stop.strings"),
+        (dict(stop_strings=[""], decode_fn=decode_fn), "stop.strings must be strings that are not empty, got ''"),
+        (dict(stop_strings="END", decode_fn=decode_fn), r"stop.strings must be a sequence of strings, got 'END': give"),
+        (dict(stop_strings=[3], decode_fn=decode_fn), "stop.strings must be strings that are not empty, got 3"),
+        (dict(stop_ids=5), "stop.ids must be a sequence of token ids, got 5"),
+        (dict(stop_ids=[1.5]), "stop.ids must be integers, got 1.5"),
         (dict(prompts="text"), "prompts must be rows of token ids, got 'text'"),
         (dict(prompts=["text"]), r"prompts\[0\] must be token ids, got 'text'"),
         (dict(max_new_tokens=2.0), "max_new_tokens must be an integer of at least 0, got 2.0"),
-        (dict(stop_ids=[30]), "stop_ids: id 30 at position 0 is outside the vocabulary"),
-        (dict(stop_ids=range(29), min_new_tokens=1), "stop_ids must leave a token"),
+        (dict(stop_ids=[30]), "stop.ids: id 30 at position 0 is outside the vocabulary"),
+        (dict(stop_ids=range(29), min_new_tokens=1), "stop.ids must leave a token"),
         (dict(key=random.split(KEY, 3)), "key must be one key, or one for each of 1 rows"),
         (dict(top_k=0), "top_k must be an integer of at least 1"),
         (dict(temperature=-0.5), "temperature must be 0 .greedy., or finite"),

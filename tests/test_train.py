@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from purelm import random, tree
 from purelm.ops import REFERENCE
 from purelm.optim import adamw, chain, clip_by_global_norm, lion, muon_adamw, schedules, sgd
-from purelm.train import FULL, MIXED, Precision, init_state, make_step, with_denominator
+from purelm.train import FULL, MIXED, Precision, Strategy, init_state, make_step, reducing, with_denominator
 from purelm.transforms import in_stages, jit
 
 V, D = 7, 5
@@ -126,9 +126,8 @@ def test_reduce_sees_gradients_in_its_dtype_and_its_result_is_used():
     optimizer = sgd()
     precision = Precision(torch.float32, torch.float32, torch.bfloat16)
     state = init_state(init(dtype=torch.float32), optimizer, precision)
-    new, metrics = make_step(loss_fn, optimizer, schedules.constant(1.0), reduce=reduce, precision=precision)(
-        state, make_batch(0)
-    )
+    options = {"strategy": reducing(reduce), "precision": precision}
+    new, metrics = make_step(loss_fn, optimizer, schedules.constant(1.0), **options)(state, make_batch(0))
     assert seen == [{torch.bfloat16}]
     assert float(metrics["grad_norm"]) == 0.0
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(new.params), tree.leaves(state.params), strict=True))
@@ -209,7 +208,7 @@ def test_a_reduction_stays_plain_python_between_compiled_stages():
         return tree.map(lambda g: 2 * g, grads)
 
     optimizer = sgd()
-    plain = make_step(loss_fn, optimizer, schedules.constant(0.1), reduce=reduce, precision=F64)
+    plain = make_step(loss_fn, optimizer, schedules.constant(0.1), strategy=reducing(reduce), precision=F64)
     compiled = jit(plain, donate=0)
     a, b = init_state(init(), optimizer, F64), init_state(init(), optimizer, F64)
     for i in range(3):
@@ -250,9 +249,10 @@ def quadratic_state():
 QUARTER = schedules.constant(0.25)
 
 
-def quadratic_step(how, loss_fn=quadratic, schedule=QUARTER, **options):
-    """With learning rate 0.25, so that new = p - g / 4."""
-    step = make_step(loss_fn, sgd(), schedule, precision=F64, **options)
+def quadratic_step(how, loss_fn=quadratic, schedule=QUARTER, microbatches=1, **options):
+    """With learning rate 0.25, so that new = p - g / 4; options are of the strategy."""
+    options = {"strategy": Strategy(**options), "microbatches": microbatches, "precision": F64}
+    step = make_step(loss_fn, sgd(), schedule, **options)
     return step if how == "eager" else jit(step, backend="eager")
 
 
@@ -334,7 +334,7 @@ def test_differentiate_takes_the_place_of_autograd(how):
     """Three times the gradient written by hand, called as plain Python. Oracle: autograd's step, reduced by 3 g."""
     calls = []
 
-    def differentiate(loss_fn):
+    def differentiate(loss_fn, **_):
         def gradient(params, batch):
             calls.append((torch.compiler.is_compiling(), *batch))
             with torch.no_grad():
@@ -357,10 +357,63 @@ def test_differentiate_takes_the_place_of_autograd(how):
 
 
 def test_differentiate_cuts_its_own_microbatches():
-    message = "make_step: with differentiate, microbatches are its own argument"
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        make_step(loss_fn, sgd(), schedules.constant(1.0), differentiate=lambda loss: loss, microbatches=2)
-    make_step(loss_fn, sgd(), schedules.constant(1.0), differentiate=lambda loss: loss, microbatches=1)
+    """It is told how many, and the dtype that parameters are cast to."""
+    told = []
+
+    def differentiate(loss, **options):
+        told.append(options)
+        return lambda params, batch: (loss(params, batch), params)
+
+    strategy = Strategy(differentiate=differentiate)
+    make_step(loss_fn, sgd(), schedules.constant(1.0), strategy=strategy, microbatches=2, precision=MIXED)
+    assert told == [{"microbatches": 2, "compute": torch.bfloat16}]
+
+
+def mean(params, batch):
+    logits = batch["tokens"] @ params["w"]
+    return torch.nn.functional.cross_entropy(logits, batch["targets"]), {}
+
+
+def divided(params, batch):
+    logits = batch["tokens"] @ params["w"]
+    nll = torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="sum")
+    return nll / batch["denominator"], {}
+
+
+def added(params, batch):
+    """A sum over what it is given, by a constant of its own."""
+    return torch.nn.functional.cross_entropy(batch["tokens"] @ params["w"], batch["targets"], reduction="sum") / 7, {}
+
+
+@pytest.mark.parametrize("loss", [mean, divided, added])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_mean_is_refused_where_losses_are_added(loss, microbatches):
+    """Oracle: the step with the whole batch. A mean over each of two microbatches would be twice as large."""
+    g = torch.Generator().manual_seed(0)
+    batch = {"tokens": torch.randn(4, 3, generator=g), "targets": torch.tensor([0, 1, 2, 1])}
+    params = {"w": torch.randn(3, 3, generator=g)}
+    step = make_step(loss, sgd(), schedules.constant(1.0), microbatches=microbatches)
+    if loss is mean and microbatches == 2:
+        with pytest.raises(ValueError, match=r"does not divide by batch.*denominator"):
+            step(init_state(params, sgd()), batch)
+        return
+    state, metrics = step(init_state(params, sgd()), batch)
+    whole, expected = make_step(loss, sgd(), schedules.constant(1.0))(init_state(params, sgd()), batch)
+    torch.testing.assert_close((state.params, metrics), (whole.params, expected))
+
+
+def test_clipping_of_the_step_is_that_of_the_chain():
+    """Oracle: clip_by_global_norm in the optimizer; and the norm that is reported is that before it."""
+    chained = chain(clip_by_global_norm(0.5), adamw())
+    by_chain = make_step(loss_fn, chained, schedules.constant(0.1), precision=F64)
+    by_step = make_step(loss_fn, adamw(), schedules.constant(0.1), max_norm=0.5, precision=F64)
+    a, expected = by_chain(init_state(init(), chained, F64), make_batch(0))
+    b, found = by_step(init_state(init(), adamw(), F64), make_batch(0))
+    assert float(found["grad_norm"]) > 0.5
+    assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a.params), tree.leaves(b.params), strict=True))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    with pytest.raises(ValueError, match="max_norm must be in"):
+        make_step(loss_fn, adamw(), schedules.constant(0.1), max_norm=-1.0)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])

@@ -34,13 +34,13 @@ from experiments.console import program, say
 from experiments.ops import OpsName, ops_named
 from purelm import random, tree
 from purelm.dist import ddp, fsdp, world, zero
-from purelm.dist.ddp import all_reduce_mean, with_global_denominator
+from purelm.dist.ddp import all_reduce_mean
 from purelm.kernels.adamw import adamw as kernels_adamw
 from purelm.kernels.adamw import adamw_step
 from purelm.models import transformer
 from purelm.optim import adamw, schedules
-from purelm.train import FULL, MIXED, Precision, TrainState, identity, init_state, make_step, with_denominator
-from purelm.transforms import jit, remat
+from purelm.train import FULL, MIXED, Loss, Precision, Strategy, TrainState, init_state, make_step
+from purelm.transforms import jit, remat, value_and_grad
 
 OURS = ("alone", "per_leaf", "flat", "bucketed", "overlapped", "zero1", "zero2", "fsdp")
 PEERS = ("torch_ddp", "torch_fsdp2")
@@ -93,41 +93,31 @@ def our_step(
     wrap: Any = (lambda f: jit(inner(f))) if compiled else inner
     bucket_bytes = None if args.bucket_mb is None else int(args.bucket_mb * 2**20)
 
-    def loss(params: Any, batch: Any) -> Any:
-        return transformer.loss(params, batch, cfg, ops=ops, wrap_block=wrap)
-
-    options: dict[str, Any] = {"precision": precision}
-    if way in ("overlapped", "zero1", "zero2"):
-        more: dict[str, Any] = {"bucket_bytes": bucket_bytes, "compute": precision.compute, "parts": way == "zero2"}
-        options["differentiate"] = partial(ddp.differentiate, **more)
-        options["prepare"] = with_global_denominator
-        if way == "zero2":
-            options["norm"] = zero.global_norm()
-    elif way == "fsdp":
-        plan = fsdp.plan(params, compute=torch.bfloat16 if cuda else None)
-        loss = partial(fsdp.transformer_loss, cfg=cfg, plan=plan, ops=ops, wrap_block=wrap)
-        params = plan.shard(params)
-        options = {
-            "precision": Precision(),
-            "differentiate": fsdp.differentiate,
-            "prepare": with_global_denominator,
-            "norm": plan.norm,
-        }
+    model = transformer.make(cfg, ops, wrap)
+    if way == "fsdp":
+        model = transformer.make(cfg, fsdp.ops(ops), lambda f: fsdp.gathered(wrap(f)))
+        strategy = fsdp.strategy(model)
+    elif way == "zero2":
+        strategy = zero.strategy(bucket_bytes=bucket_bytes)
+    elif way in ("overlapped", "zero1"):
+        strategy = ddp.strategy(bucket_bytes=bucket_bytes)
+        if way == "zero1":
+            strategy = strategy._replace(optimizer=partial(zero.sharded, reduce=None, check=False))
     else:
-        options["differentiate"] = fsdp.differentiate  # plain, and not compiled as a whole
+        strategy = Strategy(differentiate=_plain)
         if way != "alone":
-            strategy = cast(Any, way)
-            options["reduce"] = partial(all_reduce_mean, strategy=strategy, bucket_bytes=bucket_bytes, check=False)
-    if way in ("zero1", "zero2"):
-        optimizer = zero.sharded(optimizer, reduce=None if way == "zero1" else "parts", check=False)
-    step = make_step(loss, optimizer, schedules.constant(3e-4), **options)
+            messages = cast(Any, way)
+            reduce = partial(all_reduce_mean, strategy=messages, bucket_bytes=bucket_bytes, check=False)
+            strategy = strategy._replace(reduce=reduce)
+    step = make_step(model.loss, optimizer, schedules.constant(3e-4), strategy=strategy, precision=precision)
     if compiled and args.ops != "fused":
         step = jit(step, donate=0)
-    state = init_state(params, optimizer)
+    state = init_state(params, optimizer, strategy=strategy)
     del params
     if args.ops == "fused" and way != "zero1":
         update = adamw_step(**ADAMW, donate=True)
-        return _by_kernels(state, loss, options, zero.sharded_step(update, donate=True) if way == "zero2" else update)
+        update = zero.sharded_step(update, donate=True) if way == "zero2" else update
+        return _by_kernels(state, model.loss, strategy, precision, update)
 
     def run(batch: dict) -> Tensor:
         nonlocal state
@@ -137,13 +127,19 @@ def our_step(
     return run
 
 
+def _plain(loss: Loss, *, microbatches: int, compute: torch.dtype) -> Callable[[Any, Any], Any]:
+    """Gradients of this process's batch, not compiled as a whole."""
+    return value_and_grad(loss, has_aux=True)
+
+
 def _by_kernels(
-    state: TrainState, loss: Callable[..., Any], options: dict[str, Any], update: Callable[..., Any]
+    state: TrainState, loss: Loss, strategy: Strategy, precision: Precision, update: Callable[..., Any]
 ) -> Callable[[dict], Tensor]:
     """make_step's step without the norm of gradients, which the peers do not have either, and updated in place."""
-    precision, prepare = options["precision"], options.get("prepare", with_denominator)
-    gradient = options["differentiate"](lambda params, batch: loss(tree.cast(params, precision.compute), batch))
-    reduce = options.get("reduce", identity)
+    assert strategy.differentiate is not None
+    cast_loss = lambda params, batch: loss(tree.cast(params, precision.compute), batch)  # noqa: E731
+    gradient = strategy.differentiate(cast_loss, microbatches=1, compute=precision.compute)
+    prepare, reduce = strategy.prepare, strategy.reduce
     params, opt_state = state.params, state.opt_state
     lr = torch.tensor(3e-4, device=state.step.device)
 

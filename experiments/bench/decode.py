@@ -57,19 +57,19 @@ def seconds(f: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def cached(params: Any, cfg: transformer.Config, tokens: torch.Tensor) -> None:
+def cached(params: Any, model: transformer.Model, tokens: torch.Tensor) -> None:
     n = tokens.shape[1]
-    cache = transformer.init_cache(cfg, 1, n, device=tokens.device)
+    cache = model.init_cache(1, n, device=tokens.device)
     with torch.no_grad():
-        _, cache = transformer.prefill(params, tokens[:, :1], cache, cfg, ops=OPS)
+        _, cache = model.prefill(params, tokens[:, :1], cache)
         for t in range(1, n):
-            _, cache = transformer.decode_(params, tokens[:, t], cache, cfg, ops=OPS, used=t)
+            _, cache = model.decode_(params, tokens[:, t], cache, used=t)
 
 
-def uncached(params: Any, cfg: transformer.Config, tokens: torch.Tensor) -> torch.Tensor:
+def uncached(params: Any, model: transformer.Model, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        h = transformer.hidden(params, tokens, cfg, ops=OPS)[:, -1]
-        return h @ transformer.unembedding(params, cfg).T
+        h = model.hidden(params, tokens)[:, -1]
+        return h @ model.unembedding(params).T
 
 
 def measure(size: str, n: int, stride: int, device: torch.device) -> list[dict[str, Any]]:
@@ -78,19 +78,20 @@ def measure(size: str, n: int, stride: int, device: torch.device) -> list[dict[s
         raise ValueError(f"sizes: {size!r} is not one of {', '.join(SIZES)}")
     V, D, L, H, F = SIZES[size]
     cfg = transformer.Config(vocab_size=V, context_length=n, d_model=D, n_layers=L, n_heads=H, d_ff=F)
-    params = tree.to(transformer.init(random.key(0), cfg), device)
+    model = transformer.make(cfg, OPS)
+    params = tree.to(model.init(random.key(0)), device)
     tokens = random.randint(random.key(1), (1, n), 0, V).to(device)
     key, prompt = random.key(2), tokens[:, :1].tolist()
     say(f"{size}: {tree.n_params(params):,} parameters")
     for warm in (tokens[:, :8], tokens):
-        uncached(params, cfg, warm)
-    cached(params, cfg, tokens[:, :8])
-    slow = [seconds(lambda t=t: uncached(params, cfg, tokens[:, :t]), device) for t in range(stride, n + 1, stride)]  # type: ignore[misc]
+        uncached(params, model, warm)
+    cached(params, model, tokens[:, :8])
+    slow = [seconds(lambda t=t: uncached(params, model, tokens[:, :t]), device) for t in range(stride, n + 1, stride)]  # type: ignore[misc]
     whole = sum(slow) / len(slow) * n
-    fast = seconds(lambda: cached(params, cfg, tokens), device)
-    sampled = seconds(lambda: generate(params, prompt, cfg, key, max_new_tokens=n - 1, ops=OPS), device)
-    last_slow = min(seconds(lambda: uncached(params, cfg, tokens), device) for _ in range(5))
-    last_fast = min(last_token(params, cfg, tokens, device) for _ in range(5))
+    fast = seconds(lambda: cached(params, model, tokens), device)
+    sampled = seconds(lambda: generate(model, params, prompt, key, max_new_tokens=n - 1), device)
+    last_slow = min(seconds(lambda: uncached(params, model, tokens), device) for _ in range(5))
+    last_fast = min(last_token(params, model, tokens, device) for _ in range(5))
     where = str(device)
     return [
         row(f"{size}: token {n}", last_fast, "s", peer="uncached", peer_value=last_slow, device=where),
@@ -99,13 +100,13 @@ def measure(size: str, n: int, stride: int, device: torch.device) -> list[dict[s
     ]
 
 
-def last_token(params: Any, cfg: transformer.Config, tokens: torch.Tensor, device: torch.device) -> float:
+def last_token(params: Any, model: transformer.Model, tokens: torch.Tensor, device: torch.device) -> float:
     """Seconds for the last token, when the cache holds all before it."""
     n = tokens.shape[1]
     with torch.no_grad():
-        cache = transformer.init_cache(cfg, 1, n, device=device)
-        _, cache = transformer.prefill(params, tokens[:, :-1], cache, cfg, ops=OPS)
-        return seconds(lambda: transformer.decode_(params, tokens[:, -1], cache, cfg, ops=OPS, used=n - 1), device)
+        cache = model.init_cache(1, n, device=device)
+        _, cache = model.prefill(params, tokens[:, :-1], cache)
+        return seconds(lambda: model.decode_(params, tokens[:, -1], cache, used=n - 1), device)
 
 
 @program

@@ -28,7 +28,8 @@ from experiments.console import program
 from purelm import random
 from purelm.dist import ddp, fsdp
 from purelm.models import transformer
-from purelm.transforms import jit
+from purelm.ops import REFERENCE
+from purelm.transforms import jit, value_and_grad
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ def ours(cfg: transformer.Config, batch: dict[str, Tensor], compiled: bool, shar
     wrap = jit if compiled else transformer.identity
     batch = ddp.with_global_denominator(batch)
     if not sharded:
-        return partial(fsdp.differentiate(partial(transformer.loss, cfg=cfg, wrap_block=wrap)), params, batch)
+        return partial(value_and_grad(transformer.make(cfg, wrap_block=wrap).loss, has_aux=True), params, batch)
     plan = fsdp.plan(params)
-    loss = partial(fsdp.transformer_loss, cfg=cfg, plan=plan, wrap_block=wrap)
-    return partial(fsdp.differentiate(loss), plan.shard(params), batch)
+    model = transformer.make(cfg, fsdp.ops(REFERENCE), lambda f: fsdp.gathered(wrap(f)))
+    return partial(fsdp.differentiate(model.loss, plan), plan.shard(params), batch)
 
 
 def peer(cfg: transformer.Config, batch: dict[str, Tensor], compiled: bool, sharded: bool) -> Callable[[], object]:

@@ -1,7 +1,6 @@
 """Training steps in two parts, purelm's and PyTorch's, and the bytes of what they hold in between; for bench.memory."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -67,15 +66,13 @@ def ours(
     if way == "zero1":
         optimizer = zero.sharded(optimizer, reduce=None, check=False)
     if way == "fsdp":
+        model = transformer.make(cfg, fsdp.ops(ops), lambda f: fsdp.gathered(wrap(f)))
         plan = fsdp.plan(params, compute=precision.compute if cuda else None)
-        gradient = fsdp.differentiate(partial(fsdp.transformer_loss, cfg=cfg, plan=plan, ops=ops, wrap_block=wrap))
+        gradient = fsdp.differentiate(model.loss, plan)
         params = plan.shard(params)
     else:
-
-        def loss(params: Any, batch: Any) -> Any:
-            return transformer.loss(params, batch, cfg, ops=ops, wrap_block=wrap)
-
-        gradient = ddp.differentiate(loss, bucket_bytes=bucket_bytes, compute=precision.compute)
+        model = transformer.make(cfg, ops, wrap)
+        gradient = ddp.differentiate(model.loss, bucket_bytes=bucket_bytes, compute=precision.compute)
     state, grads = init_state(params, optimizer), None
     del params
     lr = torch.tensor(3e-4, device=here.device)

@@ -102,11 +102,9 @@ def make_run(args: Args, here: world.World) -> Callable[[dict[str, Tensor]], Ten
     options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
     opt_state, update = adamw(**options).init(params), adamw_step(**options, donate=True)
     lr = torch.tensor(LR, device=here.device)
-    loss = partial(
-        fsdp.transformer_loss, cfg=cfg, plan=plan, ops=ops_named(args.ops), chunk=args.chunk,
-        wrap_block=wrapped(args.keep, args.compile),
-    )  # fmt: skip
-    gradient = fsdp.differentiate(loss)
+    wrap = wrapped(args.keep, args.compile)
+    model = transformer.make(cfg, fsdp.ops(ops_named(args.ops)), lambda f: fsdp.gathered(wrap(f)))
+    gradient = fsdp.differentiate(partial(model.loss, chunk=args.chunk), plan)
 
     def run(batch: dict[str, Tensor]) -> Tensor:
         nonlocal params, opt_state

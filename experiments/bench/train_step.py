@@ -82,11 +82,9 @@ def pure_step(
     one_launch = device.type == "cuda" and not graph
     optimizer = (kernels.adamw if one_launch else adamw)(betas=(0.9, 0.95), weight_decay=0.1)
 
-    def loss_fn(params, batch):
-        return transformer.loss(params, batch, cfg, ops=ops)
-
     precision = MIXED if device.type == "cuda" else FULL
-    step = jit(make_step(loss_fn, optimizer, schedules.constant(3e-4), precision=precision), donate=0)
+    loss = transformer.make(cfg, ops).loss
+    step = jit(make_step(loss, optimizer, schedules.constant(3e-4), precision=precision), donate=0)
     if graph:
         step = cuda_graph(step, donate=0, n_warmup=2)
     state = init_state(transformer.init(random.key(0, device=device), cfg), optimizer)

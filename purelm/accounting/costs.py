@@ -1,8 +1,13 @@
 """Parameters, FLOPs and bytes of a model, by part."""
 
+import math
 from typing import Any
 
 from purelm.models.config import Config
+from purelm.models.layers import layer_of, leaves
+from purelm.models.leaves import Leaves
+from purelm.models.mixers import Cost
+from purelm.models.mixers.attention import visible_pairs
 
 __all__ = [
     "activation_bytes",
@@ -14,6 +19,7 @@ __all__ = [
     "n_params_without_embeddings",
     "optimizer_bytes",
     "params",
+    "params_by_part",
     "six_n_d",
     "train_bytes",
     "train_flops",
@@ -28,28 +34,16 @@ def params(cfg: Config) -> dict[str, int]:
     >>> sum(params(cfg).values())
     1640452800
     """
-    _check_mixers(cfg)
-    D, F, L, V = cfg.d_model, cfg.ff_width, cfg.n_layers, cfg.vocab_size
-    q_width, kv_width = cfg.n_heads * cfg.head_width, cfg.kv_heads * cfg.head_width
-    n_ffn = 3 if cfg.gated else 2
-    attention = 2 * D * q_width + 2 * D * kv_width
-    ffn = n_ffn * D * F
-    if cfg.biases in ("qkv", "all"):
-        attention += q_width + 2 * kv_width
-    if cfg.biases == "all":
-        attention += D
-        ffn += (n_ffn - 1) * F + D
-    attention += {"none": 0, "head": 2 * cfg.head_width, "full": q_width + kv_width}[cfg.qk_norm]
-    one_norm = 2 * D if cfg.norm == "layer" and cfg.biases == "all" else D
-    n_norms = 0 if cfg.norm == "none" else (4 if cfg.norm_position == "sandwich" else 2) * L + 1
-    return {
-        "token_embeddings": V * D,
-        "position_embeddings": cfg.context_length * D if cfg.position == "learned" else 0,
-        "attention": L * attention,
-        "ffn": L * ffn,
-        "norms": n_norms * one_norm,
-        "lm_head": 0 if cfg.tie_embeddings else V * D,
-    }
+    parts = dict.fromkeys(("token_embeddings", "position_embeddings", "attention", "ffn", "norms", "lm_head"), 0)
+    return params_by_part(leaves(cfg), parts)
+
+
+def params_by_part(table: Leaves, parts: dict[str, int] | None = None) -> dict[str, int]:
+    """Parameters of any model by part, from its leaf table; parts: counts to begin with."""
+    parts = dict(parts or {})
+    for leaf in table.values():
+        parts[leaf.part] = parts.get(leaf.part, 0) + math.prod(leaf.shape)
+    return parts
 
 
 def n_params(cfg: Config) -> int:
@@ -59,19 +53,8 @@ def n_params(cfg: Config) -> int:
 
 def n_params_without_embeddings(cfg: Config) -> int:
     """N less token embeddings, position embeddings and output head (Kaplan et al., 2001.08361, section 1.3)."""
-    parts = params(cfg)
-    return parts["attention"] + parts["ffn"] + parts["norms"]
-
-
-def visible_pairs(length: int, *, causal: bool = True, window: int | None = None) -> int:
-    """(query, key) pairs that attention over `length` positions sees; window as in Config.
-
-    >>> visible_pairs(4), visible_pairs(4, window=1), visible_pairs(4, causal=False)
-    (10, 7, 16)
-    """
-    reach = length if window is None else min(window + 1, length)
-    to_the_left = reach * (reach + 1) // 2 + (length - reach) * reach  # own position included
-    return to_the_left if causal else 2 * to_the_left - length
+    outside = ("token_embeddings", "position_embeddings", "lm_head")
+    return sum(n for part, n in params(cfg).items() if part not in outside)
 
 
 def forward_flops(
@@ -87,24 +70,9 @@ def forward_flops(
     >>> sum(forward_flops(cfg).values()) / 1e12
     3.5167...
     """
-    _check_mixers(cfg)
     T = cfg.context_length if length is None else length
-    D, F, L = cfg.d_model, cfg.ff_width, cfg.n_layers
-    q_width, kv_width = cfg.n_heads * cfg.head_width, cfg.kv_heads * cfg.head_width
-    pairs = L * T * T
-    if skip_masked:
-        pairs = sum(visible_pairs(T, causal=cfg.causal, window=cfg.window_of(i)) for i in range(L))
-    B, N = batch_size, batch_size * T
-    return {
-        "qkv": L * 2 * N * D * (q_width + 2 * kv_width),
-        "scores": 2 * B * pairs * q_width,
-        "values": 2 * B * pairs * q_width,
-        "output": L * 2 * N * q_width * D,
-        "ffn_w1": L * 2 * N * D * F,
-        "ffn_w3": L * 2 * N * D * F if cfg.gated else 0,
-        "ffn_w2": L * 2 * N * F * D,
-        "lm_head": 2 * N * D * cfg.vocab_size,
-    }
+    head = {"lm_head": 2 * batch_size * T * cfg.d_model * cfg.vocab_size}
+    return _sum(*[cost.flops for cost in _costs(cfg, batch_size, T, skip_masked=skip_masked)], head)
 
 
 def train_flops(
@@ -151,29 +119,39 @@ def activation_bytes(
         flash: no scores and no softmax are kept, but one fp32 log-sum-exp for each query and head.
         remat: of each block only its input is kept; one block at a time is computed again.
     """
-    _check_mixers(cfg)
     T = cfg.context_length if length is None else length
-    N, L, D, F = batch_size * T, cfg.n_layers, cfg.d_model, cfg.ff_width
-    q_width, kv_width = cfg.n_heads * cfg.head_width, cfg.kv_heads * cfg.head_width
+    N, D, e = batch_size * T, cfg.d_model, bytes_per_element
     n_norms = 0 if cfg.norm == "none" else 4 if cfg.norm_position == "sandwich" else 2
-    square, e = cfg.n_heads * N * T, bytes_per_element
-    block = {
-        "norms": n_norms * N * D * e,
-        "qkv": N * (q_width + 2 * kv_width) * e,
-        "scores": 0 if flash else square * e,
-        "softmax": cfg.n_heads * N * 4 if flash else square * e,
-        "values": N * q_width * e,
-        "output": N * D * e,
-        "ffn": (N * F * (4 if cfg.gated else 2) + N * D) * e,
-    }
-    blocks = {name: size * (1 if remat else L) for name, size in block.items()}
+    costs = _costs(cfg, batch_size, T, bytes_per_element=e, flash=flash)
+    layers = [{"norms": n_norms * N * D * e, **cost.activation_bytes} for cost in costs]
+    if remat:
+        layers = [max(layers, key=lambda parts: sum(parts.values()))]
     return {
-        **({"block_inputs": L * N * D * e} if remat else {}),
-        **blocks,
+        **({"block_inputs": cfg.n_layers * N * D * e} if remat else {}),
+        **_sum(*layers),
         "final_norm": 0 if cfg.norm == "none" else N * D * e,
         "lm_head": N * cfg.vocab_size * e,
         "cross_entropy": N * cfg.vocab_size * e,
     }
+
+
+def _costs(cfg: Config, batch_size: int, length: int, *, bytes_per_element: int = 4, **options: Any) -> list[Cost]:
+    """Of each layer: its mixer's and its feed-forward layer's."""
+    out = []
+    for i in range(cfg.n_layers):
+        mixer, ffn, *_ = layer_of(cfg, i)
+        one = mixer.cost(mixer.config, batch_size, length, bytes_per_element=bytes_per_element, **options)
+        two = ffn.cost(
+            ffn.config, cfg.d_model, cfg.ff_width, batch_size, length, bytes_per_element=bytes_per_element
+        )
+        flops, kept = _sum(one.flops, two.flops), _sum(one.activation_bytes, two.activation_bytes)
+        out.append(Cost(flops, kept, one.cache_elements))
+    return out
+
+
+def _sum(*parts: dict[str, int]) -> dict[str, int]:
+    names = dict.fromkeys(name for some in parts for name in some)
+    return {name: sum(some.get(name, 0) for some in parts) for name in names}
 
 
 def optimizer_bytes(n_params: int, *, n_moments: int = 2, bytes_per_element: int = 4) -> int:
@@ -227,14 +205,6 @@ def max_batch_size(cfg: Config, memory_bytes: float, length: int | None = None, 
 
 
 def kv_cache_bytes(cfg: Config, batch_size: int = 1, length: int | None = None, *, bytes_per_element: int = 2) -> int:
-    """Bytes of the keys and values of `length` slots (context_length when None) in all layers."""
-    _check_mixers(cfg)
+    """Bytes of the mixers' states after `length` positions (context_length when None): keys and values of attention."""
     T = cfg.context_length if length is None else length
-    return 2 * cfg.n_layers * batch_size * T * cfg.kv_heads * cfg.head_width * bytes_per_element
-
-
-def _check_mixers(cfg: Config) -> None:
-    names = cfg.mixer if isinstance(cfg.mixer, tuple) else (cfg.mixer,)
-    for name in names:
-        if name != "attention":
-            raise ValueError(f"accounting counts layers whose mixer is 'attention', got {name!r}")
+    return bytes_per_element * sum(cost.cache_elements for cost in _costs(cfg, batch_size, T))

@@ -1,6 +1,6 @@
 """Text from a model: batched sampling with a cache, one key a row.
 
-    out = generate(params, prompts, cfg, key, max_new_tokens=50, temperature=0.8, stop_ids=[end])
+    out = generate(model, params, prompts, key, max_new_tokens=50, sampling=Sampling(temperature=0.8), stop=Stop([end]))
     out.tokens[0], out.logprobs[0], out.finish_reasons[0]
 
 A row's sample is a function of its prompt and its key alone: number i of the row's key decides the token at position
@@ -10,10 +10,7 @@ So dynamic_ntk, which looks at a length, is given the model's context_length: th
 """
 
 from purelm.generate.batched import Generation, Step, generate, stream
+from purelm.generate.sampling import Sampling
+from purelm.generate.stops import Stop
 
-__all__ = [
-    "Generation",
-    "Step",
-    "generate",
-    "stream",
-]
+__all__ = ["Generation", "Sampling", "Step", "Stop", "generate", "stream"]

@@ -5,6 +5,7 @@ Legend: B rows, V vocabulary.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +14,7 @@ from torch import Tensor
 from purelm.devices import at_hand
 from purelm.ops.softmax import log_softmax
 
-__all__ = ["distribution", "forbid", "keep_min_p", "keep_top_k", "keep_top_p", "pick", "temper"]
+__all__ = ["Sampling", "distribution", "forbid", "keep_min_p", "keep_top_k", "keep_top_p", "pick", "temper"]
 
 Logits = Float[Tensor, "b v"]
 SMALLEST = 1e-37  # temperature: the least normal number of fp32 is 1.2e-38
@@ -91,6 +92,19 @@ def keep_min_p(logits_BV: Logits, p: float) -> Logits:
     # p_i >= p p_max exactly when exp(l_i - l_max) >= p: no sum is needed.
     ratio = torch.exp((logits_BV - logits_BV.amax(-1, keepdim=True)).double())
     return torch.where(ratio >= p, logits_BV, -torch.inf)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits; checked when it is made."""
+
+    temperature: float = 1.0  # 0: greedy
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        distribution(torch.zeros(1, 1), **vars(self))  # each filter checks its argument
 
 
 def distribution(

@@ -100,7 +100,7 @@ class FullySharded(nn.Module):
         return out
 
     def _bind(self, order: list[Named] | None = None) -> sharded.Bound:
-        return self._plan.bind(self._parts, order, self._deliver)
+        return self._plan.bind(self._parts, order or (), self._deliver)
 
     def _run(self, original: "_Original", matrices: Named, vectors: Named, /, *args: Any, **kwargs: Any) -> Any:
         """The forward of a module with these parameters of its own."""

@@ -1,35 +1,42 @@
-"""Decoding with cached keys and values.
+"""Decoding with a cache: what the mixers of all layers keep of the tokens that were read.
 
     cache = init_cache(cfg, batch=2, max_len=100)
     logits_BV, cache = prefill(params, prompts_BT, cache, cfg, lengths=lengths_B)
     logits_BV, cache = decode(params, tokens_B, cache, cfg)
 
 Prompts of different lengths are padded on the left, so that all rows write to the same slot; `start` says where each
-row begins. Legend: B batch, T positions, S slots, G key/value heads, K head dim, V vocabulary.
+row begins. Legend: B batch, T positions, S slots, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from purelm import tree
+from purelm.models.block import Layer, apply_norm, block_cached
 from purelm.models.config import Config
-from purelm.models.layers import attend_all, block, context, embed, norm, readout
+from purelm.models.context import Context, context
+from purelm.models.embedding import embed, readout
+from purelm.models.layers import kinds_of
+from purelm.models.leaves import Params
+from purelm.models.mixers import Slots
 from purelm.ops import REFERENCE, Ops
 
-__all__ = ["KVCache", "decode", "decode_", "init_cache", "prefill"]
+__all__ = ["Cache", "CachedBlockFn", "cached_blocks", "decode", "decode_", "init_cache", "prefill"]
 
-Params = dict[str, Any]
 Write = Callable[[Tensor, int, Tensor, Tensor], Tensor]
+# (one layer's params, x_BTD, ctx, state, what its mixer's `reads` returned) -> (x_BTD, state)
+CachedBlockFn = Callable[[Params, Tensor, Context, Any, Any], tuple[Tensor, Any]]
 
 
-class KVCache(NamedTuple):
-    """Keys (turned by their positions) and values of what a model has read."""
+class Cache(NamedTuple):
+    """What a model has read."""
 
-    k: tuple[Tensor, ...]  # one (B, S, G, K) for each layer
-    v: tuple[Tensor, ...]
+    layers: tuple[Any, ...]  # the state of each layer's mixer, a tree of tensors whose first axis is the batch
+    slots: Tensor  # (S,) int64: 0 .. S-1, the places for tokens
     length: Tensor  # 0-d int64: slots in use, the padding's too
     start: Tensor | None  # (B,) int64: first slot of each row; None when no row is padded
 
@@ -40,36 +47,47 @@ def init_cache(
     max_len: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
-) -> KVCache:
-    """An empty cache with `max_len` slots: 2 B S G K elements a layer."""
-    if not cfg.causal:
-        raise ValueError("cfg.causal must be True for cached decoding: a bidirectional model changes its past")
+) -> Cache:
+    """An empty cache with `max_len` slots; attention takes 2 B S G K elements a layer."""
     if max_len < 1 or batch < 1:
         raise ValueError(f"batch and max_len must be at least 1, got {batch} and {max_len}")
-    shape = (batch, max_len, cfg.kv_heads, cfg.head_width)
+    kinds = kinds_of(cfg)
+    mixers = [kinds.layers[k].mixer for k in kinds.of]
+    states = tuple(m.init_state(m.config, batch, max_len, dtype, device) for m in mixers)
+    slots = torch.arange(max_len, device=device)
+    return Cache(states, slots, torch.zeros((), dtype=torch.int64, device=device), None)
 
-    def fresh() -> tuple[Tensor, ...]:
-        return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(cfg.n_layers))
 
-    return KVCache(fresh(), fresh(), torch.zeros((), dtype=torch.int64, device=device), None)
+def cached_blocks(cfg: Config, ops: Ops, wrap_block: Callable[[Any], Any]) -> list[CachedBlockFn]:
+    """The wrapped function of each kind of layer (`layers.kinds_of`)."""
+
+    def cached(layer: Layer) -> CachedBlockFn:
+        def run(params: Params, x_BTD: Tensor, ctx: Context, state: Any, reads: Any) -> tuple[Tensor, Any]:
+            return block_cached(layer, params, x_BTD, ctx, ops, state, reads)
+
+        return wrap_block(run)
+
+    return [cached(layer) for layer in kinds_of(cfg).layers]
 
 
 def prefill(
     params: Params,
     tokens_BT: Int[Tensor, "b t"],
-    cache: KVCache,
+    cache: Cache,
     cfg: Config,
     *,
     ops: Ops = REFERENCE,
+    blocks: Sequence[CachedBlockFn] | None = None,
     lengths: Int[Tensor, " b"] | None = None,
     last_only: bool = True,
     n_positions: int | None = None,
-) -> tuple[Tensor, KVCache]:
+) -> tuple[Tensor, Cache]:
     """Reads T tokens at once, after what the cache holds; a long prompt may come in several chunks.
 
     Reads cache.length on the host.
 
     Args:
+        blocks: of `cached_blocks`, where these are wrapped.
         lengths: tokens that count in each row, the last ones; what stands before them is padding (any valid id).
             Only for the first chunk, which must hold all padding.
         last_only: logits (B, V) of the last position; else (B, T, V), where padding's are of no meaning.
@@ -79,7 +97,7 @@ def prefill(
         (logits, cache); the cache that was given is unchanged. ValueError when the tokens do not fit.
     """
     T = tokens_BT.shape[1]
-    used, size = int(cache.length), cache.k[0].shape[1]
+    used, size = int(cache.length), cache.slots.shape[0]
     if used + T > size:
         raise ValueError(f"cache: {T} tokens do not fit, {used} of {size} slots are in use")
     if lengths is not None:
@@ -89,31 +107,23 @@ def prefill(
             raise ValueError(f"lengths must be one number in 1..{T} for each row, got {lengths.tolist()}")
         cache = cache._replace(start=T - lengths)
     _check_positions(used + T, cache.start, cfg)
-    segment_ids = None
-    if cache.start is not None:
-        real = (torch.arange(used + T, device=tokens_BT.device) >= cache.start.unsqueeze(-1)).to(torch.int64)
-        segment_ids = (real[:, used:], real)
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attention = attend_all(cfg, ops, cfg.window_of(layer))
-        k, v = (x[:, : used + T].to(q.dtype) for x in (k, v))
-        return attention(q, k, v, segment_ids=segment_ids)
-
-    slots_T = torch.arange(used, used + T, device=tokens_BT.device)
-    h_BTD, cache = _run(params, tokens_BT, cache, cfg, ops, slots_T, n_positions, attend, torch.Tensor.index_copy)
+    blocks = cached_blocks(cfg, ops, lambda f: f) if blocks is None else blocks
+    write = torch.Tensor.index_copy
+    h_BTD, cache = _run(params, tokens_BT, cache, cfg, ops, blocks, n_positions, used, False, write)
     return readout(params, h_BTD[:, -1] if last_only else h_BTD, cfg, ops), cache
 
 
 def decode(
     params: Params,
     tokens_B: Int[Tensor, " b"],
-    cache: KVCache,
+    cache: Cache,
     cfg: Config,
     *,
     ops: Ops = REFERENCE,
+    blocks: Sequence[CachedBlockFn] | None = None,
     used: int | None = None,
     n_positions: int | None = None,
-) -> tuple[Float[Tensor, "b v"], KVCache]:
+) -> tuple[Float[Tensor, "b v"], Cache]:
     """Reads one token a row; logits of the next.
 
     Under torch.compile all slots are attended to, with a mask, so that one graph serves every length.
@@ -121,43 +131,45 @@ def decode(
     Args:
         used: cache.length, for a caller who knows it: only those slots are read then, with no wait for the device.
             In eager mode on a CPU it is looked up when None.
-        n_positions: as for `prefill`.
+        blocks, n_positions: as for `prefill`.
     Returns:
         (logits_BV, cache); the cache that was given is unchanged (`decode_` writes into it and saves the copy).
         A full cache is a ValueError; where its length is not known, it is an index error of the write.
     """
-    return _decode(params, tokens_B, cache, cfg, ops, used, n_positions, torch.Tensor.index_copy)
+    return _decode(params, tokens_B, cache, cfg, ops, blocks, used, n_positions, torch.Tensor.index_copy)
 
 
 def decode_(
     params: Params,
     tokens_B: Int[Tensor, " b"],
-    cache: KVCache,
+    cache: Cache,
     cfg: Config,
     *,
     ops: Ops = REFERENCE,
+    blocks: Sequence[CachedBlockFn] | None = None,
     used: int | None = None,
     n_positions: int | None = None,
-) -> tuple[Float[Tensor, "b v"], KVCache]:
+) -> tuple[Float[Tensor, "b v"], Cache]:
     """`decode`, writing into the cache's memory; without gradients.
 
     The cache that was given keeps its length, beyond which the new keys lie.
     """
     with torch.no_grad():
-        return _decode(params, tokens_B, cache, cfg, ops, used, n_positions, torch.Tensor.index_copy_)
+        return _decode(params, tokens_B, cache, cfg, ops, blocks, used, n_positions, torch.Tensor.index_copy_)
 
 
 def _decode(
     params: Params,
     tokens_B: Tensor,
-    cache: KVCache,
+    cache: Cache,
     cfg: Config,
     ops: Ops,
+    blocks: Sequence[CachedBlockFn] | None,
     used: int | None,
     n_positions: int | None,
     write: Write,
-) -> tuple[Tensor, KVCache]:
-    size = cache.k[0].shape[1]
+) -> tuple[Tensor, Cache]:
+    size = cache.slots.shape[0]
     if not torch.compiler.is_compiling() and cache.length.device.type == "cpu":
         length = int(cache.length)
         if used not in (None, length):
@@ -166,43 +178,10 @@ def _decode(
         _check_positions(used + 1, cache.start, cfg)
     if used is not None and used >= size:
         raise ValueError(f"cache: full, all of its {size} slots are in use")
-
-    reads = {w: _reads(cache, used, w) for w in {cfg.window_of(i) for i in range(cfg.n_layers)}}
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        slots, seen_BS = reads[cfg.window_of(layer)]
-        # One query that stands after all that it sees: neither causality nor a window adds anything.
-        return ops.attention(
-            q,
-            k[:, slots].to(q.dtype),
-            v[:, slots].to(q.dtype),
-            causal=False,
-            segment_ids=None if seen_BS is None else (torch.ones_like(seen_BS[:, :1]), seen_BS),
-            scale=cfg.attention_scale,
-            softcap=cfg.attention_softcap,
-        )
-
-    slot_1 = cache.length.reshape(1)
-    h_B1D, cache = _run(params, tokens_B.unsqueeze(-1), cache, cfg, ops, slot_1, n_positions, attend, write)
+    blocks = cached_blocks(cfg, ops, lambda f: f) if blocks is None else blocks
+    tokens_B1 = tokens_B.unsqueeze(-1)
+    h_B1D, cache = _run(params, tokens_B1, cache, cfg, ops, blocks, n_positions, used, True, write)
     return readout(params, h_B1D[:, 0], cfg, ops), cache
-
-
-def _reads(cache: KVCache, used: int | None, window: int | None) -> tuple[slice, Int[Tensor, "b s"] | None]:
-    """The slots that the next token reads, and 1 for those of them that it sees, else 0 (None: all of them)."""
-    size, device = cache.k[0].shape[1], cache.length.device
-    seen = None
-    if used is None:
-        slots = slice(0, size)
-        slot_S = torch.arange(size, device=device)
-        seen = slot_S <= cache.length
-        if window is not None:
-            seen = seen & (slot_S >= cache.length - window)
-    else:
-        slots = slice(0 if window is None else max(0, used - window), used + 1)
-    if cache.start is not None:
-        begun = torch.arange(slots.start, slots.stop, device=device) >= cache.start.unsqueeze(-1)
-        seen = begun if seen is None else seen & begun
-    return slots, None if seen is None else seen.to(torch.int64).expand(cache.k[0].shape[0], -1)
 
 
 def _check_positions(n_slots: int, start: Tensor | None, cfg: Config) -> None:
@@ -219,31 +198,35 @@ def _check_positions(n_slots: int, start: Tensor | None, cfg: Config) -> None:
 def _run(
     params: Params,
     tokens_BT: Tensor,
-    cache: KVCache,
+    cache: Cache,
     cfg: Config,
     ops: Ops,
-    slots_T: Tensor,
+    blocks: Sequence[CachedBlockFn],
     n_positions: int | None,
-    attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    used: int | None,
+    one: bool,
     write: Write,
-) -> tuple[Tensor, KVCache]:
-    """Final states of tokens that stand in `slots_T`, and the cache with them."""
-    n_rows = cache.k[0].shape[0]
-    if tokens_BT.shape[0] != n_rows:
-        raise ValueError(f"tokens must have the {n_rows} rows of the cache, got {tokens_BT.shape[0]}")
-    positions = slots_T
+) -> tuple[Tensor, Cache]:
+    """Final states of new tokens, and the cache with them. one: each row has one, and sees all that is there."""
+    n_rows, T = tokens_BT.shape
+    if (states := tree.leaves(cache.layers)) and states[0].shape[0] != n_rows:
+        raise ValueError(f"tokens must have the {states[0].shape[0]} rows of the cache, got {n_rows}")
+    if one:
+        new_T = cache.length.reshape(1)
+    else:
+        assert used is not None
+        new_T = cache.slots[used : used + T]
+    slots = Slots(new_T, cache.slots, cache.length, cache.start, used, n_rows, one, write)
+    positions = new_T
     if cache.start is not None:
-        positions = (slots_T - cache.start.unsqueeze(-1)).clamp(min=0)
+        positions = (new_T - cache.start.unsqueeze(-1)).clamp(min=0)
     x = embed(params, tokens_BT, positions, cfg, ops)
-    ctx = context(positions, None, cfg, length=n_positions or cache.k[0].shape[1], dtype=x.dtype)
-    new_k, new_v = [], []
-    for i, layer in enumerate(params["layers"]):
-
-        def attend_cached(q: Tensor, k: Tensor, v: Tensor, *, segment_ids: Any, layer_index: int = i) -> Tensor:
-            new_k.append(write(cache.k[layer_index], 1, slots_T, k.to(cache.k[layer_index].dtype)))
-            new_v.append(write(cache.v[layer_index], 1, slots_T, v.to(cache.v[layer_index].dtype)))
-            return attend(layer_index, q, new_k[-1], new_v[-1])
-
-        x = block(layer, x, ctx, cfg=cfg, ops=ops, attend=attend_cached)
-    length = cache.length + tokens_BT.shape[1]
-    return norm(params.get("ln_final"), x, cfg, ops), KVCache(tuple(new_k), tuple(new_v), length, cache.start)
+    ctx = context(positions, None, cfg, length=n_positions or cache.slots.shape[0], dtype=x.dtype)
+    kinds = kinds_of(cfg)
+    reads = [layer.mixer.reads(layer.mixer.config, slots) for layer in kinds.layers]
+    states = []
+    for kind, layer, state in zip(kinds.of, params["layers"], cache.layers, strict=True):
+        x, state = blocks[kind](layer, x, ctx, state, reads[kind])
+        states.append(state)
+    h = ops.final(apply_norm(kinds.norm, params, "ln_final", x, ops))
+    return h, Cache(tuple(states), cache.slots, cache.length + T, cache.start)

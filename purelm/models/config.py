@@ -4,9 +4,21 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from purelm.ops.rope import LAYOUTS, RopeScaling
+
+if TYPE_CHECKING:
+    from purelm.models.feed_forward import FeedForward
+    from purelm.models.mixers import Mixer
+    from purelm.models.norms import Norm
+
+    NormChoice = str | Norm
+    FfnChoice = str | FeedForward
+    MixerChoice = str | Mixer | tuple[str | Mixer, ...]
+else:  # what a command line or a JSON file can say; values of one's own come from Python
+    NormChoice = FfnChoice = str
+    MixerChoice = str | tuple[str, ...]
 
 __all__ = ["Config", "RopeScaling", "config_from_dict"]
 
@@ -21,6 +33,7 @@ AXES = {
     "biases": ("none", "qkv", "all"),
     "mixer": ("attention",),
 }
+OWN = ("norm", "ffn", "mixer")  # which may also be values from elsewhere
 
 
 @dataclass(frozen=True)
@@ -38,14 +51,15 @@ class Config:
     n_kv_heads: int | None = None  # n_heads when None; fewer is grouped-query attention
     head_dim: int | None = None  # d_model / n_heads when None
     d_ff: int | None = None  # None: 8/3 d_model up to a multiple of 64 for gated ffn, 4 d_model otherwise
-    norm: str = "rms"  # rms, layer or none
+    norm: NormChoice = "rms"  # rms, layer or none; or a `models.norms.Norm`
     norm_position: str = "pre"  # x + f(n(x)) pre, n(x + f(x)) post, x + n(f(x)) output, x + n'(f(n(x))) sandwich
     norm_eps: float = 1e-5
     position: str = "rope"  # rope, learned (one vector a position, added to the embedding) or none
     rope_theta: float = 10000.0
     rope_layout: str = "interleaved"  # interleaved or half
     rope_scaling: RopeScaling | None = None
-    ffn: str = "swiglu"  # W2 (act(W1 x) * W3 x) for swiglu and geglu, W2 act(W1 x) for silu, gelu and relu2
+    # W2 (act(W1 x) * W3 x) for swiglu and geglu, W2 act(W1 x) for silu, gelu and relu2; or a `feed_forward.FeedForward`
+    ffn: FfnChoice = "swiglu"
     gelu_tanh: bool = False  # the tanh approximation in gelu and geglu (GPT-2, Gemma)
     qk_norm: str = "none"  # RMS norm of q and k: over each head's width (head) or over all heads together (full)
     biases: str = "none"  # none, qkv (those three projections) or all (linear layers, and shifts of layer norms)
@@ -56,7 +70,8 @@ class Config:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     tie_embeddings: bool = False  # logits = h E^T: no lm_head
-    mixer: str | tuple[str, ...] = "attention"  # what mixes positions; a tuple is a pattern over the layers
+    # what mixes positions: attention, or a `models.mixers.Mixer`; a tuple repeats over the layers
+    mixer: MixerChoice = "attention"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "d_model", "n_layers", "n_heads"):
@@ -66,8 +81,10 @@ class Config:
                 _check_size(name, getattr(self, name))
         for name, allowed in AXES.items():
             given = getattr(self, name)
-            for value in given if name == "mixer" and isinstance(given, tuple) else (given,):
-                if value not in allowed:
+            for value in self.mixers if name == "mixer" else (given,):
+                if name in OWN and callable(getattr(value, "leaves", None)) and callable(getattr(value, "apply", None)):
+                    continue
+                if not isinstance(value, str) or value not in allowed:
                     raise ValueError(f"Config.{name} must be one of {', '.join(allowed)}, got {value!r}")
         if self.mixer == ():
             raise ValueError("Config.mixer must name at least one layer's mixer, got ()")
@@ -113,7 +130,13 @@ class Config:
     @property
     def gated(self) -> bool:
         """Whether the feed-forward layer has the third matrix."""
-        return self.ffn in GATED
+        return self.ffn in GATED if isinstance(self.ffn, str) else self.ffn.is_gated
+
+    @property
+    def mixers(self) -> tuple[Any, ...]:
+        """The pattern of mixers, which repeats over the layers."""
+        # A Mixer is a NamedTuple, and so a tuple itself.
+        return self.mixer if isinstance(self.mixer, tuple) and not hasattr(self.mixer, "_fields") else (self.mixer,)
 
     def window_of(self, layer: int) -> int | None:
         """Window of this layer."""

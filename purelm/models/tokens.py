@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from purelm.models.config import Config
+from purelm.models.model import Model
 
 __all__ = ["check_tokens"]
 
 
-def check_tokens(tokens: Tensor, cfg: Config, name: str = "tokens") -> None:
+def check_tokens(tokens: Tensor, cfg: Config | Model, name: str = "tokens") -> None:
     """ValueError that names the first id outside 0..vocab_size-1 and where it stands; reads values on the host.
 
     Models do not check: it would wait for the device at each call. On a GPU an id out of range ends in a device-side

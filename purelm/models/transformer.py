@@ -1,48 +1,47 @@
-"""The Transformer: Config, init, apply, loss, and cached decoding.
+"""The Transformer: a Config, the Model that it makes, and the plain functions beneath.
 
     cfg = Config(vocab_size=256, context_length=64, d_model=64, n_layers=2, n_heads=4)
-    params = init(random.key(0), cfg)
-    logits_BTV = apply(params, tokens_BT, cfg)
+    model = make(cfg)
+    params = model.init(random.key(0))
+    logits_BTV = model.apply(params, tokens_BT)         # or apply(params, tokens_BT, cfg)
 
-Parts lie beside this file: config, initialise, layers (the block), regional (what is made of a block, made once), cache
-(prefill and decode).
+Parts lie beside this file: config, leaves (what the parameters are), block, mixers, feed_forward, norms, cache.
 Legend: B batch, T positions, D d_model, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from purelm.models.cache import KVCache, decode, decode_, init_cache, prefill
+from purelm import random
+from purelm.models.block import Layer, apply_norm
+from purelm.models.block import block as run_block
+from purelm.models.cache import Cache, cached_blocks, decode, decode_, init_cache, prefill
 from purelm.models.config import Config, RopeScaling, config_from_dict
-from purelm.models.initialise import Variance, course_init, gpt2_init, init, param_shapes, scaled_residual
-from purelm.models.layers import (
-    Context,
-    block,
-    context,
-    embed,
-    norm,
-    readout,
-    segment_positions,
-    unembedding,
-)
-from purelm.models.regional import Block, made_once
+from purelm.models.context import Context, context, segment_positions
+from purelm.models.embedding import embed, readout, unembedding
+from purelm.models.initialise import course_init, gpt2_init, scaled_residual
+from purelm.models.layers import kinds_of, layer_of, leaves
+from purelm.models.leaves import Leaf, Params, Std, check_params, init_leaves
+from purelm.models.model import Model
 from purelm.models.tokens import check_tokens
 from purelm.ops import REFERENCE, Ops
 from purelm.ops.precision import accumulator
 
 __all__ = [
-    "Block",
     "BlockFn",
+    "Cache",
     "Config",
-    "KVCache",
+    "Leaf",
+    "Model",
     "RopeScaling",
-    "Variance",
+    "Std",
     "apply",
-    "block",
+    "check_params",
     "check_tokens",
     "config_from_dict",
     "course_init",
@@ -53,23 +52,74 @@ __all__ = [
     "identity",
     "init",
     "init_cache",
+    "layer_of",
+    "leaves",
+    "log_probs",
     "loss",
-    "param_shapes",
+    "make",
     "prefill",
     "scaled_residual",
     "unembedding",
 ]
 
-Params = dict[str, Any]
 BlockFn = Callable[[Params, Tensor, Context], Tensor]  # (one layer's params, x_BTD, ctx) -> x_BTD
+WrapBlock = Callable[[BlockFn], BlockFn]
 
 
 def identity(f: BlockFn) -> BlockFn:
+    """f"""
     return f
 
 
-def _wrapped(wrap_block: Callable[[BlockFn], BlockFn], f: Block) -> BlockFn:
-    return made_once(wrap_block, f, lambda: wrap_block(f))
+def make(
+    cfg: Config, ops: Ops = REFERENCE, wrap_block: Callable[[Any], Any] = identity, *, std: Std = course_init
+) -> Model:
+    """The Model of this Config, computed with these ops.
+
+    Args:
+        wrap_block: maps the block function (params, x_BTD, ctx) -> x_BTD to one of the same signature; remat, regional
+            compilation and gathers of sharded parameters enter here. Called here, once for each kind of layer; and once
+            more for its cached form (params, x_BTD, ctx, state, reads) -> (x_BTD, state).
+        std: standard deviation of a matrix's first values, (path, leaf) -> std.
+
+    >>> model = make(Config(vocab_size=8, context_length=4, d_model=4, n_layers=1, n_heads=2))
+    >>> params = model.init(random.key(0))
+    >>> model.apply(params, torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 8])
+    """
+    blocks = _blocks(cfg, ops, wrap_block)
+    cached = cached_blocks(cfg, ops, wrap_block)
+    table = leaves(cfg, std)
+    return Model(
+        init=partial(_init, table),
+        leaves=table,
+        hidden=partial(_hidden, cfg, ops, blocks),
+        unembedding=partial(_unembedding, cfg),
+        apply=partial(_apply, cfg, ops, blocks),
+        loss=partial(_loss, cfg, ops, blocks),
+        log_probs=partial(_log_probs, cfg, ops, blocks),
+        init_cache=partial(init_cache, cfg),
+        prefill=partial(prefill, cfg=cfg, ops=ops, blocks=cached),
+        decode=partial(decode, cfg=cfg, ops=ops, blocks=cached),
+        decode_=partial(decode_, cfg=cfg, ops=ops, blocks=cached),
+        vocab_size=cfg.vocab_size,
+        context_length=cfg.context_length,
+        config=cfg,
+    )
+
+
+def init(
+    key: random.Key, cfg: Config, std: Std = course_init, dtype: torch.dtype = torch.float32
+) -> Params:
+    """Fresh parameters: matrices std * N(0, 1) cut at 3 std, std = std(path, leaf); norms 1; biases 0.
+
+    Drawn in fp32 and cast to `dtype`, on the key's device.
+
+    >>> cfg = Config(vocab_size=8, context_length=4, d_model=4, n_layers=1, n_heads=2)
+    >>> init(random.key(0), cfg)["layers"][0]["attn"]["q_proj"]["weight"].shape
+    torch.Size([4, 4])
+    """
+    return init_leaves(key, leaves(cfg, std), dtype)
 
 
 def hidden(
@@ -78,23 +128,11 @@ def hidden(
     cfg: Config,
     *,
     ops: Ops = REFERENCE,
-    wrap_block: Callable[[BlockFn], BlockFn] = identity,
+    wrap_block: WrapBlock = identity,
     segment_ids: Int[Tensor, "b t"] | None = None,
 ) -> Float[Tensor, "b t d"]:
     """States after the final norm: what the unembedding is applied to. Arguments as for `apply`."""
-    T = tokens_BT.shape[1]
-    if cfg.position == "learned" and T > cfg.context_length:
-        raise ValueError(f"tokens_BT must have at most context_length {cfg.context_length} positions, got {T}")
-    positions = torch.arange(T, device=tokens_BT.device)
-    if segment_ids is not None and cfg.position == "learned":
-        positions = segment_positions(segment_ids)  # rotary ones are relative: a common offset changes nothing
-    x_BTD = embed(params, tokens_BT, positions, cfg, ops)
-    ctx = context(positions, segment_ids, cfg, length=T, dtype=x_BTD.dtype)
-    windows = {cfg.window_of(i) for i in range(cfg.n_layers)}
-    blocks = {w: _wrapped(wrap_block, Block(cfg, ops, w)) for w in windows}
-    for i, layer in enumerate(params["layers"]):
-        x_BTD = blocks[cfg.window_of(i)](layer, x_BTD, ctx)
-    return norm(params.get("ln_final"), x_BTD, cfg, ops)
+    return _hidden(cfg, ops, _blocks(cfg, ops, wrap_block), params, tokens_BT, segment_ids=segment_ids)
 
 
 def apply(
@@ -103,7 +141,7 @@ def apply(
     cfg: Config,
     *,
     ops: Ops = REFERENCE,
-    wrap_block: Callable[[BlockFn], BlockFn] = identity,
+    wrap_block: WrapBlock = identity,
     segment_ids: Int[Tensor, "b t"] | None = None,
 ) -> Float[Tensor, "b t v"]:
     """Logits of the next token at each position, in the parameters' dtype.
@@ -111,20 +149,15 @@ def apply(
     Args:
         tokens_BT: ids in 0..vocab_size-1, not checked here (`check_tokens` does).
         ops: the maths to compute with.
-        wrap_block: maps the block function (params, x_BTD, ctx) -> x_BTD to one of the same signature; remat,
-            regional compilation and gathers of sharded parameters enter here. It is called once for equal cfg and ops,
-            as long as it is the same function: make it outside of the loss, or wrap_block=lambda f: jit(f) in there
-            compiles at each evaluation.
+        wrap_block: as for `make`, applied in every call: what compiles blocks belongs there.
         segment_ids: documents of a packed row; tokens see only equal ids, so that a packed batch gives what separate
             documents give. Learned positions restart where an id begins.
 
-    >>> from purelm import random
     >>> cfg = Config(vocab_size=8, context_length=4, d_model=4, n_layers=1, n_heads=2)
     >>> apply(init(random.key(0), cfg), torch.tensor([[1, 2, 3]]), cfg).shape
     torch.Size([1, 3, 8])
     """
-    h_BTD = hidden(params, tokens_BT, cfg, ops=ops, wrap_block=wrap_block, segment_ids=segment_ids)
-    return readout(params, h_BTD, cfg, ops)
+    return _apply(cfg, ops, _blocks(cfg, ops, wrap_block), params, tokens_BT, segment_ids=segment_ids)
 
 
 def loss(
@@ -133,7 +166,7 @@ def loss(
     cfg: Config,
     *,
     ops: Ops = REFERENCE,
-    wrap_block: Callable[[BlockFn], BlockFn] = identity,
+    wrap_block: WrapBlock = identity,
     z_loss: float = 0.0,
     chunk: int | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -152,10 +185,91 @@ def loss(
         (loss, metrics): metrics are detached and additive: nll, the loss without the z term; n_targets, the sum of
         weights.
     """
+    return _loss(cfg, ops, _blocks(cfg, ops, wrap_block), params, batch, z_loss=z_loss, chunk=chunk)
+
+
+def log_probs(
+    params: Params,
+    batch: Mapping[str, Tensor],
+    cfg: Config,
+    *,
+    ops: Ops = REFERENCE,
+    wrap_block: WrapBlock = identity,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t"]]:
+    """(log p of each target, entropy of its distribution), with p = softmax(logits / temperature); nats, fp32.
+
+    Both are 0, without gradients, where batch["weights"] is 0. batch: as for `loss`, of which the denominator is not
+    read. chunk: tokens whose logits are held at a time (`purelm.ops.log_probs`).
+    """
+    return _log_probs(cfg, ops, _blocks(cfg, ops, wrap_block), params, batch, temperature=temperature, chunk=chunk)
+
+
+# What both forms are made of: functions of (cfg, ops, one wrapped function for each kind of layer).
+
+Blocks = Sequence[BlockFn]
+BATCH = ("tokens", "targets", "weights", "segment_ids", "denominator")
+
+
+def _blocks(cfg: Config, ops: Ops, wrap_block: WrapBlock) -> Blocks:
+    def one(layer: Layer) -> BlockFn:
+        def block(params: Params, x_BTD: Tensor, ctx: Context) -> Tensor:
+            return run_block(layer, params, x_BTD, ctx, ops)
+
+        return wrap_block(block)
+
+    return [one(layer) for layer in kinds_of(cfg).layers]
+
+
+def _init(table: Mapping[str, Leaf], key: random.Key, dtype: torch.dtype = torch.float32) -> Params:
+    return init_leaves(key, table, dtype)
+
+
+def _unembedding(cfg: Config, params: Params) -> Tensor:
+    return unembedding(params, cfg)
+
+
+def _hidden(
+    cfg: Config, ops: Ops, blocks: Blocks, params: Params, tokens_BT: Tensor, *, segment_ids: Tensor | None = None
+) -> Tensor:
+    if not torch.compiler.is_compiling() and ops.enter is REFERENCE.enter:  # else a process has parts of parameters
+        check_params(params, leaves(cfg))
+    if tokens_BT.ndim != 2:
+        raise ValueError(f"tokens_BT must have 2 axes, (batch, positions), got shape {tuple(tokens_BT.shape)}")
+    T = tokens_BT.shape[1]
+    if cfg.position == "learned" and T > cfg.context_length:
+        raise ValueError(f"tokens_BT must have at most context_length {cfg.context_length} positions, got {T}")
+    positions = torch.arange(T, device=tokens_BT.device)
+    if segment_ids is not None and cfg.position == "learned":
+        positions = segment_positions(segment_ids)  # rotary ones are relative: a common offset changes nothing
+    x_BTD = embed(params, tokens_BT, positions, cfg, ops)
+    ctx = context(positions, segment_ids, cfg, length=T, dtype=x_BTD.dtype)
+    kinds = kinds_of(cfg)
+    for kind, layer in zip(kinds.of, params["layers"], strict=True):
+        x_BTD = blocks[kind](layer, x_BTD, ctx)
+    return ops.final(apply_norm(kinds.norm, params, "ln_final", x_BTD, ops))
+
+
+def _apply(
+    cfg: Config, ops: Ops, blocks: Blocks, params: Params, tokens_BT: Tensor, *, segment_ids: Tensor | None = None
+) -> Tensor:
+    return readout(params, _hidden(cfg, ops, blocks, params, tokens_BT, segment_ids=segment_ids), cfg, ops)
+
+
+def _loss(
+    cfg: Config,
+    ops: Ops,
+    blocks: Blocks,
+    params: Params,
+    batch: Mapping[str, Tensor],
+    *,
+    z_loss: float = 0.0,
+    chunk: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    _check_batch(batch)
     targets, weights = batch["targets"], batch.get("weights")
-    h_BTD = hidden(
-        params, batch["tokens"], cfg, ops=ops, wrap_block=wrap_block, segment_ids=batch.get("segment_ids")
-    )
+    h_BTD = _hidden(cfg, ops, blocks, params, batch["tokens"], segment_ids=batch.get("segment_ids"))
     if weights is None:
         n_targets = torch.full((), float(targets.numel()), dtype=torch.float32, device=targets.device)
     else:
@@ -174,3 +288,38 @@ def loss(
         chunk=chunk,
     )
     return value, {"nll": nll, "n_targets": n_targets.detach()}
+
+
+def _log_probs(
+    cfg: Config,
+    ops: Ops,
+    blocks: Blocks,
+    params: Params,
+    batch: Mapping[str, Tensor],
+    *,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check_batch(batch)
+    targets, weights = batch["targets"], batch.get("weights")
+    h_BTD = _hidden(cfg, ops, blocks, params, batch["tokens"], segment_ids=batch.get("segment_ids"))
+    ignore_index = None if weights is None else -1
+    if weights is not None:
+        targets = torch.where(weights == 0, -1, targets)
+    return ops.log_probs(
+        h_BTD,
+        unembedding(params, cfg),
+        targets,
+        softcap=cfg.logit_softcap,
+        temperature=temperature,
+        chunk=chunk,
+        ignore_index=ignore_index,
+    )
+
+
+def _check_batch(batch: Mapping[str, Tensor]) -> None:
+    unknown = [name for name in batch if name not in BATCH]
+    missing = [name for name in BATCH[:2] if name not in batch]
+    if unknown or missing:
+        what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(map(str, unknown))}"
+        raise ValueError(f"batch {what}: it must have tokens and targets, and may have {', '.join(BATCH[2:])}")

@@ -5,6 +5,7 @@ Nothing here changes its arguments; tensors that need no change are returned as 
 Inside torch.compile the walks are those of `traced`, which dynamo traces faster than optree's.
 """
 
+from purelm.tree.flat import from_flat, to_flat
 from purelm.tree.parts import (
     combine,
     partition,
@@ -41,6 +42,7 @@ __all__ = [
     "combine",
     "flatten",
     "flatten_up_to",
+    "from_flat",
     "global_norm",
     "is_floating",
     "leaves",
@@ -53,6 +55,7 @@ __all__ = [
     "ravel",
     "structure",
     "to",
+    "to_flat",
     "unflatten",
     "zeros_like",
 ]

@@ -3,7 +3,9 @@
 import torch
 
 from purelm import random, tree
+from purelm.dist import fsdp
 from purelm.models import transformer
+from purelm.ops import REFERENCE
 
 CFG = transformer.Config(vocab_size=19, context_length=8, d_model=12, n_layers=3, n_heads=2, d_ff=20)
 TIED = transformer.Config(
@@ -28,6 +30,11 @@ def batch_of(rank, size, cfg=CFG, rows=4, step=0, dtype=torch.float64):
     batch = {"tokens": x[:, :-1].contiguous(), "targets": x[:, 1:].contiguous(), "weights": weights}
     n = rows * 2 // size
     return {k: v[rank * n : (rank + 1) * n] for k, v in batch.items()}
+
+
+def sharded_model(cfg=CFG, wrap=transformer.identity, ops=REFERENCE):
+    """A model whose parameters are gathered block by block."""
+    return transformer.make(cfg, fsdp.ops(ops), lambda f: fsdp.gathered(wrap(f)))
 
 
 def assert_close(a, b, rtol=1e-12, atol=1e-13):

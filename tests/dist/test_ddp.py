@@ -13,8 +13,8 @@ from purelm.dist.ddp import all_reduce_mean, overlapped_value_and_grad, with_glo
 from purelm.dist.sharding import shard
 from purelm.dist.world import rank_of, size_of
 from purelm.models import transformer
-from purelm.optim import adamw, chain, clip_by_global_norm, schedules
-from purelm.train import Precision, init_state, make_step
+from purelm.optim import adamw, schedules
+from purelm.train import ALONE, Precision, init_state, make_step, reducing
 from purelm.transforms import accumulate, jit, remat, value_and_grad
 from tests.dist.models import CFG, TIED, assert_close, batch_of, params_of
 from tests.dist.processes import RankError, run
@@ -309,8 +309,9 @@ def on_rank_parts(microbatches, bucket_bytes, op, compute):
     params = {**params_of(), "number": torch.tensor(2.0, dtype=torch.float64)}
 
     def scaled(params, batch):
-        value, metrics = loss(params, batch)
-        return value * params["number"], metrics
+        number, model = params["number"], {k: v for k, v in params.items() if k != "number"}
+        value, metrics = loss(model, batch)
+        return value * number, metrics
 
     options = {"microbatches": microbatches, "bucket_bytes": bucket_bytes, "op": op, "compute": compute}
     make = partial(overlapped_value_and_grad, scaled, has_aux=True, **options)
@@ -334,10 +335,13 @@ def test_parts_of_gradients(microbatches, bucket_bytes, size, op, compute):
     run(on_rank_parts, microbatches, bucket_bytes, op, compute, size=size)
 
 
-def trained(step_of, batches, n=5, wrap=lambda optimizer: optimizer, norm=tree.global_norm):
-    optimizer = wrap(chain(clip_by_global_norm(0.5, norm=norm), adamw(weight_decay=0.1)))
-    step = step_of(optimizer)
-    state = init_state(params_of(), optimizer, precision=FLOAT64)
+OPTIONS = {"schedule": schedules.constant(1e-2), "precision": FLOAT64, "max_norm": 0.5}
+
+
+def trained(strategy, batches, n=5, **options):
+    optimizer = adamw(weight_decay=0.1)
+    step = make_step(loss, optimizer, strategy=strategy, **OPTIONS, **options)
+    state = init_state(params_of(), optimizer, FLOAT64, strategy)
     rows = []
     for i in range(n):
         state, metrics = step(state, batches(i))
@@ -345,27 +349,23 @@ def trained(step_of, batches, n=5, wrap=lambda optimizer: optimizer, norm=tree.g
     return state, rows
 
 
-def alone_step(optimizer, **options):
-    return make_step(loss, optimizer, schedules.constant(1e-2), precision=FLOAT64, **options)
-
-
 def on_rank_training(how):
     rank, N = rank_of(None), size_of(None)
-    options = {
-        "reduce": {"reduce": partial(all_reduce_mean, op="sum")},
-        "overlapped": {"differentiate": ddp.differentiate},
-        "microbatches": {"differentiate": partial(ddp.differentiate, microbatches=2, bucket_bytes=500)},
-        "parts": {"differentiate": partial(ddp.differentiate, bucket_bytes=500, parts=True)},
+    summed = reducing(partial(all_reduce_mean, op="sum"))._replace(prepare=with_global_denominator)
+    strategy = {
+        "reduce": summed,
+        "overlapped": ddp.strategy(),
+        "microbatches": ddp.strategy(bucket_bytes=500),
+        "parts": zero.strategy(bucket_bytes=500),
+        "whole": zero.strategy(whole=True),
     }[how]
-    options["prepare"] = with_global_denominator
-    more = {}
-    if how == "parts":
-        options["norm"] = zero.global_norm()
-        more = {"wrap": partial(zero.sharded, reduce="parts"), "norm": zero.global_norm()}
-    state, rows = trained(partial(alone_step, **options), lambda i: batch_of(rank, N, step=i), **more)
-    expected, theirs = trained(alone_step, lambda i: batch_of(0, 1, step=i))
+    microbatches = 2 if how == "microbatches" else 1
+    state, rows = trained(strategy, lambda i: batch_of(rank, N, step=i), microbatches=microbatches)
+    expected, theirs = trained(ALONE, lambda i: batch_of(0, 1, step=i))
     if how == "parts":
         state = state._replace(opt_state=zero_state.gather_state(state.opt_state, expected.opt_state))
+    if how == "whole":
+        state, expected = state.params, expected.params
     assert_close(state, expected, 1e-10, 1e-12)  # AdamW divides by roots of small numbers
     check_equal(state)
     for a, b in zip(rows, theirs, strict=True):
@@ -374,23 +374,48 @@ def on_rank_training(how):
             torch.testing.assert_close(a["loss"], b["loss"], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("how", ["reduce", "overlapped", "microbatches", "parts"])
+@pytest.mark.parametrize("how", ["reduce", "overlapped", "microbatches", "parts", "whole"])
 def test_training_is_that_of_one_process(how):
     run(on_rank_training, how)
 
 
 def on_rank_compiled():
     """jit compiles what is left: the update, in donated memory."""
-    rank = rank_of(None)
-    optimizer = adamw()
-    step = alone_step(optimizer, differentiate=ddp.differentiate, prepare=with_global_denominator)
-    step = jit(step, donate=0, backend="aot_eager")
-    plain = alone_step(optimizer)
+    rank, optimizer = rank_of(None), adamw()
+    step = make_step(loss, optimizer, strategy=ddp.strategy(), **OPTIONS)
+    step, plain = jit(step, donate=0, backend="aot_eager"), make_step(loss, optimizer, **OPTIONS)
     state, other = (init_state(params_of(), optimizer, precision=FLOAT64) for _ in range(2))
     for i in range(3):
         state, _ = step(state, batch_of(rank, 2, step=i))
         other, _ = plain(other, batch_of(0, 1, step=i))
     assert_close(state, other, 1e-10, 1e-12)
+
+
+def on_rank_begins():
+    """Whatever a rank has, all begin with what rank 0 has."""
+    mine = tree.map(lambda x: x + rank_of(None), params_of())
+    for strategy in (ddp.strategy(), zero.strategy()):
+        assert_close(init_state(mine, adamw(), FLOAT64, strategy).params, params_of(), 0, 0)
+
+
+def test_ranks_begin_alike():
+    run(on_rank_begins)
+
+
+def on_rank_mean():
+    """A loss that is a mean over each rank's batch: summed over ranks it would be twice as large."""
+
+    def mean(params, batch):
+        return loss(params, {k: v for k, v in batch.items() if k != "denominator"})
+
+    state = init_state(params_of(), adamw(), FLOAT64, ddp.strategy())
+    make_step(mean, adamw(), strategy=ddp.strategy(), **OPTIONS)(state, batch_of(rank_of(None), 2))
+
+
+def test_a_mean_is_refused():
+    with pytest.raises(RankError, match=r"does not divide by batch.*denominator") as error:
+        run(on_rank_mean)
+    assert sorted(error.value.errors) == [0, 1]
 
 
 @pytest.mark.compile

@@ -1,4 +1,4 @@
-"""dist.fsdp as a piece of ordinary autograd, in uses that transformer_loss does not have. Oracle: one process."""
+"""dist.fsdp as a piece of ordinary autograd, in uses that a training step does not have. Oracle: one process."""
 
 import gc
 import weakref
@@ -16,8 +16,8 @@ from purelm.models import transformer
 from purelm.optim import schedules, sgd
 from purelm.train import Precision, init_state, make_step
 from purelm.transforms import value_and_grad
-from tests.dist.models import CFG, assert_close, batch_of, params_of
-from tests.dist.processes import RankError, run
+from tests.dist.models import CFG, assert_close, batch_of, params_of, sharded_model
+from tests.dist.processes import run
 
 
 def one_process(penalty=0.0):
@@ -35,26 +35,30 @@ def on_rank_uses(use):
     """Autograd reads gradients wherever it adds, multiplies, casts or copies them: all have arrived by then."""
     plan = fsdp.plan(params_of())
     local, batch = plan.shard(params_of()), batch_of(rank_of(None), size_of(None))
-    loss = partial(fsdp.transformer_loss, cfg=CFG, plan=plan)
+    loss = sharded_model().loss
     if use == "step":
-        precision = Precision(torch.float64, torch.float32, torch.float64)
-        options = {"differentiate": fsdp.differentiate, "norm": plan.norm, "prepare": with_global_denominator}
-        step = make_step(loss, sgd(), schedules.constant(1.0), precision=precision, **options)
-        state, _ = step(init_state(local, sgd(), precision=precision), batch)
+        precision, strategy = Precision(torch.float64, torch.float32, torch.float64), fsdp.strategy(sharded_model())
+        step = make_step(loss, sgd(), schedules.constant(1.0), precision=precision, strategy=strategy)
+        state, _ = step(init_state(params_of(), sgd(), precision, strategy), batch)
         found = tree.map(torch.sub, local, state.params)
         # fp32 has 7 digits, of parameters of size 1
         return assert_close(found, plan.shard(one_process()), 1e-4, 1e-6)
     batch = with_global_denominator(batch)
     if use == "scaled":
-        _, found = fsdp.differentiate(lambda p, b: loss(tree.map(lambda x: 2.0 * (0.5 * x), p), b))(local, batch)
+
+        def scaled(p, b):
+            return plan.bound(loss)(tree.map(lambda x: 2.0 * (0.5 * x), p), b)
+
+        _, found = value_and_grad(scaled, has_aux=True)(local, batch)
     elif use == "penalty":  # of parts: their sum over ranks is that of the whole
 
         def with_penalty(p, b):
-            value, metrics = loss(p, b)
+            value, metrics = plan.bound(loss)(p, b)
             return value + 0.5 * sum(x.square().sum() for x in tree.leaves(p) if x.ndim > 1), metrics
 
-        _, found = fsdp.differentiate(with_penalty)(local, batch)
+        _, found = value_and_grad(with_penalty, has_aux=True)(local, batch)
     else:
+        loss = fsdp.evaluate(loss, plan)
         leaves = tree.map(lambda x: x.requires_grad_(), local)
         for _ in range(2 if use == "backward twice" else 1):
             loss(leaves, batch)[0].backward()
@@ -114,17 +118,51 @@ def on_rank_twice(of):
         return (h * bound.params["v"].sin()).sum()
 
     expected, found = penalty(params, forward), penalty(plan.shard(params), sharded)
+    # Losses are summed over ranks, and so are penalties. Each rank's loss is the whole one: a gradient of a parameter
+    # is N times that of one process, and its square N^2 times. Of w each rank has a part, of v all of it.
     N, rank = size_of(None), rank_of(None)
-    assert_close(list(found), [part_of(N * expected[0], rank, N), N * expected[1]])
+    scale = {"input": N, "w": N**2, "v": N**3}[of]
+    assert_close(list(found), [part_of(scale * expected[0], rank, N), scale * expected[1]])
 
 
-def test_gradients_of_gradients():
-    """Those of activations; those of parameters are sums over ranks, which raise where they are differentiated."""
-    run(on_rank_twice, "input")
-    for name in ("w", "v"):
-        with pytest.raises(RankError, match="cannot be differentiated again") as error:
-            run(on_rank_twice, name)
-        assert sorted(error.value.errors) == [0, 1]
+@pytest.mark.parametrize("of", ["input", "w", "v"])
+def test_gradients_of_gradients(of):
+    """Those of activations, and those of sharded and of replicated parameters."""
+    run(on_rank_twice, of)
+
+
+def on_rank_forward_mode(how):
+    """jvp along a direction, and the same through torch.func.grad; oracle: one process, whole parameters."""
+    params = {"w": MATRIX[:, :5].clone(), "v": VECTOR[:5].clone()}
+    direction = tree.map(torch.cos, params)
+    plan, x, N = fsdp.plan(params), VECTOR[1:].clone(), size_of(None)
+
+    @fsdp.gathered
+    def block(q, x):
+        return torch.tanh(q["w"] @ x)
+
+    def loss(p):
+        return (block({"w": p["w"]}, x) * p["v"].sin()).sum() + p["w"].sum()  # outside of a block, too
+
+    local, tangent = plan.shard(params), plan.shard(direction)
+    bound = plan.bound(loss)
+    if how == "jvp":
+        value, found = torch.func.jvp(bound, (local,), (tangent,))
+        expected_value, expected = torch.func.jvp(loss, (params,), (direction,))
+        torch.testing.assert_close(value, expected_value)
+        torch.testing.assert_close(found, expected)
+    elif how == "grad":
+        expected = tree.map(lambda g: N * g, torch.func.grad(loss)(params))
+        assert_close(torch.func.grad(bound)(local), plan.shard(expected))
+    else:  # a Hessian-vector product: forward over reverse
+        _, found = torch.func.jvp(torch.func.grad(bound), (local,), (tangent,))
+        _, expected = torch.func.jvp(torch.func.grad(loss), (params,), (direction,))
+        assert_close(found, plan.shard(tree.map(lambda h: N * h, expected)))
+
+
+@pytest.mark.parametrize("how", ["jvp", "grad", "hvp"])
+def test_transforms_of_torch_func(how):
+    run(on_rank_forward_mode, how)
 
 
 def on_rank_leaks(how):

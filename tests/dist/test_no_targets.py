@@ -6,22 +6,35 @@ import pytest
 import torch
 
 from purelm import interop, tree
-from purelm.dist import fsdp, tensor_parallel, zero
-from purelm.dist.ddp import differentiate, with_global_denominator
+from purelm.dist import ddp, fsdp, tensor_parallel, zero
 from purelm.dist.world import rank_of
 from purelm.kernels.fused import FUSED
 from purelm.models import transformer
+from purelm.ops import REFERENCE
 from purelm.optim import adamw, chain, clip_by_global_norm, schedules
 from purelm.train import FULL, init_state, make_step, with_denominator
-from tests.dist.models import CFG, assert_close, batch_of, params_of
+from tests.dist.models import CFG, assert_close, batch_of, params_of, sharded_model
 from tests.dist.processes import RankError, run
 
 F64 = FULL._replace(param=torch.float64, compute=torch.float64, reduce=torch.float64)
-SCHEDULE = schedules.constant(1e-2)
 
 
-def clipped(norm=tree.global_norm):
-    return chain(clip_by_global_norm(0.1, norm=norm), adamw(weight_decay=0.0))
+OPTIONS = {"schedule": schedules.constant(1e-2), "precision": F64}
+PLAIN = adamw(weight_decay=0.0)
+
+
+def made(way, ops=REFERENCE):
+    """(model, strategy) of a way to train."""
+    if way == "fsdp":
+        model = sharded_model(CFG, ops=ops)
+        return model, fsdp.strategy(model)
+    strategies = {
+        "microbatches": ddp.strategy,
+        "zero": lambda: ddp.strategy()._replace(optimizer=partial(zero.sharded, reduce=None)),
+        "parts": zero.strategy,
+        "owners": partial(zero.strategy, whole=True),
+    }
+    return transformer.make(CFG, ops), strategies.get(way, ddp.strategy)()
 
 
 def batch(rank, size, empty):
@@ -36,34 +49,20 @@ def batch(rank, size, empty):
 
 
 def on_rank_step(way, empty, ops):
-    params, rank = params_of(), rank_of(None)
-    loss = partial(transformer.loss, cfg=CFG, ops=FUSED if ops == "fused" else transformer.REFERENCE, chunk=5)
-    alone, expected = make_step(loss, clipped(), SCHEDULE, precision=F64)(
-        init_state(params, clipped(), F64), batch(0, 1, empty)
+    params, rank, chosen = params_of(), rank_of(None), FUSED if ops == "fused" else REFERENCE
+    model, strategy = made(way, chosen)
+    options = {**OPTIONS, "max_norm": 0.1}
+    alone, expected = make_step(partial(transformer.make(CFG, chosen).loss, chunk=5), PLAIN, **options)(
+        init_state(params, PLAIN, F64), batch(0, 1, empty)
     )
-    options = {"prepare": with_global_denominator, "differentiate": differentiate, "precision": F64}
-    optimizer, unshard, local = clipped(), lambda x: x, params
-    if way == "microbatches":
-        options["differentiate"] = partial(differentiate, microbatches=2)
-    elif way == "zero":
-        optimizer = zero.sharded(clipped(zero.global_norm()), reduce=None)
-    elif way == "parts":
-        optimizer = zero.sharded(clipped(zero.global_norm()), reduce="parts")
-        options |= {"differentiate": partial(differentiate, parts=True), "norm": zero.global_norm()}
-    elif way == "owners":
-        optimizer = zero.whole_tensors(clipped(zero.global_norm()), reduce=None)
-    elif way == "fsdp":
-        plan = fsdp.plan(params)
-        optimizer, local, unshard = clipped(plan.norm), plan.shard(params), plan.unshard
-        loss = partial(fsdp.transformer_loss, cfg=CFG, plan=plan, chunk=5, ops=loss.keywords["ops"])
-        options |= {"differentiate": fsdp.differentiate, "norm": plan.norm}
-    state, metrics = make_step(loss, optimizer, SCHEDULE, **options)(
-        init_state(local, optimizer, F64), batch(rank, 2, empty)
+    options |= {"strategy": strategy, "microbatches": 2 if way == "microbatches" else 1}
+    state, metrics = make_step(partial(model.loss, chunk=5), PLAIN, **options)(
+        init_state(params, PLAIN, F64, strategy), batch(rank, 2, empty)
     )
     assert bool(tree.all_finite(state)) and (float(metrics["loss"]) == 0.0) == (empty == 2)
     for name, x in expected.items():
-        torch.testing.assert_close(metrics[name], x, rtol=1e-9, atol=1e-12)
-    assert_close(unshard(state.params), alone.params, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(metrics[name], x, rtol=1e-7, atol=1e-12)  # norms are fp32
+    assert_close(strategy.unshard(state.params), alone.params, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -81,22 +80,18 @@ def test_ranks_without_targets(way, empty, ops):
 
 def on_rank_local_denominator(way, give):
     """Losses over each rank's own number of targets, which a sum over ranks would double."""
-    loss = partial(transformer.loss, cfg=CFG)
-    options, local = {"differentiate": differentiate}, params_of()
-    if way == "fsdp":
-        plan = fsdp.plan(local)
-        loss, local = partial(fsdp.transformer_loss, cfg=CFG, plan=plan), plan.shard(local)
-        options = {"differentiate": fsdp.differentiate, "norm": plan.norm}
+    model, strategy = made(way)
+    state = init_state(params_of(), PLAIN, F64, strategy)
     mine = batch_of(rank_of(None), 2)
     if give == "a number":  # of all ranks, by some other way
         mine = {**mine, "denominator": torch.tensor(7.0, dtype=torch.float64)}
+    if give == "default":
+        strategy = strategy._replace(prepare=with_denominator)
     if give == "nothing":
-        options["prepare"] = lambda x: x
+        strategy = strategy._replace(prepare=lambda x: x)
     if give == "directly":
-        return options["differentiate"](loss)(local, with_denominator(mine))
-    make_step(loss, clipped(options.get("norm", tree.global_norm)), SCHEDULE, precision=F64, **options)(
-        init_state(local, clipped(), F64), mine
-    )
+        return strategy.differentiate(model.loss)(state.params, with_denominator(mine))
+    make_step(model.loss, PLAIN, strategy=strategy, **OPTIONS)(state, mine)
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
@@ -111,34 +106,22 @@ def test_a_denominator_of_one_rank_is_refused(way, give):
 
 
 def on_rank_clip(way):
-    params, mine = params_of(), batch_of(rank_of(None), 2)
-    loss, optimizer, local = partial(transformer.loss, cfg=CFG), clipped(), params
-    options = {"prepare": with_global_denominator, "differentiate": differentiate}
-    if way in ("fsdp", "fsdp without norm"):
-        plan = fsdp.plan(params)
-        loss, local = partial(fsdp.transformer_loss, cfg=CFG, plan=plan), plan.shard(params)
-        options["differentiate"] = fsdp.differentiate
-        if way == "fsdp":
-            options["norm"] = plan.norm
-    elif way == "sharded":
-        optimizer = zero.sharded(optimizer, reduce=None)
-    elif way == "owners":
-        optimizer = zero.whole_tensors(optimizer, reduce=None)
-    else:
-        optimizer = zero.sharded(optimizer, reduce="parts")
-        options["differentiate"] = partial(differentiate, parts=True)
-        if way == "parts":
-            options["norm"] = zero.global_norm()
-    make_step(loss, optimizer, SCHEDULE, precision=F64, **options)(init_state(local, optimizer, F64), mine)
+    model, strategy = made(way.split()[0])
+    optimizer = chain(clip_by_global_norm(0.1), PLAIN)
+    state = init_state(params_of(), optimizer, F64, strategy)
+    if way.endswith("without norm"):
+        optimizer, strategy = PLAIN, strategy._replace(norm=tree.global_norm)
+        state = init_state(params_of(), optimizer, F64, strategy)
+    make_step(model.loss, optimizer, strategy=strategy, **OPTIONS)(state, batch_of(rank_of(None), 2))
 
 
 @pytest.mark.parametrize(
     ("way", "message"),
     [
-        ("fsdp", "clips by a norm of the gradients that each process holds"),
-        ("sharded", "zero.sharded: the optimizer clips by a norm"),
+        ("fsdp", "make_step: the optimizer clips by a norm of the gradients that each process holds"),
+        ("zero", "zero.sharded: the optimizer clips by a norm"),
         ("owners", "zero.whole_tensors: the optimizer clips by a norm"),
-        ("parts", "zero.sharded: the optimizer clips by a norm"),
+        ("parts", "make_step: the optimizer clips by a norm"),
         ("fsdp without norm", "each process has a part of the gradients, and grad_norm would be of that alone"),
         ("parts without norm", "each process has a part of the gradients, and grad_norm would be of that alone"),
     ],
@@ -168,10 +151,13 @@ def test_a_torch_optimizer_that_clips_parts_of_a_module_is_refused():
 
 
 def on_rank_tensor_parallel(norm):
-    plan = tensor_parallel.Plan(CFG)
-    local, options = plan.shard(params_of()), {"norm": plan.global_norm} if norm else {}
-    step = make_step(plan.loss, clipped(options.get("norm", tree.global_norm)), SCHEDULE, reduce=plan.reduce, **options)
-    step(init_state(local, clipped(), F64), batch_of(0, 1))
+    layout = tensor_parallel.Layout(CFG.vocab_size)
+    model = transformer.make(CFG, layout.ops(REFERENCE))
+    strategy = tensor_parallel.strategy(model, layout)
+    if not norm:
+        strategy = strategy._replace(norm=tree.global_norm)
+    step = make_step(model.loss, PLAIN, strategy=strategy, max_norm=0.1, **OPTIONS)
+    step(init_state(params_of(), PLAIN, F64, strategy), batch_of(0, 1))
 
 
 def test_a_norm_of_one_rank_of_tensor_parallelism_is_refused():

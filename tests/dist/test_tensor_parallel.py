@@ -10,11 +10,12 @@ import torch.distributed as dist
 from purelm import random, tree
 from purelm.dist import conjugates, tensor_parallel, vocab_parallel
 from purelm.dist.agreement import check_equal
-from purelm.dist.tensor_parallel import Plan, local_config, shard, unshard
+from purelm.dist.tensor_parallel import Layout, shard, strategy, unshard
 from purelm.dist.world import rank_of, size_of
 from purelm.models import transformer
 from purelm.ops import REFERENCE
 from purelm.ops.linear_cross_entropy import linear_cross_entropy
+from purelm.ops.log_probs import log_probs
 from purelm.transforms import remat, save_matmuls, value_and_grad
 from tests.dist.processes import ALL_GATHER, REDUCE_SCATTER, RankError, run
 
@@ -38,6 +39,23 @@ CASES = {
     "nothing_counts": (GQA, {}, "padding"),
 }
 TOLERANCE = {torch.float64: {"rtol": 1e-10, "atol": 1e-11}, torch.float32: {"rtol": 1e-5, "atol": 1e-5}}
+
+
+class Plan:
+    """A Config divided over a group: its Layout, and what comes of it."""
+
+    def __init__(self, cfg, group=None, sequence_parallel=False):
+        self.cfg, self.group = cfg, group
+        self.layout = Layout(cfg.vocab_size, group, sequence_parallel)
+        self.strategy = strategy(self.model(), self.layout)
+        self.shard, self.unshard = self.strategy.shard, self.strategy.unshard
+        self.reduce, self.global_norm = self.strategy.reduce, self.strategy.norm
+
+    def model(self, ops=REFERENCE, wrap_block=transformer.identity):
+        return transformer.make(self.cfg, self.layout.ops(ops), wrap_block)
+
+    def loss(self, params, batch, ops=REFERENCE, wrap_block=transformer.identity, **options):
+        return self.model(ops, wrap_block).loss(params, batch, **options)
 
 
 def params_of(cfg, dtype=torch.float64):
@@ -158,17 +176,17 @@ def test_fused_ops():
 
 
 def on_rank_differs(what):
-    cfg = replace(GQA, n_layers=GQA.n_layers + (what == "cfg" and rank_of(None)))
+    cfg = replace(GQA, d_ff=GQA.d_ff + 2 * (what == "cfg" and rank_of(None)))
     params = params_of(GQA)
     if what == "params" and rank_of(None):
         params["layers"][1]["ln1"]["weight"] = params["layers"][1]["ln1"]["weight"].float()
-    tensor_parallel.Plan(cfg).shard(params)
+    Plan(cfg).shard(params)
 
 
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("cfg", f"cfg.n_layers: {GQA.n_layers} on rank 0; {GQA.n_layers + 1} on rank 1"),
+        ("cfg", "leaves.layers.0.ffn.w1.weight.0.0: 20 on rank 0; 22 on rank 1"),
         ("params", "params.layers.1.ln1.weight: (12,) float64 on rank 0; (12,) float32 on rank 1"),
     ],
 )
@@ -182,16 +200,17 @@ def test_a_rank_that_differs_is_an_error_on_all(what, said):
 def on_rank_layout(name):
     cfg = CASES[name][0]
     params, rank, N = params_of(cfg), rank_of(None), size_of(None)
-    local = shard(params, cfg)
-    shapes = transformer.init(random.key(1), local_config(cfg))
+    leaves, layout = transformer.leaves(cfg), Layout(cfg.vocab_size)
+    local = shard(params, leaves)
+    shapes = tensor_parallel.like(leaves, layout)
     assert tree.map(lambda x: tuple(x.shape), local) == tree.map(lambda x: tuple(x.shape), shapes)
     layer, mine = params["layers"][1], local["layers"][1]
     assert torch.equal(mine["attn"]["k_proj"]["weight"], layer["attn"]["k_proj"]["weight"].chunk(N)[rank])
     assert torch.equal(mine["ffn"]["w2"]["weight"], layer["ffn"]["w2"]["weight"].chunk(N, 1)[rank])
-    assert_close(unshard(local, cfg), params, rtol=0, atol=0)
+    assert_close(unshard(local, leaves), params, rtol=0, atol=0)
     half = tree.map(lambda x: x.bfloat16() if x.ndim == 1 else x, local)  # two dtypes, and an absent leaf
     half["lm_head"] = {"weight": None}
-    again = unshard(half, cfg)
+    again = unshard(half, leaves)
     assert again["lm_head"] == {"weight": None}
     back = tree.map(lambda x: x.bfloat16() if x.ndim == 1 else x, {**params, "lm_head": {"weight": None}})
     assert_close(again, back, rtol=0, atol=0)
@@ -313,8 +332,9 @@ def test_messages(chunk):
         assert run(on_rank_messages, True, L, False, chunk)[0] == {
             "all_reduce": loss, ALL_GATHER: [n] * ends, REDUCE_SCATTER: [n] * ends,
         }  # fmt: skip
+        # Backward: the states that the loss saw are the same on all ranks, and their gradient a sum over ranks.
         assert run(on_rank_messages, True, L, True, chunk)[0] == {
-            "all_reduce": loss, ALL_GATHER: [n] * 2 * ends, REDUCE_SCATTER: [n] * 2 * ends,
+            "all_reduce": [*loss, n], ALL_GATHER: [n] * 2 * ends, REDUCE_SCATTER: [n] * (2 * ends - 1),
         }  # fmt: skip
 
 
@@ -363,7 +383,8 @@ def test_alone_it_is_the_model():
         assert torch.equal(plan.global_norm(grads), tree.global_norm(grads))
     Plan(replace(GQA, n_heads=3, n_kv_heads=1, d_ff=7, qk_norm="full"))  # nothing to divide
     x = torch.ones(1, 3, 2)
-    assert all(getattr(conjugates, name)(x) is x for name in conjugates.__all__)
+    assert all(getattr(conjugates, name)(x) is x for name in conjugates.__all__ if name != "whole")
+    assert conjugates.whole(x, 1) is x
     hidden, rows, targets = torch.randn(5, 4), torch.randn(7, 4), torch.arange(5)
     a = vocab_parallel.linear_cross_entropy(hidden, rows, targets, 7, softcap=3.0, chunk=2)
     torch.testing.assert_close(a, linear_cross_entropy(hidden, rows, targets, softcap=3.0))
@@ -373,18 +394,18 @@ def test_alone_it_is_the_model():
 def on_rank_refused(case):
     if case == "positions":
         batch = {k: v[:, :7] for k, v in batch_of(GQA).items()}
-        Plan(GQA, None, True).loss(shard(params_of(GQA), GQA), batch)
+        Plan(GQA, None, True).loss(shard(params_of(GQA), transformer.leaves(GQA)), batch)
     elif case == "rows":
-        shard(params_of(GQA), replace(GQA, vocab_size=21))
+        shard(params_of(GQA), transformer.leaves(replace(GQA, vocab_size=21)))
     elif case == "leaf":
-        shard({**params_of(GQA), "adapter": {"weight": torch.zeros(2)}}, GQA)
+        shard({**params_of(GQA), "adapter": {"weight": torch.zeros(2)}}, transformer.leaves(GQA))
     elif case in ("token", "target"):
         cfg = replace(GQA, vocab_size=19)
         batch = batch_of(cfg, "plain")
         batch["tokens" if case == "token" else "targets"][1, 2] = 19  # a row that is filled up
-        Plan(cfg).loss(shard(params_of(cfg), cfg), batch)
+        Plan(cfg).loss(Plan(cfg).shard(params_of(cfg)), batch)
     elif case == "chunk":
-        Plan(GQA).loss(shard(params_of(GQA), GQA), batch_of(GQA), chunk=0)
+        Plan(GQA).loss(Plan(GQA).shard(params_of(GQA)), batch_of(GQA), chunk=0)
     else:
         Plan(replace(GQA, **case))
 
@@ -393,15 +414,15 @@ def on_rank_refused(case):
     ("case", "message"),
     [
         ("positions", r'ValueError: batch\["tokens"\] has 7 positions; sequence_parallel needs a multiple of the 2'),
-        ("rows", "ValueError: params: token_embeddings.weight has 20 rows, but cfg.vocab_size is 21"),
+        ("rows", r"ValueError: params: lm_head.weight has shape \(20, 12\), the leaf table says \(21, 12\)"),
         ("leaf", "ValueError: adapter.weight: tensor parallelism does not know"),
         ("token", "IndexError: index out of range"),
         ("target", "ValueError: targets must be in 0..18 where weights are not 0, got 19"),
         ("chunk", "ValueError: chunk must be at least 1 token or None, got 0"),
-        ({"n_heads": 3, "n_kv_heads": 3}, "ValueError: cfg.n_heads must be a multiple of the 2 ranks .* got 3"),
-        ({"n_kv_heads": 1}, "ValueError: cfg.n_kv_heads must be a multiple of the 2 ranks .* got 1"),
-        ({"d_ff": 7}, "ValueError: cfg.d_ff must be a multiple of the 2 ranks .* got 7"),
-        ({"qk_norm": "full"}, 'ValueError: cfg.qk_norm must be "none" or "head"'),
+        ({"n_heads": 3, "n_kv_heads": 3}, "ValueError: layers.0.attn.q_proj.weight: n_heads must be a .* got 3"),
+        ({"n_kv_heads": 1}, "ValueError: layers.0.attn.k_proj.weight: n_kv_heads must be a multiple of the 2 .* got 1"),
+        ({"d_ff": 7}, "ValueError: layers.0.ffn.w1.weight: d_ff must be a multiple of the 2 ranks .* got 7"),
+        ({"qk_norm": "full"}, 'norm over all heads .qk_norm "full". must be a multiple of the 2 ranks'),
     ],
     ids=str,
 )
@@ -412,19 +433,62 @@ def test_refused_on_every_rank(case, message):
     assert len(error.value.errors) == 2
 
 
+def on_rank_log_probs(options):
+    """The same two functions of each token as in one process, and gradients of both."""
+    N, D, V = 11, 6, 7
+    hidden, whole = (random.normal(random.key(i), s, dtype=torch.float64) for i, s in enumerate([(N, D), (V, D)]))
+    targets = random.randint(random.key(3), (N,), 0, V)
+    targets[2] = -1
+    part = tensor_parallel.part_of(whole, rank_of(None), size_of(None))
+    again, mine = ([x.clone().requires_grad_() for x in xs] for xs in ((hidden, whole), (hidden, part)))
+    a = log_probs(*again, targets, ignore_index=-1, **{k: x for k, x in options.items() if k != "chunk"})
+    b = vocab_parallel.log_probs(conjugates.enter(mine[0]), mine[1], targets, V, ignore_index=-1, **options)
+    torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-14)
+    dy = [torch.cos(torch.arange(N, dtype=torch.float64) + i) for i in range(2)]
+    da, db = torch.autograd.grad(a, again, dy), torch.autograd.grad(b, mine, dy)
+    expected = (da[0], tensor_parallel.part_of(da[1], rank_of(None), size_of(None)))
+    torch.testing.assert_close(db, expected, rtol=1e-10, atol=1e-12)
 
 
-def on_rank_wrapped_once():
-    made = []
-
-    def wrap(f):
-        made.append(f)
-        return f
-
-    plan = Plan(GQA)
-    losses = [plan.loss(plan.shard(params_of(GQA)), batch_of(GQA, "plain"), wrap_block=wrap)[0] for _ in range(3)]
-    return len(made), float(losses[0]) == float(losses[2])
+@pytest.mark.parametrize("options", [{}, {"chunk": 4}, {"softcap": 5.0, "temperature": 0.7, "chunk": 100}], ids=str)
+@pytest.mark.parametrize("size", [2, 3])
+def test_log_probs_over_a_divided_vocabulary(options, size):
+    run(on_rank_log_probs, options, size=size)
 
 
-def test_blocks_are_wrapped_once():
-    assert run(on_rank_wrapped_once) == [(1, True)] * 2
+def on_rank_outputs(sequence_parallel):
+    """hidden, logits and log-probabilities are those of the whole model, on every rank."""
+    cfg = replace(GQA, vocab_size=19)
+    plan, batch, params = Plan(cfg, None, sequence_parallel), batch_of(cfg), params_of(cfg)
+    model, local, whole = plan.model(), plan.shard(params), transformer.make(cfg)
+    for name in ("hidden", "apply"):
+        expected = getattr(whole, name)(params, batch["tokens"])
+        torch.testing.assert_close(getattr(model, name)(local, batch["tokens"]), expected, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(model.log_probs(local, batch), whole.log_probs(params, batch), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence"])
+def test_outputs_are_whole(sequence_parallel):
+    run(on_rank_outputs, sequence_parallel)
+
+
+def on_rank_misused(how):
+    plan, params, batch = Plan(GQA), params_of(GQA), batch_of(GQA)
+    if how == "another model":
+        model = transformer.make(GQA)
+    else:
+        ops = plan.layout.ops(REFERENCE)
+        model = transformer.make(GQA, ops._replace(linear_out=REFERENCE.linear))
+    plan.strategy.differentiate(model.loss)(plan.shard(params), batch)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("another model", "k_proj.weight has shape .* the model's configuration says"),
+        ("another end", "ops.enter was called 4 times and ops.linear_out 0 times"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(how, message):
+    with pytest.raises(RankError, match=message):
+        run(on_rank_misused, how)

@@ -8,13 +8,12 @@ import torch
 import torch.distributed as dist
 
 from purelm import tree
-from purelm.dist import fsdp
+from purelm.dist import ddp, fsdp
 from purelm.dist.agreement import check_equal
-from purelm.dist.collectives import all_reduce
-from purelm.dist.ddp import all_reduce_mean
-from purelm.dist.tensor_parallel import Plan
+from purelm.dist.tensor_parallel import Layout, like, strategy
 from purelm.models import transformer
-from purelm.optim import adamw, chain, clip_by_global_norm, schedules
+from purelm.ops import REFERENCE
+from purelm.optim import adamw, schedules
 from purelm.train import Precision, init_state, make_step
 from purelm.transforms import remat, value_and_grad
 from tests.dist.processes import run
@@ -28,20 +27,15 @@ def on_rank_mesh(sequence_parallel):
     data = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     model_group, data_group = models[rank // 2], data[rank % 2]
     cfg = replace(GQA, vocab_size=19, biases="all", qk_norm="head")
-    plan = Plan(cfg, model_group, sequence_parallel)
-    schedule, float64 = schedules.constant(0.01), Precision(torch.float64, torch.float64, torch.float64)
-
-    def reduced(grads):
-        return all_reduce_mean(plan.reduce(grads), data_group, op="sum")
-
-    def stepper(loss, norm=tree.global_norm, **options):
-        optimizer = chain(clip_by_global_norm(0.5, norm=norm), adamw())
-        return optimizer, make_step(loss, optimizer, schedule, precision=float64, norm=norm, **options)
-
-    alone, step_alone = stepper(partial(transformer.loss, cfg=cfg, z_loss=0.1))
-    mesh, step_mesh = stepper(partial(plan.loss, z_loss=0.1), plan.global_norm, reduce=reduced, microbatches=2)
-    a = init_state(params_of(cfg), alone, float64)
-    b = init_state(plan.shard(params_of(cfg)), mesh, float64)
+    layout = Layout(cfg.vocab_size, model_group, sequence_parallel)
+    model, whole = transformer.make(cfg, layout.ops(REFERENCE)), transformer.make(cfg)
+    both = strategy(model, layout, ddp.strategy(data_group))
+    float64 = Precision(torch.float64, torch.float64, torch.float64)
+    options = {"optimizer": adamw(), "schedule": schedules.constant(0.01), "precision": float64, "max_norm": 0.5}
+    step_alone = make_step(partial(whole.loss, z_loss=0.1), **options)
+    step_mesh = make_step(partial(model.loss, z_loss=0.1), strategy=both, microbatches=2, **options)
+    a = init_state(params_of(cfg), adamw(), float64)
+    b = init_state(params_of(cfg), adamw(), float64, both)
     for i in range(3):
         batch = {**batch_of(cfg, "segments", step=i, rows=8)}
         batch["denominator"] = batch["weights"].sum()
@@ -50,8 +44,8 @@ def on_rank_mesh(sequence_parallel):
         b, own = step_mesh(b, mine)
         assert float(metrics["grad_norm"]) > 0.5  # clipped
         torch.testing.assert_close(own["grad_norm"], metrics["grad_norm"], rtol=1e-11, atol=0)
-        torch.testing.assert_close(all_reduce(own["loss"], data_group), metrics["loss"], rtol=1e-11, atol=0)
-    assert_close(plan.unshard(b.params), a.params, rtol=1e-8, atol=1e-9)  # Adam divides small numbers
+        torch.testing.assert_close(own["loss"], metrics["loss"], rtol=1e-11, atol=0)
+    assert_close(both.unshard(b.params), a.params, rtol=1e-8, atol=1e-9)  # Adam divides small numbers
     check_equal(b.params, data_group)
     assert not tree.leaves(b.params["lm_head"])[0][10 - rank % 2 :].any()  # rows filled up stay zeros
 
@@ -66,27 +60,26 @@ def on_rank_sharded(name, sequence_parallel, wrap):
     cfg, rank, n = CASES[name][0], dist.get_rank(), dist.get_world_size() // 2  # ranks along the model
     models = [dist.new_group(list(range(i, i + n))) for i in range(0, 2 * n, n)]
     data = [dist.new_group([i, i + n]) for i in range(n)]
-    model, over_data = Plan(cfg, models[rank // n], sequence_parallel), data[rank % n]
-    shares = model.shard(params_of(cfg))
-    plan = fsdp.plan(shares, over_data)
+    over_data = data[rank % n]
+    layout = Layout(cfg.vocab_size, models[rank // n], sequence_parallel)
+    model = transformer.make(cfg, fsdp.ops(layout.ops(REFERENCE)), lambda f: fsdp.gathered(wrap(f)))
+    both = strategy(model, layout, fsdp.strategy(like(model, layout), over_data))
     batch = {**batch_of(cfg, "segments", rows=8)}
     batch["denominator"] = batch["weights"].sum()
     mine = {k: x if x.ndim == 0 else x.chunk(2)[rank // n] for k, x in batch.items()}
-    loss = partial(
-        fsdp.transformer_loss, cfg=cfg, plan=plan, tensor_parallel=model, wrap_block=wrap, z_loss=0.1, chunk=5
-    )
+    differentiated = both.differentiate(partial(model.loss, z_loss=0.1, chunk=5))
     expected, theirs = value_and_grad(partial(transformer.loss, cfg=cfg, z_loss=0.1), has_aux=True)(
         params_of(cfg), batch
     )
-    local = plan.shard(shares)
+    local = both.shard(params_of(cfg))
     for _ in range(2):
-        (value, metrics), grads = value_and_grad(loss, has_aux=True)(local, mine)
+        (value, metrics), grads = differentiated(local, mine)
         torch.testing.assert_close(value, expected[0], rtol=1e-11, atol=0)
         torch.testing.assert_close(metrics["n_targets"], expected[1]["n_targets"], rtol=1e-6, atol=0)
-        grads = model.reduce(grads)
-        assert_close(model.unshard(plan.unshard(grads)), theirs, **TOLERANCE[torch.float64])
-        norm = model.global_norm(grads, norm=plan.norm)
-        torch.testing.assert_close(norm, tree.global_norm(theirs), **TOLERANCE[torch.float64])
+        grads = both.reduce(grads)
+        assert_close(both.unshard(grads), theirs, **TOLERANCE[torch.float64])
+        torch.testing.assert_close(both.norm(grads), tree.global_norm(theirs), **TOLERANCE[torch.float64])
+    shares = like(model, layout)
     halves = [2 * p.numel() >= s.numel() > p.numel() for p, s in zip(*map(tree.leaves, (local, shares)), strict=True)]
     assert sum(halves) >= 9 * cfg.n_layers - 4  # matrices are cut
 

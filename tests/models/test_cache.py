@@ -95,7 +95,7 @@ def test_decode_is_pure_and_decode_in_place_is_equal():
     assert torch.equal(logits, logits_)
     for a, b in zip(tree.leaves(after), tree.leaves(after_), strict=True):
         assert torch.equal(a, b)
-    assert all(x is y for x, y in zip(cache.k + cache.v, after_.k + after_.v, strict=True))
+    assert all(x is y for x, y in zip(tree.leaves(cache.layers), tree.leaves(after_.layers), strict=True))
     assert int(cache.length) == 5
     assert not logits_.requires_grad
 
@@ -104,7 +104,7 @@ def test_prefill_is_pure():
     """Exact: the empty cache stays empty."""
     cache = empty(CFG)
     prefill(PARAMS, TOKENS[:, :5], cache, CFG, lengths=torch.tensor([2, 5]))
-    assert not any(bool(x.any()) for x in cache.k + cache.v)
+    assert not any(bool(x.any()) for x in tree.leaves(cache.layers))
     assert int(cache.length) == 0
     assert cache.start is None
 
@@ -115,8 +115,8 @@ def test_masked_reads_are_those_of_known_length(lengths, monkeypatch):
     is in unused slots does not count."""
     lengths = None if lengths is None else torch.tensor(lengths)
     _, cache = prefill(PARAMS, TOKENS[:, :5], empty(CFG), CFG, lengths=lengths)
-    garbage = tuple(torch.cat([x[:, :5], torch.randn(2, 11, 2, 6).double()], 1) for x in cache.k)
-    cache = cache._replace(k=garbage)
+    junk = torch.randn(2, 11, 2, 6).double()
+    cache = cache._replace(layers=tuple(kv._replace(k=torch.cat([kv.k[:, :5], junk], 1)) for kv in cache.layers))
     known, after = decode(PARAMS, TOKENS[:, 5], cache, CFG, used=5)
     found, _ = decode(PARAMS, TOKENS[:, 5], cache, CFG)
     assert torch.equal(known, found)
@@ -145,7 +145,7 @@ def test_bf16_cache():
         decode(params, TOKENS[:, 5], prefill(params, TOKENS[:, :5], empty(CFG, dtype=d), CFG)[1], CFG)
         for d in (torch.float32, torch.bfloat16)
     )
-    assert half[1].k[0].dtype == torch.bfloat16
+    assert half[1].layers[0].k.dtype == torch.bfloat16
     assert half[0].dtype == torch.float32
     torch.testing.assert_close(half[0], wide[0], rtol=0, atol=0.1)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from purelm import random, tree
-from purelm.models.initialise import leaf_key, param_shapes
-from purelm.models.transformer import Config, apply, course_init, gpt2_init, init, scaled_residual
+from purelm.models.leaves import Leaf, leaf_key
+from purelm.models.transformer import Config, apply, course_init, gpt2_init, init, leaves, scaled_residual
 
 BIG = Config(vocab_size=400, context_length=8, d_model=96, n_layers=2, n_heads=4, d_ff=320, position="learned")
 
@@ -36,22 +36,13 @@ def test_names_are_the_courses():
     }
 
 
-def test_shapes_are_those_of_init(axis):
-    """Oracle: param_shapes; every leaf finite and contiguous, ones and zeros where vectors are."""
-    leaves = flat(init(random.key(0), axis))
-    shapes = {}
-
-    def walk(path, node):
-        if isinstance(node, tuple):
-            shapes[path[1:]] = node
-            return
-        for name, child in node.items() if isinstance(node, dict) else enumerate(node):
-            walk(f"{path}.{name}", child)
-
-    walk("", param_shapes(axis))
-    assert {k: tuple(x.shape) for k, x in leaves.items()} == shapes
-    for path, x in leaves.items():
-        assert x.dtype == torch.float32
+def test_the_table_is_of_what_init_makes(axis):
+    """Oracle: the leaf table; every leaf finite and contiguous, ones and zeros where vectors are."""
+    table, found = leaves(axis), flat(init(random.key(0), axis))
+    assert {k: tuple(x.shape) for k, x in found.items()} == {k: x.shape for k, x in table.items()}
+    for path, x in found.items():
+        assert x.dtype == torch.float32 and x.is_contiguous()
+        assert (x.ndim == 1) == (table[path].kind in ("norm", "bias"))
         if x.ndim == 1:
             assert torch.equal(x, torch.full_like(x, 0.0 if path.endswith("bias") else 1.0))
 
@@ -75,7 +66,7 @@ def test_rules():
     for path, x in flat(plain).items():
         factor = 0.25 if path.endswith(("output_proj.weight", "w2.weight")) else 1.0
         torch.testing.assert_close(flat(scaled)[path], x * factor)
-    assert gpt2_init("layers.0.attn.q_proj.weight", (8, 8)) == 0.02
+    assert gpt2_init("w", Leaf((8, 8), "matrix", "ffn")) == 0.02
     assert abs(flat(init(random.key(0), BIG, gpt2_init))["lm_head.weight"].std().item() - 0.02) < 5e-4
 
 

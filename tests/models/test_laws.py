@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from purelm import random, tree
 from purelm.models import transformer
-from purelm.models.layers import segment_positions
+from purelm.models.context import segment_positions
 from purelm.models.transformer import Config, RopeScaling, apply, hidden
 from purelm.ops import REFERENCE
 from purelm.ops.sdpa import sdpa_attention

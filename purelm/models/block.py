@@ -1,0 +1,96 @@
+"""One block of a Transformer: a mixer, then a feed-forward layer, each added to the residual stream.
+
+    layer = Layer(attention(d_model=64, n_heads=4), built_in("swiglu"), rms_norm())
+    params = init_leaves(key, with_std(layer_leaves(layer, 64, 256), course_init))
+    y_BTD = block(layer, params, x_BTD, ctx, ops)
+
+Legend: B batch, T positions, D d_model.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from purelm.models.context import Context
+from purelm.models.feed_forward import FeedForward
+from purelm.models.leaves import Leaf, Params, with_prefix
+from purelm.models.mixers import Mixer
+from purelm.models.norms import Norm
+from purelm.ops import Ops
+
+__all__ = ["Layer", "apply_norm", "block", "block_cached", "layer_leaves"]
+
+
+class Layer(NamedTuple):
+    """What a block is made of."""
+
+    mixer: Mixer
+    feed_forward: FeedForward
+    norm: Norm | None
+    norm_position: str = "pre"  # x + f(n(x)) pre, n(x + f(x)) post, x + n(f(x)) output, x + n'(f(n(x))) sandwich
+
+
+def layer_leaves(layer: Layer, d_model: int, d_ff: int, *, biases: bool = False) -> dict[str, Leaf]:
+    """The block's leaf table. Norms are ln1 and ln2, and in a sandwich ln1_post and ln2_post."""
+    leaves = with_prefix("attn", layer.mixer.leaves(layer.mixer.config))
+    ffn = layer.feed_forward
+    leaves |= with_prefix("ffn", ffn.leaves(ffn.config, d_model, d_ff, biases))
+    if layer.norm is not None:
+        names = ("ln1", "ln2", *(("ln1_post", "ln2_post") if layer.norm_position == "sandwich" else ()))
+        for name in names:
+            leaves |= with_prefix(name, layer.norm.leaves(layer.norm.config, d_model))
+    return leaves
+
+
+def block(
+    layer: Layer, params: Params, x_BTD: Float[Tensor, "b t d"], ctx: Context, ops: Ops
+) -> Float[Tensor, "b t d"]:
+    """The stream behind the block."""
+    mixer = layer.mixer
+
+    def mix(h_BTD: Tensor) -> Tensor:
+        return mixer.apply(mixer.config, params["attn"], h_BTD, ctx, ops)
+
+    x_BTD = _residual(layer, mix, params, "ln1", x_BTD, ops)
+    return _feed_forward(layer, params, x_BTD, ops)
+
+
+def block_cached(
+    layer: Layer, params: Params, x_BTD: Float[Tensor, "b t d"], ctx: Context, ops: Ops, state: Any, reads: Any
+) -> tuple[Float[Tensor, "b t d"], Any]:
+    """The stream behind the block, and the mixer's state with these positions in it."""
+    mixer, new = layer.mixer, state
+
+    def mix(h_BTD: Tensor) -> Tensor:
+        nonlocal new
+        y_BTD, new = mixer.apply_cached(mixer.config, params["attn"], h_BTD, ctx, ops, state, reads)
+        return y_BTD
+
+    x_BTD = _residual(layer, mix, params, "ln1", x_BTD, ops)
+    return _feed_forward(layer, params, x_BTD, ops), new
+
+
+def apply_norm(norm: Norm | None, params: Params, name: str, x: Tensor, ops: Ops) -> Tensor:
+    """The norm of x by params[name]; x itself where there is none."""
+    return x if norm is None else norm.apply(norm.config, params[name], x, ops)
+
+
+def _feed_forward(layer: Layer, params: Params, x_BTD: Tensor, ops: Ops) -> Tensor:
+    ffn = layer.feed_forward
+    return _residual(layer, lambda h: ffn.apply(ffn.config, params["ffn"], h, ops), params, "ln2", x_BTD, ops)
+
+
+def _residual(
+    layer: Layer, f: Callable[[Tensor], Tensor], params: Params, name: str, x: Tensor, ops: Ops
+) -> Tensor:
+    """x + f(x), with the norm(s) called `name` where the layer has them."""
+    if layer.norm_position == "post":
+        return apply_norm(layer.norm, params, name, x + f(x), ops)
+    if layer.norm_position == "output":
+        return x + apply_norm(layer.norm, params, name, f(x), ops)
+    y = f(apply_norm(layer.norm, params, name, x, ops))
+    if layer.norm_position == "sandwich":
+        y = apply_norm(layer.norm, params, f"{name}_post", y, ops)
+    return x + y

@@ -1,0 +1,107 @@
+"""Feed-forward layers: W2 (act(W1 x) * W3 x), gated, or W2 act(W1 x); as values: `Config(ffn=mine)` takes any.
+
+    ffn = gated(torch.relu)               # an activation of one's own
+    cfg = Config(..., ffn=ffn)
+
+Legend: B batch, T positions, D d_model, F ffn width.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from purelm.models.leaves import Leaf, Params
+from purelm.models.linear import apply_linear, apply_linear_out, linear_in, linear_out
+from purelm.models.mixers import Cost
+from purelm.ops import Ops
+
+__all__ = ["FeedForward", "Inner", "built_in", "gated", "plain"]
+
+# (ops, W1 x, W3 x or None) -> what W2 is applied to
+Inner = Callable[[Ops, Tensor, Tensor | None], Tensor]
+
+
+class FeedForward(NamedTuple):
+    """A layer that treats every position alone; functions and their `config`, which is the first argument of each."""
+
+    config: Hashable
+    is_gated: bool  # whether its default width is 8/3 d_model, as three matrices take, or 4 d_model
+    leaves: Callable[[Any, int, int, bool], dict[str, Leaf]]  # (config, d_model, width, biases) -> table
+    apply: Callable[[Any, Params, Tensor, Ops], Tensor]  # (config, params, x_BTD, ops) -> y_BTD
+    cost: Callable[..., Cost]  # (config, d_model, width, batch, length, *, bytes_per_element) -> Cost
+
+
+def gated(activation: Callable[[Tensor], Tensor]) -> FeedForward:
+    """W2 (activation(W1 x) * W3 x)."""
+    return FeedForward(_Gated(activation), True, _leaves, _apply, _cost)
+
+
+def plain(activation: Callable[[Tensor], Tensor]) -> FeedForward:
+    """W2 activation(W1 x)."""
+    return FeedForward(_Plain(activation), False, _leaves, _apply, _cost)
+
+
+def built_in(name: str, *, gelu_tanh: bool = False) -> FeedForward:
+    """swiglu and geglu (gated), silu, gelu and relu2, each computed by the op of its name."""
+    is_gated = name in GATED
+    return FeedForward(_BuiltIn(name, is_gated, gelu_tanh), is_gated, _leaves, _apply, _cost)
+
+
+GATED = ("swiglu", "geglu")
+
+
+class _Gated(NamedTuple):
+    activation: Callable[[Tensor], Tensor]
+    is_gated: bool = True
+
+    def inner(self, ops: Ops, gate: Tensor, up: Tensor | None) -> Tensor:
+        assert up is not None
+        return self.activation(gate) * up
+
+
+class _Plain(NamedTuple):
+    activation: Callable[[Tensor], Tensor]
+    is_gated: bool = False
+
+    def inner(self, ops: Ops, gate: Tensor, up: Tensor | None) -> Tensor:
+        return self.activation(gate)
+
+
+class _BuiltIn(NamedTuple):
+    name: str
+    is_gated: bool
+    gelu_tanh: bool
+
+    def inner(self, ops: Ops, gate: Tensor, up: Tensor | None) -> Tensor:
+        if self.name == "swiglu":
+            return ops.swiglu(gate, up)
+        if self.name == "geglu":
+            return ops.geglu(gate, up, self.gelu_tanh)
+        if self.name == "gelu":
+            return ops.gelu(gate, self.gelu_tanh)
+        return ops.silu(gate) if self.name == "silu" else ops.relu2(gate)
+
+
+def _leaves(c: Any, d_model: int, width: int, biases: bool) -> dict[str, Leaf]:
+    cut, part = (width, "d_ff"), "ffn"
+    leaves = {
+        **linear_in("w1", width, d_model, part, cut, bias=biases),
+        **linear_out("w2", d_model, width, part, cut, bias=biases),
+    }
+    return {**leaves, **linear_in("w3", width, d_model, part, cut, bias=biases)} if c.is_gated else leaves
+
+
+def _apply(c: Any, params: Params, x_BTD: Tensor, ops: Ops) -> Tensor:
+    h_BTD = ops.enter(x_BTD)
+    gate = apply_linear(params["w1"], h_BTD, ops)
+    up = apply_linear(params["w3"], h_BTD, ops) if c.is_gated else None
+    return apply_linear_out(params["w2"], c.inner(ops, gate, up), ops)
+
+
+def _cost(c: Any, d_model: int, width: int, batch: int, length: int, *, bytes_per_element: int = 4) -> Cost:
+    N = batch * length
+    product = 2 * N * d_model * width
+    flops = {"ffn_w1": product, "ffn_w3": product if c.is_gated else 0, "ffn_w2": product}
+    kept = N * (width * (4 if c.is_gated else 2) + d_model) * bytes_per_element  # W1, activation, W3, product, W2
+    return Cost(flops, {"ffn": kept}, 0)

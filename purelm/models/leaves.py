@@ -1,0 +1,191 @@
+"""The leaf table: what each parameter of a model is. Everything that asks for parameters by name reads it.
+
+    leaves = transformer.leaves(cfg)             # path -> Leaf
+    leaves["layers.0.attn.q_proj.weight"].cut    # Cut(axis=0, units=12, what="n_heads")
+
+init draws from it, accounting counts it, `purelm.optim` takes predicates made of it (`of_kind`), and what divides
+parameters over processes reads which axis of a leaf may be cut.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from purelm import random, tree
+
+__all__ = [
+    "Cut",
+    "Draw",
+    "Fill",
+    "Initializer",
+    "Kind",
+    "Leaf",
+    "Leaves",
+    "Place",
+    "Std",
+    "check_params",
+    "init_leaves",
+    "leaf_key",
+    "like",
+    "n_params",
+    "of_kind",
+    "with_prefix",
+    "with_std",
+]
+
+Params = dict[str, Any]
+# embedding: a vector for each token or position. head: from states to logits. matrix: a linear layer's weight.
+Kind = Literal["embedding", "head", "matrix", "norm", "bias"]
+# Where it is used. sublayer: between its `ops.enter` and its `ops.linear_out`. stream: on the residual stream between
+# sublayers, of whose positions a process may have some. outside: on what is the same in all processes, as a classifier.
+Place = Literal["sublayer", "stream", "outside"]
+Initializer = Callable[[random.Key, tuple[int, ...], torch.dtype], Tensor]  # (key, shape, dtype) -> first values
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Every element `value`."""
+
+    value: float
+
+    def __call__(self, key: random.Key, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.full(shape, self.value, dtype=dtype, device=key.device)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """std * N(0, 1) cut at 3 std; drawn in fp32 (fp64 for fp64) and cast."""
+
+    std: float
+
+    def __call__(self, key: random.Key, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return (random.truncated_normal(key, shape, -3.0, 3.0, wide) * self.std).to(dtype)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How tensor parallelism may divide a leaf: along `axis`, in whole units (heads, say)."""
+
+    axis: int
+    units: int | None  # the number of processes must divide it; None: any number, rows of zeros fill up the last part
+    what: str = "rows"  # the units' name, for messages
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter."""
+
+    shape: tuple[int, ...]
+    kind: Kind
+    part: str  # of the model, by which accounting sums: "attention", "ffn", "norms", ...
+    init: Initializer | None = None  # None: drawn with the standard deviation that the model's rule says
+    cut: Cut | None = None  # None: every process has the whole leaf
+    place: Place = "stream"
+    residual: bool = False  # its product is added to the residual stream
+
+
+Leaves = Mapping[str, Leaf]  # by path, as `tree.paths` has it: "layers.0.attn.q_proj.weight"
+Std = Callable[[str, Leaf], float]  # (path, leaf) -> standard deviation of its first values, before they are cut off
+
+
+def with_prefix(prefix: str, leaves: Leaves) -> dict[str, Leaf]:
+    """The same leaves, one node further down."""
+    return {f"{prefix}.{path}": leaf for path, leaf in leaves.items()}
+
+
+def with_std(leaves: Leaves, std: Std) -> dict[str, Leaf]:
+    """The table with an initializer for every leaf: `Draw(std(path, leaf))` where it has none of its own."""
+    return {p: x if x.init is not None else replace(x, init=Draw(std(p, x))) for p, x in leaves.items()}
+
+
+def leaf_key(key: random.Key, path: str) -> random.Key:
+    """The key of the leaf at `path`: fold_in(key, crc32(path)), so that a new leaf changes no other's values."""
+    return random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def init_leaves(key: random.Key, leaves: Leaves, dtype: torch.dtype = torch.float32) -> Params:
+    """Fresh parameters, on the key's device, each leaf drawn with its own key."""
+
+    def draw(path: str, leaf: Leaf) -> Tensor:
+        if leaf.init is None:
+            raise ValueError(f"leaves: {path} has no initializer; with_std(leaves, std) gives one to each")
+        return leaf.init(leaf_key(key, path), leaf.shape, dtype)
+
+    return nested({path: draw(path, leaf) for path, leaf in leaves.items()})
+
+
+def like(leaves: Leaves, dtype: torch.dtype = torch.float32) -> Params:
+    """The parameter tree on the meta device: shapes and dtypes without memory."""
+    return nested({path: torch.empty(leaf.shape, dtype=dtype, device="meta") for path, leaf in leaves.items()})
+
+
+def n_params(leaves: Leaves) -> int:
+    """Number of elements of all leaves."""
+    return sum(math.prod(leaf.shape) for leaf in leaves.values())
+
+
+def of_kind(leaves: Leaves, *kinds: Kind) -> Callable[[str, Any], bool]:
+    """The predicate (path, x) -> whether the leaf is of one of these kinds: a mask for optimizers.
+
+    `muon_adamw(predicate=of_kind(model.leaves, "matrix"))` gives Muon the hidden matrices alone.
+    ValueError for a path that is not in the table.
+
+    >>> table = {"w": Leaf((4, 4), "matrix", "ffn"), "e": Leaf((9, 4), "embedding", "embeddings")}
+    >>> is_hidden = of_kind(table, "matrix")
+    >>> is_hidden("w", None), is_hidden("e", None)
+    (True, False)
+    """
+
+    def chosen(path: str, x: Any) -> bool:
+        if path not in leaves:
+            raise ValueError(f"{path} is not in the model's leaf table; it has {', '.join(list(leaves)[:3])}, ...")
+        return leaves[path].kind in kinds
+
+    return chosen
+
+
+def check_params(params: Any, leaves: Leaves) -> None:
+    """ValueError that names the first parameter that the table does not have, or has in another shape, or that lacks.
+
+    A model computes with the parameters it is given: those of another Config (fewer layers, another vocabulary) would
+    give numbers, and wrong ones.
+    """
+    found = tree.leaves(params)
+    paths = tree.paths(params)
+    if len(found) != len(leaves) or any(path not in leaves for path in paths):
+        missing, unknown = sorted(set(leaves) - set(paths)), sorted(set(paths) - set(leaves))
+        what = [f"lack {', '.join(missing[:3])}"] if missing else []
+        what += [f"have {', '.join(unknown[:3])}, which the model does not"] if unknown else []
+        raise ValueError(f"params {' and '.join(what)}: they are of a model with another configuration")
+    for path, x in zip(paths, found, strict=True):
+        if x.shape != leaves[path].shape:
+            raise ValueError(
+                f"params: {path} has shape {tuple(x.shape)}, the model's configuration says {leaves[path].shape}"
+            )
+
+
+def nested(flat: Mapping[str, Any]) -> Params:
+    """The tree of these paths: nodes whose names are 0, 1, ... become lists, the others dicts."""
+    out: Params = {}
+    for path, x in flat.items():
+        *nodes, last = path.split(".")
+        node = out
+        for name in nodes:
+            node = node.setdefault(name, {})
+        node[last] = x
+    return _with_lists(out)
+
+
+def _with_lists(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    children = {name: _with_lists(child) for name, child in node.items()}
+    if children and all(name.isdigit() for name in children):
+        return [children[str(i)] for i in range(len(children))]
+    return children

@@ -1,0 +1,218 @@
+"""Softmax attention: multi-head, grouped-query, windowed, with or without rotary positions and norms of q and k.
+
+    mixer = attention(d_model=64, n_heads=4, window=128)
+    y_BTD = mixer.apply(mixer.config, params, x_BTD, ctx, ops)
+
+Legend: B batch, T positions, S slots, D d_model, H query heads, G key/value heads, K head dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from purelm.models.context import Context
+from purelm.models.leaves import Cut, Fill, Leaf, Params, with_prefix
+from purelm.models.linear import apply_linear, apply_linear_out, linear_in, linear_out
+from purelm.models.mixers import Cost, Mixer, Slots
+from purelm.ops import Ops
+
+__all__ = ["KV", "Attention", "attention", "visible_pairs"]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What an attention layer is."""
+
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    causal: bool = True
+    window: int | None = None  # keys seen before the own one (and after it if not causal); None: all
+    scale: float | None = None  # 1 / sqrt(head_dim) when None
+    softcap: float | None = None
+    qk_norm: str = "none"  # RMS norm of q and k: over each head's width (head) or over all heads together (full)
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    out_bias: bool = False
+    rope_layout: str = "interleaved"
+
+    def __post_init__(self) -> None:
+        if self.n_heads < 1 or self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads must divide n_heads {self.n_heads}, got {self.n_kv_heads}")
+        if self.qk_norm not in ("none", "head", "full"):
+            raise ValueError(f"qk_norm must be one of none, head, full, got {self.qk_norm!r}")
+
+
+class KV(NamedTuple):
+    """The state of a layer: keys (turned by their positions) and values of what was read."""
+
+    k: Tensor  # (B, S, G, K)
+    v: Tensor
+
+
+def attention(
+    d_model: int, n_heads: int, n_kv_heads: int | None = None, head_dim: int | None = None, **options: Any
+) -> Mixer:
+    """The mixer; options are further fields of `Attention`."""
+    n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+    head_dim = d_model // n_heads if head_dim is None else head_dim
+    config = Attention(d_model, n_heads, n_kv_heads, head_dim, **options)
+    return Mixer(config, _leaves, _apply, _init_state, _reads, _apply_cached, _cost)
+
+
+def _leaves(c: Attention) -> dict[str, Leaf]:
+    q_width, kv_width = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    queries, keys, part = (c.n_heads, "n_heads"), (c.n_kv_heads, "n_kv_heads"), "attention"
+    leaves = {
+        **linear_in("q_proj", q_width, c.d_model, part, queries, bias=c.qkv_bias),
+        **linear_in("k_proj", kv_width, c.d_model, part, keys, bias=c.qkv_bias),
+        **linear_in("v_proj", kv_width, c.d_model, part, keys, bias=c.qkv_bias),
+        **linear_out("output_proj", c.d_model, q_width, part, queries, bias=c.out_bias),
+    }
+    if c.qk_norm == "none":
+        return leaves
+    for name, width in (("q_norm", q_width), ("k_norm", kv_width)):
+        if c.qk_norm == "head":  # one for all heads, of which a process has some
+            norm = Leaf((c.head_dim,), "norm", part, Fill(1.0), place="sublayer")
+        else:
+            never = Cut(0, 1, 'norm over all heads (qk_norm "full")')
+            norm = Leaf((width,), "norm", part, Fill(1.0), never, place="sublayer")
+        leaves |= with_prefix(name, {"weight": norm})
+    return leaves
+
+
+def _apply(c: Attention, params: Params, x_BTD: Tensor, ctx: Context, ops: Ops) -> Float[Tensor, "b t d"]:
+    q, k, v = _project(c, params, x_BTD, ctx, ops)
+    o_BTHK = _attend(c, ops)(q, k, v, segment_ids=ctx.segment_ids)
+    return apply_linear_out(params["output_proj"], o_BTHK.flatten(2), ops)
+
+
+def _attend(c: Attention, ops: Ops) -> Callable[..., Tensor]:
+    """Attention over the sequence itself; a bidirectional model sees `window` keys to each side."""
+    sides = c.window if c.causal or c.window is None else (c.window, c.window)
+    return partial(ops.attention, causal=c.causal, window=sides, scale=c.scale, softcap=c.softcap)
+
+
+def _project(
+    c: Attention, params: Params, x_BTD: Tensor, ctx: Context, ops: Ops
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B,T,H,K), k and v (B,T,G,K): projected, normed where the configuration says so, and turned.
+
+    The numbers of heads are those of the parameters: a process may have some of them.
+    """
+    h_BTD = ops.enter(x_BTD)
+    q, k, v = (apply_linear(params[name], h_BTD, ops) for name in ("q_proj", "k_proj", "v_proj"))
+    if c.qk_norm == "full":
+        q, k = _qk_norm(c, params, q, k, ops)
+    q, k, v = (x.unflatten(-1, (-1, c.head_dim)) for x in (q, k, v))
+    if c.qk_norm == "head":
+        q, k = _qk_norm(c, params, q, k, ops)
+    if ctx.cos is not None:
+        q, k = (ops.rope(x, ctx.cos, ctx.sin, c.rope_layout) for x in (q, k))
+    return q, k, v
+
+
+def _qk_norm(c: Attention, params: Params, q: Tensor, k: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
+    q = ops.rms_norm(q, params["q_norm"]["weight"], c.norm_eps)
+    return q, ops.rms_norm(k, params["k_norm"]["weight"], c.norm_eps)
+
+
+# With a cache.
+
+
+class _Reads(NamedTuple):
+    slots: Slots
+    read: slice  # of the cache
+    segment_ids: Any  # for ops.attention: which of these slots the new tokens may see; None: all of them
+
+
+def _init_state(c: Attention, batch: int, n_slots: int, dtype: torch.dtype, device: Any) -> KV:
+    if not c.causal:
+        raise ValueError("cfg.causal must be True for cached decoding: a bidirectional model changes its past")
+    shape = (batch, n_slots, c.n_kv_heads, c.head_dim)
+    return KV(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+
+def _reads(c: Attention, slots: Slots) -> _Reads:
+    if slots.one:
+        read, seen_BS = _read_by_one(c, slots)
+        ids = None if seen_BS is None else (torch.ones_like(seen_BS[:, :1]), seen_BS)
+        return _Reads(slots, read, ids)
+    assert slots.used is not None
+    end, ids = slots.used + slots.new_T.shape[0], None
+    if slots.start is not None:
+        real = (slots.every_S[:end] >= slots.start.unsqueeze(-1)).to(torch.int64)
+        ids = (real[:, slots.used :], real)
+    return _Reads(slots, slice(0, end), ids)
+
+
+def _read_by_one(c: Attention, slots: Slots) -> tuple[slice, Int[Tensor, "b s"] | None]:
+    """The slots that the next token reads, and 1 for those of them that it sees, else 0 (None: all of them)."""
+    seen = None
+    if slots.used is None:
+        read = slice(0, slots.every_S.shape[0])
+        seen = slots.every_S <= slots.length
+        if c.window is not None:
+            seen = seen & (slots.every_S >= slots.length - c.window)
+    else:
+        read = slice(0 if c.window is None else max(0, slots.used - c.window), slots.used + 1)
+    if slots.start is not None:
+        begun = slots.every_S[read] >= slots.start.unsqueeze(-1)
+        seen = begun if seen is None else seen & begun
+    return read, None if seen is None else seen.to(torch.int64).expand(slots.n_rows, -1)
+
+
+def _apply_cached(
+    c: Attention, params: Params, x_BTD: Tensor, ctx: Context, ops: Ops, state: KV, reads: _Reads
+) -> tuple[Float[Tensor, "b t d"], KV]:
+    q, k, v = _project(c, params, x_BTD, ctx, ops)
+    slots = reads.slots
+    state = KV(*[slots.write(x, 1, slots.new_T, new.to(x.dtype)) for x, new in zip(state, (k, v), strict=True)])
+    keys, values = (x[:, reads.read].to(q.dtype) for x in state)
+    if slots.one:
+        # One query that stands after all that it sees: neither causality nor a window adds anything.
+        o = ops.attention(
+            q, keys, values, causal=False, segment_ids=reads.segment_ids, scale=c.scale, softcap=c.softcap
+        )
+    else:
+        o = _attend(c, ops)(q, keys, values, segment_ids=reads.segment_ids)
+    return apply_linear_out(params["output_proj"], o.flatten(2), ops), state
+
+
+def _cost(
+    c: Attention, batch: int, length: int, *, bytes_per_element: int = 4, flash: bool = False, skip_masked: bool = False
+) -> Cost:
+    q_width, kv_width = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    N, e, square = batch * length, bytes_per_element, c.n_heads * batch * length**2
+    pairs = visible_pairs(length, causal=c.causal, window=c.window) if skip_masked else length**2
+    flops = {
+        "qkv": 2 * N * c.d_model * (q_width + 2 * kv_width),
+        "scores": 2 * batch * pairs * q_width,
+        "values": 2 * batch * pairs * q_width,
+        "output": 2 * N * q_width * c.d_model,
+    }
+    activations = {
+        "qkv": N * (q_width + 2 * kv_width) * e,
+        "scores": 0 if flash else square * e,
+        "softmax": c.n_heads * N * 4 if flash else square * e,
+        "values": N * q_width * e,
+        "output": N * c.d_model * e,
+    }
+    return Cost(flops, activations, 2 * batch * length * kv_width)
+
+
+def visible_pairs(length: int, *, causal: bool = True, window: int | None = None) -> int:
+    """(query, key) pairs that attention over `length` positions sees; window as in Config.
+
+    >>> visible_pairs(4), visible_pairs(4, window=1), visible_pairs(4, causal=False)
+    (10, 7, 16)
+    """
+    reach = length if window is None else min(window + 1, length)
+    to_the_left = reach * (reach + 1) // 2 + (length - reach) * reach  # own position included
+    return to_the_left if causal else 2 * to_the_left - length

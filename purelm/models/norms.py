@@ -1,0 +1,46 @@
+"""Norms of the residual stream, as values: `Config(norm=mine)` takes any `Norm`."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from purelm.models.leaves import Fill, Leaf, Params
+from purelm.ops import Ops
+
+__all__ = ["Norm", "layer_norm", "rms_norm"]
+
+
+class Norm(NamedTuple):
+    """A norm over the last axis; functions and their `config`, which is the first argument of each."""
+
+    config: Hashable
+    leaves: Callable[[Any, int], dict[str, Leaf]]  # (config, width) -> table
+    apply: Callable[[Any, Params, Tensor, Ops], Tensor]  # (config, params, x, ops) -> y
+
+
+def rms_norm(eps: float = 1e-5) -> Norm:
+    """x / sqrt(mean(x^2) + eps) * weight."""
+    return Norm((eps,), _rms_leaves, _rms_apply)
+
+
+def layer_norm(eps: float = 1e-5, bias: bool = True) -> Norm:
+    """(x - mean) / sqrt(var + eps) * weight + bias."""
+    return Norm((eps, bias), _layer_leaves, _layer_apply)
+
+
+def _rms_leaves(config: tuple[float], width: int) -> dict[str, Leaf]:
+    return {"weight": Leaf((width,), "norm", "norms", Fill(1.0))}
+
+
+def _rms_apply(config: tuple[float], params: Params, x: Tensor, ops: Ops) -> Tensor:
+    return ops.rms_norm(x, params["weight"], config[0])
+
+
+def _layer_leaves(config: tuple[float, bool], width: int) -> dict[str, Leaf]:
+    bias = {"bias": Leaf((width,), "bias", "norms", Fill(0.0))} if config[1] else {}
+    return {"weight": Leaf((width,), "norm", "norms", Fill(1.0)), **bias}
+
+
+def _layer_apply(config: tuple[float, bool], params: Params, x: Tensor, ops: Ops) -> Tensor:
+    return ops.layer_norm(x, params["weight"], params.get("bias"), config[0])
