@@ -11,7 +11,12 @@ regularization" (1711.05101, Algorithm 2). At step t = 1, 2, ... with gradient g
 
 ("outside", "before") is torch.optim.AdamW. The course's Algorithm 1 is "uncorrected": its handout of 2026 decays
 "before", that of 2025 "after". eps inside the root is the separate `eps_root`, sqrt(v / (1 - b2^t) + eps_root), as in
-optax.
+optax; when eps is "uncorrected", sqrt(v + eps_root).
+
+Differentiated once more (meta-gradients), sqrt has an infinite slope at v = 0, and the derivative of d at g = 0 is
+0 inf = nan: eps beside the root does not help. With eps_root > 0 it is finite; in the first step, decay aside,
+
+    d = lr g / (sqrt(g^2 + eps_root) + eps),   d d / d g at g = 0: lr / (sqrt(eps_root) + eps)
 """
 
 from typing import Literal, NamedTuple
@@ -23,8 +28,6 @@ from purelm.optim.base import (
     Mask,
     Optimizer,
     Tree,
-    check_choice,
-    check_range,
     compute_dtype,
     first_step,
     moments_like,
@@ -34,6 +37,7 @@ from purelm.optim.base import (
     unzip,
     with_step,
 )
+from purelm.optim.checks import check_choice, check_range
 from purelm.optim.in_place import decays, leaf_by_leaf, rates
 
 __all__ = ["AdamWState", "adam", "adamw"]
@@ -73,6 +77,7 @@ def adamw(
     Args:
         mask: which parameters decay: predicate (path, param) -> bool, or a tree of bools; None is all.
         eps_placement: eps beside the bias-corrected root ("outside") or beside the raw one ("uncorrected").
+        eps_root: added inside the root; above 0 for gradients through the update (top of this file).
         decay_order: weight decay before or after the step of Adam.
         dtype: of the moments; None is fp32, and fp64 for fp64 parameters. Arithmetic is in fp32 or fp64 always.
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from purelm import tree
-from purelm.optim.base import Optimizer, Tree, check_range
+from purelm.optim.base import Optimizer, Tree
+from purelm.optim.checks import check_range
 
 __all__ = ["clip", "clip_by_global_norm"]
 

@@ -16,7 +16,6 @@ from purelm.optim.base import (
     Mask,
     Optimizer,
     Tree,
-    check_range,
     compute_dtype,
     first_step,
     moments_like,
@@ -26,6 +25,7 @@ from purelm.optim.base import (
     unzip,
     with_step,
 )
+from purelm.optim.checks import check_range
 from purelm.optim.in_place import decays, leaf_by_leaf, rates
 
 __all__ = ["LionState", "lion"]

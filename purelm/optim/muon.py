@@ -24,20 +24,18 @@ from purelm.optim.base import (
     Mask,
     Optimizer,
     Tree,
-    check_choice,
-    check_range,
     compute_dtype,
     first_step,
     is_matrix,
     moments_like,
-    partitioned,
     per_dtype,
     scalar,
-    scale_lr,
     settle,
     unzip,
     with_step,
 )
+from purelm.optim.checks import check_choice, check_range
+from purelm.optim.combinators import partitioned, scale_lr
 from purelm.optim.in_place import rates
 
 __all__ = ["QUINTIC", "MuonState", "hidden_matrix", "muon", "muon_adamw", "orthogonalize"]

@@ -14,7 +14,6 @@ from purelm.optim.base import (
     Mask,
     Optimizer,
     Tree,
-    check_range,
     compute_dtype,
     first_step,
     moments_like,
@@ -24,6 +23,7 @@ from purelm.optim.base import (
     unzip,
     with_step,
 )
+from purelm.optim.checks import check_range
 from purelm.optim.in_place import leaf_by_leaf, rates
 
 __all__ = ["SGDState", "sgd"]
