@@ -5,11 +5,13 @@ Nothing here changes its arguments; tensors that need no change are returned as 
 Inside torch.compile the walks are those of `traced`, which dynamo traces faster than optree's.
 """
 
+from purelm.tree.flat import from_flat, to_flat
 from purelm.tree.parts import (
     combine,
     partition,
     ravel,
 )
+from purelm.tree.stacks import stack, unstack
 from purelm.tree.tensors import (
     all_finite,
     cast,
@@ -29,6 +31,7 @@ from purelm.tree.walks import (
     map,
     map_with_path,
     paths,
+    reduce,
     structure,
     unflatten,
 )
@@ -41,6 +44,7 @@ __all__ = [
     "combine",
     "flatten",
     "flatten_up_to",
+    "from_flat",
     "global_norm",
     "is_floating",
     "leaves",
@@ -51,8 +55,12 @@ __all__ = [
     "partition",
     "paths",
     "ravel",
+    "reduce",
+    "stack",
     "structure",
     "to",
+    "to_flat",
     "unflatten",
+    "unstack",
     "zeros_like",
 ]

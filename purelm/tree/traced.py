@@ -117,13 +117,12 @@ def walk(f: Callable[..., Any], path: str, tree: Any, rest: tuple[Any, ...]) -> 
 
 
 def merge(path: str, a: Any, b: Any) -> Any:
-    """The leaf of a or of b at each place; None in one gives way to a leaf (not a container) in the other."""
-    a_is_leaf, b_is_leaf = _is_leaf(a), _is_leaf(b)
-    if a is None and (b is None or b_is_leaf):
+    """The leaf of a or of b at each place; None in one gives way to whatever the other has there."""
+    if a is None:
         return b
-    if b is None and a_is_leaf:
+    if b is None:
         return a
-    if a_is_leaf and b_is_leaf:
+    if _is_leaf(a) and _is_leaf(b):
         raise ValueError(f"combine: two trees have a leaf at {path or 'the root'}; one must have None there")
     if is_dict(a) and is_dict(b) and a.keys() == b.keys():
         done = {}
@@ -196,7 +195,7 @@ def _same_form(a: Any, b: Any) -> bool:
 
 
 def _is_leaf(x: Any) -> bool:
-    return x is not None and not is_dict(x) and not is_tuple(x) and type(x) is not list
+    return not is_dict(x) and not is_tuple(x) and type(x) is not list
 
 
 def _refuse_registered(path: str, x: Any) -> None:

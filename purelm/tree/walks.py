@@ -18,6 +18,7 @@ __all__ = [
     "map",
     "map_with_path",
     "paths",
+    "reduce",
     "structure",
     "unflatten",
 ]
@@ -117,6 +118,15 @@ def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
         return traced.walk(f, "", tree, rest)
     columns, treedef = flatten_up_to(tree, *rest)
     return treedef.unflatten([f(*xs) for xs in zip(_paths_of(treedef), *columns, strict=True)])
+
+
+def reduce(f: Callable[[Any, Any], Any], tree: Tree, initial: Any) -> Any:
+    """f(... f(f(initial, leaf 0), leaf 1) ..., last leaf), in the order of the leaves; `initial` where there are none.
+
+    >>> reduce(lambda total, x: total + x.numel(), {"w": torch.zeros(2, 3), "b": torch.zeros(3), "none": None}, 0)
+    9
+    """
+    return functools.reduce(f, leaves(tree), initial)
 
 
 @functools.lru_cache(maxsize=128)
