@@ -37,7 +37,7 @@ from purelm.optim.base import (
     unzip,
     with_step,
 )
-from purelm.optim.checks import check_choice, check_range
+from purelm.optim.checks import check_betas, check_choice, check_range, check_update
 from purelm.optim.in_place import decays, leaf_by_leaf, rates
 
 __all__ = ["AdamWState", "adam", "adamw"]
@@ -90,9 +90,7 @@ def adamw(
     >>> updates["b"]
     tensor([-0.5000, -0.5000])
     """
-    b1, b2 = betas
-    check_range("betas[0]", b1, 0.0, 1.0)
-    check_range("betas[1]", b2, 0.0, 1.0)
+    b1, b2 = check_betas("adamw", betas)
     check_range("eps", eps, 0.0, float("inf"))
     check_range("eps_root", eps_root, 0.0, float("inf"))
     check_range("weight_decay", weight_decay, 0.0, float("inf"))
@@ -136,6 +134,7 @@ def adamw(
         return u, m_.to(m.dtype), v_.to(v.dtype)
 
     def update(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
+        check_update("adamw", AdamWState, grads, state, params, lr)
         step = state.step + 1
         of_dtype = per_dtype(lambda d: scalars(step, lr, d))
 
@@ -148,6 +147,7 @@ def adamw(
     write = leaf_by_leaf(leaf, "adamw")
 
     def step_(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
+        check_update("adamw", AdamWState, grads, state, params, lr)
         step = state.step.add_(1)
 
         def of_kind(dtype: torch.dtype) -> tuple[_Scalars, _Scalars]:

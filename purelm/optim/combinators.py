@@ -7,7 +7,7 @@ from torch import Tensor
 
 from purelm import tree
 from purelm.optim.base import Mask, Optimizer, Tree, chosen_by, step_of, unzip, with_step
-from purelm.optim.checks import check_optimizer
+from purelm.optim.checks import check_lr, check_optimizer, check_update
 
 __all__ = [
     "LabelledState",
@@ -36,12 +36,24 @@ def chain(*optimizers: Optimizer) -> Optimizer:
     >>> optimizer = chain(clip_by_global_norm(1.0), adamw(weight_decay=0.1))
     """
 
+    for i, o in enumerate(optimizers):
+        if isinstance(o, list) or (isinstance(o, tuple) and not hasattr(o, "update")):
+            raise ValueError(
+                f"chain: argument {i} is a {type(o).__name__}; give the optimizers one by one: chain(a, b)"
+            )
+        check_optimizer(f"chain: argument {i}", o)
+
     def init(params: Tree) -> tuple[Any, ...]:
         return tuple([o.init(params) for o in optimizers])
 
-    def update(grads: Tree, state: tuple[Any, ...], params: Tree, lr: Tensor | float) -> tuple[Tree, Any]:
+    def check(state: Any) -> None:
+        if type(state) is not tuple:
+            raise ValueError(f"chain: state is of type {type(state).__name__}; the tuple of its optimizers' is needed")
         if len(state) != len(optimizers):
             raise ValueError(f"chain: state has {len(state)} entries, the chain has {len(optimizers)} optimizers")
+
+    def update(grads: Tree, state: tuple[Any, ...], params: Tree, lr: Tensor | float) -> tuple[Tree, Any]:
+        check(state)
         new_state = []
         for i, o in enumerate(optimizers):
             grads, s = o.update(grads, state[i], params, lr)
@@ -53,6 +65,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
         return Optimizer(init, update)
 
     def step_(grads: Tree, state: tuple[Any, ...], params: Tree, lr: Tensor | float) -> tuple[Tree, Any]:
+        check(state)
         new_state = []
         for o, s in zip(optimizers[:-1], state, strict=False):
             grads, s = o.update(grads, s, params, lr)
@@ -73,6 +86,9 @@ def partitioned(predicate: Mask, yes: Optimizer, no: Optimizer) -> Optimizer:
     >>> optimizer = partitioned(lambda path, p: "embeddings" in path, sgd(), adamw())
     """
 
+    check_optimizer("partitioned: yes", yes)
+    check_optimizer("partitioned: no", no)
+
     def split(chosen: Tree, t: Tree) -> tuple[Tree, Tree]:
         # The choice is made on params alone, so a predicate may look at values and dtypes, not only at paths.
         return (
@@ -85,6 +101,7 @@ def partitioned(predicate: Mask, yes: Optimizer, no: Optimizer) -> Optimizer:
         return PartitionedState(yes.init(p_yes), no.init(p_no))
 
     def update(grads: Tree, state: PartitionedState, params: Tree, lr: Tensor | float) -> tuple[Tree, PartitionedState]:
+        check_update("partitioned", PartitionedState, grads, state, params, lr)
         chosen = chosen_by(predicate, params)
         (g_yes, g_no), (p_yes, p_no) = split(chosen, grads), split(chosen, params)
         u_yes, s_yes = yes.update(g_yes, state.yes, p_yes, lr)
@@ -96,6 +113,7 @@ def partitioned(predicate: Mask, yes: Optimizer, no: Optimizer) -> Optimizer:
         return Optimizer(init, update)
 
     def step_(grads: Tree, state: PartitionedState, params: Tree, lr: Tensor | float) -> tuple[Tree, PartitionedState]:
+        check_update("partitioned", PartitionedState, grads, state, params, lr)
         chosen = chosen_by(predicate, params)
         (g_yes, g_no), (p_yes, p_no) = split(chosen, grads), split(chosen, params)
         p_yes, s_yes = first(g_yes, state.yes, p_yes, lr)
@@ -152,6 +170,7 @@ def labelled(label: Callable[[str, Tensor], str] | Tree, optimizers: Mapping[str
     def each(
         functions: Mapping[str, Callable[..., Any]], grads: Tree, state: LabelledState, params: Tree, lr: Any
     ) -> tuple[Tree, LabelledState]:
+        check_update("labelled", LabelledState, grads, state, params, lr)
         labels = labels_of(params)
         found, states = [tree.map(lambda p: None, params)], {}
         for name, f in functions.items():
@@ -176,9 +195,11 @@ def labelled(label: Callable[[str, Tensor], str] | Tree, optimizers: Mapping[str
 
 def scale_lr(optimizer: Optimizer, factor: float) -> Optimizer:
     """The optimizer with lr * factor: one schedule for parts that need different learning rates."""
+    check_optimizer("scale_lr: optimizer", optimizer)
     step = step_of(optimizer)
 
     def update(grads: Tree, state: Any, params: Tree, lr: Tensor | float) -> tuple[Tree, Any]:
+        check_lr("scale_lr", lr)
         return optimizer.update(grads, state, params, lr * factor)
 
     if step is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from purelm import tree
 from purelm.optim.base import Optimizer, Tree, first_step
-from purelm.optim.checks import check_optimizer
+from purelm.optim.checks import check_optimizer, check_update
 
 __all__ = ["ApplyIfFiniteState", "apply_if_finite"]
 
@@ -57,6 +57,7 @@ def apply_if_finite(
     def update(
         grads: Tree, state: ApplyIfFiniteState, params: Tree, lr: Tensor | float
     ) -> tuple[Tree, ApplyIfFiniteState]:
+        check_update("apply_if_finite", ApplyIfFiniteState, grads, state, params, lr)
         updates, inner = optimizer.update(grads, state.inner, params, lr)
         ok = finite(grads).to(state.n_total.device)
         n_consecutive = torch.where(ok, 0, state.n_consecutive + 1)

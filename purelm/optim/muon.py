@@ -34,7 +34,7 @@ from purelm.optim.base import (
     unzip,
     with_step,
 )
-from purelm.optim.checks import check_choice, check_range
+from purelm.optim.checks import check_choice, check_range, check_update
 from purelm.optim.combinators import partitioned, scale_lr
 from purelm.optim.in_place import rates
 
@@ -122,6 +122,7 @@ def muon(
         return MuonState(first_step(params), moments_like(params, dtype))
 
     def update(grads: Tree, state: MuonState, params: Tree, lr: Tensor | float) -> tuple[Tree, MuonState]:
+        check_update("muon", MuonState, grads, state, params, lr)
         neg_lr = per_dtype(lambda d: settle(-scalar(lr, state.step), d))
 
         def leaf(rate: float, p: Tensor, g: Tensor | None, m: Tensor) -> tuple:
@@ -142,6 +143,7 @@ def muon(
 
     def step_(grads: Tree, state: MuonState, params: Tree, lr: Tensor | float) -> tuple[Tree, MuonState]:
         """Matrices of one shape are iterated as a stack: fewer and larger products."""
+        check_update("muon", MuonState, grads, state, params, lr)
         neg_lr = per_dtype(lambda d: -scalar(lr, state.step).to(d))
         (ps, gs, ms), _ = tree.flatten_up_to(params, grads, state.m)
         decay = [rate for rate, g in zip(rates(params, weight_decay, mask), gs, strict=True) if g is not None]

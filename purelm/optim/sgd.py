@@ -23,7 +23,7 @@ from purelm.optim.base import (
     unzip,
     with_step,
 )
-from purelm.optim.checks import check_range
+from purelm.optim.checks import check_range, check_update
 from purelm.optim.in_place import leaf_by_leaf, rates
 
 __all__ = ["SGDState", "sgd"]
@@ -79,6 +79,7 @@ def sgd(
         return d * s[0], m_.to(m[0].dtype)
 
     def update(grads: Tree, state: SGDState, params: Tree, lr: Tensor | float) -> tuple[Tree, SGDState]:
+        check_update("sgd", SGDState, grads, state, params, lr)
         neg_lr = per_dtype(lambda d: (settle(-scalar(lr, state.step), d),))
 
         def one(rate: float, p: Tensor, g: Tensor | None, *m: Tensor) -> tuple:
@@ -91,6 +92,7 @@ def sgd(
     write = leaf_by_leaf(leaf, "sgd")
 
     def step_(grads: Tree, state: SGDState, params: Tree, lr: Tensor | float) -> tuple[Tree, SGDState]:
+        check_update("sgd", SGDState, grads, state, params, lr)
         neg_lr = per_dtype(lambda d: (settle(-scalar(lr, state.step), d),))
         moments = (state.m,) if momentum else ()
         write(params, grads, moments, rates(params, weight_decay, mask), lambda dtype, rate: neg_lr(dtype))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from purelm.devices import at_hand
 from purelm.random.keys import Index, Key, check_key, split
-from purelm.random.threefry import WORD, draw, unsigned
+from purelm.random.threefry import WORD, as_shape, draw, unsigned
 
 __all__ = [
     "bernoulli",
@@ -199,6 +199,7 @@ def choice(
     """
     check_key("choice", key)
     n = a.shape[0] if isinstance(a, Tensor) else a
+    shape = as_shape(shape)
     n_draws = math.prod(shape)
     if n <= 0:
         raise ValueError(f"choice: a has {n} elements; at least one is needed")
@@ -219,7 +220,7 @@ def choice(
         picked = torch.searchsorted(total, total[-1] * (1 - uniform(key, shape, dtype=p.dtype)))
     else:
         picked = torch.topk(torch.log(p) + gumbel(key, (n,), p.dtype), n_draws).indices
-    picked = picked.reshape(tuple(shape))
+    picked = picked.reshape(shape)
     return a[picked] if isinstance(a, Tensor) else picked
 
 

@@ -117,5 +117,6 @@ def block_index(
 
 def check_key(name: str, key: Tensor) -> None:
     if not isinstance(key, Tensor) or key.shape != (2,) or key.dtype != torch.int64:
-        given = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
-        raise ValueError(f"{name}: key is {given}; a key is an int64 tensor of shape (2,) (vmap over several)")
+        given = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else f"{key!r:.80}"
+        hint = f": random.key({key}) makes one" if isinstance(key, int) else " (vmap over several)"
+        raise ValueError(f"{name}: key is {given}; a key is an int64 tensor of shape (2,){hint}")

@@ -13,7 +13,7 @@ __all__ = ["stack", "unstack"]
 def stack(trees: Sequence[Tree]) -> Tree:
     """One tree whose leaf at each place is torch.stack of the leaves there: a new first axis, as long as `trees`.
 
-    ValueError with the path where forms, shapes or dtypes differ, or where a leaf is no tensor; and where no tree is given.
+    ValueError with the path where forms, shapes or dtypes differ, or where a leaf is no tensor; and for no trees.
 
     >>> params = stack([{"w": torch.zeros(2)}, {"w": torch.ones(2)}])
     >>> params["w"]
