@@ -30,6 +30,7 @@ from purelm.optim.base import (
     Tree,
     compute_dtype,
     first_step,
+    made_by,
     moments_like,
     per_dtype,
     scalar,
@@ -160,7 +161,18 @@ def adamw(
         write(params, grads, (state.m, state.v), chosen, lambda dtype, rate: kinds(dtype)[rate != 0.0])
         return params, state
 
-    return Optimizer(init, with_step(update, step_))
+    return made_by(
+        Optimizer(init, with_step(update, step_)),
+        adamw,
+        (b1, b2),
+        eps,
+        weight_decay,
+        mask=mask,
+        eps_placement=eps_placement,
+        eps_root=eps_root,
+        decay_order=decay_order,
+        dtype=dtype,
+    )
 
 
 def adam(

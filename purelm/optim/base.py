@@ -37,10 +37,34 @@ __all__ = [
 
 
 class Optimizer(NamedTuple):
-    """A pair of pure functions; neither writes to its arguments."""
+    """A pair of pure functions; neither writes to its arguments.
+
+    A copy is the same pair. A pickle is the call that made it (`made_by`), since functions that were made by functions
+    cannot be pickled: so an optimizer can where its arguments can, masks among them, which must have a name.
+    """
 
     init: Callable[[Tree], Any]  # params -> state
     update: Callable[[Tree, Any, Tree, Tensor | float], tuple[Tree, Any]]  # grads, state, params, lr
+
+    def __copy__(self) -> "Optimizer":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Optimizer":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        call = getattr(self.update, "made_by", None)
+        return (type(self), tuple(self)) if call is None else (_made_again, call)
+
+
+def made_by(optimizer: Optimizer, maker: Callable[..., Optimizer], *args: Any, **kwargs: Any) -> Optimizer:
+    """The optimizer, which remembers for pickles that maker(*args, **kwargs) makes it."""
+    optimizer.update.made_by = (maker, args, kwargs)  # type: ignore[attr-defined]
+    return optimizer
+
+
+def _made_again(maker: Callable[..., Optimizer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Optimizer:
+    return maker(*args, **kwargs)
 
 
 Step = Callable[[Tree, Any, Tree, Tensor | float], tuple[Tree, Any]]

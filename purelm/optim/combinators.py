@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from purelm import tree
-from purelm.optim.base import Mask, Optimizer, Tree, chosen_by, step_of, unzip, with_step
+from purelm.optim.base import Mask, Optimizer, Tree, chosen_by, made_by, step_of, unzip, with_step
 from purelm.optim.checks import check_lr, check_optimizer, check_update
 
 __all__ = [
@@ -62,7 +62,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
 
     last = step_of(optimizers[-1]) if optimizers else None
     if last is None:
-        return Optimizer(init, update)
+        return made_by(Optimizer(init, update), chain, *optimizers)
 
     def step_(grads: Tree, state: tuple[Any, ...], params: Tree, lr: Tensor | float) -> tuple[Tree, Any]:
         check(state)
@@ -73,7 +73,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
         params, s = last(grads, state[-1], params, lr)
         return params, (*new_state, s)
 
-    return Optimizer(init, with_step(update, step_))
+    return made_by(Optimizer(init, with_step(update, step_)), chain, *optimizers)
 
 
 def partitioned(predicate: Mask, yes: Optimizer, no: Optimizer) -> Optimizer:
@@ -110,7 +110,7 @@ def partitioned(predicate: Mask, yes: Optimizer, no: Optimizer) -> Optimizer:
 
     first, second = step_of(yes), step_of(no)
     if first is None or second is None:
-        return Optimizer(init, update)
+        return made_by(Optimizer(init, update), partitioned, predicate, yes, no)
 
     def step_(grads: Tree, state: PartitionedState, params: Tree, lr: Tensor | float) -> tuple[Tree, PartitionedState]:
         check_update("partitioned", PartitionedState, grads, state, params, lr)
@@ -120,7 +120,7 @@ def partitioned(predicate: Mask, yes: Optimizer, no: Optimizer) -> Optimizer:
         p_no, s_no = second(g_no, state.no, p_no, lr)
         return tree.combine(p_yes, p_no), PartitionedState(s_yes, s_no)
 
-    return Optimizer(init, with_step(update, step_))
+    return made_by(Optimizer(init, with_step(update, step_)), partitioned, predicate, yes, no)
 
 
 class LabelledState(NamedTuple):
@@ -185,12 +185,12 @@ def labelled(label: Callable[[str, Tensor], str] | Tree, optimizers: Mapping[str
 
     steps = {name: step for name, o in parts.items() if (step := step_of(o)) is not None}
     if len(steps) < len(parts):
-        return Optimizer(init, update)
+        return made_by(Optimizer(init, update), labelled, label, parts)
 
     def step_(grads: Tree, state: LabelledState, params: Tree, lr: Tensor | float) -> tuple[Tree, LabelledState]:
         return each(steps, grads, state, params, lr)
 
-    return Optimizer(init, with_step(update, step_))
+    return made_by(Optimizer(init, with_step(update, step_)), labelled, label, parts)
 
 
 def scale_lr(optimizer: Optimizer, factor: float) -> Optimizer:
@@ -203,12 +203,12 @@ def scale_lr(optimizer: Optimizer, factor: float) -> Optimizer:
         return optimizer.update(grads, state, params, lr * factor)
 
     if step is None:
-        return Optimizer(optimizer.init, update)
+        return made_by(Optimizer(optimizer.init, update), scale_lr, optimizer, factor)
 
     def step_(grads: Tree, state: Any, params: Tree, lr: Tensor | float) -> tuple[Tree, Any]:
         return step(grads, state, params, lr * factor)
 
-    return Optimizer(optimizer.init, with_step(update, step_))
+    return made_by(Optimizer(optimizer.init, with_step(update, step_)), scale_lr, optimizer, factor)
 
 
 def add_weight_decay(weight_decay: float, mask: Mask = None) -> Optimizer:
@@ -224,4 +224,4 @@ def add_weight_decay(weight_decay: float, mask: Mask = None) -> Optimizer:
         (decayed,) = unzip(1, leaf, params, grads, weight_decay=weight_decay, mask=mask)
         return decayed, state
 
-    return Optimizer(lambda params: (), update)
+    return made_by(Optimizer(lambda params: (), update), add_weight_decay, weight_decay, mask)

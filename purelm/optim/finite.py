@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from purelm import tree
-from purelm.optim.base import Optimizer, Tree, first_step
+from purelm.optim.base import Optimizer, Tree, first_step, made_by
 from purelm.optim.checks import check_optimizer, check_update
 
 __all__ = ["ApplyIfFiniteState", "apply_if_finite"]
@@ -72,4 +72,4 @@ def apply_if_finite(
         inner = tree.map_with_path(chosen, inner, state.inner)
         return updates, ApplyIfFiniteState(n_consecutive, state.n_total + (~ok).to(torch.int64), inner)
 
-    return Optimizer(init, update)
+    return made_by(Optimizer(init, update), apply_if_finite, optimizer, max_consecutive, finite=finite)

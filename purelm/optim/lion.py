@@ -18,6 +18,7 @@ from purelm.optim.base import (
     Tree,
     compute_dtype,
     first_step,
+    made_by,
     moments_like,
     per_dtype,
     scalar,
@@ -90,4 +91,4 @@ def lion(
         state.step.add_(1)
         return params, state
 
-    return Optimizer(init, with_step(update, step_))
+    return made_by(Optimizer(init, with_step(update, step_)), lion, (b1, b2), weight_decay, mask=mask, dtype=dtype)

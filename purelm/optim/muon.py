@@ -27,6 +27,7 @@ from purelm.optim.base import (
     compute_dtype,
     first_step,
     is_matrix,
+    made_by,
     moments_like,
     per_dtype,
     scalar,
@@ -167,7 +168,20 @@ def muon(
         state.step.add_(1)
         return params, state
 
-    return Optimizer(init, with_step(update, step_))
+    return made_by(
+        Optimizer(init, with_step(update, step_)),
+        muon,
+        momentum,
+        weight_decay,
+        nesterov=nesterov,
+        update_scale=update_scale,
+        n_steps=n_steps,
+        coefficients=coefficients,
+        eps=eps,
+        mask=mask,
+        iteration_dtype=iteration_dtype,
+        dtype=dtype,
+    )
 
 
 def muon_adamw(

@@ -16,6 +16,7 @@ from purelm.optim.base import (
     Tree,
     compute_dtype,
     first_step,
+    made_by,
     moments_like,
     per_dtype,
     scalar,
@@ -99,4 +100,5 @@ def sgd(
         state.step.add_(1)
         return params, state
 
-    return Optimizer(init, with_step(update, step_))
+    optimizer = Optimizer(init, with_step(update, step_))
+    return made_by(optimizer, sgd, momentum, weight_decay, nesterov=nesterov, mask=mask, dtype=dtype)
