@@ -66,7 +66,9 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint, renamed first: what a kill leaves behind is not complete, and the next save clears it."""
+    """Delete a checkpoint. It is renamed first: what a kill leaves of it has no checkpoint's name, and the next save
+    removes it.
+    """
     aside = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
@@ -162,7 +164,7 @@ def begin(root: Path, step: int, keep_last: int | None) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     for entry in root.glob(".tmp-step-*"):  # left by a killed save
         shutil.rmtree(entry, ignore_errors=True)
-    for old in root.glob("step-*.replaced"):  # by a save that was killed when it was done
+    for old in root.glob("step-*.replaced"):  # left by a save that was killed after its last rename
         if (old.with_suffix("") / MANIFEST).is_file():
             _remove(old)
     temporary = root / f".tmp-step-{step:08d}-{os.getpid()}"
@@ -239,7 +241,7 @@ def read_manifest(root: str | Path, step: int | None = None) -> dict[str, Any]:
 
 
 def check_unchanged(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Files are opened again after they were checked: it must be the same checkpoint's still."""
+    """ValueError where another checkpoint took the place of this one after its files were checked."""
     if read_manifest(folder)["sha256"] != manifest["sha256"]:
         raise ValueError(f"{folder}: was replaced while it was read: load it again")
 
@@ -255,6 +257,7 @@ def check_file(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def mismatch(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+    """One line about the first leaf whose name, shape or dtype differs; None where all are as wanted."""
     for key in sorted(stored.keys() | wanted.keys()):
         if key not in wanted:
             return f"{path}: holds {key} {tuple(stored[key].shape)}, which the given config does not have"

@@ -30,7 +30,7 @@ class TorchOptimizer(torch.optim.Optimizer):
     decays, say, is decided by the optimizer's mask, and optimizers of parts are put together by `optim.labelled`.
 
     Of what `fsdp` returns a process holds parts: the first step refuses an optimizer that clips by the norm of these.
-    Frozen parameters keep their values; their moments take memory all the same: leave them out of params to save it.
+    Frozen parameters keep their values, but have moments too: leave them out of params to save that memory.
     Copies and pickles work where the optimizer is made by `purelm.optim` of what can be pickled (no lambda as mask).
 
     >>> from purelm.optim import adamw, chain, clip_by_global_norm

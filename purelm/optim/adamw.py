@@ -152,7 +152,7 @@ def adamw(
         step = state.step.add_(1)
 
         def of_kind(dtype: torch.dtype) -> tuple[_Scalars, _Scalars]:
-            # p * 1 and p - 0 p are p: what does not decay goes through the same function.
+            # Leaves that do not decay go through the same compiled function: p * 1 and p - 0 p are p.
             s = scalars(step, lr, dtype)
             return s._replace(keep=torch.ones_like(s.keep), lose=torch.zeros_like(s.lose)), s
 

@@ -165,8 +165,13 @@ def moments_like(params: Tree, dtype: torch.dtype | None) -> Tree:
 
 
 def first_step(params: Tree) -> Tensor:
-    """The step counter of a new state, on the device of the parameters."""
+    """The step counter of a new state, on the device of the parameters; ValueError names a leaf that is no tensor."""
     flat = tree.leaves(params)
+    for i, p in enumerate(flat):
+        if not isinstance(p, Tensor):
+            raise ValueError(
+                f"init: params has a {type(p).__name__} at {tree.paths(params)[i] or 'the root'}; tensors are needed"
+            )
     return torch.zeros((), dtype=torch.int64, device=flat[0].device if flat else None)
 
 

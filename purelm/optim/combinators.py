@@ -14,6 +14,7 @@ __all__ = [
     "PartitionedState",
     "add_weight_decay",
     "chain",
+    "frozen",
     "labelled",
     "partitioned",
     "scale_lr",
@@ -193,8 +194,37 @@ def labelled(label: Callable[[str, Tensor], str] | Tree, optimizers: Mapping[str
     return made_by(Optimizer(init, with_step(update, step_)), labelled, label, parts)
 
 
+def frozen() -> Optimizer:
+    """No optimizer: it leaves its parameters as they are and keeps nothing of them; a part of `labelled`.
+
+    Their gradients are computed nevertheless: to save that, differentiate by the other parameters only
+    (`tree.partition`). optax.set_to_zero is the same for gradients.
+
+    >>> from purelm.optim import adamw, apply_updates
+    >>> optimizer = labelled(lambda path, p: path.split(".")[0], {"head": adamw(), "body": frozen()})
+    >>> params = {"body": {"w": torch.ones(2)}, "head": {"w": torch.ones(2)}}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params, 0.1)
+    >>> updates["body"], state.states["body"], apply_updates(params, updates)["body"]
+    ({'w': None}, (), {'w': tensor([1., 1.])})
+    """
+
+    def update(grads: Tree, state: tuple[()], params: Tree, lr: Tensor | float) -> tuple[Tree, tuple[()]]:
+        return tree.map(lambda p: None, params), state
+
+    def step_(grads: Tree, state: tuple[()], params: Tree, lr: Tensor | float) -> tuple[Tree, tuple[()]]:
+        return params, state
+
+    return made_by(Optimizer(lambda params: (), with_step(update, step_)), frozen)
+
+
 def scale_lr(optimizer: Optimizer, factor: float) -> Optimizer:
-    """The optimizer with lr * factor: one schedule for parts that need different learning rates."""
+    """The optimizer with lr * factor: one schedule for parts that need different learning rates.
+
+    >>> from purelm.optim import adamw, muon, partitioned, sgd
+    >>> optimizer = partitioned(lambda path, p: p.ndim == 2, scale_lr(muon(), 20.0), adamw())
+    >>> scale_lr(sgd(), 0.5).update(torch.ones(2), sgd().init(torch.ones(2)), torch.ones(2), 0.1)[0]
+    tensor([-0.0500, -0.0500])
+    """
     check_optimizer("scale_lr: optimizer", optimizer)
     step = step_of(optimizer)
 
@@ -215,6 +245,10 @@ def add_weight_decay(weight_decay: float, mask: Mask = None) -> Optimizer:
     """Gradient of an L2 penalty: g + weight_decay * p (coupled decay; `adamw` and `lion` have the decoupled one).
 
     `chain(add_weight_decay(0.1), adam())` is torch.optim.Adam(weight_decay=0.1).
+
+    >>> params = {"w": torch.tensor([2.0])}
+    >>> add_weight_decay(0.1).update({"w": torch.tensor([1.0])}, (), params, 0.0)[0]
+    {'w': tensor([1.2000])}
     """
 
     def update(grads: Tree, state: tuple[()], params: Tree, lr: Tensor | float) -> tuple[Tree, tuple[()]]:

@@ -34,8 +34,8 @@ def apply_if_finite(
     the state say how often it happened. There is no in-place form: the old values are needed until ok is known.
 
     Args:
-        max_consecutive: after so many such steps in a row the next one is applied all the same, so that a run that
-            is lost does not go on for ever without moving; None never applies one.
+        max_consecutive: after so many such steps in a row the next one is applied nevertheless, so that a run that
+            is lost shows it, and does not go on for ever without moving; None never applies one.
         finite: gradients -> 0-d bool tensor. Where each process holds a part of the gradients it must give all of them
             one answer (combined over processes), or their steps would part.
 

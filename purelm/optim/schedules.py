@@ -147,7 +147,7 @@ def _piecewise(
 ) -> Schedule:
     """Line to the peak at n_warmup, peak until n_stable, `decay` to lr_final at n_steps, lr_final after it."""
     _check(lr_peak, n_warmup, n_steps, lr_initial, lr_final)
-    sudden = n_stable == n_steps  # no step lies in the decay: lr_final comes at n_steps all the same
+    sudden = n_stable == n_steps  # the decay has no steps: the rate falls to lr_final at n_steps itself
 
     def schedule(step: Tensor | int) -> Tensor:
         # fp64: a step has more digits than fp32 holds, and these are a few operations once a step.

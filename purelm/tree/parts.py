@@ -17,7 +17,9 @@ __all__ = [
 
 
 def partition(predicate: Callable[[str, Any], bool], tree: Tree) -> tuple[Tree, Tree]:
-    """(yes, no): two trees of the same form; predicate(path, leaf) says which has the leaf, the other has None.
+    """(yes, no), two trees of the form of `tree`: a leaf is in `yes` where predicate(path, leaf), else in `no`.
+
+    The other one has None there.
 
     `combine(yes, no)` is the tree again.
 
@@ -59,7 +61,7 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     (tensor([1., 2., 3.]), {'a': tensor([10., 20.]), 'b': tensor(30.)})
     """
     flat, treedef = flatten(tree)
-    # Not the treedef itself: an index at each leaf can be mapped over inside torch.compile too.
+    # The number of each leaf, in a tree: unlike a treedef, it can be mapped over inside torch.compile.
     index_tree = unflatten(treedef, range(len(flat)))
     shapes = [x.shape for x in flat]
     dtypes = [x.dtype for x in flat]

@@ -54,7 +54,7 @@ def global_norm(tree: Tree) -> Tensor:
         return torch.zeros(())
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in floats) else torch.float32
     if floats[0].is_cuda and not torch.compiler.is_compiling() and not torch._C._functorch.peek_interpreter_stack():
-        # A few launches; one a leaf keeps the host busy for a millisecond.
+        # A few launches in all: one for each leaf would keep the host busy for a millisecond.
         norms = list(torch._foreach_norm(floats, 2, dtype))
     else:
         norms = [torch.linalg.vector_norm(x, dtype=dtype) for x in floats]
@@ -72,7 +72,10 @@ def all_finite(tree: Tree) -> Tensor:
 
 
 def _is_finite(x: Tensor) -> Tensor:
-    """One pass and no memory: an inf is the least or the greatest, and of a nan both are nan."""
+    """Whether no element is inf or nan, in one pass and without a temporary.
+
+    An inf is the least or the greatest element; where there is a nan, both the least and the greatest are nan.
+    """
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):  # fp8: no order there
         return torch.isfinite(x.to(torch.float32)).all()
     least, greatest = torch.aminmax(x)

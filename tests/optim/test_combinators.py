@@ -14,6 +14,7 @@ from purelm.optim import (
     chain,
     clip,
     clip_by_global_norm,
+    frozen,
     is_matrix,
     labelled,
     lion,
@@ -163,6 +164,18 @@ def test_labelled_updates_each_leaf_by_its_own(names):
     for name, u, *of in zip(names, tree.leaves(updates), *[tree.leaves(alone[name]) for name in "abc"], strict=True):
         assert torch.equal(u, of["abc".index(name)])
     assert all(int(state.states[name].step) == 1 for name in "abc")  # those without a leaf count too
+
+
+def test_frozen_parameters_are_the_same_tensors():
+    """Oracle: identity; and the optimizer of the others alone."""
+    params, grads = model(0), model(1)
+    optimizer = labelled(lambda path, p: path.split(".")[0], {"embed": frozen(), "layers": adamw()})
+    updates, state = optimizer.update(grads, optimizer.init(params), params, 0.1)
+    new = apply_updates(params, updates)
+    assert new["embed"] is params["embed"] and tree.paths(state.states["embed"]) == []
+    alone = {"layers": params["layers"]}
+    expected, _ = adamw().update({"layers": grads["layers"]}, adamw().init(alone), alone, 0.1)
+    assert equal(updates["layers"], expected["layers"])
 
 
 def test_labelled_names_what_does_not_fit():

@@ -72,6 +72,11 @@ def test_no_parameters_and_no_learning_rate(name):
         (lambda: adam(1e-3), "a pair of numbers is needed"),
         (lambda: lion(1e-4), "lion: betas is 0.0001 .* rate is no argument of lion"),
         (lambda: adamw((0.9, 0.95, 0.9)), "a pair of numbers"),
+        (
+            lambda: adamw().init({"net": [torch.ones(1), 3.0]}),
+            r"init: params has a float at net\.1; tensors are needed",
+        ),
+        (lambda: sgd().init("params"), "init: params has a str at the root"),
         (lambda: adamw([0.9, 1.0]), r"betas\[1\] must be in \[0.0, 1.0\), got 1.0"),
         (lambda: chain([sgd(), adamw()]), r"chain: argument 0 is a list; give the .* one by one: chain\(a, b\)"),
         (lambda: chain((sgd(), adamw())), "chain: argument 0 is a tuple"),

@@ -15,6 +15,7 @@ from purelm.optim import (
     chain,
     clip_by_global_norm,
     constant,
+    frozen,
     is_matrix,
     labelled,
     lion,
@@ -40,7 +41,9 @@ CASES = {
     "lion": lion(weight_decay=0.1, mask=is_matrix),
     "clipped": chain(clip_by_global_norm(0.5), adamw(weight_decay=0.1)),
     "scaled parts": partitioned(lambda path, p: p.ndim > 1, scale_lr(sgd(0.9), 2.0), adamw()),
-    "labelled": labelled(lambda path, p: path[0], {"a": sgd(0.9), "b": lion(), **dict.fromkeys("clnot", adamw())}),
+    "labelled": labelled(
+        lambda path, p: path[0], {"a": sgd(0.9), "b": lion(), "c": frozen(), **dict.fromkeys("lnot", adamw())}
+    ),
     "muon_adamw": muon_adamw(iteration_dtype=torch.float32),
 }
 

@@ -14,6 +14,7 @@ from purelm.optim import (
     apply_if_finite,
     chain,
     clip_by_global_norm,
+    frozen,
     is_matrix,
     labelled,
     lion,
@@ -38,7 +39,7 @@ EVERY = {
     "muon": chain(scale_lr(muon(0.5, n_steps=2, iteration_dtype=torch.float32, update_scale="match_rms"), 0.1)),
     "muon_adamw": muon_adamw(iteration_dtype=torch.float32, adamw_lr_scale=0.5),
     "partitioned": partitioned(is_matrix, sgd(0.5), adamw()),
-    "labelled": labelled(kind, {"matrix": sgd(0.9), "vector": lion()}),
+    "labelled": labelled(kind, {"matrix": sgd(0.9), "vector": frozen()}),
     "finite": apply_if_finite(chain(add_weight_decay(0.3), clip_by_global_norm(0.5), adam()), 3),
 }
 
