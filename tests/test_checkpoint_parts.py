@@ -24,6 +24,7 @@ def make():
         "layers": layers,
         "none": None,
         "a.b": {"c": torch.ones(1)},
+        "a": {"d": torch.ones(2)},
         "ints": {3: torch.ones(2), 30: torch.ones(3)},
     }
     return {"params": params, "opt": (State(torch.tensor(7), {"w": torch.randn(4, generator=g)}), ())}
@@ -56,6 +57,8 @@ def test_subtrees_and_leaves(tmp_path, kind, dtype):
         "params.layers": trees["params"]["layers"],
         "params.layers.2.w": trees["params"]["layers"][2]["w"],
         "params.a.b": trees["params"]["a.b"],
+        "params.a.b.c": trees["params"]["a.b"]["c"],
+        "params.a.d": trees["params"]["a"]["d"],
         "params.none": None,
         "params.ints.3": trees["params"]["ints"][3],
         "params.ints": trees["params"]["ints"],
@@ -118,7 +121,7 @@ def test_what_is_not_there_is_named(tmp_path, kind):
     trees = save(tmp_path, kind)
     cases = {
         "params.layers.12": r"params has no 'layers\.12': layers holds \['0', '1', .*'11'\]",
-        "params.layer": r"params has no 'layer': the root holds \['layers', 'none', 'a\.b', 'ints'\]",
+        "params.layer": r"params has no 'layer': the root holds \['layers', 'none', 'a\.b', 'a', 'ints'\]",
         "params.layers.0.w.x": r"params has no 'layers\.0\.w\.x': layers\.0\.w is a leaf",
         "params.none.x": r"params has no 'none\.x': none is empty",
         "param.layers": r"has no 'param\.layers'; it holds \['opt', 'params'\]",

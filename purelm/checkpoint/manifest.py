@@ -70,17 +70,24 @@ def rebuild(shape: Any, leaves: Mapping[str, Any], path: str = "") -> Any:
 
 def below(shape: Any, path: str) -> Any:
     """The skeleton of the subtree at `path`; ValueError names the last place that there is, and what it holds."""
-    at, rest = "", path
-    while rest:
-        children = _children(shape)
-        # Keys may have dots: the longest that fits, so that a path is found as it was made.
-        fitting = [k for k in children if rest == k or rest.startswith(f"{k}.")]
-        if not fitting:
-            held = f"holds {list(children)}" if children else "is a leaf" if shape == "leaf" else "is empty"
-            raise ValueError(f"has no {path!r}: {at or 'the root'} {held}")
-        key = max(fitting, key=len)
-        shape, at, rest = children[key], f"{at}.{key}" if at else key, rest[len(key) + 1 :]
-    return shape
+    deepest, shape_there = "", shape
+
+    def find(shape: Any, at: str) -> list[Any]:
+        """The subtrees at `path`: keys may have dots, so that there are several ways to go."""
+        nonlocal deepest, shape_there
+        if len(at) >= len(deepest):
+            deepest, shape_there = at, shape
+        if at == path:
+            return [shape]
+        ways = [(f"{at}.{k}" if at else k, v) for k, v in _children(shape).items()]
+        return [x for here, v in ways if f"{path}.".startswith(f"{here}.") for x in find(v, here)]
+
+    found = find(shape, "")
+    if not found:
+        keys = list(_children(shape_there))
+        held = f"holds {keys}" if keys else "is a leaf" if shape_there == "leaf" else "is empty"
+        raise ValueError(f"has no {path!r}: {deepest or 'the root'} {held}")
+    return found[0]
 
 
 def leaf_paths(shape: Any, path: str = "") -> list[str]:
