@@ -1,3 +1,83 @@
-"""purelm: language models from scratch, as pure functions on PyTorch."""
+"""purelm: language models from scratch, as pure functions on PyTorch.
+
+    import purelm
+    key = purelm.random.key(0)
+
+A room is imported when its name is first used, so that `import purelm` itself imports nothing, not even torch.
+
+    tree, random     trees of tensors; random numbers from explicit keys
+    transforms       gradients, compilation with donation, rematerialisation, accumulation
+    ops, models      the maths of a language model; the Transformer
+    optim, train     optimizers, schedules, averages; the training step
+    tokenizer, data  byte-level BPE; token files, batches, corpora
+    generate, evals  text from a model; perplexity and bits per byte
+    accounting       parameters, FLOPs, bytes and messages
+    checkpoint       saved trees, whole or by parts
+    track            metrics, curves and reports of a run
+    interop          torch.optim and nn.Module over these functions
+    kernels, dist    Triton kernels; several processes: import their modules by name, as purelm.dist.zero
+    devices, files   what a device computes natively; files written beside their name
+"""
+
+TYPE_CHECKING = False  # of typing, which would be the only import here
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from purelm import (
+        accounting,
+        checkpoint,
+        data,
+        devices,
+        dist,
+        evals,
+        files,
+        generate,
+        interop,
+        kernels,
+        models,
+        ops,
+        optim,
+        random,
+        tokenizer,
+        track,
+        train,
+        transforms,
+        tree,
+    )
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "accounting",
+    "checkpoint",
+    "data",
+    "devices",
+    "dist",
+    "evals",
+    "files",
+    "generate",
+    "interop",
+    "kernels",
+    "models",
+    "ops",
+    "optim",
+    "random",
+    "tokenizer",
+    "track",
+    "train",
+    "transforms",
+    "tree",
+]
+
+
+def __getattr__(name: str) -> "ModuleType":
+    """A room, imported at its first use (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module 'purelm' has no attribute {name!r}; its rooms are {', '.join(__all__)}")
+    import importlib
+
+    return importlib.import_module(f"purelm.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -70,7 +70,6 @@ WRAPPERS = {
     "cuda_graph": cuda_graph(loss),
     "remat": remat(loss),
     "accumulate": accumulate(loss_of_batch, 1),
-    "optimizer": chain(clip_by_global_norm(1.0), adamw()),
     "step": make_step(lambda params, batch: (loss(params), {}), adamw(), schedules.constant(1e-3)),
 }
 
@@ -120,10 +119,6 @@ def test_optimizers_step_as_their_copies_do(kind, copied):
     model = module()
     if kind == "TorchOptimizer":
         original = TorchOptimizer(model.named_parameters(), adamw(), lr=0.1)
-        if copied is pickled:
-            with pytest.raises((pickle.PicklingError, AttributeError), match="local object 'adamw"):
-                copied(original)
-            return
     else:
         original = sharded_optimizer(model.parameters(), torch.optim.AdamW, lr=0.1)
     model(torch.ones(1, 3)).square().sum().backward()

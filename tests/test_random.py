@@ -1,6 +1,7 @@
 """Random: known answers of Threefry, jax.random as the oracle of every draw, shards, vmap, compile, moments."""
 
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purelm import random
+from purelm import random, tree
 from purelm.random import threefry
 
 M = 0xFFFFFFFF
@@ -401,9 +402,7 @@ def test_streams_of_different_keys_are_not_correlated():
 def test_half_precision_logits_are_sampled_in_float32():
     """Oracle: the same logits in float32."""
     logits = random.normal(random.key(1), (64, 50)).bfloat16()
-    assert torch.equal(
-        random.categorical(random.key(2), logits), random.categorical(random.key(2), logits.float())
-    )
+    assert torch.equal(random.categorical(random.key(2), logits), random.categorical(random.key(2), logits.float()))
     assert random.categorical(random.key(2), torch.tensor([-math.inf, 0.0, -math.inf])).item() == 1
 
 
@@ -423,6 +422,32 @@ def test_draws_follow_the_device_of_the_key():
     assert random.truncated_normal(key, (2**40,), -3, 3).shape == (2**40,)
 
 
+def test_split_like_folds_in_each_path():
+    """Oracle: fold_in of the path's crc32, which is how models draw their parameters (`leaf_key`)."""
+    from purelm.models.initialise import leaf_key
+
+    key = random.key(7)
+    params = {"layers": [{"w": torch.zeros(2)}, {"w": torch.zeros(3), "none": None}], "b": (1.0, 2)}
+    keys = random.split_like(key, params)
+    assert tree.structure(keys) == tree.structure(params)
+    for path, found in zip(tree.paths(keys), tree.leaves(keys), strict=True):
+        assert torch.equal(found, random.fold_in(key, zlib.crc32(path.encode())))
+        assert torch.equal(found, leaf_key(key, path))
+    assert random.split_like(key, {}) == {} and random.split_like(key, None) is None
+
+
+@given(
+    st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(), min_size=2, max_size=8), st.integers(0, 9)
+)
+def test_split_like_of_fewer_leaves(t, seed):
+    """Law: removing a leaf changes no other key; no key stands twice."""
+    keys = random.split_like(random.key(seed), t)
+    assert len({tuple(k.tolist()) for k in tree.leaves(keys)}) == len(tree.leaves(t))
+    fewer = dict(list(t.items())[1:])
+    for name, k in random.split_like(random.key(seed), fewer).items():
+        assert k is keys[name] is None or torch.equal(k, keys[name])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -431,7 +456,12 @@ def test_draws_follow_the_device_of_the_key():
         (lambda k: random.fold_in(k, -1), "data is -1"),
         (lambda k: random.fold_in(k, torch.zeros(2, dtype=torch.int64)), r"data has shape \(2,\)"),
         (lambda k: random.fold_in(k, torch.tensor(1.0)), "torch.float32"),
-        (lambda k: random.normal(3, (2,)), "normal: key is 3"),
+        (lambda k: random.normal(3, (2,)), r"normal: key is 3; .*: random.key\(3\) makes one"),
+        (lambda k: random.normal(None, (2,)), "normal: key is None"),
+        (lambda k: random.normal(k, 3), r"shape is 3; a sequence of integers .* as \(3,\)"),
+        (lambda k: random.uniform(k, (2, -1)), r"shape is \(2, -1\)"),
+        (lambda k: random.randint(k, (2.0,), 0, 3), r"shape is \(2.0,\)"),
+        (lambda k: random.choice(k, 5, 2), "shape is 2"),
         (lambda k: random.normal(random.split(k), (2,)), r"shape \(2, 2\)"),
         (lambda k: random.uniform(k.int(), (2,)), "torch.int32"),
         (lambda k: random.uniform(k, (2,), dtype=torch.int64), "dtype is torch.int64"),
@@ -446,6 +476,12 @@ def test_draws_follow_the_device_of_the_key():
         (lambda k: random.choice(k, 0), "0 elements"),
         (lambda k: random.choice(k, 3, (4,), replace=False), "4 draws without replacement from 3"),
         (lambda k: random.choice(k, 3, (4,), p=torch.ones(2)), r"p has shape \(2,\)"),
+        (lambda k: random.split_like(3, {}), "split_like: key is 3"),
+        (lambda k: random.split_like(k, {"a.b": 1, "a": {"b": 2}}), r"the paths 'a\.b' and 'a\.b' of two leaves give"),
+        (
+            lambda k: random.split_like(k, {"buckeroo": 1, "plumless": 2}),
+            "'buckeroo' and 'plumless' of two leaves",
+        ),
         (lambda k: random.block_index((4,), (2,), (3,)), r"\[2, 5\)"),
         (lambda k: random.block_index((4,), (2, 1), (3,)), "1 axes of whole, 2 of start"),
     ],

@@ -1,5 +1,6 @@
 """Trees: laws by hypothesis, optree as the oracle of order, and equality of compiled and eager walks."""
 
+import dataclasses
 from collections import OrderedDict, defaultdict
 from typing import NamedTuple
 
@@ -207,12 +208,35 @@ def test_combine_refuses_two_leaves_and_different_forms():
     with pytest.raises(ValueError, match=r"leaf at a\.0"):
         tree.combine({"a": [1]}, {"a": [2]})
     with pytest.raises(ValueError, match="differ at a"):
-        tree.combine({"a": [1]}, {"a": None})
+        tree.combine({"a": [1]}, {"a": (None,)})
+    with pytest.raises(ValueError, match="differ at a"):
+        tree.combine({"a": [1]}, {"a": 2})
     with pytest.raises(ValueError, match="no tree"):
         tree.combine()
     t = {"a": [1, None], "b": None}
     assert tree.combine(t) is t
     assert tree.combine({"a": [1, None, None]}, {"a": [None, 2, None]}, {"a": [None, None, 3]}) == {"a": [1, 2, 3]}
+
+
+@given(trees(), st.data())
+def test_none_in_place_of_a_subtree_takes_the_others(t, data):
+    """Law: whatever subtrees are cut out as None, the other half fills them in. Oracle: the tree itself."""
+
+    def cut(x):
+        """(one half, the other): at each node either half has all of it, or the cut goes on below."""
+        where = data.draw(st.sampled_from(["first", "second", "below"]))
+        if where != "below" or not isinstance(x, (dict, list, tuple)):
+            return (x, None) if where == "first" else (None, x)
+        if isinstance(x, dict):
+            pairs = {k: cut(v) for k, v in x.items()}
+            return tuple({k: pair[i] for k, pair in pairs.items()} for i in (0, 1))
+        pairs = [cut(v) for v in x]
+        make = list if type(x) is list else tuple if type(x) is tuple else lambda xs: type(x)(*xs)
+        return tuple(make([pair[i] for pair in pairs]) for i in (0, 1))
+
+    first, second = cut(t)
+    assert same(tree.combine(first, second), t)
+    assert same(tree.combine(second, first), t)
 
 
 def test_unflatten_needs_the_right_number_of_leaves():
@@ -310,6 +334,150 @@ def test_registered_types_work_with_optree_but_have_no_paths():
         tree.paths(t)
 
 
+@pytest.mark.parametrize("reduced", [tree.n_params, tree.n_bytes, tree.global_norm, tree.all_finite])
+def test_leaves_that_could_hide_tensors_are_refused(reduced):
+    """A dataclass is one opaque leaf, which counted as nothing. Oracle: its own tensors, seen through vars."""
+    layer = Layer(torch.ones(3))
+    with pytest.raises(ValueError, match=rf"{reduced.__name__}: net\.1 is of type Layer"):
+        reduced({"net": [torch.ones(2), layer]})
+    with pytest.raises(ValueError, match="the root is of type Linear"):
+        reduced(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="w is of type ndarray"):
+        reduced({"w": torch.ones(2).numpy()})
+    assert tree.n_params({"net": [torch.ones(2), vars(layer)]}) == 5
+    plain = {"w": torch.ones(2), "n": 3, "x": 1.5, "yes": True, "name": "linear", "dtype": torch.float32, "none": None}
+    reduced({**plain, "size": torch.Size([2]), "device": torch.device("cpu")})
+
+
+@dataclasses.dataclass
+class Layer:
+    weight: torch.Tensor
+
+
+@given(trees(st.integers(-9, 9)))
+def test_reduce(t):
+    """Oracle: a loop over the leaves, in order (f is not commutative)."""
+    expected = 1
+    for x in tree.leaves(t):
+        expected = 3 * expected - x
+    assert tree.reduce(lambda total, x: 3 * total - x, t, 1) == expected
+
+
+@given(trees(), st.integers(1, 4))
+def test_unstack_is_the_inverse_of_stack(t, n):
+    """Oracle: the trees themselves; torch.stack leaf by leaf."""
+    many = [tree.map(lambda x, i=i: x + i, t) for i in range(n)]
+    stacked = tree.stack(many)
+    assert tree.structure(stacked) == tree.structure(t)
+    for x, *xs in zip(tree.leaves(stacked), *map(tree.leaves, many), strict=True):
+        assert torch.equal(x, torch.stack(xs)) and x.dtype == xs[0].dtype
+    if tree.leaves(t):
+        back = tree.unstack(stacked)
+        assert len(back) == n
+        for one, other in zip(back, many, strict=True):
+            assert tree.structure(one) == tree.structure(other)
+            assert all(torch.equal(x, y) for x, y in zip(tree.leaves(one), tree.leaves(other), strict=True))
+
+
+def test_stacked_models_under_vmap_and_their_gradients():
+    """Oracle: each model by itself."""
+    models = [{"w": torch.randn(3, 2), "b": [torch.randn(2)]} for _ in range(4)]
+    x = torch.randn(5, 3)
+
+    def loss(p):
+        return torch.tanh(x @ p["w"] + p["b"][0]).square().sum()
+
+    found = tree.unstack(torch.vmap(torch.func.grad(loss))(tree.stack(models)))
+    for p, g in zip(models, found, strict=True):
+        for a, b in zip(tree.leaves(g), tree.leaves(torch.func.grad(loss)(p)), strict=True):
+            torch.testing.assert_close(a, b)
+    views = tree.unstack(stacked := tree.stack(models))
+    views[1]["w"].zero_()
+    assert not stacked["w"][1].any() and stacked["w"][0].any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tree.stack([]), "stack: trees is empty"),
+        (lambda: tree.stack([{"a": torch.ones(1)}, {"b": torch.ones(1)}]), "structures differ at the root"),
+        (lambda: tree.stack([{"a": torch.ones(1)}, {"a": None}]), r"leaf 'a' of trees\[1\] is of type NoneType"),
+        (lambda: tree.stack([{"a": 1}]), r"leaf 'a' of trees\[0\] is of type int"),
+        (
+            lambda: tree.stack([[torch.ones(2)], [torch.ones(3)]]),
+            r"leaf '0' is \(3,\) torch.float32 in trees\[1\], \(2,\)",
+        ),
+        (lambda: tree.stack([torch.ones(1), torch.ones(1).half()]), "float16 in .*, .*float32 in "),
+        (lambda: tree.unstack({"a": None}), "unstack: the tree has no leaves"),
+        (lambda: tree.unstack({"a": torch.ones(())}), r"leaf 'a' is a tensor of shape \(\)"),
+        (lambda: tree.unstack({"a": 1}), "leaf 'a' is a int"),
+        (lambda: tree.unstack([torch.ones(2), torch.ones(3)]), "leaf '1' has a first axis of 3, others of 2"),
+    ],
+)
+def test_stack_and_unstack_name_what_does_not_fit(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+names = st.text("abcxyz_", min_size=1, max_size=3)
+full_trees = st.recursive(
+    st.integers(),
+    lambda below: st.dictionaries(names, below, min_size=1, max_size=4) | st.lists(below, min_size=1, max_size=12),
+    max_leaves=20,
+)
+
+
+@given(full_trees)
+def test_from_flat_is_the_inverse_of_to_flat(t):
+    """Law: for dicts and lists that are not empty, without None, with keys that are no numbers and have no dots."""
+    flat = tree.to_flat(t)
+    assert list(flat) == tree.paths(t) and list(flat.values()) == tree.leaves(t)
+    assert tree.from_flat(flat) == t
+    assert tree.from_flat(dict(reversed(flat.items()))) == t
+
+
+@given(st.dictionaries(st.lists(names | st.sampled_from("012"), min_size=1, max_size=4).map(".".join), st.integers()))
+def test_to_flat_is_the_inverse_of_from_flat_where_there_is_one(flat):
+    """Law: what from_flat takes comes back from to_flat; what it refuses has a gap, or a leaf on the way."""
+    try:
+        t = tree.from_flat(flat)
+    except ValueError as error:
+        assert "is missing" in str(error) or "is a leaf" in str(error)
+        return
+    assert tree.to_flat(t) == flat
+
+
+def test_flat_trees_are_state_dicts():
+    """Oracle: torch's own names."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Sequential(torch.nn.LayerNorm(3)))
+    t = tree.from_flat(net.state_dict())
+    assert [sorted(t[0]), sorted(t[1][0])] == [["bias", "weight"]] * 2
+    assert tree.to_flat(t).keys() == net.state_dict().keys()
+    assert tree.from_flat({}) == {} and tree.to_flat({}) == {} and tree.from_flat({"": 3}) == 3 == tree.to_flat(3)[""]
+    assert tree.to_flat(Pair((1, None), {})) == {"first.0": 1}
+    assert tree.from_flat({"a.0": 1, "a.b": 2, "c.01": 3}) == {"a": {"0": 1, "b": 2}, "c": {"01": 3}}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: tree.from_flat({"layers.0.w": 1, "layers.2.w": 2}),
+            r"'layers\.1' is missing: layers has the .* \[0, 2",
+        ),
+        (lambda: tree.from_flat({"1": 1, "2000000000000": 1}), "'0' is missing: the root has"),
+        (lambda: tree.from_flat({"w": 1, "w.scale": 2}), "'w' is a leaf, and other paths lead through it"),
+        (lambda: tree.from_flat({"a..b": 1}), r"the path 'a\.\.b' has an empty name"),
+        (lambda: tree.from_flat({"": 1, "a": 1}), "the path '' has an empty name"),
+        (lambda: tree.from_flat({3: 1}), "the path 3 is a int"),
+        (lambda: tree.to_flat({"a.b": 1, "a": {"b": 2}}), r"two leaves have the path 'a\.b'"),
+    ],
+)
+def test_flat_trees_name_what_does_not_fit(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 @pytest.mark.compile
 def test_compiled_walks_equal_eager_ones_in_one_graph():
     """Oracle: the same function in eager mode. fullgraph=True: no walk breaks the graph."""
@@ -332,6 +500,10 @@ def test_compiled_walks_equal_eager_ones_in_one_graph():
             "columns": tree.flatten_up_to(t, unravel(vector), yes)[0],
             "same": tree.unflatten(tree.flatten_up_to(t, t)[1], leaves),
             "combined": tree.combine(yes, no),
+            "subtree": tree.combine({"x": t["a"], "y": None}, {"x": None, "y": t["z"]}),
+            "stacked": tree.unstack(tree.stack([t["z"][0], t["z"][1]])),
+            "flat": tree.from_flat(tree.to_flat(t["z"])),
+            "sum": tree.reduce(lambda total, x: total + x.sum(), t, 0.0),
             "yes": yes,
             "paths": tree.paths(t),
             "unflat": tree.unflatten(treedef, [x + 1 for x in leaves]),

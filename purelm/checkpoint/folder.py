@@ -1,5 +1,4 @@
-"""Checkpoints of one process: saved beside their place and renamed, and read with every byte checked.
-"""
+"""Folders of checkpoints: what is in them, saving beside a checkpoint's place and renaming, checks of its files."""
 
 import hashlib
 import json
@@ -7,29 +6,27 @@ import operator
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from purelm import tree
-from purelm.checkpoint import shards
 from purelm.checkpoint.manifest import (
     check_leaves,
     check_manifest,
     check_meta,
     check_structure,
     is_finite,
-    rebuild,
     skeleton,
 )
 from purelm.files import sync
 
-__all__ = ["latest", "latest_finite", "load", "read_manifest", "save", "steps"]
+__all__ = ["latest", "latest_finite", "read_manifest", "save", "steps"]
 
 FORMAT = 1
 SHARDED = 2
@@ -49,7 +46,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _storable(leaves: list[Tensor]) -> list[Tensor]:
+def storable(leaves: list[Tensor]) -> list[Tensor]:
     """Contiguous CPU tensors that share memory with nothing (safetensors refuses aliases), copied only if needed."""
     out, seen = [], set()
     for leaf in leaves:
@@ -69,7 +66,9 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint, renamed first: what a kill leaves behind is not complete, and the next save clears it."""
+    """Delete a checkpoint. It is renamed first: what a kill leaves of it has no checkpoint's name, and the next save
+    removes it.
+    """
     aside = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
@@ -140,7 +139,7 @@ def save(
         files = {}
         for name, value in trees.items():
             path = temporary / f"{name}.safetensors"
-            tensors = dict(zip(tree.paths(value), _storable(tree.leaves(value)), strict=True))
+            tensors = dict(zip(tree.paths(value), storable(tree.leaves(value)), strict=True))
             try:
                 save_file(tensors, path)
             except SafetensorError as error:  # what a full disk becomes
@@ -165,7 +164,7 @@ def begin(root: Path, step: int, keep_last: int | None) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     for entry in root.glob(".tmp-step-*"):  # left by a killed save
         shutil.rmtree(entry, ignore_errors=True)
-    for old in root.glob("step-*.replaced"):  # by a save that was killed when it was done
+    for old in root.glob("step-*.replaced"):  # left by a save that was killed after its last rename
         if (old.with_suffix("") / MANIFEST).is_file():
             _remove(old)
     temporary = root / f".tmp-step-{step:08d}-{os.getpid()}"
@@ -242,7 +241,7 @@ def read_manifest(root: str | Path, step: int | None = None) -> dict[str, Any]:
 
 
 def check_unchanged(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Files are opened again after they were checked: it must be the same checkpoint's still."""
+    """ValueError where another checkpoint took the place of this one after its files were checked."""
     if read_manifest(folder)["sha256"] != manifest["sha256"]:
         raise ValueError(f"{folder}: was replaced while it was read: load it again")
 
@@ -257,16 +256,8 @@ def check_file(path: Path, entry: Mapping[str, Any]) -> None:
         raise ValueError(f"{path}: SHA-256 differs from the manifest: the file was changed or damaged")
 
 
-def _read(path: Path, entry: Mapping[str, Any], device: str | torch.device) -> dict[str, Tensor]:
-    check_file(path, entry)
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from None
-
-
 def mismatch(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+    """One line about the first leaf whose name, shape or dtype differs; None where all are as wanted."""
     for key in sorted(stored.keys() | wanted.keys()):
         if key not in wanted:
             return f"{path}: holds {key} {tuple(stored[key].shape)}, which the given config does not have"
@@ -276,55 +267,3 @@ def mismatch(path: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tens
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"{path}: {key} is {tuple(a.shape)} {a.dtype}, the given config needs {tuple(b.shape)} {b.dtype}"
     return None
-
-
-def load(
-    root: str | Path,
-    step: int | None = None,
-    *,
-    like: Mapping[str, Any] | None = None,
-    only: Iterable[str] | None = None,
-    device: str | torch.device = "cpu",
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the newest (or the given) checkpoint -> ({name: tree}, meta), every file checked against its SHA-256.
-
-    Args:
-        root: the folder of checkpoints, or one checkpoint's folder.
-        like: name -> tree with the structure, shapes and dtypes that are expected; the result has exactly that
-            structure (NamedTuples included). ValueError names the first leaf that differs: a checkpoint of another
-            config is refused whole. Without it, trees come back as stored, NamedTuples as dicts.
-        only: the names to read (default: those of `like`, else all).
-        device: where the tensors go.
-    """
-    folder = locate(Path(root), step)
-    manifest = read_manifest(folder)
-    if isinstance(only, str):
-        raise ValueError(f"load: only must be a list of names, got {only!r}: give [{only!r}]")
-    names = list(only) if only is not None else list(like if like is not None else manifest["files"])
-    for shard in manifest.get("shards", ()):
-        check_file(folder / shard["file"], shard)
-    out = {}
-    for name in names:
-        if name not in manifest["files"]:
-            raise ValueError(f"{folder}: has no {name!r}; it holds {sorted(manifest['files'])}")
-        entry = manifest["files"][name]
-        path = folder / entry.get("file", name)
-        if "file" in entry:
-            tensors = _read(path, entry, device)
-        else:
-            with shards.Reader(folder) as reader:
-                stored = shards.leaves(folder, manifest, name)
-                tensors = {key: reader.whole(leaf, device) for key, leaf in stored.items()}
-        if like is not None and name in like:
-            wanted = dict(zip(tree.paths(like[name]), tree.leaves(like[name]), strict=True))
-            problem = mismatch(path, tensors, wanted)
-            if problem:
-                raise ValueError(problem)
-            out[name] = tree.unflatten(tree.structure(like[name]), [tensors[k] for k in wanted])
-        else:
-            try:
-                out[name] = rebuild(entry["tree"], tensors)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-    check_unchanged(folder, manifest)
-    return out, {**manifest["meta"], "step": manifest["step"]}

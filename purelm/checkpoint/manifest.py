@@ -17,7 +17,18 @@ from torch import Tensor
 from purelm import tree
 from purelm.checkpoint.shards import DTYPES, NAMES
 
-__all__ = ["check_leaves", "check_manifest", "check_meta", "check_structure", "is_finite", "rebuild", "skeleton"]
+__all__ = [
+    "below",
+    "check_leaves",
+    "check_manifest",
+    "check_meta",
+    "check_skeleton",
+    "check_structure",
+    "is_finite",
+    "leaf_paths",
+    "rebuild",
+    "skeleton",
+]
 
 
 def skeleton(node: Any) -> Any:
@@ -55,6 +66,42 @@ def rebuild(shape: Any, leaves: Mapping[str, Any], path: str = "") -> Any:
         return {int(k): rebuild(v, leaves, join(k)) for k, v in children.items()}
     built = [rebuild(v, leaves, join(i)) for i, v in enumerate(children)]
     return built if kind == "list" else tuple(built)
+
+
+def below(shape: Any, path: str) -> Any:
+    """The skeleton of the subtree at `path`; ValueError names the last place that there is, and what it holds."""
+    deepest, shape_there = "", shape
+
+    def find(shape: Any, at: str) -> list[Any]:
+        """The subtrees at `path`: keys may have dots, so that there are several ways to go."""
+        nonlocal deepest, shape_there
+        if len(at) >= len(deepest):
+            deepest, shape_there = at, shape
+        if at == path:
+            return [shape]
+        ways = [(f"{at}.{k}" if at else k, v) for k, v in _children(shape).items()]
+        return [x for here, v in ways if f"{path}.".startswith(f"{here}.") for x in find(v, here)]
+
+    found = find(shape, "")
+    if not found:
+        keys = list(_children(shape_there))
+        held = f"holds {keys}" if keys else "is a leaf" if shape_there == "leaf" else "is empty"
+        raise ValueError(f"has no {path!r}: {deepest or 'the root'} {held}")
+    return found[0]
+
+
+def leaf_paths(shape: Any, path: str = "") -> list[str]:
+    """The paths of the leaves of a skeleton that lies at `path`."""
+    if shape == "leaf":
+        return [path]
+    return [p for k, v in _children(shape).items() for p in leaf_paths(v, f"{path}.{k}" if path else k)]
+
+
+def _children(shape: Any) -> dict[str, Any]:
+    if shape is None or shape == "leaf":
+        return {}
+    (children,) = shape.values()
+    return children if isinstance(children, dict) else {str(i): v for i, v in enumerate(children)}
 
 
 def check_structure(name: Any, value: Any) -> None:
@@ -96,7 +143,7 @@ def is_finite(trees: Any) -> bool:
     return all(bool(tree.all_finite(some)) for some in by_device.values())
 
 
-def check_meta(meta: Mapping[str, Any] | None, step: int) -> dict[str, Any]:
+def check_meta(meta: Mapping[str, Any] | None, step: int | None = None) -> dict[str, Any]:
     """meta as it will be read (keys become text); ValueError for what JSON does not have."""
     if meta is None:
         return {}
@@ -104,7 +151,7 @@ def check_meta(meta: Mapping[str, Any] | None, step: int) -> dict[str, Any]:
         text = json.dumps(meta)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"save: meta must be JSON values: {error}") from None
-    if isinstance(meta, Mapping) and meta.get("step", step) != step:
+    if step is not None and isinstance(meta, Mapping) and meta.get("step", step) != step:
         raise ValueError(f'save: meta["step"] is {meta["step"]!r}, but the checkpoint is of step {step}')
     return json.loads(text)
 
@@ -135,7 +182,7 @@ def check_manifest(path: Path, manifest: Mapping[str, Any], *, sharded: bool) ->
     n_bytes = sum(check_file(f"shards.{i}.", shard) for i, shard in enumerate(shards))
     for name, entry in files.items():
         where = f"files.{name}."
-        _check_skeleton(f"{path}: {where}tree", entry.get("tree", 0) if isinstance(entry, dict) else 0)
+        check_skeleton(f"{path}: {where}tree", entry.get("tree", 0) if isinstance(entry, dict) else 0)
         if not sharded:
             check_file(where, entry)
             continue
@@ -153,7 +200,8 @@ def check_manifest(path: Path, manifest: Mapping[str, Any], *, sharded: bool) ->
         raise ValueError(f"{path}: its leaves have {-n_bytes} bytes more than its files")
 
 
-def _check_skeleton(where: str, shape: Any) -> None:
+def check_skeleton(where: str, shape: Any) -> None:
+    """ValueError unless `shape` is what `skeleton` makes."""
     if shape is None or shape == "leaf":
         return
     kind, children = next(iter(shape.items())) if isinstance(shape, dict) and len(shape) == 1 else ("", None)
@@ -164,7 +212,7 @@ def _check_skeleton(where: str, shape: Any) -> None:
     elif kind not in ("list", "tuple") or not isinstance(children, list):
         raise ValueError(f"{where} is {shape!r:.80}, not the shape of a tree")
     for child in children:
-        _check_skeleton(where, child)
+        check_skeleton(where, child)
 
 
 def _is_number(key: str) -> bool:

@@ -6,7 +6,8 @@ the optimizer that they wrap. `functional`, `ddp` and `fsdp` take modules.
 
 from purelm.interop.fully_sharded import FullySharded, fsdp
 from purelm.interop.modules import DataParallel, ddp, functional
-from purelm.interop.optimizers import ShardedOptimizer, TorchOptimizer, sharded_optimizer, whole_state_dict
+from purelm.interop.optimizers import ShardedOptimizer, sharded_optimizer, whole_state_dict
+from purelm.interop.torch_optimizer import TorchOptimizer
 
 __all__ = [
     "DataParallel",

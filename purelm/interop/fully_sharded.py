@@ -36,9 +36,10 @@ def fsdp(module: nn.Module, group: Group = None, *, compute_dtype: torch.dtype |
 
     Each floating parameter of 2 axes or more is replaced by this rank's rows of it (`sharding.part_of`), in its own
     dtype; tied ones stay tied. Vectors stay whole. A submodule with matrices of its own gathers them when its forward
-    runs, drops them after it, gathers them again for backward and reduce-scatters their gradients. While one runs the
-    next one's are under way, by the order of the forward before, the first having none to go by; so two are whole at a
-    time, and one more for each module with matrices that calls other ones.
+    runs, drops them after it, gathers them again for backward and reduce-scatters their gradients. While it runs, the
+    next submodule's matrices are gathered already, in the order of the previous forward (the first forward gathers
+    nothing ahead). So the matrices of two submodules are whole at a time, and those of one more for each module with
+    matrices that calls other ones.
 
     compute_dtype: parameters are cast to it, matrices before they are sent; so are floating inputs of submodules with
     matrices. Outputs stay in it. Buffers are left alone. Gradients are summed and kept in the parameters' own dtype.
@@ -117,7 +118,7 @@ class FullySharded(nn.Module):
             args, kwargs = tree.cast((args, kwargs), dtype)
         if self._ran is not None:
             self._ran.append(matrices)
-        # Alone where the order is not known yet, or where a checkpoint runs again in backward.
+        # Without the others where their order is not known yet, or where torch's checkpoint runs forward once more.
         bound = self._bind() if self._bound is None else self._bound
         return bound.gathered(call)(matrices, *args, **kwargs)
 

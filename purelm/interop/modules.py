@@ -34,9 +34,10 @@ def functional(module: nn.Module) -> tuple[dict[str, Tensor], Callable[..., Any]
     """(params, apply) with apply(params, *args, **kwargs) = module(*args, **kwargs) of these parameters.
 
     params: name -> value, in memory of its own, by module.named_parameters(): tied parameters once, frozen ones like
-    all others (a mask keeps an optimizer off them). apply is pure as far as tensors go: mode and buffers are those of
-    now, what forward writes to buffers is dropped, and module is neither used nor changed. Dropout still draws from
-    torch's generator. ValueError from apply where the names are not those of params.
+    all others (a mask keeps an optimizer off them). apply is pure as far as tensors go: it has the buffers and the mode
+    (train or eval) that module has when functional is called, drops what forward writes to buffers, and neither uses
+    nor changes module itself. Dropout still draws from torch's generator. ValueError from apply where the names are not
+    those of params.
 
     >>> params, apply = functional(torch.nn.Linear(2, 1))
     >>> {name: tuple(x.shape) for name, x in params.items()}, apply(params, torch.ones(3, 2)).shape
@@ -44,7 +45,8 @@ def functional(module: nn.Module) -> tuple[dict[str, Tensor], Callable[..., Any]
     """
     named = dict(module.named_parameters())
     params = {name: p.detach().clone() for name, p in named.items()}
-    # A copy, so that forward and the owner of module cannot reach each other; its parameters never have values.
+    # A copy, so that forward cannot change the caller's module, nor the caller this function. Its parameters are on the
+    # meta device: each call brings their values.
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in named.values()}
     frame = copy.deepcopy(module, dict(empty))
     buffers, names = dict(frame.named_buffers()), frozenset(named)
@@ -64,13 +66,14 @@ def ddp(
 ) -> "DataParallel":
     """module with gradients that are means over ranks, sent while backward runs; module itself is `.module`.
 
-    Parameters and buffers become rank 0's now, buffers never again. Messages a step: one for each stretch of parameters
-    that holds bucket_bytes (by default `dist.messages.default_bucket_bytes`), the last registered ones first, always
-    in that order; bytes a rank sends: 2 (N - 1) / N of the gradients', in `wire` if given: gradients are rounded to it,
-    and added in it. A bucket goes when its last gradient is there and all before it have gone.
+    Parameters and buffers of all ranks are set to rank 0's here, once; what forward does to buffers later stays on its
+    rank. Gradients are sent in buckets of bucket_bytes (by default `dist.messages.default_bucket_bytes`), one message
+    each, the last registered parameters first, in the same order on all ranks: a bucket is sent when its gradients are
+    there and all buckets before it are sent. A rank sends 2 (N - 1) / N of the gradients' bytes a step. With `wire`,
+    gradients are rounded to that dtype, sent in it and added in it.
 
-    A parameter that some ranks do not use counts as zeros there; one that none uses keeps .grad None. What requires
-    gradients is fixed now. ValueError on all ranks, naming the parameter, where ranks' modules differ.
+    A parameter that some ranks do not use counts as zeros there; one that none uses keeps .grad None. Which parameters
+    require gradients is decided here. ValueError on all ranks, naming the parameter, where ranks' modules differ.
     """
     return DataParallel(module, group, bucket_bytes, wire)
 
@@ -107,9 +110,10 @@ class DataParallel(nn.Module):
             self._sends = before
 
     def finish_gradient_synchronization(self) -> None:
-        """Sends what is left and waits: .grad is the mean over ranks, the same bits on all. After each last backward.
+        """To call after the last backward of a step: sends what is left and waits for all of it.
 
-        On a GPU the stream waits; the host does where this rank did not use a parameter.
+        .grad is the mean over ranks then, the same bits on all. On a GPU only the stream waits, unless there is a
+        parameter that this rank did not use: then the host does, too.
         """
         self._means.finish()
 
@@ -159,7 +163,7 @@ class _Means:
 
 
 def _same_everywhere(module: nn.Module, group: Group) -> None:
-    """Parameters and buffers become rank 0's, in place; a message for each."""
+    """Copies rank 0's parameters and buffers over those of the other ranks; a message for each."""
     params = dict(module.named_parameters())
     tensors = {**params, **dict(module.named_buffers())}
     check_same_kind(tensors, group, "module")

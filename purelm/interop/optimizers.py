@@ -1,10 +1,6 @@
-"""torch's class-based interfaces over purelm's functions, for programs that are written against torch.optim.
+"""A torch.optim optimizer whose state is spread over processes."""
 
-Optimizers here change parameters in place, as torch.optim does: that is what such programs expect. The arithmetic is
-that of the optimizer that they wrap. `functional`, `ddp` and `fsdp` take modules (modules, fully_sharded).
-"""
-
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,22 +11,9 @@ from purelm import tree
 from purelm.dist import messages, zero
 from purelm.dist.agreement import check_same_kind
 from purelm.dist.world import Group, rank_of, size_of
-from purelm.interop.fully_sharded import fsdp
-from purelm.interop.modules import ddp, functional
-from purelm.optim import Optimizer, apply_updates
-from purelm.optim.parts import check_sees_all
+from purelm.interop.torch_optimizer import Params
 
-__all__ = [
-    "ShardedOptimizer",
-    "TorchOptimizer",
-    "ddp",
-    "fsdp",
-    "functional",
-    "sharded_optimizer",
-    "whole_state_dict",
-]
-
-Params = Iterable[Any]  # as of torch.optim: tensors, (name, tensor) pairs, or dicts with "params" and options
+__all__ = ["ShardedOptimizer", "sharded_optimizer", "whole_state_dict"]
 
 
 def sharded_optimizer(
@@ -61,7 +44,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(params, dict(options))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **_own(self)}
+        """torch.optim.Optimizer leaves the attributes of a subclass out of copies and pickles."""
+        names = ("_class", "_options", "_owners", "_loads", "_local")
+        return {**super().__getstate__(), **{n: getattr(self, n) for n in names}, "group": _Shared(self.group)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        group = state.get("group")
+        super().__setstate__({**state, "group": group.group} if isinstance(group, _Shared) else state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -126,85 +115,16 @@ def whole_state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {**mine, "state": dict(sorted((i, s) for one in everyone for i, s in one.items()))}
 
 
-class TorchOptimizer(torch.optim.Optimizer):
-    """A purelm optimizer as a torch.optim.Optimizer.
+class _Shared:
+    """A process group, which copies of an optimizer have in common; it is no value that a file could hold."""
 
-    Each param group is a tree of its own with a state of its own: a dict by name where (name, parameter) pairs are
-    given, as model.named_parameters(), so that masks see names; else a list. lr is the group's, so that torch's
-    schedulers work; a norm over all gradients is that of the group. Of what `fsdp` returns a process holds parts: the
-    first step refuses an optimizer that clips by the norm of these. Frozen parameters keep their values; leave them out
-    to save their state.
+    def __init__(self, group: Group):
+        self.group = group
 
-    >>> from purelm.optim import adamw, chain, clip_by_global_norm
-    >>> model = torch.nn.Linear(2, 2)
-    >>> optimizer = TorchOptimizer(model.named_parameters(), chain(clip_by_global_norm(1.0), adamw()), lr=1e-3)
-    """
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self
 
-    def __init__(self, params: Params, optimizer: Optimizer, lr: float | Tensor = 1e-3):
-        self.optimizer = optimizer
-        self.trees: list[Any] = []  # the optimizer's state of each group
-        self.is_tried = False  # whether its norms are of all that processes hold
-        super().__init__(params, {"lr": lr})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **_own(self)}
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        self.trees.append(self.optimizer.init(_tree_of(self.param_groups[-1], torch.Tensor.detach)))
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Updates all parameters in place; the loss of closure, if one is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not self.is_tried:
-            self._check_norms()
-            self.is_tried = True
-        for i, group in enumerate(self.param_groups):
-            params, grads = _tree_of(group, torch.Tensor.detach), _tree_of(group, lambda p: p.grad)
-            updates, self.trees[i] = self.optimizer.update(grads, self.trees[i], params, group["lr"])
-            tree.map(lambda p, new: p.copy_(new), params, apply_updates(params, updates))
-        return loss
-
-    def _check_norms(self) -> None:
-        """ValueError where the optimizer clips by the norm of the parts that `fsdp` leaves this process."""
-        for group in self.param_groups:
-            if any(getattr(p, "is_part", False) for p in group["params"]):
-                advice = "clip_by_global_norm(max_norm, norm=...) of a sum over processes"
-                params = _tree_of(group, torch.Tensor.detach)
-                check_sees_all(self.optimizer, params, zero.global_norm(), "TorchOptimizer.step", advice)
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch's form, "state" being path -> tensor over all groups."""
-        return {
-            **super().state_dict(),
-            "state": dict(zip(tree.paths(self.trees), tree.leaves(self.trees), strict=True)),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """ValueError, with nothing changed, where the state is that of another optimizer or of other parameters."""
-        saved, (old, treedef) = state_dict["state"], tree.flatten(self.trees)
-        paths = tree.paths(self.trees)
-        if set(saved) != set(paths):
-            raise ValueError(f"load_state_dict: the state has {sorted(saved)}, this optimizer {sorted(paths)}")
-        for path, x in zip(paths, old, strict=True):
-            if saved[path].shape != x.shape:
-                shapes = f"{tuple(saved[path].shape)}, this optimizer has {tuple(x.shape)}"
-                raise ValueError(f"load_state_dict: {path} has shape {shapes}")
-        super().load_state_dict({**state_dict, "state": {}})
-        self.trees = tree.unflatten(treedef, [saved[p].to(x.device, x.dtype) for p, x in zip(paths, old, strict=True)])
-
-
-def _own(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What torch.optim.Optimizer leaves out of copies and pickles: attributes of a subclass."""
-    names = ("group", "_class", "_options", "_owners", "_loads", "_local", "optimizer", "trees", "is_tried")
-    return {name: getattr(optimizer, name) for name in names if hasattr(optimizer, name)}
-
-
-def _tree_of(group: dict[str, Any], f: Callable[[Tensor], Any]) -> Any:
-    """f of each parameter of a group: by name if they have names."""
-    values = [f(p) for p in group["params"]]
-    return dict(zip(group["param_names"], values, strict=True)) if "param_names" in group else values
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.group is not None:
+            raise ValueError("sharded_optimizer: a process group cannot be pickled; save whole_state_dict(optimizer)")
+        return _Shared, (None,)

@@ -11,7 +11,12 @@ regularization" (1711.05101, Algorithm 2). At step t = 1, 2, ... with gradient g
 
 ("outside", "before") is torch.optim.AdamW. The course's Algorithm 1 is "uncorrected": its handout of 2026 decays
 "before", that of 2025 "after". eps inside the root is the separate `eps_root`, sqrt(v / (1 - b2^t) + eps_root), as in
-optax.
+optax; when eps is "uncorrected", sqrt(v + eps_root).
+
+Differentiated once more (meta-gradients), sqrt has an infinite slope at v = 0, and the derivative of d at g = 0 is
+0 inf = nan: eps beside the root does not help. With eps_root > 0 it is finite; in the first step, decay aside,
+
+    d = lr g / (sqrt(g^2 + eps_root) + eps),   d d / d g at g = 0: lr / (sqrt(eps_root) + eps)
 """
 
 from typing import Literal, NamedTuple
@@ -23,10 +28,9 @@ from purelm.optim.base import (
     Mask,
     Optimizer,
     Tree,
-    check_choice,
-    check_range,
     compute_dtype,
     first_step,
+    made_by,
     moments_like,
     per_dtype,
     scalar,
@@ -34,6 +38,7 @@ from purelm.optim.base import (
     unzip,
     with_step,
 )
+from purelm.optim.checks import check_betas, check_choice, check_range, check_update
 from purelm.optim.in_place import decays, leaf_by_leaf, rates
 
 __all__ = ["AdamWState", "adam", "adamw"]
@@ -73,6 +78,7 @@ def adamw(
     Args:
         mask: which parameters decay: predicate (path, param) -> bool, or a tree of bools; None is all.
         eps_placement: eps beside the bias-corrected root ("outside") or beside the raw one ("uncorrected").
+        eps_root: added inside the root; above 0 for gradients through the update (top of this file).
         decay_order: weight decay before or after the step of Adam.
         dtype: of the moments; None is fp32, and fp64 for fp64 parameters. Arithmetic is in fp32 or fp64 always.
 
@@ -85,9 +91,7 @@ def adamw(
     >>> updates["b"]
     tensor([-0.5000, -0.5000])
     """
-    b1, b2 = betas
-    check_range("betas[0]", b1, 0.0, 1.0)
-    check_range("betas[1]", b2, 0.0, 1.0)
+    b1, b2 = check_betas("adamw", betas)
     check_range("eps", eps, 0.0, float("inf"))
     check_range("eps_root", eps_root, 0.0, float("inf"))
     check_range("weight_decay", weight_decay, 0.0, float("inf"))
@@ -131,6 +135,7 @@ def adamw(
         return u, m_.to(m.dtype), v_.to(v.dtype)
 
     def update(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
+        check_update("adamw", AdamWState, grads, state, params, lr)
         step = state.step + 1
         of_dtype = per_dtype(lambda d: scalars(step, lr, d))
 
@@ -143,10 +148,11 @@ def adamw(
     write = leaf_by_leaf(leaf, "adamw")
 
     def step_(grads: Tree, state: AdamWState, params: Tree, lr: Tensor | float) -> tuple[Tree, AdamWState]:
+        check_update("adamw", AdamWState, grads, state, params, lr)
         step = state.step.add_(1)
 
         def of_kind(dtype: torch.dtype) -> tuple[_Scalars, _Scalars]:
-            # p * 1 and p - 0 p are p: what does not decay goes through the same function.
+            # Leaves that do not decay go through the same compiled function: p * 1 and p - 0 p are p.
             s = scalars(step, lr, dtype)
             return s._replace(keep=torch.ones_like(s.keep), lose=torch.zeros_like(s.lose)), s
 
@@ -155,7 +161,18 @@ def adamw(
         write(params, grads, (state.m, state.v), chosen, lambda dtype, rate: kinds(dtype)[rate != 0.0])
         return params, state
 
-    return Optimizer(init, with_step(update, step_))
+    return made_by(
+        Optimizer(init, with_step(update, step_)),
+        adamw,
+        (b1, b2),
+        eps,
+        weight_decay,
+        mask=mask,
+        eps_placement=eps_placement,
+        eps_root=eps_root,
+        decay_order=decay_order,
+        dtype=dtype,
+    )
 
 
 def adam(

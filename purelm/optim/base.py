@@ -1,4 +1,4 @@
-"""The optimizer contract, and the functions that combine optimizers.
+"""The contract of optimizers, and what those in this folder share.
 
 An optimizer is a pair of pure functions over trees:
 
@@ -29,36 +29,55 @@ Mask = Callable[[str, Tensor], bool] | Tree | None
 __all__ = [
     "Mask",
     "Optimizer",
-    "PartitionedState",
-    "add_weight_decay",
     "apply_updates",
-    "chain",
     "is_matrix",
-    "partitioned",
-    "scale_lr",
     "step_of",
     "with_step",
 ]
 
 
 class Optimizer(NamedTuple):
-    """A pair of pure functions; neither writes to its arguments."""
+    """A pair of pure functions; neither writes to its arguments.
+
+    A copy is the same pair. A pickle is the call that made it (`made_by`), since functions that were made by functions
+    cannot be pickled: so an optimizer can where its arguments can, masks among them, which must have a name.
+    """
 
     init: Callable[[Tree], Any]  # params -> state
     update: Callable[[Tree, Any, Tree, Tensor | float], tuple[Tree, Any]]  # grads, state, params, lr
+
+    def __copy__(self) -> "Optimizer":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Optimizer":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        call = getattr(self.update, "made_by", None)
+        return (type(self), tuple(self)) if call is None else (_made_again, call)
+
+
+def made_by(optimizer: Optimizer, maker: Callable[..., Optimizer], *args: Any, **kwargs: Any) -> Optimizer:
+    """The optimizer, which remembers for pickles that maker(*args, **kwargs) makes it."""
+    optimizer.update.made_by = (maker, args, kwargs)  # type: ignore[attr-defined]
+    return optimizer
+
+
+def _made_again(maker: Callable[..., Optimizer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Optimizer:
+    return maker(*args, **kwargs)
 
 
 Step = Callable[[Tree, Any, Tree, Tensor | float], tuple[Tree, Any]]
 
 
 def with_step(update: Step, step_: Step) -> Step:
-    """`update`, which carries from now on its second form
+    """The same function `update`, to which its second form is attached as an attribute:
 
         step_(grads, state, params, lr) -> (params', state')
 
-    equal to `update` and `apply_updates` to rounding, but written over the memory of params and state. Under
-    `jit(donate=0)` a training step ends with it: there the old ones are consumed anyway. An update without it (a
-    user's own, or one around another's) is compiled there as a whole, which takes longer and gives the same.
+    It equals `update` followed by `apply_updates`, to rounding, and writes the results over the memory of params and
+    state. `jit(donate=0)` ends a training step with it, since there the old ones are given up anyway. Where an update
+    has no second form (a user's own, say), `jit` compiles the whole update: slower to compile, the same result.
     """
     update.step_ = step_  # type: ignore[attr-defined]
     return update
@@ -67,13 +86,6 @@ def with_step(update: Step, step_: Step) -> Step:
 def step_of(optimizer: Optimizer) -> Step | None:
     """The second form of the optimizer's update; None where it has none."""
     return getattr(optimizer.update, "step_", None)
-
-
-class PartitionedState(NamedTuple):
-    """State of `partitioned`: each part's own, over a tree with None where the other part has the leaf."""
-
-    yes: Any
-    no: Any
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
@@ -85,116 +97,6 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     {'w': tensor([1.5000, 1.0000])}
     """
     return tree.map(lambda p, u: p if u is None else (p + u).to(p.dtype), params, updates)
-
-
-def chain(*optimizers: Optimizer) -> Optimizer:
-    """Each one's updates are the next one's gradients; the state is the tuple of their states.
-
-    All of them see the same params and lr, so at most one may be a full optimizer: the last.
-
-    >>> from purelm.optim import adamw, clip_by_global_norm
-    >>> optimizer = chain(clip_by_global_norm(1.0), adamw(weight_decay=0.1))
-    """
-
-    def init(params: Tree) -> tuple[Any, ...]:
-        return tuple([o.init(params) for o in optimizers])
-
-    def update(grads: Tree, state: tuple[Any, ...], params: Tree, lr: Tensor | float) -> tuple[Tree, Any]:
-        if len(state) != len(optimizers):
-            raise ValueError(f"chain: state has {len(state)} entries, the chain has {len(optimizers)} optimizers")
-        new_state = []
-        for i, o in enumerate(optimizers):
-            grads, s = o.update(grads, state[i], params, lr)
-            new_state.append(s)
-        return grads, tuple(new_state)
-
-    last = step_of(optimizers[-1]) if optimizers else None
-    if last is None:
-        return Optimizer(init, update)
-
-    def step_(grads: Tree, state: tuple[Any, ...], params: Tree, lr: Tensor | float) -> tuple[Tree, Any]:
-        new_state = []
-        for o, s in zip(optimizers[:-1], state, strict=False):
-            grads, s = o.update(grads, s, params, lr)
-            new_state.append(s)
-        params, s = last(grads, state[-1], params, lr)
-        return params, (*new_state, s)
-
-    return Optimizer(init, with_step(update, step_))
-
-
-def partitioned(predicate: Mask, yes: Optimizer, no: Optimizer) -> Optimizer:
-    """`yes` updates the parameters that `predicate(path, param)` chooses, `no` all the others.
-
-    Each sees a tree with None in place of the other's leaves. `predicate` may also be a tree of bools. More than two
-    kinds: let `no` be a `partitioned` again.
-
-    >>> from purelm.optim import adamw, sgd
-    >>> optimizer = partitioned(lambda path, p: "embeddings" in path, sgd(), adamw())
-    """
-
-    def split(chosen: Tree, t: Tree) -> tuple[Tree, Tree]:
-        # The choice is made on params alone, so a predicate may look at values and dtypes, not only at paths.
-        return (
-            tree.map(lambda c, x: x if c else None, chosen, t),
-            tree.map(lambda c, x: None if c else x, chosen, t),
-        )
-
-    def init(params: Tree) -> PartitionedState:
-        p_yes, p_no = split(chosen_by(predicate, params), params)
-        return PartitionedState(yes.init(p_yes), no.init(p_no))
-
-    def update(grads: Tree, state: PartitionedState, params: Tree, lr: Tensor | float) -> tuple[Tree, PartitionedState]:
-        chosen = chosen_by(predicate, params)
-        (g_yes, g_no), (p_yes, p_no) = split(chosen, grads), split(chosen, params)
-        u_yes, s_yes = yes.update(g_yes, state.yes, p_yes, lr)
-        u_no, s_no = no.update(g_no, state.no, p_no, lr)
-        return tree.combine(u_yes, u_no), PartitionedState(s_yes, s_no)
-
-    first, second = step_of(yes), step_of(no)
-    if first is None or second is None:
-        return Optimizer(init, update)
-
-    def step_(grads: Tree, state: PartitionedState, params: Tree, lr: Tensor | float) -> tuple[Tree, PartitionedState]:
-        chosen = chosen_by(predicate, params)
-        (g_yes, g_no), (p_yes, p_no) = split(chosen, grads), split(chosen, params)
-        p_yes, s_yes = first(g_yes, state.yes, p_yes, lr)
-        p_no, s_no = second(g_no, state.no, p_no, lr)
-        return tree.combine(p_yes, p_no), PartitionedState(s_yes, s_no)
-
-    return Optimizer(init, with_step(update, step_))
-
-
-def scale_lr(optimizer: Optimizer, factor: float) -> Optimizer:
-    """The optimizer with lr * factor: one schedule for parts that need different learning rates."""
-    step = step_of(optimizer)
-
-    def update(grads: Tree, state: Any, params: Tree, lr: Tensor | float) -> tuple[Tree, Any]:
-        return optimizer.update(grads, state, params, lr * factor)
-
-    if step is None:
-        return Optimizer(optimizer.init, update)
-
-    def step_(grads: Tree, state: Any, params: Tree, lr: Tensor | float) -> tuple[Tree, Any]:
-        return step(grads, state, params, lr * factor)
-
-    return Optimizer(optimizer.init, with_step(update, step_))
-
-
-def add_weight_decay(weight_decay: float, mask: Mask = None) -> Optimizer:
-    """Gradient of an L2 penalty: g + weight_decay * p (coupled decay; `adamw` and `lion` have the decoupled one).
-
-    `chain(add_weight_decay(0.1), adam())` is torch.optim.Adam(weight_decay=0.1).
-    """
-
-    def update(grads: Tree, state: tuple[()], params: Tree, lr: Tensor | float) -> tuple[Tree, tuple[()]]:
-        def leaf(rate: float, p: Tensor, g: Tensor | None) -> tuple:
-            return (g if g is None or not rate else g.add(p, alpha=rate).to(g.dtype),)
-
-        (decayed,) = unzip(1, leaf, params, grads, weight_decay=weight_decay, mask=mask)
-        return decayed, state
-
-    return Optimizer(lambda params: (), update)
 
 
 def is_matrix(path: str, leaf: Tensor) -> bool:
@@ -263,8 +165,13 @@ def moments_like(params: Tree, dtype: torch.dtype | None) -> Tree:
 
 
 def first_step(params: Tree) -> Tensor:
-    """The step counter of a new state, on the device of the parameters."""
+    """The step counter of a new state, on the device of the parameters; ValueError names a leaf that is no tensor."""
     flat = tree.leaves(params)
+    for i, p in enumerate(flat):
+        if not isinstance(p, Tensor):
+            raise ValueError(
+                f"init: params has a {type(p).__name__} at {tree.paths(params)[i] or 'the root'}; tensors are needed"
+            )
     return torch.zeros((), dtype=torch.int64, device=flat[0].device if flat else None)
 
 
@@ -287,15 +194,3 @@ def settle(x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     x = x.to(dtype)
     return x.expand(16).amax() if torch.compiler.is_compiling() else x
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """ValueError unless low <= value < high."""
-    if not low <= value < high:
-        raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """ValueError unless value is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join([repr(a) for a in allowed])}, got {value!r}")

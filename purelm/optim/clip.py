@@ -5,7 +5,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from purelm import tree
-from purelm.optim.base import Optimizer, Tree, check_range
+from purelm.optim.base import Optimizer, Tree, made_by
+from purelm.optim.checks import check_range
 
 __all__ = ["clip", "clip_by_global_norm"]
 
@@ -44,4 +45,4 @@ def clip_by_global_norm(
     def update(grads: Tree, state: tuple[()], params: Tree, lr: Tensor | float) -> tuple[Tree, tuple[()]]:
         return clip(grads, max_norm, eps, norm=norm)[0], state
 
-    return Optimizer(lambda params: (), update)
+    return made_by(Optimizer(lambda params: (), update), clip_by_global_norm, max_norm, eps, norm=norm)

@@ -1,7 +1,7 @@
 """Steps of optimizers over the old parameters and state, leaf by leaf (base.with_step says what for).
 
-A pure update compiled as a whole is one graph of every leaf: it takes longer to compile than the model, and twice the
-leaves twice as long. Here one function of one leaf is compiled, whatever the leaf's length, and called for each.
+A pure update compiled as a whole is one graph over all leaves: it takes longer to compile than the model, and twice as
+long for twice the leaves. Here a function of one leaf is compiled once, for leaves of any length, and called for each.
 """
 
 import functools

@@ -16,9 +16,9 @@ from purelm.optim.base import (
     Mask,
     Optimizer,
     Tree,
-    check_range,
     compute_dtype,
     first_step,
+    made_by,
     moments_like,
     per_dtype,
     scalar,
@@ -26,6 +26,7 @@ from purelm.optim.base import (
     unzip,
     with_step,
 )
+from purelm.optim.checks import check_betas, check_range, check_update
 from purelm.optim.in_place import decays, leaf_by_leaf, rates
 
 __all__ = ["LionState", "lion"]
@@ -57,9 +58,7 @@ def lion(
     >>> updates["w"]
     tensor([-0.5000,  0.5000])
     """
-    b1, b2 = betas
-    check_range("betas[0]", b1, 0.0, 1.0)
-    check_range("betas[1]", b2, 0.0, 1.0)
+    b1, b2 = check_betas("lion", betas)
     check_range("weight_decay", weight_decay, 0.0, float("inf"))
 
     def init(params: Tree) -> LionState:
@@ -74,6 +73,7 @@ def lion(
         return d * s[0], torch.lerp(m_, g_, 1 - b2).to(m.dtype)
 
     def update(grads: Tree, state: LionState, params: Tree, lr: Tensor | float) -> tuple[Tree, LionState]:
+        check_update("lion", LionState, grads, state, params, lr)
         neg_lr = per_dtype(lambda d: (settle(-scalar(lr, state.step), d),))
 
         def one(rate: float, p: Tensor, g: Tensor | None, m: Tensor) -> tuple:
@@ -85,9 +85,10 @@ def lion(
     write = leaf_by_leaf(leaf, "lion")
 
     def step_(grads: Tree, state: LionState, params: Tree, lr: Tensor | float) -> tuple[Tree, LionState]:
+        check_update("lion", LionState, grads, state, params, lr)
         neg_lr = per_dtype(lambda d: (settle(-scalar(lr, state.step), d),))
         write(params, grads, (state.m,), rates(params, weight_decay, mask), lambda dtype, rate: neg_lr(dtype))
         state.step.add_(1)
         return params, state
 
-    return Optimizer(init, with_step(update, step_))
+    return made_by(Optimizer(init, with_step(update, step_)), lion, (b1, b2), weight_decay, mask=mask, dtype=dtype)

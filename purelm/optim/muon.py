@@ -24,20 +24,19 @@ from purelm.optim.base import (
     Mask,
     Optimizer,
     Tree,
-    check_choice,
-    check_range,
     compute_dtype,
     first_step,
     is_matrix,
+    made_by,
     moments_like,
-    partitioned,
     per_dtype,
     scalar,
-    scale_lr,
     settle,
     unzip,
     with_step,
 )
+from purelm.optim.checks import check_choice, check_range, check_update
+from purelm.optim.combinators import partitioned, scale_lr
 from purelm.optim.in_place import rates
 
 __all__ = ["QUINTIC", "MuonState", "hidden_matrix", "muon", "muon_adamw", "orthogonalize"]
@@ -124,6 +123,7 @@ def muon(
         return MuonState(first_step(params), moments_like(params, dtype))
 
     def update(grads: Tree, state: MuonState, params: Tree, lr: Tensor | float) -> tuple[Tree, MuonState]:
+        check_update("muon", MuonState, grads, state, params, lr)
         neg_lr = per_dtype(lambda d: settle(-scalar(lr, state.step), d))
 
         def leaf(rate: float, p: Tensor, g: Tensor | None, m: Tensor) -> tuple:
@@ -144,6 +144,7 @@ def muon(
 
     def step_(grads: Tree, state: MuonState, params: Tree, lr: Tensor | float) -> tuple[Tree, MuonState]:
         """Matrices of one shape are iterated as a stack: fewer and larger products."""
+        check_update("muon", MuonState, grads, state, params, lr)
         neg_lr = per_dtype(lambda d: -scalar(lr, state.step).to(d))
         (ps, gs, ms), _ = tree.flatten_up_to(params, grads, state.m)
         decay = [rate for rate, g in zip(rates(params, weight_decay, mask), gs, strict=True) if g is not None]
@@ -167,7 +168,20 @@ def muon(
         state.step.add_(1)
         return params, state
 
-    return Optimizer(init, with_step(update, step_))
+    return made_by(
+        Optimizer(init, with_step(update, step_)),
+        muon,
+        momentum,
+        weight_decay,
+        nesterov=nesterov,
+        update_scale=update_scale,
+        n_steps=n_steps,
+        coefficients=coefficients,
+        eps=eps,
+        mask=mask,
+        iteration_dtype=iteration_dtype,
+        dtype=dtype,
+    )
 
 
 def muon_adamw(

@@ -16,14 +16,17 @@ LARGE = 1e15  # a gradient that any clipping shortens; its square, 1e30, is a nu
 
 
 def check_sees_all(optimizer: Optimizer, params: Tree, norm: Callable[[Tree], Tensor], who: str, advice: str) -> None:
-    """ValueError on all processes where the optimizer clips by a norm of this one's gradients, and `norm` is of more.
+    """ValueError, on all processes, where an optimizer clips by a norm of this process's gradients alone.
 
-    Found by trying, on a tree of the form of `params` with a number in place of each leaf. Where gradients of 1e15 and
-    of 1e16 give one result, and those of 1e-15 another, the optimizer clips. Then each process has larger gradients by
-    a factor of its own: a clip by the norm of its own ones gives that result again, one by a sum over processes does
-    not. Four updates of numbers, and what `norm` sends four times; every process must call it.
+    `norm` is the right one, of the gradients of all processes; where the two are the same nothing is refused.
 
-    An optimizer that cannot be tried so (one that holds tensors of the parameters' shapes, say) is not refused.
+    The optimizer is tried on a tree of the form of `params` that has one number in place of each leaf. It clips if
+    gradients of 1e15 and of 1e16 give equal results, and gradients of 1e-15 another. If it does, each process tries
+    gradients that are larger by a factor of its own: clipped by the norm of its own gradients the result is the same
+    again, clipped by a sum over processes it is not. That takes four updates of numbers and four calls of `norm`; every
+    process must take part.
+
+    An optimizer that fails on such a tree (one that holds tensors of the parameters' shapes, say) is not refused.
     """
     rank, size = _process()
     if size == 1:

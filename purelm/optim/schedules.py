@@ -10,7 +10,7 @@ finite. No Python branch depends on the step: a compiled train step is compiled 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ __all__ = [
     "constant",
     "cosine",
     "cosine_decay",
+    "join",
     "linear",
     "linear_decay",
     "one_minus_sqrt_decay",
@@ -89,6 +90,37 @@ def wsd(
     )
 
 
+def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
+    """One schedule after another: schedules[i] from step boundaries[i - 1] until boundaries[i], counted from its start.
+
+        schedule(t) = schedules[i](t - boundaries[i - 1]),   boundaries[i - 1] <= t < boundaries[i]
+
+    as optax.join_schedules. Boundaries ascend, one fewer than schedules; a boundary twice leaves out what is between.
+
+    >>> schedule = join([linear(1.0, 4, lr_final=0.5), constant(0.5), cosine(0.5, 2)], boundaries=[4, 6])
+    >>> schedule(torch.tensor([0, 2, 4, 5, 6, 7, 8]))
+    tensor([1.0000, 0.7500, 0.5000, 0.5000, 0.5000, 0.2500, 0.0000])
+    """
+    parts, starts = list(schedules), list(boundaries)
+    for i, part in enumerate(parts):
+        if not callable(part):
+            raise ValueError(f"join: schedules[{i}] is {part!r}; functions of the step are needed: constant({part!r})")
+    if not parts or len(starts) != len(parts) - 1:
+        raise ValueError(f"join: {len(parts)} schedules need {max(len(parts) - 1, 0)} boundaries, got {len(starts)}")
+    if any(not isinstance(b, int) or b < 0 for b in starts) or starts != sorted(starts):
+        raise ValueError(f"join: boundaries must be ascending integers of at least 0, got {starts}")
+
+    def schedule(step: Tensor | int) -> Tensor:
+        t = _as_tensor(step)
+        value = parts[0](t)
+        for part, start in zip(parts[1:], starts, strict=True):
+            # A part is asked for its own steps only: before them, for its first one.
+            value = torch.where(t < start, value, part((t - start).clamp(min=0)))
+        return value
+
+    return schedule
+
+
 def linear_decay(x: Tensor) -> Tensor:
     """1 - x."""
     return 1 - x
@@ -115,20 +147,25 @@ def _piecewise(
 ) -> Schedule:
     """Line to the peak at n_warmup, peak until n_stable, `decay` to lr_final at n_steps, lr_final after it."""
     _check(lr_peak, n_warmup, n_steps, lr_initial, lr_final)
-    sudden = n_stable == n_steps  # no step lies in the decay: lr_final comes at n_steps all the same
+    sudden = n_stable == n_steps  # the decay has no steps: the rate falls to lr_final at n_steps itself
 
     def schedule(step: Tensor | int) -> Tensor:
-        if not isinstance(step, Tensor) and not step >= 0:
-            raise ValueError(f"step must be at least 0, got {step}")
         # fp64: a step has more digits than fp32 holds, and these are a few operations once a step.
-        t = step.to(torch.float64) if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float64)
-        t = t.clamp(min=0)
+        t = _as_tensor(step).to(torch.float64).clamp(min=0)
         rising = lr_initial + (lr_peak - lr_initial) * (t / max(n_warmup, 1))
         passed = ((t - n_stable + sudden) / max(n_steps - n_stable, 1)).clamp(0, 1)
         falling = lr_final + (lr_peak - lr_final) * decay(passed)
         return torch.where(t < n_warmup, rising, falling).to(torch.float32)
 
     return schedule
+
+
+def _as_tensor(step: Tensor | int) -> Tensor:
+    if isinstance(step, Tensor):
+        return step
+    if not step >= 0:
+        raise ValueError(f"step must be at least 0, got {step}")
+    return torch.tensor(step, dtype=torch.float64 if isinstance(step, float) else torch.int64)
 
 
 def _check(lr_peak: float, n_warmup: int, n_steps: int, lr_initial: float, lr_final: float) -> None:

@@ -14,9 +14,9 @@ from purelm.optim.base import (
     Mask,
     Optimizer,
     Tree,
-    check_range,
     compute_dtype,
     first_step,
+    made_by,
     moments_like,
     per_dtype,
     scalar,
@@ -24,6 +24,7 @@ from purelm.optim.base import (
     unzip,
     with_step,
 )
+from purelm.optim.checks import check_range, check_update
 from purelm.optim.in_place import leaf_by_leaf, rates
 
 __all__ = ["SGDState", "sgd"]
@@ -79,6 +80,7 @@ def sgd(
         return d * s[0], m_.to(m[0].dtype)
 
     def update(grads: Tree, state: SGDState, params: Tree, lr: Tensor | float) -> tuple[Tree, SGDState]:
+        check_update("sgd", SGDState, grads, state, params, lr)
         neg_lr = per_dtype(lambda d: (settle(-scalar(lr, state.step), d),))
 
         def one(rate: float, p: Tensor, g: Tensor | None, *m: Tensor) -> tuple:
@@ -91,10 +93,12 @@ def sgd(
     write = leaf_by_leaf(leaf, "sgd")
 
     def step_(grads: Tree, state: SGDState, params: Tree, lr: Tensor | float) -> tuple[Tree, SGDState]:
+        check_update("sgd", SGDState, grads, state, params, lr)
         neg_lr = per_dtype(lambda d: (settle(-scalar(lr, state.step), d),))
         moments = (state.m,) if momentum else ()
         write(params, grads, moments, rates(params, weight_decay, mask), lambda dtype, rate: neg_lr(dtype))
         state.step.add_(1)
         return params, state
 
-    return Optimizer(init, with_step(update, step_))
+    optimizer = Optimizer(init, with_step(update, step_))
+    return made_by(optimizer, sgd, momentum, weight_decay, nesterov=nesterov, mask=mask, dtype=dtype)

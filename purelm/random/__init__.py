@@ -29,6 +29,7 @@ from purelm.random.keys import (
     fold_in,
     key,
     split,
+    split_like,
 )
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "permutation",
     "randint",
     "split",
+    "split_like",
     "truncated_normal",
     "uniform",
 ]

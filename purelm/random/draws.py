@@ -9,7 +9,7 @@ from torch import Tensor
 
 from purelm.devices import at_hand
 from purelm.random.keys import Index, Key, check_key, split
-from purelm.random.threefry import WORD, draw, unsigned
+from purelm.random.threefry import WORD, as_shape, draw, unsigned
 
 __all__ = [
     "bernoulli",
@@ -26,7 +26,12 @@ __all__ = [
 
 
 def bits(key: Key, shape: Sequence[int], *, index: Index = 0) -> Int[Tensor, "..."]:
-    """32 random bits an element, as int64 values in [0, 2**32)."""
+    """32 random bits an element, as int64 values in [0, 2**32).
+
+    >>> from purelm.random import key
+    >>> bits(key(0), (2,))
+    tensor([4070199207, 4202968722])
+    """
     check_key("bits", key)
     return draw(key, shape, index, lambda a, b: unsigned(a ^ b), torch.int64)
 
@@ -43,6 +48,10 @@ def uniform(
     """Uniform on [low, high): the mantissa's bits are random, so values lie on a grid of 2**-23 of the range.
 
     The grid is 2**-52 in float64, 2**-10 in float16 and 2**-7 in bfloat16, as in jax.
+
+    >>> from purelm.random import key
+    >>> uniform(key(0), (3,))
+    tensor([0.9477, 0.9786, 0.3323])
     """
     check_key("uniform", key)
     _check_float("uniform", dtype)
@@ -56,6 +65,11 @@ def normal(
 
     In bfloat16 and float16 u itself has that dtype (jax's way), which leaves 128 or 2048 distinct values: draw in
     float32 and cast where that is too few, as for weights.
+
+    >>> from purelm.random import key
+    >>> whole = normal(key(0), (3,))
+    >>> whole, torch.equal(normal(key(0), (2,), index=1), whole[1:])  # a shard draws its part of the whole
+    (tensor([ 1.6226,  2.0253, -0.4336]), True)
     """
     check_key("normal", key)
     _check_float("normal", dtype)
@@ -79,6 +93,10 @@ def truncated_normal(
     """Standard normal given that it lies in (lower, upper): sqrt(2) erfinv(u), u uniform on the bounds' erf.
 
     lower and upper are in standard deviations; multiply the result for another scale. It never touches the bounds.
+
+    >>> from purelm.random import key
+    >>> truncated_normal(key(0), (3,), -1.0, 1.0)
+    tensor([ 0.8619,  0.9413, -0.2910])
     """
     check_key("truncated_normal", key)
     _check_float("truncated_normal", dtype)
@@ -98,7 +116,12 @@ def truncated_normal(
 def gumbel(
     key: Key, shape: Sequence[int], dtype: torch.dtype = torch.float32, *, index: Index = 0
 ) -> Float[Tensor, "..."]:
-    """Standard Gumbel: -log(-log(u)), u uniform on [tiny, 1). In float32 the values lie in [-4.5, 16]."""
+    """Standard Gumbel: -log(-log(u)), u uniform on [tiny, 1). In float32 the values lie in [-4.5, 16].
+
+    >>> from purelm.random import key
+    >>> gumbel(key(0), (2,))
+    tensor([2.9234, 3.8326])
+    """
     check_key("gumbel", key)
     _check_float("gumbel", dtype)
     tiny = torch.finfo(dtype).tiny
@@ -115,6 +138,10 @@ def bernoulli(
     """True with probability p: uniform < p. `shape` is p's own by default, and p is broadcast to it.
 
     Probabilities are resolved to the uniform's grid: 2**-23 for float32.
+
+    >>> from purelm.random import key
+    >>> bernoulli(key(0), torch.tensor([0.0, 0.5, 1.0]))
+    tensor([False, False,  True])
     """
     if isinstance(p, Tensor):
         _check_float("bernoulli", p.dtype)
@@ -133,6 +160,10 @@ def randint(
 
     With 32 bits the probabilities differ by up to a factor 1 + (high - low) / 2**32, which is much for a range of
     many millions (an offset into a corpus): take n_bits=64 there. Bounds beyond int32 always use 64.
+
+    >>> from purelm.random import key
+    >>> randint(key(0), (5,), 0, 10)
+    tensor([9, 0, 2, 3, 1])
     """
     check_key("randint", key)
     if n_bits not in (32, 64):
@@ -159,7 +190,12 @@ def randint(
 
 
 def permutation(key: Key, n: int) -> Int[Tensor, " n"]:
-    """A uniformly random order of 0..n-1: repeated stable sorts by random 32-bit words, as many as jax makes."""
+    """A uniformly random order of 0..n-1: repeated stable sorts by random 32-bit words, as many as jax makes.
+
+    >>> from purelm.random import key
+    >>> permutation(key(0), 5)
+    tensor([0, 1, 4, 3, 2])
+    """
     check_key("permutation", key)
     order = torch.arange(n, device=key.device)
     # Words of one sort collide; after this many rounds two elements agree in all of them with negligible chance.
@@ -176,6 +212,10 @@ def categorical(key: Key, logits: Float[Tensor, "..."], axis: int = -1) -> Int[T
     Logits in half precision are taken to float32 first (jax stays in their dtype, with 128 levels of noise).
     In float32, classes of probability below 1e-7 are drawn too rarely.
     ValueError for logits that are no distribution (NaN, inf, or nothing possible), where the host can look: on a CPU.
+
+    >>> from purelm.random import key
+    >>> categorical(key(0), torch.tensor([[0.0, 50.0], [50.0, 0.0]]))
+    tensor([1, 0])
     """
     _check_float("categorical", logits.dtype)
     if at_hand(logits) and logits.numel() and not bool(torch.isfinite(logits.amax(axis)).all()):
@@ -196,9 +236,14 @@ def choice(
 
     Without replacement and with p, the draws are ordered as if taken one after another (Gumbel top-k).
     ValueError for a p that is no distribution, where the host can look: on a CPU.
+
+    >>> from purelm.random import key
+    >>> choice(key(0), torch.tensor([2.0, 3.0, 5.0]), (4,)), choice(key(0), 10, (3,), replace=False)
+    (tensor([3., 2., 5., 3.]), tensor([0, 1, 8]))
     """
     check_key("choice", key)
     n = a.shape[0] if isinstance(a, Tensor) else a
+    shape = as_shape(shape)
     n_draws = math.prod(shape)
     if n <= 0:
         raise ValueError(f"choice: a has {n} elements; at least one is needed")
@@ -219,7 +264,7 @@ def choice(
         picked = torch.searchsorted(total, total[-1] * (1 - uniform(key, shape, dtype=p.dtype)))
     else:
         picked = torch.topk(torch.log(p) + gumbel(key, (n,), p.dtype), n_draws).indices
-    picked = picked.reshape(tuple(shape))
+    picked = picked.reshape(shape)
     return a[picked] if isinstance(a, Tensor) else picked
 
 

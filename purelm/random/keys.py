@@ -1,12 +1,15 @@
 """Keys: made of a seed, split, folded with numbers; and the indices by which a shard draws its part."""
 
 import math
+import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from purelm import tree
 from purelm.random.threefry import WORD, encipher, unsigned
 
 __all__ = [
@@ -15,6 +18,7 @@ __all__ = [
     "fold_in",
     "key",
     "split",
+    "split_like",
 ]
 
 Key = Int[Tensor, " 2"]
@@ -63,6 +67,33 @@ def fold_in(key: Key, data: int | Int[Tensor, ""]) -> Key:
     return torch.stack([unsigned(word) for word in encipher(key, index)], dim=-1)
 
 
+def split_like(key: Key, like: Any) -> Any:
+    """A key for each leaf of the tree `like`, in a tree of its form: fold_in(key, crc32(path)) for the leaf at `path`.
+
+    A leaf's key depends on its path alone, so that adding or removing other leaves changes none of the rest; so are
+    the first values of a model's parameters drawn (`purelm.models.initialise.leaf_key`). ValueError where two leaves
+    would get one key, since a key of a dict has a dot, or, once in 2**32 pairs, since their paths have one crc32.
+
+    >>> params = {"w": torch.zeros(2, 3), "b": torch.zeros(3)}
+    >>> keys = split_like(key(0), params)
+    >>> torch.equal(keys["w"], split_like(key(0), {"w": 0, "more": [1, 2]})["w"])
+    True
+    >>> from purelm import random
+    >>> noise = tree.map(lambda p, k: random.normal(k, p.shape), params, keys)
+    """
+    check_key("split_like", key)
+    paths = tree.paths(like)
+    seen: dict[int, str] = {}
+    for path in paths:
+        number = zlib.crc32(path.encode())
+        if number in seen:
+            raise ValueError(f"split_like: the paths {seen[number]!r} and {path!r} of two leaves give one key")
+        seen[number] = path
+    index = torch.tensor(list(seen), dtype=torch.int64, device=key.device)  # all in one pass
+    words = torch.stack([unsigned(word) for word in encipher(key, index)], dim=-1)
+    return tree.unflatten(tree.structure(like), torch.unbind(words))
+
+
 def block_index(
     whole: Sequence[int], start: Sequence[int], shape: Sequence[int], device: torch.device | str | None = None
 ) -> Int[Tensor, "..."]:
@@ -86,5 +117,6 @@ def block_index(
 
 def check_key(name: str, key: Tensor) -> None:
     if not isinstance(key, Tensor) or key.shape != (2,) or key.dtype != torch.int64:
-        given = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
-        raise ValueError(f"{name}: key is {given}; a key is an int64 tensor of shape (2,) (vmap over several)")
+        given = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else f"{key!r:.80}"
+        hint = f": random.key({key}) makes one" if isinstance(key, int) else " (vmap over several)"
+        raise ValueError(f"{name}: key is {given}; a key is an int64 tensor of shape (2,){hint}")

@@ -6,6 +6,7 @@ right shift becomes a logical one by masking. Element i of a draw uses the 64-bi
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -68,6 +69,20 @@ def unsigned(word: Tensor) -> Tensor:
     return word.to(torch.int64) & WORD
 
 
+def as_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The sizes as a tuple; ValueError for a number in place of a sequence, and for what is no size."""
+    if torch.compiler.is_compiling():
+        return tuple(shape)
+    try:
+        sizes = tuple(shape)
+        fits = all(isinstance(n, torch.SymInt) or operator.index(n) >= 0 for n in sizes)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"shape is {shape!r:.80}; a sequence of integers of at least 0 is needed, as (3,)")
+    return sizes
+
+
 def draw(
     key: Tensor,
     shape: Sequence[int],
@@ -79,7 +94,7 @@ def draw(
 
     `index` is the counter of the first element (int or 0-d tensor), or of every element (int64 tensor of `shape`).
     """
-    shape = tuple(shape)
+    shape = as_shape(shape)
     n = math.prod(shape)
     if isinstance(index, Tensor) and index.ndim > 0:
         if index.shape != shape:

@@ -11,6 +11,7 @@ from purelm.tree.parts import (
     partition,
     ravel,
 )
+from purelm.tree.stacks import stack, unstack
 from purelm.tree.tensors import (
     all_finite,
     cast,
@@ -30,6 +31,7 @@ from purelm.tree.walks import (
     map,
     map_with_path,
     paths,
+    reduce,
     structure,
     unflatten,
 )
@@ -53,9 +55,12 @@ __all__ = [
     "partition",
     "paths",
     "ravel",
+    "reduce",
+    "stack",
     "structure",
     "to",
     "to_flat",
     "unflatten",
+    "unstack",
     "zeros_like",
 ]

@@ -17,7 +17,9 @@ __all__ = [
 
 
 def partition(predicate: Callable[[str, Any], bool], tree: Tree) -> tuple[Tree, Tree]:
-    """(yes, no): two trees of the same form; predicate(path, leaf) says which has the leaf, the other has None.
+    """(yes, no), two trees of the form of `tree`: a leaf is in `yes` where predicate(path, leaf), else in `no`.
+
+    The other one has None there.
 
     `combine(yes, no)` is the tree again.
 
@@ -33,7 +35,11 @@ def partition(predicate: Callable[[str, Any], bool], tree: Tree) -> tuple[Tree, 
 def combine(*trees: Tree) -> Tree:
     """The tree that has, at each place, the one leaf that is not None among `trees`.
 
-    None where all are None. ValueError with the path where two trees both have a leaf, or where forms differ.
+    None where all are None. A None in place of a whole subtree stands for one without leaves: another tree's subtree is
+    taken as it is. ValueError with the path where two trees both have a leaf, or where forms differ.
+
+    >>> combine({"encoder": {"w": 1, "b": None}, "head": None}, {"encoder": {"w": None, "b": 2}, "head": {"w": 3}})
+    {'encoder': {'w': 1, 'b': 2}, 'head': {'w': 3}}
     """
     if not trees:
         raise ValueError("combine: no tree given; one or more are needed")
@@ -49,9 +55,13 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     Leaves of several floating dtypes are promoted to their common dtype, which is exact, and `unravel` restores
     each leaf's own. Mixing floating with other dtypes would not be exact: ValueError.
     `unravel` returns views of its argument where the dtype needs no change; another size is a ValueError.
+
+    >>> vector, unravel = ravel({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)})
+    >>> vector, unravel(10 * vector)
+    (tensor([1., 2., 3.]), {'a': tensor([10., 20.]), 'b': tensor(30.)})
     """
     flat, treedef = flatten(tree)
-    # Not the treedef itself: an index at each leaf can be mapped over inside torch.compile too.
+    # The number of each leaf, in a tree: unlike a treedef, it can be mapped over inside torch.compile.
     index_tree = unflatten(treedef, range(len(flat)))
     shapes = [x.shape for x in flat]
     dtypes = [x.dtype for x in flat]

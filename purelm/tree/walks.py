@@ -18,6 +18,7 @@ __all__ = [
     "map",
     "map_with_path",
     "paths",
+    "reduce",
     "structure",
     "unflatten",
 ]
@@ -38,7 +39,9 @@ def flatten(tree: Tree) -> tuple[list[Any], TreeDef]:
 
 
 def flatten_up_to(tree: Tree, *rest: Tree) -> tuple[list[list[Any]], TreeDef]:
-    """([leaves of tree, what stands there in each of rest ...], structure of tree): what `map` maps over.
+    """(columns, structure): the leaves of `tree`, then for each tree of `rest` what stands in the same places.
+
+    `map` calls its function on the rows of these columns.
 
     >>> flatten_up_to({"w": 1, "b": 2}, {"w": [3, 4], "b": None})[0]
     [[2, 1], [None, [3, 4]]]
@@ -119,9 +122,18 @@ def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return treedef.unflatten([f(*xs) for xs in zip(_paths_of(treedef), *columns, strict=True)])
 
 
+def reduce(f: Callable[[Any, Any], Any], tree: Tree, initial: Any) -> Any:
+    """f(... f(f(initial, leaf 0), leaf 1) ..., last leaf), in the order of the leaves; `initial` where there are none.
+
+    >>> reduce(lambda total, x: total + x.numel(), {"w": torch.zeros(2, 3), "b": torch.zeros(3), "none": None}, 0)
+    9
+    """
+    return functools.reduce(f, leaves(tree), initial)
+
+
 @functools.lru_cache(maxsize=128)
 def _paths_of(treedef: optree.PyTreeSpec) -> tuple[str, ...]:
-    """Kept, since an optimizer with a mask asks in every step: 290 paths take 2 ms to put together."""
+    """Cached: an optimizer with a mask needs the paths in every step, and 290 of them take 2 ms to put together."""
     found: list[str] = []
     traced.walk(lambda path, leaf: found.append(path), "", treedef.unflatten(range(treedef.num_leaves)), ())
     return tuple(found)

@@ -245,3 +245,19 @@ def test_dtype_of_the_moments_is_an_argument():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         adamw(**arguments)
+
+
+@pytest.mark.parametrize("eps_placement", ["outside", "uncorrected"])
+def test_eps_root_makes_the_update_differentiable_at_zero(eps_placement):
+    """Oracle: lr / (sqrt(eps_root) + eps), the derivative of the first step at g = 0; without eps_root it is nan."""
+    params, lr, eps_root = {"w": torch.zeros(1, dtype=torch.float64)}, 0.1, 1e-6
+
+    def moved(optimizer, g):
+        return optimizer.update({"w": g}, optimizer.init(params), params, lr)[0]["w"].sum()
+
+    zero = torch.zeros(1, dtype=torch.float64)
+    smooth = adam(eps=0.0, eps_root=eps_root, eps_placement=eps_placement)
+    slope = torch.func.grad(lambda g: moved(smooth, g))(zero)
+    scale = 1.0 if eps_placement == "outside" else (1 - 0.999) ** 0.5  # eps_root beside v, which is not corrected yet
+    torch.testing.assert_close(slope.item(), -lr * scale / eps_root**0.5, rtol=1e-9, atol=0)
+    assert torch.func.grad(lambda g: moved(adam(eps_placement=eps_placement), g))(zero).isnan().all()

@@ -1,4 +1,4 @@
-"""chain, partitioned, scale_lr, add_weight_decay, clipping. Oracles: the parts by hand, torch.nn.utils."""
+"""chain, partitioned, labelled, scale_lr, add_weight_decay, clipping. Oracles: the parts by hand, torch.nn.utils."""
 
 import pytest
 import torch
@@ -14,13 +14,15 @@ from purelm.optim import (
     chain,
     clip,
     clip_by_global_norm,
+    frozen,
     is_matrix,
+    labelled,
     lion,
     partitioned,
     scale_lr,
     sgd,
 )
-from purelm.optim.base import PartitionedState
+from purelm.optim.combinators import PartitionedState
 
 
 def model(seed):
@@ -127,6 +129,65 @@ def test_partitioned_all_to_one_side():
     one = partitioned(lambda path, p: True, adamw(), sgd())
     expected, _ = adamw().update(grads, adamw().init(params), params, 0.1)
     assert equal(one.update(grads, one.init(params), params, 0.1)[0], expected)
+
+
+def kind(path, p):
+    return "embedding" if path == "embed" else "matrix" if p.ndim >= 2 else "vector"
+
+
+def test_labelled_equals_nested_partitioned():
+    """Oracle: `partitioned` in `partitioned`, two steps, with labels from a function and from a tree."""
+    params = model(0)
+    parts = {"embedding": sgd(0.9), "matrix": lion(), "vector": adam()}
+    nested = partitioned(
+        lambda path, p: path == "embed", parts["embedding"], partitioned(is_matrix, parts["matrix"], parts["vector"])
+    )
+    for label in (kind, tree.map_with_path(kind, params)):
+        optimizer = labelled(label, parts)
+        state, other = optimizer.init(params), nested.init(params)
+        for i in range(2):
+            updates, state = optimizer.update(model(i + 1), state, params, 0.1)
+            expected, other = nested.update(model(i + 1), other, params, 0.1)
+            assert equal(updates, expected)
+            assert equal(state.states["embedding"], other.yes) and equal(state.states["vector"], other.no.no)
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=5, max_size=5))
+def test_labelled_updates_each_leaf_by_its_own(names):
+    """Law: the update of a leaf depends on its own label alone. Oracle: the optimizer of the label on all leaves."""
+    params, grads = model(0), model(1)
+    labels = tree.unflatten(tree.structure(params), names)
+    parts = {"a": sgd(), "b": lion(), "c": adamw()}
+    optimizer = labelled(labels, parts)
+    updates, state = optimizer.update(grads, optimizer.init(params), params, 0.1)
+    alone = {name: o.update(grads, o.init(params), params, 0.1)[0] for name, o in parts.items()}
+    for name, u, *of in zip(names, tree.leaves(updates), *[tree.leaves(alone[name]) for name in "abc"], strict=True):
+        assert torch.equal(u, of["abc".index(name)])
+    assert all(int(state.states[name].step) == 1 for name in "abc")  # those without a leaf count too
+
+
+def test_frozen_parameters_are_the_same_tensors():
+    """Oracle: identity; and the optimizer of the others alone."""
+    params, grads = model(0), model(1)
+    optimizer = labelled(lambda path, p: path.split(".")[0], {"embed": frozen(), "layers": adamw()})
+    updates, state = optimizer.update(grads, optimizer.init(params), params, 0.1)
+    new = apply_updates(params, updates)
+    assert new["embed"] is params["embed"] and tree.paths(state.states["embed"]) == []
+    alone = {"layers": params["layers"]}
+    expected, _ = adamw().update({"layers": grads["layers"]}, adamw().init(alone), alone, 0.1)
+    assert equal(updates["layers"], expected["layers"])
+
+
+def test_labelled_names_what_does_not_fit():
+    params = model(0)
+    with pytest.raises(ValueError, match=r"the label of 'layers.0.b' is 'vector'; optimizers has \['embedding', 'matr"):
+        labelled(kind, {"embedding": sgd(), "matrix": lion()}).init(params)
+    with pytest.raises(ValueError, match=r"labelled: optimizers\['a'\] is 0.1 \(float\)"):
+        labelled(kind, {"a": 0.1})
+    with pytest.raises(ValueError, match="the label 0 is a int"):
+        labelled(kind, {0: sgd()})
+    with pytest.raises(ValueError, match="structures differ"):
+        labelled({"embed": "a"}, {"a": sgd()}).init(params)
 
 
 @pytest.mark.parametrize("lr", [0.2, torch.tensor(0.2)])

@@ -10,11 +10,16 @@ import torch
 from purelm import tree
 from purelm.optim import (
     adamw,
+    apply_if_finite,
     apply_updates,
     chain,
     clip_by_global_norm,
+    constant,
     cosine,
+    ema,
     is_matrix,
+    join,
+    labelled,
     lion,
     muon_adamw,
     one_minus_sqrt_decay,
@@ -31,6 +36,11 @@ CASES = {
     "sgd": (sgd(0.9, 0.1, nesterov=True), 2e-6),
     "lion": (lion(weight_decay=0.1), 2e-6),
     "muon_adamw": (muon_adamw(iteration_dtype=torch.float32), 1e-5),
+    "labelled": (labelled(lambda path, p: "ab"[p.ndim - 1], {"a": sgd(0.9), "b": apply_if_finite(lion())}), 2e-6),
+}
+SCHEDULES = {
+    "sgd": wsd(0.1, 50, n_warmup=5, n_decay=10, decay=one_minus_sqrt_decay),
+    "labelled": join([constant(0.1), cosine(0.2, 10)], [2]),
 }
 
 
@@ -45,7 +55,7 @@ def model(seed):
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_once_and_equals_eager(name):
     optimizer, tolerance = CASES[name]
-    schedule = wsd(0.1, 50, n_warmup=5, n_decay=10, decay=one_minus_sqrt_decay) if name == "sgd" else cosine(0.1, 50)
+    schedule = SCHEDULES.get(name, cosine(0.1, 50))
 
     def step(params, state, grads, i):
         updates, state = optimizer.update(grads, state, params, schedule(i))
@@ -62,6 +72,30 @@ def test_compiles_once_and_equals_eager(name):
     for a, b in zip(tree.leaves(fused), tree.leaves(eager), strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=2e-6, atol=tolerance)
+
+
+def test_skipped_steps_and_averages_compile_once():
+    """No graph break and no recompilation where gradients are not finite, nor for another decay."""
+    optimizer, params = apply_if_finite(adamw()), model(0)
+
+    def step(params, state, average, grads, decay):
+        updates, state = optimizer.update(grads, state, params, 0.1)
+        params = apply_updates(params, updates)
+        average = ema.update(average, params, decay)
+        return params, state, average, ema.value(average)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True)
+    eager = fused = (params, optimizer.init(params), ema.init(params, debias=True))
+    for i in range(4):
+        grads = model(i + 1)
+        grads["layers"][0]["w"]["weight"][0, 0] = float("nan") if i % 2 else 1.0
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            *fused, value = compiled(*fused, grads, torch.tensor(0.1 * i))
+        *eager, expected = step(*eager, grads, torch.tensor(0.1 * i))
+    for a, b in zip(tree.leaves((fused, value)), tree.leaves((eager, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+    assert int(fused[1].n_total) == 2 and int(fused[1].inner.step) == 2
 
 
 def test_scalars_stay_out_of_the_wide_kernels():

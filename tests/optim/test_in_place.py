@@ -10,11 +10,14 @@ import torch
 from purelm import tree
 from purelm.optim import (
     adamw,
+    apply_if_finite,
     apply_updates,
     chain,
     clip_by_global_norm,
     constant,
+    frozen,
     is_matrix,
+    labelled,
     lion,
     muon,
     muon_adamw,
@@ -38,6 +41,9 @@ CASES = {
     "lion": lion(weight_decay=0.1, mask=is_matrix),
     "clipped": chain(clip_by_global_norm(0.5), adamw(weight_decay=0.1)),
     "scaled parts": partitioned(lambda path, p: p.ndim > 1, scale_lr(sgd(0.9), 2.0), adamw()),
+    "labelled": labelled(
+        lambda path, p: path[0], {"a": sgd(0.9), "b": lion(), "c": frozen(), **dict.fromkeys("lnot", adamw())}
+    ),
     "muon_adamw": muon_adamw(iteration_dtype=torch.float32),
 }
 
@@ -122,16 +128,22 @@ def test_stacks_of_muon_are_bounded(monkeypatch):
         torch.testing.assert_close(y, x, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_a_training_step_without_a_second_form_is_the_same(own):
+def test_parts_without_a_second_form_have_none_together():
+    own = Optimizer(adamw().init, lambda *args: adamw().update(*args))
+    assert step_of(labelled(lambda path, p: "a", {"a": sgd(), "b": own})) is None
+    assert step_of(apply_if_finite(sgd())) is None  # the old values are needed until gradients are known
+
+
+@pytest.mark.parametrize("kind", ["own", "finite", "in place"])
+def test_a_training_step_without_a_second_form_is_the_same(kind):
     """A user's own optimizer, which is compiled as a whole, beside the one that writes over its state."""
     made = adamw(weight_decay=0.1)
 
     def update(grads, state, params, lr):
         return made.update(grads, state, params, lr)
 
-    optimizer = Optimizer(made.init, update) if own else made
-    assert (step_of(optimizer) is None) == own
+    optimizer = {"own": Optimizer(made.init, update), "finite": apply_if_finite(made), "in place": made}[kind]
+    assert (step_of(optimizer) is None) == (kind != "in place")
 
     def loss(params, batch):
         value = ((batch["x"] @ params["w"] + params["b"]) ** 2).mean()
@@ -151,7 +163,8 @@ def test_a_training_step_without_a_second_form_is_the_same(own):
         assert metrics.keys() == found.keys()
         for x, y in zip(tree.leaves((state, metrics)), tree.leaves((donated, found)), strict=True):
             torch.testing.assert_close(y, x, atol=1e-6, rtol=1e-6)
-    assert int(donated.step) == 3 and int(donated.opt_state.step) == 3
+    inner = donated.opt_state.inner if kind == "finite" else donated.opt_state
+    assert int(donated.step) == 3 and int(inner.step) == 3
 
 
 def test_without_donation_the_state_stays():

@@ -12,9 +12,12 @@ from purelm import tree
 from purelm.optim import (
     adam,
     adamw,
+    apply_if_finite,
     apply_updates,
     chain,
     clip_by_global_norm,
+    is_matrix,
+    labelled,
     lion,
     muon,
     muon_adamw,
@@ -30,6 +33,8 @@ EVERY = {
     "lion": lion(weight_decay=0.1),
     "muon_adamw": muon_adamw(),
     "chain": chain(clip_by_global_norm(1.0), adamw()),
+    "labelled": labelled(lambda path, p: str(is_matrix(path, p)), {"True": sgd(0.9), "False": lion()}),
+    "apply_if_finite": apply_if_finite(adamw(weight_decay=0.1)),
 }
 every = pytest.mark.parametrize("optimizer", EVERY.values(), ids=EVERY.keys())
 
@@ -121,7 +126,7 @@ def test_lr_zero_changes_nothing(optimizer, dtype):
     updates, new = optimizer.update(grads, state, params, torch.tensor(0.0))
     for p, q in zip(tree.leaves(params), tree.leaves(apply_updates(params, updates)), strict=True):
         assert torch.equal(p, q) and p.dtype == q.dtype
-    steps = [int(x) for x in tree.leaves(new) if x.dtype == torch.int64]
+    steps = [int(x) for path, x in zip(tree.paths(new), tree.leaves(new), strict=True) if path.endswith("step")]
     assert steps and set(steps) == {1}
 
 

@@ -12,6 +12,7 @@ from purelm.optim.schedules import (
     constant,
     cosine,
     cosine_decay,
+    join,
     linear,
     linear_decay,
     one_minus_sqrt_decay,
@@ -142,6 +143,41 @@ def test_int_tensor_and_batch_agree(drawn, step):
         assert torch.equal(lr.expand(2), other)
 
 
+def test_join_takes_one_after_another():
+    """Oracle: optax.join_schedules' rule in Python, each part asked for its own step."""
+    parts, boundaries = [linear(1.0, 5), cosine(2.0, 9, n_warmup=3), constant(0.25)], [5, 11]
+    schedule = join(parts, boundaries)
+    expected = [float(parts[0](t) if t < 5 else parts[1](t - 5) if t < 11 else parts[2](t - 11)) for t in range(20)]
+    assert [float(schedule(t)) for t in range(20)] == schedule(torch.arange(20)).tolist() == expected
+
+
+@given(st.lists(schedules(), min_size=1, max_size=4), st.data())
+def test_join_laws(drawn, data):
+    """Laws: one schedule joined is itself; joined at 0 it is gone; joins nest; an int is a 0-d tensor is a batch."""
+    parts = [d[0] for d in drawn]
+    boundaries = sorted(data.draw(st.lists(st.integers(0, 60), min_size=len(parts) - 1, max_size=len(parts) - 1)))
+    steps = torch.arange(80)
+    schedule = join(parts, boundaries)
+    values = schedule(steps)
+    assert torch.equal(join(parts[:1], [])(steps), parts[0](steps))
+    assert torch.equal(join([constant(7.0), *parts], [0, *boundaries])(steps), values)
+    if boundaries:
+        later = join(parts[1:], [b - boundaries[0] for b in boundaries[1:]])
+        assert torch.equal(join([parts[0], later], boundaries[:1])(steps), values)
+    t = data.draw(st.integers(0, 79))
+    for one in (schedule(t), schedule(torch.tensor(t)), schedule(torch.tensor(t, dtype=torch.int32))):
+        assert one.ndim == 0 and one.dtype == torch.float32 and torch.equal(one, values[t])
+    assert torch.equal(torch.vmap(schedule)(steps), values)
+
+
+def test_join_asks_each_part_for_its_own_steps_only():
+    """A user's schedule without a rule for negative steps gives no nan before its turn."""
+    schedule = join([constant(1.0), lambda t: (1 / torch.sqrt(t + 1)).to(torch.float32)], [10])
+    assert torch.equal(schedule(torch.tensor([0, 9, 10, 13])), torch.tensor([1.0, 1.0, 1.0, 0.5]))
+    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+        schedule(-1)
+
+
 def test_large_steps_are_exact():
     """fp32 cannot tell 2^24 + 1 from 2^24; the schedule can."""
     schedule = linear(1.0, 2**25)
@@ -161,6 +197,11 @@ def test_large_steps_are_exact():
         (lambda: constant(-1.0), "lr_peak must be at least 0 and finite, got -1.0"),
         (lambda: cosine(math.nan, 10), "lr_peak must be at least 0 and finite, got nan"),
         (lambda: wsd(1.0, 10, n_decay=2, lr_final=-0.1), "lr_final must be at least 0 and finite, got -0.1"),
+        (lambda: join([], []), "join: 0 schedules need 0 boundaries, got 0"),
+        (lambda: join([constant(1.0)] * 3, [1]), "join: 3 schedules need 2 boundaries, got 1"),
+        (lambda: join([constant(1.0)] * 3, [5, 1]), r"ascending integers of at least 0, got \[5, 1\]"),
+        (lambda: join([constant(1.0)] * 2, [1.5]), r"ascending integers of at least 0, got \[1.5\]"),
+        (lambda: join([constant(1.0), 0.5], [1]), r"join: schedules\[1\] is 0.5; functions of the step"),
         (lambda: linear(1.0, 10, lr_initial=math.inf), "lr_initial must be at least 0 and finite, got inf"),
     ],
 )
