@@ -19,22 +19,15 @@ The course's class, function by function:
 """
 
 from purelm.tokenizer.bpe import BPE, make, token_dtype, vocab_size, with_special_tokens
-from purelm.tokenizer.decode import decode, decode_bytes, decode_with_offsets
-from purelm.tokenizer.encode import encode
+from purelm.tokenizer.decoding import decode, decode_bytes, decode_with_offsets
+from purelm.tokenizer.encoding import encode
 from purelm.tokenizer.files import encode_documents, encode_file
-from purelm.tokenizer.formats import (
-    fingerprint,
-    load,
-    load_gpt2,
-    load_tiktoken,
-    save,
-    save_gpt2,
-    save_tiktoken,
-)
+from purelm.tokenizer.formats import load, load_gpt2, load_tiktoken, save, save_gpt2, save_tiktoken
 from purelm.tokenizer.patterns import resolve
-from purelm.tokenizer.pretokenize import split
-from purelm.tokenizer.stream import encode_iterable
-from purelm.tokenizer.train import train
+from purelm.tokenizer.splitting import split
+from purelm.tokenizer.streams import encode_iterable
+from purelm.tokenizer.tables import fingerprint
+from purelm.tokenizer.training import train, train_from_counts
 
 __all__ = [
     "BPE",
@@ -57,6 +50,7 @@ __all__ = [
     "split",
     "token_dtype",
     "train",
+    "train_from_counts",
     "vocab_size",
     "with_special_tokens",
 ]

@@ -7,15 +7,15 @@ and ids are separate: ids may be in any order (specials first, gaps, ...).
 Sennrich et al. 2016 (BPE for translation); Radford et al. 2019, section 2.2 (on bytes).
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from purelm.tokenizer.patterns import resolve
+from purelm.tokenizer.patterns import LONE_SURROGATE, resolve
 
 MOST_IDS = 2**24
+Specials = Sequence[str] | Mapping[str, int]  # names of special tokens, or their ids where these are fixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class BPE:
 def make(
     vocab: Mapping[int, bytes],
     merges: Iterable[tuple[bytes, bytes]],
-    special_tokens: Sequence[str] | Mapping[str, int] = (),
+    special_tokens: Specials = (),
     pattern: str = "gpt2",
     *,
     ignore_merges: bool = False,
@@ -87,6 +87,13 @@ def listed(values, argument: str, what: str) -> list:
     return list(values)
 
 
+def listed_specials(special_tokens: Specials) -> Specials:
+    """The same as something that can be read twice: a mapping as it is, else a tuple."""
+    if isinstance(special_tokens, Mapping):
+        return special_tokens
+    return tuple(listed(special_tokens, "special_tokens", "strings"))
+
+
 def _pair(merge, rank: int) -> tuple[bytes, bytes]:
     if isinstance(merge, tuple | list) and len(merge) == 2 and all(isinstance(part, bytes) for part in merge):
         return merge[0], merge[1]
@@ -111,8 +118,7 @@ def _add_specials(vocab: dict[int, bytes], ids: dict[bytes, int], special_tokens
         if name in seen:
             raise ValueError(f"special_tokens: {name!r} is listed twice")
         seen.add(name)
-        lone = LONE_SURROGATE.search(name)
-        if lone:
+        if LONE_SURROGATE.search(name):
             raise ValueError(f"special_tokens: {name!r} holds a lone surrogate, which UTF-8 cannot hold")
         token = name.encode("utf-8")
         token_id = fixed.get(name)
@@ -128,17 +134,14 @@ def _add_specials(vocab: dict[int, bytes], ids: dict[bytes, int], special_tokens
     return names
 
 
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def with_special_tokens(bpe: BPE, special_tokens: Sequence[str] | Mapping[str, int]) -> BPE:
+def with_special_tokens(bpe: BPE, special_tokens: Specials) -> BPE:
     """`bpe` with more special tokens; those that the vocab lacks are appended with the next ids."""
-    old: dict[str, int | None] = {name: None for name in bpe.special_tokens}
-    new: Mapping[str, int | None] = dict.fromkeys(listed(special_tokens, "special_tokens", "strings"))
-    if isinstance(special_tokens, Mapping):
-        new = special_tokens
+    more = listed_specials(special_tokens)
+    ids: dict[str, int | None] = dict.fromkeys((*bpe.special_tokens, *more))
+    if isinstance(more, Mapping):
+        ids.update(more)
     vocab = dict(bpe.vocab)
-    names = _add_specials(vocab, {token: token_id for token_id, token in vocab.items()}, {**old, **new})
+    names = _add_specials(vocab, {token: token_id for token_id, token in vocab.items()}, ids)
     return BPE(vocab, bpe.merges, names, bpe.pattern, bpe.ignore_merges)
 
 

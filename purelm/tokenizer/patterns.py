@@ -83,24 +83,32 @@ def resolve(pattern: str) -> str:
         return GPT2
     if not pattern or (pattern.replace("_", "").replace("-", "").isalnum() and pattern.isascii()):
         raise ValueError(f"pattern is {pattern!r}: give a regular expression or one of {', '.join(NAMES)}")
-    compiled(pattern)
+    compile_pattern(pattern)
     return pattern
 
 
 def family(pattern: str) -> tuple[int, int] | None:
-    """(matcher of `purelm.tokenizer.kernels`, most digits a piece) of a known pattern, else None."""
+    """(number of the matcher in `compiled.splitting.piece_end`, most digits a piece) of a known pattern, else None."""
     return _FAMILIES.get(resolve(pattern))
 
 
+def known_family(pattern: str) -> tuple[int, int]:
+    """`family` of a pattern that must be a known one; ValueError for any other."""
+    known = family(pattern)
+    if known is None:
+        raise ValueError(f"pattern {pattern!r} has no compiled splitter: use engine='python'")
+    return known
+
+
 MOST_REPEATS = 10_000
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _COUNTS = re.compile(r"\{(\d*),?(\d*)\}")
 
 
 @lru_cache(maxsize=64)
-def compiled(pattern: str) -> regex.Pattern:
+def compile_pattern(pattern: str) -> regex.Pattern:
     """`pattern` compiled by `regex`; a ValueError says where its syntax is wrong."""
-    surrogate = re.search("[\ud800-\udfff]", pattern)
-    if surrogate:
+    if LONE_SURROGATE.search(pattern):
         raise ValueError(f"pattern {pattern!r} holds a lone surrogate, which UTF-8 cannot hold")
     # `regex` unrolls a counted repetition: a billion times is gigabytes, before anything is matched.
     for counts in _COUNTS.findall(pattern):

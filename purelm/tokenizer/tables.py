@@ -3,6 +3,8 @@
 A pure memo: it never changes a result, only what the next call costs, and goes when the BPE goes.
 """
 
+import hashlib
+import json
 import weakref
 from collections.abc import Callable
 from threading import Lock
@@ -80,6 +82,11 @@ def special_ids(bpe: BPE) -> dict[str, int]:
     )
 
 
+def special_set(bpe: BPE) -> frozenset[str]:
+    """The names of the special tokens."""
+    return once(bpe, "special_set", lambda bpe: frozenset(bpe.special_tokens))
+
+
 def tokens_by_id(bpe: BPE) -> tuple[np.ndarray, np.ndarray]:
     """(bytes of each id, object (vocab_size,); their lengths, int64); None and 0 where the vocabulary has a gap."""
     return once(bpe, "tokens_by_id", _tokens_by_id)
@@ -96,3 +103,25 @@ def _tokens_by_id(bpe: BPE) -> tuple[np.ndarray, np.ndarray]:
 def dtype(bpe: BPE) -> np.dtype:
     """`token_dtype(bpe)`, remembered."""
     return once(bpe, "dtype", token_dtype)
+
+
+def fingerprint(bpe: BPE) -> str:
+    """sha256, hex, of all that decides ids: equal for two BPEs exactly when vocab, merges, specials and pattern are.
+
+    The order of the special tokens and of the vocab's entries decides nothing and is left out.
+    """
+    return once(bpe, "fingerprint", _fingerprint)
+
+
+def _fingerprint(bpe: BPE) -> str:
+    digest = hashlib.sha256(b"purelm BPE 1\n")
+    special = sorted(bpe.special_tokens)
+    header = [bpe.pattern, special, bool(bpe.ignore_merges), len(bpe.vocab), len(bpe.merges)]
+    digest.update(json.dumps(header).encode() + b"\n")
+    parts: list[bytes] = []
+    for token_id, token in sorted(bpe.vocab.items()):
+        parts.append(b"%d %d " % (token_id, len(token)) + token)
+    for left, right in bpe.merges:
+        parts.append(b"%d %d " % (len(left), len(right)) + left + right)
+    digest.update(b"".join(parts))
+    return digest.hexdigest()

@@ -8,12 +8,17 @@ from multiprocessing import get_context
 from typing import Any
 
 MOST_WORKERS = 1024
+BYTES_PER_PROCESS = 32 << 20  # a process costs its start, 0.3 s and more
 
 
-def check_workers(n_workers: int | None) -> int:
-    """The number of workers meant; None is one for each processor that this process may use."""
+def check_workers(n_workers: int | None, n_bytes: int | None = None) -> int:
+    """The number of workers meant; None is one for each processor that this process may use.
+
+    n_bytes: the size of the input, where the workers are processes; then None is at most one for BYTES_PER_PROCESS.
+    """
     if n_workers is None:
-        return len(os.sched_getaffinity(0))
+        processors = len(os.sched_getaffinity(0))
+        return processors if n_bytes is None else min(processors, 1 + n_bytes // BYTES_PER_PROCESS)
     if not isinstance(n_workers, int) or isinstance(n_workers, bool) or not 1 <= n_workers <= MOST_WORKERS:
         allowed = f"an int of at least 1 and at most {MOST_WORKERS}, or None"
         raise ValueError(f"n_workers is {n_workers!r}: allowed is {allowed}")

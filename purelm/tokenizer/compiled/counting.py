@@ -1,20 +1,26 @@
-"""How often each piece occurs, compiled by numba: an open-addressing table that compares pieces, never only hashes.
+"""How often each piece occurs, in machine code: an open-addressing table that compares pieces, never only hashes.
 
 A slot's key is the piece itself where it has at most 7 bytes (packed, the length in the top byte), so one comparison
 of 64 bits decides; a longer piece has a 63-bit hash as its key (top bit set) and is compared with its bytes, which lie
-in `arena`. A free slot has key 0. Little-endian machines only.
-
-This module imports numba: import it inside functions only.
+in `arena`. A free slot has key 0.
 """
 
+import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from purelm.tokenizer.compiled import loop
+from purelm.tokenizer.blocks import Block, block_texts
+from purelm.tokenizer.compiled.classes import class_table
+from purelm.tokenizer.compiled.jit import loop
+from purelm.tokenizer.compiled.splitting import split_some
+from purelm.tokenizer.patterns import known_family
+from purelm.tokenizer.splitting import special_matcher
 
 
-@loop
+@loop(makes_arrays=True)
 def _rehashed(size, slots, starts):
     """The same entries in tables of `size` slots (a power of 2)."""
     new_slots, new_starts = np.zeros((size, 2), np.uint64), np.empty(size, np.int64)
@@ -31,7 +37,7 @@ def _rehashed(size, slots, starts):
     return new_slots, new_starts
 
 
-@loop
+@loop(makes_arrays=True)
 def _add(slots, starts, arena, used, data, words, ends, start):
     """Count the pieces data[start:ends[0]], data[ends[0]:ends[1]], ...; returns the arrays, replaced where they grew.
 
@@ -138,3 +144,82 @@ def counter(table: tuple) -> Counter[bytes]:
     for at, count in zip(starts[long].tolist(), counts[long].tolist(), strict=True):
         out[raw[at + 8 : at + 8 + int.from_bytes(raw[at : at + 8], "little")]] = count
     return out
+
+
+def count_in_threads(
+    blocks: Iterator[Block],
+    pattern: str,
+    special_tokens: tuple[str, ...],
+    workers: int,
+    report: Callable[[int], None],
+) -> Counter[bytes]:
+    """Each thread has a table of its own and takes the next block when it is free; the tables are added at the end."""
+    add_block = _block_adder(pattern, special_tokens)
+    lock = threading.Lock()
+    errors: list[tuple[int, BaseException]] = []
+    done = 0
+
+    def work() -> Counter[bytes]:
+        nonlocal done
+        table = empty_table()
+        while True:
+            with lock:
+                block = None if errors else next(blocks, None)
+            if block is None:
+                return counter(table)
+            try:
+                table = add_block(table, block)
+                with lock:
+                    done += block.end - block.start
+                    report(done)
+            except BaseException as error:
+                with lock:
+                    errors.append((block.start, error))
+
+    if workers == 1:
+        tables = [work()]
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(work) for _ in range(workers)]
+            try:
+                tables = [future.result() for future in futures]
+            except BaseException as error:  # Ctrl-C: let the threads end after the block in hand
+                errors.append((-1, error))
+                raise
+    if errors:
+        # Blocks are handed out in order, so the first error of the corpus is among these whatever the timing was.
+        raise min(errors, key=lambda item: item[0])[1]
+    out = tables[0]
+    for table in tables[1:]:
+        out.update(table)
+    for name in special_tokens:  # see _block_adder
+        out.pop(name.encode("utf-8"), None)
+    return out
+
+
+def _block_adder(pattern: str, special_tokens: tuple[str, ...]):
+    """add_block(table, block) -> table, by compiled code.
+
+    A special token is counted as a piece of its own, which is taken out of the sum: what lies between special tokens
+    holds none of them whole, so no other piece is equal to one.
+    """
+    matcher = special_matcher(frozenset(special_tokens), True) if special_tokens else None
+    known, classes = known_family(pattern), class_table()
+
+    def add_block(table: tuple, block: Block) -> tuple:
+        texts = block_texts(block)
+        joined = b"".join(texts)
+        data, words = padded(joined)
+        ends = np.empty(len(joined), np.int64)  # no piece is empty; pages that are not written cost nothing
+        n_ends = start = stop = 0
+        for text in texts:
+            stop += len(text)
+            for match in matcher.finditer(joined, start, stop) if matcher is not None else ():
+                n_ends += split_some(data, start, match.start(), classes, *known, ends[n_ends:])
+                start = ends[n_ends] = match.end()
+                n_ends += 1
+            n_ends += split_some(data, start, stop, classes, *known, ends[n_ends:])
+            start = stop
+        return add(table, data, words, ends[:n_ends])
+
+    return add_block

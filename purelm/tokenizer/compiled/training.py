@@ -1,4 +1,4 @@
-"""The merge loop of BPE training, compiled by numba: the same merges as `purelm.tokenizer.train.merges_python`.
+"""The merge loop of BPE training in machine code: the same merges as `purelm.tokenizer.training.learn_merges`.
 
 Data. The distinct pieces lie one after the other in `rows`; a row is a position that holds a token, and its links lead
 to the positions of the piece that are still alive (a merge keeps the left position and kills the right one). A pair of
@@ -11,16 +11,14 @@ whose count is stale is corrected when it comes up.
 The time goes to random reads. Slices of `where` instead of linked lists make these independent of each other, so that
 the processor overlaps them: twice as fast on 24 MB of English.
 
-Memory: about 40 bytes a byte of the distinct pieces. This module imports numba: import it inside functions only.
+Memory: about 40 bytes a byte of the distinct pieces.
 """
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numba import njit
 
-from purelm.tokenizer.compiled import loop
-from purelm.tokenizer.kernels import _PART
+from purelm.tokenizer.compiled.jit import loop, part
 
 # Positions and occurrences (at most 3 a position) are int32.
 MAX_POSITIONS = (2**31 - 1) // 3
@@ -30,7 +28,7 @@ MAX_POSITIONS = (2**31 - 1) // 3
 TOKEN, PREV, NEXT, PIECE = 0, 1, 2, 3
 
 
-@njit(**_PART)
+@part
 def _slot_of(slots, left, right, a, b):
     """Index into slots of pair (a, b), or of the free slot where it belongs."""
     mask = slots.size - 1
@@ -42,7 +40,7 @@ def _slot_of(slots, left, right, a, b):
     return i
 
 
-@njit(**_PART)
+@part
 def _compare_bytes(bytes_start, arena, s, t):
     """Sign of the lexicographic comparison of tokens s and t; a prefix is smaller."""
     i, i_end = bytes_start[s], bytes_start[s + 1]
@@ -55,7 +53,7 @@ def _compare_bytes(bytes_start, arena, s, t):
     return (i < i_end) - (j < j_end)
 
 
-@njit(**_PART)
+@part
 def _before(count_x, x, count_y, y, left, right, bytes_start, arena, by_bytes):
     """Whether pair x is to be merged before pair y."""
     if count_x != count_y:
@@ -69,7 +67,7 @@ def _before(count_x, x, count_y, y, left, right, bytes_start, arena, by_bytes):
     return right[x] < right[y]
 
 
-@njit(**_PART)
+@part
 def _sift_up(i, heap_pair, heap_count, left, right, bytes_start, arena, by_bytes):
     pair, count = heap_pair[i], heap_count[i]
     while i > 0:
@@ -83,7 +81,7 @@ def _sift_up(i, heap_pair, heap_count, left, right, bytes_start, arena, by_bytes
     heap_pair[i], heap_count[i] = pair, count
 
 
-@njit(**_PART)
+@part
 def _sift_down(i, size, heap_pair, heap_count, left, right, bytes_start, arena, by_bytes):
     pair, count = heap_pair[i], heap_count[i]
     while 2 * i + 1 < size:
@@ -107,7 +105,7 @@ def _sift_down(i, size, heap_pair, heap_count, left, right, bytes_start, arena, 
     heap_pair[i], heap_count[i] = pair, count
 
 
-@loop
+@loop(makes_arrays=True)
 def _grown(array, size):
     bigger = np.empty(size, array.dtype)
     for i in range(array.size):  # a slice assignment would have numba compile its error message: 4 s
@@ -115,7 +113,7 @@ def _grown(array, size):
     return bigger
 
 
-@loop
+@loop(makes_arrays=True)
 def _rehashed(size, n_pairs, left, right):
     slots = np.full(size, -1, np.int32)
     for pair in range(n_pairs):
@@ -123,7 +121,7 @@ def _rehashed(size, n_pairs, left, right):
     return slots
 
 
-@loop
+@loop(makes_arrays=True)
 def _start(data, lengths, byte_ids, weight, bytes_start, arena, by_bytes):
     """The flat rows, the table of byte pairs and the heap. bytes_start has room for all tokens."""
     n = data.size
@@ -177,7 +175,7 @@ def _start(data, lengths, byte_ids, weight, bytes_start, arena, by_bytes):
     )  # fmt: skip
 
 
-@loop
+@loop(makes_arrays=True)
 def _advance(
     rows, weight, slots, left, right, count, first, last, where,
     heap_pair, heap_count, bytes_start, arena, sizes, by_bytes, out_left, out_right,
@@ -291,7 +289,7 @@ def _advance(
     )  # fmt: skip
 
 
-def merges(
+def learn_merges(
     pieces: Sequence[bytes],
     counts: Sequence[int],
     n_merges: int,
@@ -303,7 +301,7 @@ def merges(
     """The first `n_merges` merges (fewer when no pair is left) as pairs of ids; merge i makes id 256 + i.
 
     pieces, counts: the distinct pre-tokens and how often each occurs. byte_ids[b] is the id of byte b.
-    tie_break: "course" or "hf", see `purelm.tokenizer.train.train`. progress(merges done, n_merges).
+    tie_break: "course" or "hf", see `purelm.tokenizer.train`. progress(merges done, n_merges).
     Raises ValueError for more than MAX_POSITIONS bytes of distinct pieces.
     """
     data = np.frombuffer(b"".join(pieces), np.uint8)

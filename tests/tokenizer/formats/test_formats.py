@@ -24,9 +24,10 @@ from purelm.tokenizer import (
     save_gpt2,
     save_tiktoken,
 )
-from purelm.tokenizer.alphabet import byte_characters, from_unicode, to_unicode, write_atomic
+from purelm.tokenizer.formats.alphabet import byte_characters, from_unicode, to_unicode
+from purelm.tokenizer.formats.text import write_atomic
+from purelm.tokenizer.formats.tiktoken import recover_merges
 from purelm.tokenizer.patterns import CL100K, GPT2, O200K, QWEN
-from purelm.tokenizer.recover import recover_merges
 
 BYTES = {value: bytes([value]) for value in range(256)}
 TEXTS = [

@@ -5,14 +5,10 @@ import random
 
 import pytest
 
-from purelm.tokenizer import (
-    encode,
-    huggingface,
-    load,
-    save,
-)
-from purelm.tokenizer.alphabet import byte_characters
-from tests.tokenizer.test_formats import same
+from purelm.tokenizer import encode, load, save
+from purelm.tokenizer.formats import huggingface
+from purelm.tokenizer.formats.alphabet import byte_characters
+from tests.tokenizer.formats.test_formats import same
 
 BYTES = {value: bytes([value]) for value in range(256)}
 TEXTS = [

@@ -9,7 +9,7 @@ faster and cuts the same pieces of ASCII text; so text that is ASCII takes `re` 
 import re
 from functools import lru_cache
 
-from purelm.tokenizer.patterns import CL100K, CL100K_V1, GPT2, O200K, QWEN, compiled, resolve
+from purelm.tokenizer.patterns import CL100K, CL100K_V1, GPT2, O200K, QWEN, compile_pattern, resolve
 
 # How long a pattern that repeats groups may take (CPU time): a hundred times what any without nested repetitions needs.
 PATIENCE_SECONDS, SECONDS_PER_CHARACTER = 10.0, 2e-5
@@ -41,7 +41,7 @@ _ASCII = {
 def _matchers(pattern: str) -> tuple[re.Pattern | None, object, bool]:
     """(matcher for ASCII text or None, matcher for any text, whether the second may take exponential time)."""
     ascii_pattern = _ASCII.get(pattern)
-    matcher = compiled(pattern)
+    matcher = compile_pattern(pattern)
     return (None if ascii_pattern is None else re.compile(ascii_pattern, re.ASCII)), matcher, _is_wild(pattern)
 
 
@@ -73,7 +73,7 @@ def split(text: str, pattern: str) -> list[str]:
 
     Text that a pattern of the user's own leaves unmatched comes back as pieces of its own (as Hugging Face's Split
     with "isolated" does), so joining the pieces always gives the text back. No special tokens here: see
-    `purelm.tokenizer.encode`.
+    `encode`.
 
     >>> split("Hello, world's end", "gpt2")
     ['Hello', ',', ' world', "'s", ' end']
@@ -114,3 +114,12 @@ def _split_with_gaps(text: str, matcher, seconds: float | None = None) -> list[s
     if end < len(text):
         pieces.append(text[end:])
     return pieces
+
+
+@lru_cache(maxsize=64)
+def special_matcher(names: frozenset[str], of_bytes: bool = False) -> re.Pattern:
+    """Matches one of `names`, in str or UTF-8, the longest that starts at a position (the first alternative wins)."""
+    ordered = sorted(names, key=lambda name: (-len(name), name))
+    if of_bytes:
+        return re.compile(b"|".join(re.escape(name.encode()) for name in ordered))
+    return re.compile("|".join(map(re.escape, ordered)))

@@ -1,23 +1,24 @@
 r"""Hugging Face's tokenizer.json, read and written for byte-level BPE.
 
-Written: model BPE, pre-tokenizer ByteLevel (GPT-2's pattern) or Split(pattern) and ByteLevel, decoder ByteLevel, and
-every special token as an added token, which the library cuts out first wherever it appears, as `encode` does with
-allowed_special="all". Read: the same, and what other programs write of it. What would change ids and is not supported
-is refused: normalizers, prefix spaces, dropout, subword marks, byte fallback, added tokens that strip or match whole
-words, regular expressions that the library (whose are Oniguruma's) reads differently (see `dialect`), and what it does
-to the ids of a text afterwards: truncation, padding, a post-processor that adds tokens. These three are left out where
-the caller says text_only: then the ids are the library's encode(text, add_special_tokens=False) without them.
-The decoder is not read: ids are decoded as what they are, bytes.
+Written: model BPE, pre-tokenizer ByteLevel (GPT-2's pattern) or Split(pattern) and ByteLevel, decoder ByteLevel. Every
+special token is an added token, which the library cuts out first wherever it appears, like `encode` with
+allowed_special="all".
+
+Read: the same, and what other programs write of it. Refused is all that would change ids: normalizers, prefix spaces,
+dropout, subword marks, byte fallback, added tokens that strip or match whole words, and regular expressions that the
+library's engine, Oniguruma, reads differently (see `dialect`). Refused too, unless the caller says text_only, is what
+changes the ids of a text afterwards: truncation, padding, a post-processor that adds tokens. The decoder is not read:
+decoding ids into bytes needs none.
 """
 
 import json
-from collections.abc import Iterable, Mapping
 from typing import Any
 
-from purelm.tokenizer.added import added_tokens
-from purelm.tokenizer.alphabet import from_unicode, to_unicode
-from purelm.tokenizer.bpe import BPE, LONE_SURROGATE, make
-from purelm.tokenizer.dialect import check_dialect
+from purelm.tokenizer.bpe import BPE, make
+from purelm.tokenizer.formats.added import added_tokens
+from purelm.tokenizer.formats.alphabet import from_unicode, to_unicode, vocab_from_json, vocab_to_json
+from purelm.tokenizer.formats.dialect import check_dialect
+from purelm.tokenizer.formats.text import parse_json
 from purelm.tokenizer.patterns import CL100K, GPT2, resolve
 
 # Oniguruma reads {1,3}+ as a repetition of {1,3}; the plain form matches the same pieces here.
@@ -168,47 +169,3 @@ def _adds_tokens(processor: Any) -> bool:
     if kind == "TemplateProcessing" and isinstance(processor.get("single"), list):
         return not (len(processor["single"]) == 1 and "Sequence" in processor["single"][0])
     return kind != "ByteLevel"
-
-
-def vocab_to_json(bpe: BPE) -> dict[str, int]:
-    """Tokens in the printable alphabet, special tokens as they are, to ids; in the order of the ids."""
-    special = {name.encode(): name for name in bpe.special_tokens}
-    merged = {left + right for left, right in bpe.merges}
-    entries: dict[str, int] = {}
-    for token_id, token in sorted(bpe.vocab.items()):
-        text = special[token] if token in special else to_unicode(token)
-        if token in special and text != to_unicode(token) and (token in merged or len(token) == 1):
-            raise ValueError(f"the special token {text!r} is an ordinary token too; these files cannot hold both")
-        if text in entries:
-            raise ValueError(f"the special token {text!r} reads as the ordinary token {entries[text]} in such a file")
-        entries[text] = token_id
-    return entries
-
-
-def vocab_from_json(entries: Mapping[str, Any], special_tokens: Iterable[str], name: str) -> dict[int, bytes]:
-    """The vocab of what `vocab_to_json` writes; errors begin with `name`."""
-    special = frozenset(special_tokens)
-    vocab: dict[int, bytes] = {}
-    for text, token_id in entries.items():
-        if not isinstance(token_id, int) or isinstance(token_id, bool):
-            raise ValueError(f"{name}: the id of {text!r} is {token_id!r}, not an int")
-        if token_id in vocab:
-            raise ValueError(f"{name}: {text!r} and {vocab[token_id]!r} both have id {token_id}")
-        if text in special and LONE_SURROGATE.search(text):
-            raise ValueError(f"{name}: the special token {text!r} holds a lone surrogate, which UTF-8 cannot hold")
-        vocab[token_id] = text.encode() if text in special else from_unicode(text, name)
-    return vocab
-
-
-def parse_json(text: str, name: str) -> Any:
-    """json.loads, with a ValueError that names the file, and the line and the column where there is one."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{name}, line {error.lineno}, column {error.colno}: {error.msg}; the file is damaged or cut short"
-        ) from None
-    except RecursionError:
-        raise ValueError(f"{name}: its JSON is nested too deeply; the file is damaged") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"{name}: {error}") from None

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purelm.tokenizer import split
-from purelm.tokenizer.chunks import chunks, last_cut, next_cut
-from purelm.tokenizer.mapped import chunk_spans, decode_chunk, read_chunks
+from purelm.tokenizer.blocks import chunk_spans, decode_chunk, read_span
+from purelm.tokenizer.cuts import chunks, last_cut, next_cut
 
 PATTERNS = ["gpt2", "cl100k", "o200k", "cl100k_v1", "qwen"]
 # What the patterns tell apart: letters of both cases, digits, punctuation, contractions, all kinds of white space
@@ -145,10 +145,9 @@ def test_file_chunks(tmp_path, shared_data):
         spans = list(chunk_spans(path, 1000, pattern, ("<|endoftext|>",)))
         assert spans == list(chunks(data, 1000, pattern, ("<|endoftext|>",)))
         assert max(end - start for start, end in spans) < 1100
-        read = list(read_chunks(path, 1000, pattern, ("<|endoftext|>",)))
-        assert [offset for offset, _ in read] == [start for start, _ in spans]
-        assert b"".join(chunk for _, chunk in read) == data
-        found = [piece for _, chunk in read for piece in pieces(chunk.decode(), pattern, ("<|endoftext|>",))]
+        read = [read_span(path, start, end) for start, end in spans]
+        assert b"".join(read) == data
+        found = [piece for chunk in read for piece in pieces(chunk.decode(), pattern, ("<|endoftext|>",))]
         assert found == pieces(data.decode(), pattern, ("<|endoftext|>",))
 
 
@@ -175,6 +174,6 @@ def test_bad_utf8_is_named_by_file_byte_and_line(tmp_path):
     at = data.index(b"\xe9")
     for n_bytes in (10, 10_000):
         with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: not UTF-8 at byte {at}, line 201: .*\\xe9"):
-            for offset, chunk in read_chunks(path, n_bytes, "gpt2"):
-                decode_chunk(chunk, str(path), offset)
+            for start, end in chunk_spans(path, n_bytes, "gpt2"):
+                decode_chunk(read_span(path, start, end), str(path), start)
     assert decode_chunk("\ufeffa\r\n".encode(), "x") == "\ufeffa\r\n"

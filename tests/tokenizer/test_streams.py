@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purelm.tokenizer import make, stream
-from purelm.tokenizer.encode import encode
-from purelm.tokenizer.stream import encode_iterable
+from purelm.tokenizer import encode, encode_iterable, make, streams
+from purelm.tokenizer.engine import PAYS_FROM
 
 SPECIALS = ("<|endoftext|>", "<a b>", "<a b><a b>", " x")
 PARTS = [
@@ -40,11 +39,11 @@ def split_at(text: str, cuts) -> list[str]:
 @given(text=TEXT, cuts=st.lists(st.integers(0, 10_000), max_size=30))
 def test_equals_encode_for_every_way_of_cutting_the_text(pattern, block, text, cuts):
     bpe = BPES[pattern]
-    old, stream.BLOCK_CHARS = stream.BLOCK_CHARS, block
+    old, streams.BLOCK_CHARS = streams.BLOCK_CHARS, block
     try:
         found = list(encode_iterable(bpe, split_at(text, cuts)))
     finally:
-        stream.BLOCK_CHARS = old
+        streams.BLOCK_CHARS = old
     assert found == encode(bpe, text, engine="python").tolist()
 
 
@@ -53,8 +52,8 @@ def test_equals_encode_on_real_text(monkeypatch, shared_data, engine):
     """Line by line, whole, and in odd pieces; "auto" changes the engine on the way; more pieces than kept."""
     if engine == "numba":
         pytest.importorskip("numba")
-    monkeypatch.setattr(stream, "LONG_STREAM_CHARS", 100_000)
-    monkeypatch.setattr(stream, "_KEPT", 500)
+    monkeypatch.setitem(PAYS_FROM, "encode", 100_000)
+    monkeypatch.setattr(streams, "_KEPT", 1000)
     text = (shared_data / "text" / "tinyshakespeare.txt").read_text()[:150_000]
     text += (shared_data / "text" / "tinystories-2MiB.txt").read_text()[:50_000]
     bpe = BPES["gpt2"]
@@ -118,9 +117,7 @@ def test_bad_input():
 
 MEMORY = r"""
 import itertools, resource, sys, tracemalloc
-from purelm.tokenizer import make
-from purelm.tokenizer.stream import encode_iterable
-from purelm.tokenizer.train import train
+from purelm.tokenizer import encode_iterable, train
 import psutil
 path, mode = sys.argv[1:]
 with open(path, encoding="utf-8", newline="") as file:

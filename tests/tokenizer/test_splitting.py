@@ -9,8 +9,8 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purelm.tokenizer import pretokenize, resolve, split
-from purelm.tokenizer.classes import LETTER, LOWER, NEWLINE, NUMBER, SPACE, UPPER, class_table
+from purelm.tokenizer import resolve, split, splitting
+from purelm.tokenizer.compiled.classes import LETTER, LOWER, NEWLINE, NUMBER, SPACE, UPPER, class_table
 from purelm.tokenizer.patterns import CL100K, GPT2, NAMES, O200K, family
 
 PATTERNS = ["gpt2", "cl100k", "o200k", "cl100k_v1", "qwen"]
@@ -28,7 +28,7 @@ MIXED = st.lists(st.sampled_from(SIGNS) | st.characters(codec="utf-8"), max_size
 
 def fast(text, pattern):
     """Pieces by the compiled splitter."""
-    from purelm.tokenizer.fast_split import split_ends
+    from purelm.tokenizer.compiled.splitting import split_ends
 
     data = text.encode()
     ends = split_ends(np.frombuffer(data, np.uint8), pattern).tolist()
@@ -105,7 +105,7 @@ def test_class_table_is_what_regex_says():
 def test_compiled_survives_bytes_that_are_no_text(data, pattern):
     """Law: ends rise strictly and the last is the length, whatever the bytes."""
     pytest.importorskip("numba")
-    from purelm.tokenizer.fast_split import split_ends
+    from purelm.tokenizer.compiled.splitting import split_ends
 
     ends = split_ends(np.frombuffer(data, np.uint8), pattern)
     assert ends.dtype == np.int64
@@ -139,7 +139,7 @@ def test_names_and_spellings():
 def test_split_ends_refuses_what_it_cannot_do():
     """A pattern without a compiled splitter, and arrays of another kind."""
     pytest.importorskip("numba")
-    from purelm.tokenizer.fast_split import split_ends
+    from purelm.tokenizer.compiled.splitting import split_ends
 
     with pytest.raises(ValueError, match="has no compiled splitter"):
         split_ends(np.zeros(3, np.uint8), r"\w+|\W+")
@@ -185,7 +185,7 @@ def test_a_megabyte_of_anything_is_linear(name):
 
 def test_patterns_that_never_end_are_stopped(monkeypatch):
     """Oracle: the count of ways, 2^40; stopped by the clock with one line; only such patterns look at it."""
-    monkeypatch.setattr(pretokenize, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(splitting, "PATIENCE_SECONDS", 0.2)
     for pattern in (r"(?:a|aa)+$|.", r"((?:a|aa)*)*c(?<=d)|."):
         with pytest.raises(ValueError, match=r"no result after .* s on 6,001 characters"):
             split("a" * 6000 + "b", pattern)
@@ -193,5 +193,5 @@ def test_patterns_that_never_end_are_stopped(monkeypatch):
         (r"\w+|\W+", False), (r"(a+)+c|.", True), (r"[(a)+]+", False), (r"(?:ab){2,}", True), (r"a*b*c*", True),
         (r"a*|b*|c*", False), ("a?" * 9, True), (r"\(\)+ ?\p{L}+", False), (r"(?:a|b)?c+", False),
     ]:  # fmt: skip
-        assert pretokenize._is_wild(pattern) == wild, pattern
+        assert splitting._is_wild(pattern) == wild, pattern
     assert split("aab ab", r"(?:a+b)+|.") == ["aab", " ", "ab"]

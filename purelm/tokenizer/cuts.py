@@ -26,10 +26,14 @@ from purelm.tokenizer.patterns import family
 
 # White space as UTF-8: what \s of `regex` matches and U+001C..U+001F, which only str.isspace counts. Refusing a cut
 # is always right. Other control characters are refused with them, to keep the class one range.
-_NO_SPACE_BEFORE = (
+_SAFE_BYTES = (
     rb"(?<![\x00-\x20])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])"
-    rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)"
+    rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80) "
 )
+_SAFE_TEXT = r"(?<![\s\x00-\x20]) "
+
+# The first rule alone, for text without special tokens under a known pattern: a match begins at a safe cut.
+SAFE_SPACE, SAFE_SPACE_BYTES = re.compile(_SAFE_TEXT), re.compile(_SAFE_BYTES)
 
 
 @lru_cache(maxsize=32)
@@ -42,9 +46,9 @@ def _rules(pattern: str, special_tokens: tuple[str, ...]):
     """
     spaces = family(pattern) is not None
     encoded = tuple(name.encode("utf-8") for name in special_tokens)
-    parts = [_NO_SPACE_BEFORE + b" "] if spaces else []
+    parts = [_SAFE_BYTES] if spaces else []
     parts += [b"(?=" + re.escape(token) + b")" for token in encoded]
-    texts = [r"(?<![\s\x00-\x20]) "] if spaces else []
+    texts = [_SAFE_TEXT] if spaces else []
     texts += [f"(?={regex.escape(name)})" for name in special_tokens]
     straddlers = tuple(name for name in special_tokens if can_straddle(name, special_tokens, spaces))
     forward = re.compile(b"|".join(parts)) if parts else None

@@ -5,9 +5,9 @@ import unicodedata
 
 import pytest
 
-from purelm.tokenizer.dialect import _PROPERTIES, check_dialect
-from purelm.tokenizer.patterns import CL100K_V1, GPT2, O200K, QWEN, compiled
-from purelm.tokenizer.pretokenize import split
+from purelm.tokenizer.formats.dialect import _PROPERTIES, check_dialect
+from purelm.tokenizer.patterns import CL100K_V1, GPT2, O200K, QWEN, compile_pattern
+from purelm.tokenizer.splitting import split
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -90,7 +90,7 @@ def test_random_patterns_are_cut_alike_or_refused():
         pattern = "".join(rng.choices(SIGNS, k=rng.randint(1, 7))) if rng.random() < 0.5 else random_pattern(rng)
         try:
             check_dialect(pattern)
-            compiled(pattern)
+            compile_pattern(pattern)
         except ValueError:
             continue
         taken += 1

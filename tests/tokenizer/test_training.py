@@ -18,13 +18,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from purelm.tokenizer import counting, merging, split
-from purelm.tokenizer.counting import Block, count_block, count_pieces
+from purelm.tokenizer import blocks as blocks_module
+from purelm.tokenizer import split, train, train_from_counts
+from purelm.tokenizer.blocks import Block
+from purelm.tokenizer.counting import count_block, count_pieces
+from purelm.tokenizer.engine import PAYS_FROM
 from purelm.tokenizer.patterns import GPT2
-from purelm.tokenizer.train import HF_BYTE_ORDER, train, train_from_counts
+from purelm.tokenizer.training import HF_BYTE_ORDER, learn_merges
 
-# `purelm.tokenizer.train` is the function where the package exports it.
-train_module = importlib.import_module("purelm.tokenizer.train")
 EOT = "<|endoftext|>"
 
 
@@ -59,11 +60,11 @@ def slow_merges(counts: dict[bytes, int], n_merges: int, byte_ids, tie_break: st
 
 
 def both_loops():
-    loops = [merging.merges]
+    loops = [learn_merges]
     if importlib.util.find_spec("numba") is not None:
-        from purelm.tokenizer import fast_train
+        from purelm.tokenizer.compiled import training
 
-        loops.append(fast_train.merges)
+        loops.append(training.learn_merges)
     return loops
 
 
@@ -122,13 +123,13 @@ def test_tie_break_compares_strings_and_not_ids():
 
 def test_compiled_loop_in_slices():
     """The compiled loop's arrays grow and are carried over between calls: any slicing gives the same merges."""
-    fast_train = pytest.importorskip("purelm.tokenizer.fast_train")
+    compiled = pytest.importorskip("purelm.tokenizer.compiled.training")
     rng = random.Random(0)
     counts = {bytes(rng.choices(range(256), k=rng.randrange(1, 60))): rng.randrange(1, 4) for _ in range(1500)}
     arguments = list(counts), list(counts.values()), 3000, tuple(range(256)), "course"
-    expected = merging.merges(*arguments)
+    expected = learn_merges(*arguments)
     for per_call in (1, 7, 100_000):
-        assert fast_train.merges(*arguments, per_call=per_call) == expected
+        assert compiled.learn_merges(*arguments, per_call=per_call) == expected
 
 
 def english(shared_data, n_bytes: int) -> str:
@@ -257,8 +258,8 @@ def test_no_two_merges_make_the_same_bytes(shared_data):
 def count_by(route: str, monkeypatch, *arguments, **options):
     if route == "fast":
         pytest.importorskip("numba")
-    monkeypatch.setattr(counting, "FAST_BYTES", 0 if route == "fast" else 1 << 60)
-    monkeypatch.setattr(counting, "BLOCK_BYTES", 5000)
+    monkeypatch.setitem(PAYS_FROM, "count", 0 if route == "fast" else 1 << 60)
+    monkeypatch.setattr(blocks_module, "BLOCK_BYTES", 5000)
     return count_pieces(*arguments, **options)
 
 
@@ -308,44 +309,44 @@ def test_texts_of_an_iterable_do_not_run_on(monkeypatch):
     )
 )
 def test_compiled_table_equals_counter(blocks):
-    """fast_count against collections.Counter on raw pieces, which fast_split need never make."""
+    """Oracle: collections.Counter, on raw pieces, which need not be any that a splitter makes."""
     np = pytest.importorskip("numpy")
-    fast_count = pytest.importorskip("purelm.tokenizer.fast_count")
-    table = fast_count.empty_table()
+    table_of = pytest.importorskip("purelm.tokenizer.compiled.counting")
+    table = table_of.empty_table()
     for block in blocks:
         ends = np.cumsum([0, *map(len, block)])[1:].astype(np.int64)
-        table = fast_count.add(table, *fast_count.padded(b"".join(block)), ends)
-    assert fast_count.counter(table) == Counter(piece for block in blocks for piece in block)
+        table = table_of.add(table, *table_of.padded(b"".join(block)), ends)
+    assert table_of.counter(table) == Counter(piece for block in blocks for piece in block)
 
 
 @pytest.mark.parametrize("piece", [b"other piece!", b"first piece", b"first piece!!"])
 def test_compiled_table_compares_bytes_and_not_hashes(piece):
     """Two long pieces under one key: planted by hand, since a collision of 63 bits is not to be found."""
     np = pytest.importorskip("numpy")
-    fast_count = pytest.importorskip("purelm.tokenizer.fast_count")
+    table_of = pytest.importorskip("purelm.tokenizer.compiled.counting")
 
     def add(table, piece):
-        return fast_count.add(table, *fast_count.padded(piece), np.array([len(piece)]))
+        return table_of.add(table, *table_of.padded(piece), np.array([len(piece)]))
 
-    table = add(fast_count.empty_table(), b"first piece!")
-    other = add(fast_count.empty_table(), piece)
+    table = add(table_of.empty_table(), b"first piece!")
+    other = add(table_of.empty_table(), piece)
     slot, other_slot = int(np.flatnonzero(table[0][:, 0])[0]), int(np.flatnonzero(other[0][:, 0])[0])
     # Put the first piece where the other one's search begins, under the other one's key.
     table[0][other_slot] = other[0][other_slot, 0], table[0][slot, 1]
     table[1][other_slot] = table[1][slot]
     table[0][slot] = 0
     table = add(add(add(table, piece), piece), b"and one more")
-    assert fast_count.counter(table) == {b"first piece!": 1, piece: 2, b"and one more": 1}
+    assert table_of.counter(table) == {b"first piece!": 1, piece: 2, b"and one more": 1}
 
 
 def test_compiled_table_grows():
     np = pytest.importorskip("numpy")
-    fast_count = pytest.importorskip("purelm.tokenizer.fast_count")
+    table_of = pytest.importorskip("purelm.tokenizer.compiled.counting")
     rng = random.Random(1)
     block = [rng.randbytes(rng.choice([3, 6, 9, 20])) for _ in range(60_000)] * 2
     ends = np.cumsum([len(piece) for piece in block])
-    table = fast_count.add(fast_count.empty_table(), *fast_count.padded(b"".join(block)), ends)
-    assert fast_count.counter(table) == Counter(block)
+    table = table_of.add(table_of.empty_table(), *table_of.padded(b"".join(block)), ends)
+    assert table_of.counter(table) == Counter(block)
 
 
 def test_train_is_the_same_by_every_route(monkeypatch, tmp_path, shared_data):
@@ -353,8 +354,8 @@ def test_train_is_the_same_by_every_route(monkeypatch, tmp_path, shared_data):
     path.write_text(stories(shared_data, 200_000))
     expected = train(path, 800, [EOT])
     pytest.importorskip("numba")
-    monkeypatch.setattr(counting, "FAST_BYTES", 0)
-    monkeypatch.setattr(train_module, "FAST_BYTES", 0)
+    monkeypatch.setitem(PAYS_FROM, "count", 0)
+    monkeypatch.setitem(PAYS_FROM, "merge", 0)
     for n_workers in (1, 2):
         found = train(path, 800, [EOT], n_workers=n_workers)
         assert (found.vocab, found.merges) == (expected.vocab, expected.merges)
@@ -372,19 +373,18 @@ def test_without_numba(tmp_path, shared_data):
     path = tmp_path / "text.txt"
     path.write_text(stories(shared_data, 100_000))
     program = """
-import importlib, sys
+import sys
 sys.modules["numba"] = None
-from purelm.tokenizer import counting, files, encode
-train = importlib.import_module("purelm.tokenizer.train")
-counting.FAST_BYTES = train.FAST_BYTES = files.FAST_BYTES = 1
-counting.BLOCK_BYTES = files.CHUNK_BYTES = 20_000
+from purelm.tokenizer import blocks, encode, encode_file, engine, train
+engine.PAYS_FROM.update(encode=1, count=1, merge=1)
+blocks.BLOCK_BYTES = 20_000
 if __name__ == "__main__":
-    bpe = train.train(sys.argv[1], 600, ["<|endoftext|>"], n_workers=2)
+    bpe = train(sys.argv[1], 600, ["<|endoftext|>"], n_workers=2)
     print(bpe.merges)
-    tokens = files.encode_file(bpe, sys.argv[1], sys.argv[2], n_workers=2)
+    tokens = encode_file(bpe, sys.argv[1], sys.argv[2], n_workers=2)
     text = open(sys.argv[1], newline="").read()
     assert tokens.tokens[:].tolist() == encode(bpe, text).tolist()
-    assert "purelm.tokenizer.kernels" not in sys.modules
+    assert not [name for name in sys.modules if name.startswith("purelm.tokenizer.compiled")]
 """
     (tmp_path / "program.py").write_text(program)
     done = subprocess.run(
@@ -456,8 +456,7 @@ def test_small_corpus_is_fast_without_warm_up():
     """The course's speed test in kind (133 KB, vocabulary 500, under 1.5 s) in a fresh process without numba."""
     program = """
 import random, sys, time
-from purelm.tokenizer.patterns import GPT2
-from purelm.tokenizer.train import train
+from purelm.tokenizer import train
 rng = random.Random(0)
 letters = "etaoinshrdlucmfwypvbgkjqxz"
 words = ["".join(rng.choices(letters, range(26, 0, -1), k=rng.randrange(1, 12))) for _ in range(4000)]

@@ -4,7 +4,6 @@ import gc
 import gzip
 import json
 import random
-import re
 import subprocess
 import sys
 import time
@@ -18,8 +17,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from purelm.tokenizer import encode, make, save, split, tables
-from purelm.tokenizer.merge import _merge_long, _merge_short
+from purelm.tokenizer import encode, encoding, make, save, split, tables
+from purelm.tokenizer.cuts import SAFE_SPACE, SAFE_SPACE_BYTES
+from purelm.tokenizer.encoding import _merge_long, _merge_short
+from purelm.tokenizer.engine import PAYS_FROM
 
 BYTES = {value: bytes([value]) for value in range(256)}
 ENGINES = ["python", "numba"]
@@ -254,18 +255,16 @@ def test_wrong_arguments(engine):
 @pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "o200k", "cl100k_v1", "qwen"])
 def test_blocks_are_cut_where_no_piece_is(pattern):
     """Oracle: the reference splitter on the whole text; every place where either engine would cut, all white space."""
-    from purelm.tokenizer import fast_encode
-
     spaces = [*"\t\n\x0b\x0c\r \x1c\x1f\x85\xa0\u1680\u2000\u2005\u200a\u2028\u2029\u202f\u205f\u3000"]
     rng = random.Random(pattern)
     n_cuts = 0
     for _ in range(4000):
         text = "".join(rng.choice([*spaces, " ", " "] if rng.random() < 0.6 else SIGNS) for _ in range(12))
         data, pieces = text.encode(), split(text, pattern)
-        cuts = [match.start() for match in fast_encode._SAFE.finditer(data)]
+        cuts = [match.start() for match in SAFE_SPACE_BYTES.finditer(data)]
         parts = [data[a:b].decode() for a, b in pairwise([0, *cuts, len(data)])]
         assert [piece for part in parts for piece in split(part, pattern)] == pieces
-        cuts = [match.start() for match in sys.modules["purelm.tokenizer.encode"]._SAFE.finditer(text)]
+        cuts = [match.start() for match in SAFE_SPACE.finditer(text)]
         parts = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
         assert [piece for part in parts for piece in split(part, pattern)] == pieces
         n_cuts += len(cuts)
@@ -274,11 +273,9 @@ def test_blocks_are_cut_where_no_piece_is(pattern):
 
 def test_long_texts_are_cut_into_blocks_without_a_trace(random_bpe, engine, monkeypatch):
     """Oracle: the naive BPE; blocks of a few characters, with specials, runs of white space and no spaces at all."""
-    from purelm.tokenizer import encode as _  # noqa: F401
-    from purelm.tokenizer import fast_encode
-
-    monkeypatch.setattr(sys.modules["purelm.tokenizer.encode"], "_BLOCK", 3)
-    monkeypatch.setattr(fast_encode, "_BLOCK", 5)
+    monkeypatch.setattr(encoding, "_BLOCK", 3)
+    if engine == "numba":
+        monkeypatch.setattr("purelm.tokenizer.compiled.encoding._BLOCK", 5)
     rng = random.Random(0)
     for pattern in ("gpt2", "cl100k", "o200k"):
         bpe = random_bpe(3, special_tokens=["<|endoftext|>", "a b", "c"], pattern=pattern)
@@ -290,10 +287,8 @@ def test_long_texts_are_cut_into_blocks_without_a_trace(random_bpe, engine, monk
 def test_memo_grows_and_starts_anew(random_bpe, monkeypatch):
     """Oracle: the Python engine, whose memo is a dict; a memo of 64 slots that grows to 256 and is then emptied."""
     pytest.importorskip("numba")
-    from purelm.tokenizer import fast_encode
-
-    monkeypatch.setattr(fast_encode, "_SLOTS", 64)
-    monkeypatch.setattr(fast_encode, "_MOST_SLOTS", 256)
+    monkeypatch.setattr("purelm.tokenizer.compiled.encoding._SLOTS", 64)
+    monkeypatch.setattr("purelm.tokenizer.compiled.encoding._MOST_SLOTS", 256)
     bpe = random_bpe(5, n_merges=100, letters="abcd")
     rng = random.Random(5)
     lengths = [1, 3, 7, 8, 9, 15, 16, 17, 40, 63, 64, 65]
@@ -305,14 +300,13 @@ def test_memo_grows_and_starts_anew(random_bpe, monkeypatch):
 
 def test_python_memo_is_bounded(random_bpe, monkeypatch):
     """The memo never holds more pieces than its bound, and long pieces not at all; the ids stay right."""
-    module = sys.modules["purelm.tokenizer.encode"]
-    monkeypatch.setattr(module, "_MOST_KEPT", 50)
+    monkeypatch.setattr(encoding, "_MOST_KEPT", 50)
     bpe = random_bpe(6)
     texts = [" ".join(f"{'ab' * (k % 60)}{k}" for k in range(start, start + 40)) for start in range(0, 400, 40)]
     for text in texts:
         assert encode(bpe, text, engine="python").tolist() == naive(bpe, text)
         memo = tables.once(bpe, "memo", None)
-        assert len(memo) <= 50 and max(map(len, memo)) <= 64
+        assert len(memo) + len(memo.old) <= 50 and max(map(len, (*memo, *memo.old))) <= 64
 
 
 def test_pieces_with_equal_hashes_keep_their_ids():
@@ -389,9 +383,8 @@ def test_small_inputs_do_not_wait_for_machine_code():
 
 def test_without_numba(random_bpe, monkeypatch):
     """Where numba is not installed "auto" is Python, also for long texts, and asking for numba names the extra."""
-    module = sys.modules["purelm.tokenizer.encode"]
-    monkeypatch.setattr(module, "_has_numba", lambda: False)
-    monkeypatch.setattr(module, "_ENOUGH", 10)
+    monkeypatch.setattr("purelm.tokenizer.engine.has_numba", lambda: False)
+    monkeypatch.setitem(PAYS_FROM, "encode", 10)
     bpe = random_bpe(10)
     text = "abc abc " * 100
     ids = encode(bpe, text)
@@ -406,7 +399,7 @@ def test_auto_takes_the_compiled_code_when_it_pays(random_bpe, monkeypatch):
     bpe = random_bpe(12)
     encode(bpe, "abc", engine="auto")
     assert "memos" not in tables._MEMO[bpe] and "memo" in tables._MEMO[bpe]
-    monkeypatch.setattr(sys.modules["purelm.tokenizer.encode"], "_ENOUGH", 1000)
+    monkeypatch.setitem(PAYS_FROM, "encode", 1000)
     encode(bpe, "abc " * 300)
     assert len(tables._MEMO[bpe]["memos"]) == 1
 
@@ -429,7 +422,7 @@ ASSIGNED = st.characters(codec="utf-8", exclude_categories=["Cn", "Co"])
 @settings(max_examples=150)
 def test_tiktoken_on_any_text(published_pairs, name, text):
     """Oracle: tiktoken, with and without special tokens. Characters that unicodedata does not know yet are left out:
-    tiktoken's library and `regex` may class new ones differently (see purelm.tokenizer.classes)."""
+    tiktoken's library and `regex` may class new ones differently (see purelm.tokenizer.compiled.classes)."""
     assume("\u0295" not in text)
     bpe, encoding = published_pairs[name]
     for engine in ENGINES:
@@ -517,9 +510,3 @@ def test_word_of_a_megabyte_without_repetition(random_bpe):
     bpe = random_bpe(11, n_merges=300, letters="abcdefgh")
     text = "".join(rng.choices("abcdefgh", k=300_000))
     assert np.array_equal(encode(bpe, text, engine="numba"), encode(bpe, text, engine="python"))
-
-
-def test_docstring_of_the_engine_choice_is_true():
-    """The threshold that the module's text names is the one that it uses."""
-    module = sys.modules["purelm.tokenizer.encode"]
-    assert re.search(r"8 million\s+characters", module.__doc__) and module._ENOUGH == 8_000_000
