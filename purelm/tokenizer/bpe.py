@@ -20,7 +20,11 @@ Specials = Sequence[str] | Mapping[str, int]  # names of special tokens, or thei
 
 @dataclass(frozen=True, eq=False)
 class BPE:
-    """A trained tokenizer. Build it by `make`, `train` or `load`, which check it; never change its vocab in place."""
+    """A trained tokenizer. Build it by `make`, `train` or `load`, which check it; never change its vocab in place.
+
+    Two are equal when all is equal that decides ids, and so exactly when their `fingerprint`s are: the order of the
+    special tokens and of the vocab's entries does not count.
+    """
 
     vocab: dict[int, bytes]  # id -> bytes, special tokens included; bytes are unique, ids may have gaps
     merges: tuple[tuple[bytes, bytes], ...]  # by rank: the earlier is applied first
@@ -30,6 +34,22 @@ class BPE:
     # the same result shares its rank. What tiktoken does, and the flag of this name in Hugging Face's files. It makes
     # no difference where each token is what the merges make of its own bytes, as in every trained vocabulary.
     ignore_merges: bool = False
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, BPE):
+            return NotImplemented
+        return (
+            (self.pattern, self.ignore_merges) == (other.pattern, other.ignore_merges)
+            and set(self.special_tokens) == set(other.special_tokens)
+            and self.merges == other.merges
+            and self.vocab == other.vocab
+        )
+
+    def __hash__(self) -> int:
+        """Of what is quick to read; tokenizers that differ in nothing of it are told apart by ==."""
+        return hash((self.pattern, frozenset(self.special_tokens), len(self.vocab), len(self.merges), self.merges[-1:]))
 
 
 def make(

@@ -1,10 +1,12 @@
 r"""Ids to text: the bytes of the tokens, one after the other, read as UTF-8.
 
-    decode(bpe, encode(bpe, text)) == text      for every text without lone surrogates
+    decode(bpe, encode(bpe, text)) == text                    for every text without lone surrogates
+    "".join(decode_iterable(bpe, ids)) == decode(bpe, ids)    also where a character spans several tokens
 """
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from operator import index
 from typing import SupportsIndex
 
 import numpy as np
@@ -37,21 +39,86 @@ def _join(bpe: BPE, ids: np.ndarray) -> bytes:
 
 
 def decode(bpe: BPE, ids: np.ndarray | Iterable[SupportsIndex], errors: str = "replace") -> str:
-    """The text of `ids`. errors: what becomes of bytes that are no UTF-8, as in bytes.decode ("replace": U+FFFD).
+    """The text of `ids`. errors: what becomes of bytes that are not UTF-8, as in bytes.decode ("replace": U+FFFD).
 
-    A token may hold a part of a character, so decoding ids apart and joining the texts is not decoding them together.
-    Raises ValueError for an id outside the vocabulary, and with errors="strict" for bytes that are no UTF-8.
+    A token may hold a part of a character, so joining the texts of ids decoded one by one does not give the text of all
+    of them; `decode_iterable` and `decode_next` do. Raises ValueError for an id outside the vocabulary, and with
+    errors="strict" for bytes that are not UTF-8.
 
     >>> from purelm.tokenizer import make
     >>> bpe = make({i: bytes([i]) for i in range(256)} | {256: b"hi"}, [(b"h", b"i")])
     >>> decode(bpe, [256, 33])
     'hi!'
     """
+    _check_errors(errors)
+    return decode_bytes(bpe, ids).decode("utf-8", errors)
+
+
+def decode_next(
+    bpe: BPE,
+    ids: np.ndarray | Iterable[SupportsIndex],
+    held: bytes = b"",
+    errors: str = "replace",
+    *,
+    final: bool = False,
+) -> tuple[str, bytes]:
+    """Decoding in steps: (the characters that are complete after `ids`, the bytes of one that is not).
+
+    held: what the step before gave back, at first nothing. With final=True, for the last step, nothing is held back.
+    The texts of all steps, joined, are `decode` of all ids.
+
+    >>> from purelm.tokenizer import make
+    >>> bpe = make({i: bytes([i]) for i in range(256)}, [])
+    >>> decode_next(bpe, [104, 0xC3])  # 0xC3 0xA9 is one character
+    ('h', b'\\xc3')
+    >>> text, held = decode_next(bpe, [0xA9], held=b"\\xc3")
+    >>> text == "\\u00e9", held
+    (True, b'')
+    """
+    _check_errors(errors)
+    data = held + decode_bytes(bpe, ids)
+    text, n_bytes = codecs.utf_8_decode(data, errors, final)
+    return text, data[n_bytes:]
+
+
+def decode_iterable(bpe: BPE, ids: Iterable[SupportsIndex], errors: str = "replace") -> Iterator[str]:
+    """The text of a stream of ids, piece by piece: what an id completes comes before the next id is asked for.
+
+    Joined, the pieces are `decode` of all ids; none is empty. errors: as in `decode`.
+
+    >>> from purelm.tokenizer import make
+    >>> bpe = make({i: bytes([i]) for i in range(256)} | {256: b"hi"}, [(b"h", b"i")])
+    >>> list(decode_iterable(bpe, iter([256, 33])))
+    ['hi', '!']
+    """
+    _check_errors(errors)
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise ValueError(f"ids is {type(ids).__name__} {ids!r:.80}; give an iterable of integers")
+    return _pieces(bpe, ids, errors)
+
+
+def _pieces(bpe: BPE, ids: Iterable[SupportsIndex], errors: str) -> Iterator[str]:
+    held = b""
+    for number, token_id in enumerate(ids):
+        token = bpe.vocab.get(index(token_id))
+        if token is None:
+            raise ValueError(_no_token(bpe, number, index(token_id)))
+        data = held + token
+        text, n_bytes = codecs.utf_8_decode(data, errors, False)
+        held = data[n_bytes:]
+        if text:
+            yield text
+    text = held.decode("utf-8", errors)
+    if text:
+        yield text
+
+
+def _check_errors(errors: str) -> None:
+    """Always, and not only where a byte is bad."""
     try:
-        codecs.lookup_error(errors)  # not only where a byte is bad
+        codecs.lookup_error(errors)
     except (LookupError, TypeError):
         raise ValueError(f'errors is {errors!r}; allowed: "replace", "strict", "ignore", ...') from None
-    return decode_bytes(bpe, ids).decode("utf-8", errors)
 
 
 def decode_with_offsets(
@@ -118,8 +185,12 @@ def _what_is_outside(bpe: BPE, ids: np.ndarray) -> str:
     _, lengths = tables.tokens_by_id(bpe)
     outside = (ids < 0) | (ids >= len(lengths))
     outside |= lengths[np.where(outside, 0, ids)] == 0
-    index = int(np.argmax(outside))
+    number = int(np.argmax(outside))
+    return _no_token(bpe, number, int(ids[number]))
+
+
+def _no_token(bpe: BPE, number: int, token_id: int) -> str:
     return (
-        f"ids[{index}] is {int(ids[index])}, which is no token: the vocabulary has {len(bpe.vocab)} ids, "
-        f"the largest is {len(lengths) - 1}"
+        f"ids[{number}] is {token_id}, which is no token: the vocabulary has {len(bpe.vocab)} ids, "
+        f"the largest is {max(bpe.vocab)}"
     )

@@ -1,6 +1,6 @@
-"""What encode and decode derive from a BPE, once per BPE object: look-up tables, and memos of pieces already seen.
+"""What is derived from a BPE, made once for each BPE object: look-up tables, and memos of pieces already seen.
 
-A pure memo: it never changes a result, only what the next call costs, and goes when the BPE goes.
+The memo changes no result, only what the next call costs, and goes when the BPE goes.
 """
 
 import hashlib
@@ -14,18 +14,37 @@ import numpy as np
 
 from purelm.tokenizer.bpe import BPE, token_dtype
 
-_MEMO: "weakref.WeakKeyDictionary[BPE, dict[str, Any]]" = weakref.WeakKeyDictionary()
+_MEMO: dict[int, dict[str, Any]] = {}  # by id(bpe): to look for an equal BPE would compare whole vocabularies
 _LOCK = Lock()
 
 
 def once(bpe: BPE, name: str, build: Callable[[BPE], Any]) -> Any:
     """build(bpe), remembered under `name` as long as `bpe` lives."""
     try:
-        return _MEMO[bpe][name]
+        return _MEMO[id(bpe)][name]
     except KeyError:
         value = build(bpe)
         with _LOCK:
-            return _MEMO.setdefault(bpe, {}).setdefault(name, value)
+            if id(bpe) not in _MEMO:
+                _MEMO[id(bpe)] = {}
+                weakref.finalize(bpe, _MEMO.pop, id(bpe)).atexit = False
+            return _MEMO[id(bpe)].setdefault(name, value)
+
+
+def token_to_id(bpe: BPE, token: str | bytes) -> int:
+    """The id of a token, given as its bytes or as their text; ValueError where the vocabulary does not have it.
+
+    >>> from purelm.tokenizer import make
+    >>> bpe = make({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
+    >>> token_to_id(bpe, "<|endoftext|>"), token_to_id(bpe, b"a")
+    (256, 97)
+    """
+    if not isinstance(token, str | bytes):
+        raise ValueError(f"token is {type(token).__name__} {token!r:.80}; give str or bytes")
+    found = token_ids(bpe).get(token if isinstance(token, bytes) else token.encode("utf-8", "surrogatepass"))
+    if found is None:
+        raise ValueError(f"token is {token!r:.80}, which is none of the {len(bpe.vocab)} tokens of this vocabulary")
+    return found
 
 
 def token_ids(bpe: BPE) -> dict[bytes, int]:

@@ -1,5 +1,7 @@
 """Decoding. Oracles: the round trip, bytes.decode, tiktoken, and offsets counted character by character."""
 
+import codecs
+import itertools
 import random
 
 import numpy as np
@@ -8,7 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purelm.tokenizer import decode, decode_bytes, decode_with_offsets, encode, make
+from purelm.tokenizer import (
+    decode,
+    decode_bytes,
+    decode_iterable,
+    decode_next,
+    decode_with_offsets,
+    encode,
+    make,
+)
 
 BYTES = {value: bytes([value]) for value in range(256)}
 TEXT = st.text(st.sampled_from("ab c\n\u00e9\u4e2d\U0001f600\u0301\ufffd\x00") | st.characters(codec="utf-8"))
@@ -167,3 +177,79 @@ def test_wrong_kinds_of_ids_and_errors():
     with pytest.raises(ValueError, match="errors is 'replce'"):
         decode(bpe, [97], errors="replce")
     assert decode(bpe, (i for i in [97, 98])) == "ab"
+
+
+# ---- In steps ----
+
+# Whole characters, parts of them, and bytes that are none, as ids of single bytes.
+PARTS = [*(c.encode() for c in "a\u00e9\u4e2d\U0001f600"), b"\xe4\xb8", b"\xf0\x9f", b"\xa9", b"\xed\xa0", b"\xff"]
+BAD_OR_GOOD = st.lists(st.sampled_from(PARTS)).map(lambda parts: list(b"".join(parts))) | st.lists(st.integers(0, 255))
+ERRORS = ["replace", "ignore", "backslashreplace", "strict"]
+
+
+@given(ids=BAD_OR_GOOD, errors=st.sampled_from(ERRORS), cuts=st.lists(st.integers(0, 60)))
+def test_pieces_join_to_the_whole(ids, errors, cuts):
+    """Law: joined, what the steps give is decode of all ids, for every way of cutting them; errors are raised alike."""
+    bpe = make(BYTES, [])
+    try:
+        expected = decode(bpe, ids, errors)
+    except UnicodeDecodeError:
+        with pytest.raises(UnicodeDecodeError):
+            list(decode_iterable(bpe, ids, errors))
+        return
+    pieces = list(decode_iterable(bpe, iter(ids), errors))
+    assert "".join(pieces) == expected and all(pieces)
+    text, held = "", b""
+    for start, end in itertools.pairwise([0, *sorted(cuts), len(ids)]):
+        more, held = decode_next(bpe, ids[start:end], held, errors)
+        text += more
+        assert len(held) <= 3
+    last, held = decode_next(bpe, [], held, errors, final=True)
+    assert text + last == expected and held == b""
+
+
+@given(text=st.text("a\u00e9b\u4e2d\U0001f600 ") | TEXT)
+def test_steps_of_tokens_of_several_bytes(text):
+    """Oracle: Python's incremental decoder, id by id: a character comes with the token that completes it."""
+    merges = [
+        (b"a", b"\xc3"), (b"\xa9", b"b"), (b"\xe4", b"\xb8"), (b" ", b"\xe4\xb8"), (b"\xad", b"\xf0"),
+        (b"\xf0", b"\x9f"),
+    ]  # fmt: skip
+    vocab = BYTES | {256 + i: left + right for i, (left, right) in enumerate(merges)}
+    bpe = make(vocab, merges, ["<|endoftext|>"], r"[\s\S]+")
+    ids = encode(bpe, text + "<|endoftext|>")
+    decoder, held = codecs.getincrementaldecoder("utf-8")(), b""
+    for token_id in ids.tolist():
+        step, held = decode_next(bpe, [token_id], held)
+        assert step == decoder.decode(bpe.vocab[token_id])
+    assert "".join(decode_iterable(bpe, ids)) == text + "<|endoftext|>" and held == b""
+
+
+def test_a_stream_is_decoded_as_it_comes():
+    """By hand: nothing is asked for before its turn, and a held part comes out as U+FFFD at the end."""
+    bpe, asked = make(BYTES, []), []
+
+    def ids():
+        for token_id in b"a\xc3\xa9\xf0\x9f":
+            asked.append(token_id)
+            yield np.uint16(token_id)
+
+    pieces = decode_iterable(bpe, ids())
+    assert asked == [] and next(pieces) == "a" and asked == [0x61]
+    assert next(pieces) == "\u00e9" and asked == [0x61, 0xC3, 0xA9]
+    assert list(pieces) == ["\ufffd"]
+    assert list(decode_iterable(bpe, torch.tensor([104, 105]))) == ["h", "i"]
+
+
+def test_wrong_steps():
+    """An id that is none is named with its place, errors and ids of the wrong kind at the call."""
+    bpe = make(BYTES, [])
+    with pytest.raises(ValueError, match=r"ids\[2\] is 256, which is no token: .* the largest is 255"):
+        list(decode_iterable(bpe, [1, 2, 256]))
+    with pytest.raises(ValueError, match=r"ids\[0\] is -1"):
+        decode_next(bpe, [-1])
+    for function in (decode_iterable, lambda bpe, ids, errors: decode_next(bpe, ids, b"", errors)):
+        with pytest.raises(ValueError, match="errors is 'some'"):
+            function(bpe, [1], "some")
+    with pytest.raises(ValueError, match="ids is str 'ab'; give an iterable of integers"):
+        decode_iterable(bpe, "ab")
