@@ -1,4 +1,7 @@
-"""A corpus as blocks: what one worker takes at a time, of a mapped file or of texts. What is not UTF-8 is located."""
+"""A corpus as blocks: the stretches of a file, or the texts, that one worker takes at a time.
+
+Bytes are kept as they are: CRLF stays, a byte order mark too. Errors name the file, the byte and the line.
+"""
 
 import mmap
 import os
@@ -29,7 +32,7 @@ def file_blocks(path: str | os.PathLike, pattern: str, special_tokens: tuple[str
 
 
 def text_blocks(texts: Iterable[str], what: str = "text") -> Iterator[Block]:
-    """Texts gathered to blocks of about BLOCK_BYTES; what: their name in errors."""
+    """Texts gathered into blocks of about BLOCK_BYTES; what: how errors call a text."""
     held: list[bytes] = []
     n_bytes = done = 0
     for number, text in enumerate(texts):
@@ -51,7 +54,7 @@ def text_blocks(texts: Iterable[str], what: str = "text") -> Iterator[Block]:
 
 
 def look_ahead(blocks: Iterator[Block], n_bytes: int) -> tuple[int, Iterator[Block]]:
-    """(bytes of the first blocks, as many as it takes to reach n_bytes or the end; all blocks)."""
+    """(bytes of the first blocks, of which it reads as many as hold n_bytes, or all; an iterator of all blocks)."""
     head: list[Block] = []
     known = 0
     while known < n_bytes and (block := next(blocks, None)) is not None:
@@ -79,7 +82,7 @@ def chunk_spans(
             return
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         yield from chunks(data, n_bytes, pattern, special_tokens)
-        # Not closed by hand: a match object of the search may still refer to the mapping.
+        # Not closed here: a match object of the search may still refer to the mapping.
 
 
 def read_span(path: str | os.PathLike, start: int, end: int) -> bytes:
@@ -95,8 +98,8 @@ def read_span(path: str | os.PathLike, start: int, end: int) -> bytes:
 def decode_chunk(chunk: bytes, name: str, offset: int = 0) -> str:
     """`chunk` as text, strictly; ValueError with file, byte offset and line where it is not UTF-8.
 
-    name: what to call the text in the message; where it is the path of a file and `offset` the chunk's place in it, the
-    line is counted from the beginning of the file.
+    name: how the message calls the text. With an `offset` it is the path of the file in which the chunk lies there, so
+    that the line can be counted from the beginning of the file.
     """
     try:
         return chunk.decode("utf-8")
@@ -121,7 +124,7 @@ def _newlines_before(name: str, offset: int) -> int:
 
 
 def file_bytes(path: str | os.PathLike) -> int:
-    """Size of a file in bytes; ValueError for what is no file (a pipe would be waited for, /dev/zero never ends)."""
+    """Size of a file in bytes; ValueError for a folder, a pipe (reading would wait) or a device (might never end)."""
     status = Path(path).stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{os.fspath(path)}: is a folder, a pipe or a device; a file is expected")

@@ -1,8 +1,8 @@
 """The tokenizer as a value: BPE(vocab, merges, special_tokens, pattern), and `make`, which checks one.
 
-Byte-level byte-pair encoding: a text is cut into pieces by `pattern`, a piece starts as its UTF-8 bytes, and as long as
-two neighbours are a listed merge, the one that comes first in `merges` (the leftmost of equals) is applied. Merge order
-and ids are separate: ids may be in any order (specials first, gaps, ...).
+Byte-level byte-pair encoding: `pattern` cuts a text into pieces, and a piece starts as its UTF-8 bytes. As long as some
+neighbours are a pair in `merges`, the pair that is listed first is merged (where it occurs twice, at its leftmost
+place). The order of the merges says nothing about ids: ids may be in any order and have gaps.
 
 Sennrich et al. 2016 (BPE for translation); Radford et al. 2019, section 2.2 (on bytes).
 """
@@ -30,9 +30,9 @@ class BPE:
     merges: tuple[tuple[bytes, bytes], ...]  # by rank: the earlier is applied first
     special_tokens: tuple[str, ...]  # cut out of the text before `pattern` applies; each is in the vocab as UTF-8
     pattern: str  # the pre-tokenizer's regular expression (`regex` syntax)
-    # True: a piece that is itself a token is that token whatever the merges say, and a run of merges with one and
-    # the same result shares its rank. What tiktoken does, and the flag of this name in Hugging Face's files. It makes
-    # no difference where each token is what the merges make of its own bytes, as in every trained vocabulary.
+    # True: a piece that is itself a token becomes that token whatever the merges say, and consecutive merges with the
+    # same result share a rank. This is what tiktoken does, and the flag of this name in Hugging Face's files. It makes
+    # no difference in a trained vocabulary, where the merges turn the bytes of each token into that token.
     ignore_merges: bool = False
 
     def __eq__(self, other: object) -> bool:
@@ -48,7 +48,7 @@ class BPE:
         )
 
     def __hash__(self) -> int:
-        """Of what is quick to read; tokenizers that differ in nothing of it are told apart by ==."""
+        """Equal BPEs have equal hashes. Not all is read, which would be slow, so unequal ones may have equal hashes."""
         return hash((self.pattern, frozenset(self.special_tokens), len(self.vocab), len(self.merges), self.merges[-1:]))
 
 
@@ -64,8 +64,8 @@ def make(
 
     special_tokens: names, or a mapping from name to id where the ids are fixed from outside. pattern: a name of
     `purelm.tokenizer.patterns` or a regex. Raises ValueError that names the first thing that is wrong: an id that is
-    no id, bytes that two ids share, one of the 256 single bytes missing, a merge listed twice, or one of whose parts
-    or result is not in the vocab.
+    not an int in range, two ids with the same bytes, one of the 256 single bytes missing, a merge that is listed twice,
+    or a merge whose parts or result are not in the vocab.
 
     >>> bpe = make({i: bytes([i]) for i in range(256)} | {256: b"hi"}, [(b"h", b"i")], ["<|endoftext|>"])
     >>> bpe.vocab[257], vocab_size(bpe)
@@ -101,14 +101,14 @@ def make(
 
 
 def listed(values, argument: str, what: str) -> list:
-    """The elements of an iterable that is not a string or bytes, which would be taken apart."""
+    """The elements of an iterable; ValueError for a str or bytes, whose elements are not meant."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise ValueError(f"{argument} is {type(values).__name__} {values!r:.80}; give a sequence of {what}")
     return list(values)
 
 
 def listed_specials(special_tokens: Specials) -> Specials:
-    """The same as something that can be read twice: a mapping as it is, else a tuple."""
+    """The same, so that it can be read twice: a mapping stays, an iterator becomes a tuple."""
     if isinstance(special_tokens, Mapping):
         return special_tokens
     return tuple(listed(special_tokens, "special_tokens", "strings"))
@@ -128,7 +128,7 @@ def _check_entry(token_id, token) -> None:
 
 
 def _add_specials(vocab: dict[int, bytes], ids: dict[bytes, int], special_tokens) -> tuple[str, ...]:
-    """Append to vocab and ids (both local to the caller) what is missing; the names in order."""
+    """Add what is missing to `vocab` and `ids` (dicts that the caller made); the names in order."""
     fixed = special_tokens if isinstance(special_tokens, Mapping) else {}
     names = tuple(listed(special_tokens, "special_tokens", "strings"))
     seen: set[str] = set()

@@ -58,7 +58,7 @@ def count_pieces(
         from purelm.tokenizer.compiled.counting import count_in_threads
 
         return count_in_threads(blocks, pattern, special_tokens, workers, report)
-    # Texts whose number is not known are counted in one process unless the caller asks for more.
+    # Of an iterable the size is not known: one process, unless the caller asks for more.
     return _count_in_processes(blocks, pattern, special_tokens, check_workers(n_workers, total or 0), report)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from purelm.tokenizer import tables
 from purelm.tokenizer.bpe import BPE
 
-_BLOCK = 4096  # ids at a time: the references that a gather makes stay in the cache (3 times the speed of all at once)
+_BLOCK = 4096  # ids at a time: what is gathered stays in the cache, which is 3 times as fast as all at once
 
 
 def decode_bytes(bpe: BPE, ids: np.ndarray | Iterable[SupportsIndex]) -> bytes:
@@ -27,9 +27,10 @@ def decode_bytes(bpe: BPE, ids: np.ndarray | Iterable[SupportsIndex]) -> bytes:
 
 def _join(bpe: BPE, ids: np.ndarray) -> bytes:
     tokens, _ = tables.tokens_by_id(bpe)
-    # For the narrow types, which are those of encode, nothing need be looked for: take refuses what is too large.
+    # Ids outside the vocabulary are found by the way: take raises IndexError where one is too large, join raises
+    # TypeError at the None of a gap. Only wider types, which encode does not give, are looked through for negative ids.
     narrow = ids.dtype in (np.uint8, np.uint16, np.uint32) or len(ids) == 0
-    try:  # and join refuses the None of a gap
+    try:
         if narrow or (ids.min() >= 0 and ids.max() < len(tokens)):
             blocks = (ids[start : start + _BLOCK] for start in range(0, len(ids), _BLOCK))
             return b"".join([b"".join(tokens.take(block).tolist()) for block in blocks])
@@ -114,7 +115,7 @@ def _pieces(bpe: BPE, ids: Iterable[SupportsIndex], errors: str) -> Iterator[str
 
 
 def _check_errors(errors: str) -> None:
-    """Always, and not only where a byte is bad."""
+    """ValueError for an unknown name also where no byte is bad, where the codec would not look at it."""
     try:
         codecs.lookup_error(errors)
     except (LookupError, TypeError):
@@ -126,8 +127,8 @@ def decode_with_offsets(
 ) -> tuple[str, np.ndarray]:
     """(text, offsets): offsets[k], int64, is the index in `text` of the first character that has bytes of token k.
 
-    So tokens that share a character have its index each, as in tiktoken's function of this name. Bytes that are no
-    UTF-8 raise ValueError, or with errors="replace" become U+FFFD, each of them a character that counts.
+    Tokens that share a character all have its index, as in tiktoken's function of this name. Bytes that are not UTF-8
+    raise ValueError; with errors="replace" they become U+FFFD, each of which counts as a character.
 
     >>> from purelm.tokenizer import make
     >>> bpe = make({i: bytes([i]) for i in range(256)} | {256: b"hi"}, [(b"h", b"i")])
@@ -154,14 +155,14 @@ def _replaced_starts(data: bytes) -> np.ndarray:
     starts = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
     begin, view = 0, memoryview(data)
     while begin < len(data):
-        end = min(begin + 4096, len(data))  # a window, so that a text of errors is not read once an error
+        end = min(begin + 4096, len(data))  # a window: without it, each of many errors would decode all of the rest
         try:
             str(view[begin:end], "utf-8")
             begin = end
-        except UnicodeDecodeError as error:  # the codec puts one U+FFFD for the bytes [error.start, error.end)
+        except UnicodeDecodeError as error:  # one U+FFFD for bytes [error.start, error.end)
             bad, after = begin + error.start, begin + error.end
             if after == end < len(data) and bad > begin:
-                begin = bad  # perhaps only cut by the window
+                begin = bad  # the character may only be cut off by the window: look again from where it begins
                 continue
             starts[bad] = True
             starts[bad + 1 : after] = False

@@ -187,7 +187,7 @@ _SHORT = 128  # up to this many bytes, scanning for the smallest merge is faster
 
 
 def merge(ids: list[int], merges: dict[tuple[int, int], int]) -> list[int]:
-    """The ids that remain after all merges of `ids`, which is used up; linear or nearly so in its length."""
+    """The ids that remain after all merges of `ids`, a list that is overwritten; takes about linear time."""
     return _merge_short(ids, merges) if len(ids) <= _SHORT else _merge_long(ids, merges)
 
 
@@ -210,7 +210,7 @@ def _merge_short(ids: list[int], merges: dict[tuple[int, int], int]) -> list[int
 
 
 def _merge_long(ids: list[int], merges: dict[tuple[int, int], int]) -> list[int]:
-    """A queue of merges, each with the places where it may apply; a linked list of the places that live."""
+    """With a queue of merges, each with the places where it may apply, and a linked list of the places still in use."""
     get = merges.get
     n = len(ids)
     after = list(range(1, n + 1))
@@ -230,7 +230,7 @@ def _merge_long(ids: list[int], merges: dict[tuple[int, int], int]) -> list[int]
         todo.sort()
         for done, k in enumerate(todo):
             if values[k] != best:
-                continue  # one of the two has been merged with its other neighbour
+                continue  # one of the two was merged with its other neighbour
             dead = after[k]
             right = after[dead]
             left = before[k]
@@ -261,7 +261,7 @@ def _merge_long(ids: list[int], merges: dict[tuple[int, int], int]) -> list[int]
                         places[value] = [left]
                         heappush(queue, value)
                         lowest = min(lowest, value)
-            if lowest < best:  # only where a listed merge comes before the merge that made one of its parts
+            if lowest < best:  # happens only where a merge is listed before the merge that makes one of its parts
                 places[best] = todo[done + 1 :]
                 heappush(queue, best)
                 break

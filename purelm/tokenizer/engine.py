@@ -7,6 +7,7 @@ it). So it is used from the amount of work on at which loading it has paid, and 
 
 import importlib.util
 import sys
+from functools import cache
 from typing import Literal
 
 from purelm.tokenizer.patterns import family, known_family
@@ -42,10 +43,11 @@ def choose(engine: str, task: Task, n_bytes: int, pattern: str | None = None) ->
         return "numba"
     if engine == "python" or n_bytes < PAYS_FROM[task]:
         return "python"
-    able = has_numba() and sys.byteorder == "little" and (pattern is None or family(pattern) is not None)
+    able = sys.byteorder == "little" and (pattern is None or family(pattern) is not None) and has_numba()
     return "numba" if able else "python"
 
 
+@cache
 def has_numba() -> bool:
     """Whether numba is installed; it is not imported."""
     return importlib.util.find_spec("numba") is not None

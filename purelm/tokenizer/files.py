@@ -1,8 +1,9 @@
 """Text files, or any documents, to token files by several workers, with exactly the ids of the whole text.
 
 The text is cut by the safe rule (see `cuts`), parts are encoded side by side and written in order. With the compiled
-engine the workers are threads: it releases the interpreter's lock. Without it they are processes, which pay only for
-long inputs. The token file appears under its name when it is whole, see `purelm.data.tokens`.
+engine the workers are threads: it releases the interpreter's lock. Without it they are processes, which are
+worth their start only for long inputs. The token file appears under its name when it is whole, see
+`purelm.data.tokens`.
 """
 
 import os
@@ -173,7 +174,7 @@ def _special_bytes(bpe: BPE, ids: np.ndarray) -> int:
     sizes, low, high = tables.once(bpe, "special_bytes", _special_sizes)
     if not len(sizes):
         return 0
-    if low > 0:  # specials are mostly at one end of the vocabulary: one comparison leaves few ids to look at
+    if low > 0:  # special ids mostly lie at one end of the vocabulary: one comparison leaves few ids to look up
         ids = ids[ids >= low]
     if high < len(sizes) - 1:
         ids = ids[ids <= high]

@@ -7,8 +7,8 @@ All are `regex` syntax (Unicode classes, possessive quantifiers).
 - GPT2 (also r50k, p50k): contractions, " ?letters", " ?numbers", " ?other", white space; the last white-space
   character before a word stays with the word's piece.
 - CL100K (GPT-4): contractions in any case, one leading non-letter of any kind before letters, numbers in threes,
-  punctuation keeps the newlines after it, white space up to its last newline. White space at the very end of the
-  text is one piece (`\s++$`), which the first published form of this pattern, CL100K_V1, cuts after its last newline.
+  punctuation keeps the newlines after it, white space up to its last newline. White space at the very end of the text
+  is one piece (`\s++$`); the first published form of this pattern, CL100K_V1, cuts it after its last newline.
 - O200K (GPT-4o): as CL100K with words split where a capital follows a small letter, marks counted as letters, the
   contraction kept on its word.
 
@@ -68,7 +68,7 @@ _SAME_AS_GPT2 = frozenset(
 def resolve(pattern: str) -> str:
     r"""The regular expression that `pattern` names, or `pattern` itself when it is one; known spellings become one.
 
-    A string without any regex syntax that is no known name (a typing error such as "gtp2") is refused.
+    A string that has no regex syntax and is not a known name, such as the typing error "gtp2", is refused.
 
     >>> resolve("gpt2") == GPT2
     True

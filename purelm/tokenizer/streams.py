@@ -34,7 +34,7 @@ def encode_iterable(
     """
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise ValueError(f"texts is one {type(texts).__name__}: give an iterable of str, as [text] or an open file")
-    choose(engine, "encode", 0, bpe.pattern)  # an engine that is none, or cannot, is an error of this call
+    choose(engine, "encode", 0, bpe.pattern)  # raises here, and not at the first id
     if not isinstance(max_held, int) or max_held < 1:
         raise ValueError(f"max_held is {max_held!r}: allowed is an int of at least 1")
     return _ids(bpe, texts, engine, max_held)
@@ -77,7 +77,7 @@ def _safe_blocks(bpe: BPE, texts: Iterable[str], max_held: int) -> Iterator[str]
                     f"texts: {n_held} characters without a place where a cut is safe, more than max_held={max_held}; "
                     "they hold no space, or the pattern is not a known one and no special token separates documents"
                 )
-            # Looking again only when the text has doubled keeps a stream without a safe cut linear.
+            # The next look is after the text has doubled, so that a stream without a safe cut takes linear time.
             wanted = max(BLOCK_CHARS, 2 * n_held)
             if cut:
                 joined = joined[:cut]

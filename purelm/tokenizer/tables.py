@@ -53,7 +53,7 @@ def token_ids(bpe: BPE) -> dict[bytes, int]:
 
 
 def ranks(bpe: BPE) -> list[int]:
-    """The rank of each merge: its place, or under ignore_merges that of the first of a run with one result."""
+    """The rank of each merge: its place in the list. Under ignore_merges, neighbours with one result share a rank."""
     if not bpe.ignore_merges:
         return list(range(len(bpe.merges)))
     result, previous, rank = [], b"", -1
@@ -65,7 +65,7 @@ def ranks(bpe: BPE) -> list[int]:
 
 
 def pair_merges(bpe: BPE) -> dict[tuple[int, int], int]:
-    """(left id, right id) -> rank << 32 | id of the result, so that the smallest value is the merge that goes first."""
+    """(left id, right id) -> rank << 32 | id of the result: the smallest value is the merge to apply first."""
     return once(bpe, "pair_merges", _pair_merges)
 
 
@@ -78,7 +78,7 @@ def _pair_merges(bpe: BPE) -> dict[tuple[int, int], int]:
 
 
 def whole_tokens(bpe: BPE) -> dict[bytes, int]:
-    """Under ignore_merges the tokens that a piece can be as a whole (special tokens are not), else none."""
+    """Bytes -> id of the tokens that a piece can become without merging: the ordinary ones under ignore_merges."""
     return once(bpe, "whole_tokens", _whole_tokens)
 
 

@@ -26,7 +26,7 @@ def check_workers(n_workers: int | None, n_bytes: int | None = None) -> int:
 
 
 def in_threads(function: Callable[[Any], Any], items: Iterable, workers: int) -> Iterator[tuple[Any, Any]]:
-    """(item, function(item)) in order, for functions that release the interpreter's lock; one worker: no thread."""
+    """(item, function(item)) in order, in threads; one worker is this thread. For functions that release the GIL."""
     if workers == 1:
         for item in items:
             yield item, function(item)
@@ -38,10 +38,10 @@ def in_threads(function: Callable[[Any], Any], items: Iterable, workers: int) ->
 def in_processes(
     function: Callable[[Any, Any], Any], shared: Any, items: Iterable, workers: int
 ) -> Iterator[tuple[Any, Any]]:
-    """(item, function(shared, item)) in order; `shared` is sent to each process once. One worker: no other process.
+    """(item, function(shared, item)) in order, in processes; one worker is this process. `shared` is sent once to each.
 
-    The processes are spawned, not forked: a fork of a process that has threads (torch's, say) can hang. As everywhere
-    with spawned processes, a script needs `if __name__ == "__main__":` around what it does.
+    The processes are spawned, not forked: a fork of a process that has threads (torch's, say) can hang. A script that
+    spawns processes needs `if __name__ == "__main__":` around what it does.
     """
     if workers == 1:
         for item in items:
@@ -73,6 +73,6 @@ def _ahead(pool: Executor, function: Callable, items: Iterable, window: int) -> 
             result = future.result()
             running += [(later, pool.submit(function, later)) for later in islice(items, 1)]
             yield item, result
-    finally:  # an error here, or a reader that stops: do not start what waits
+    finally:  # after an error, or when the reader stops, what waits is not started
         for _, future in running:
             future.cancel()

@@ -1,9 +1,9 @@
-r"""What the known patterns ask of a character: a table of property bits for all code points.
+r"""The properties of characters that the known patterns look at: a table of bits for all code points.
 
-The bits are asked of the installed `regex` (its Unicode version, not unicodedata's, decides), so the compiled splitter
-cuts exactly where `regex` does. tiktoken's Rust library has a Unicode version of its own: letters and numbers that
-were assigned later are "other" there. regex 2026.11 has 17,144 letters, 336 numbers and 79 marks more than tiktoken
-0.14, all but one unassigned at the time of Unicode 16; the one is U+0295, which moved from Ll to Lo (o200k only).
+The installed `regex` is asked for them, so the compiled splitter cuts exactly where `regex` does; its Unicode version
+counts, not unicodedata's. tiktoken's Rust library has a Unicode version of its own: letters and numbers that were
+assigned later are "other" there. regex 2026.11 has 17,144 letters, 336 numbers and 79 marks more than tiktoken 0.14.
+All of them were unassigned in Unicode 16 but U+0295, which moved from Ll to Lo (a difference to o200k alone).
 """
 
 from functools import lru_cache
@@ -27,7 +27,7 @@ _PROPERTIES = (
 def class_table() -> np.ndarray:
     """Property bits of each code point, uint8 (0x110000,), read-only; 0.2 s on the first call, then kept."""
     table = np.zeros(0x110000, np.uint8)
-    # Surrogates are no characters: leave them out and shift what lies above.
+    # In two parts, because surrogates between them are no characters.
     for low, high in ((0, 0xD800), (0xE000, 0x110000)):
         text = "".join(map(chr, range(low, high)))
         for pattern, bit in _PROPERTIES:

@@ -1,8 +1,8 @@
 """How often each piece occurs, in machine code: an open-addressing table that compares pieces, never only hashes.
 
-A slot's key is the piece itself where it has at most 7 bytes (packed, the length in the top byte), so one comparison
-of 64 bits decides; a longer piece has a 63-bit hash as its key (top bit set) and is compared with its bytes, which lie
-in `arena`. A free slot has key 0.
+The key of a slot is the piece itself where that has at most 7 bytes (packed, the length in the top byte), so one
+comparison of 64 bits decides. The key of a longer piece is a 63-bit hash (top bit set), and its bytes, which lie in
+`arena`, are compared too. A free slot has key 0.
 """
 
 import threading
@@ -115,7 +115,7 @@ def empty_table() -> tuple:
 
 
 def padded(text: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """(bytes of text as uint8, the uint64 that starts at each byte; the last ones read zeros behind the text)."""
+    """(bytes of text as uint8, the uint64 that starts at each byte; at the end they contain zeros)."""
     buffer = text + bytes(8)
     return np.frombuffer(buffer, np.uint8)[: len(text)], np.ndarray((len(text) + 1,), np.uint64, buffer, strides=(1,))
 
@@ -123,7 +123,7 @@ def padded(text: bytes) -> tuple[np.ndarray, np.ndarray]:
 def add(table: tuple, data: np.ndarray, words: np.ndarray, ends: np.ndarray, start: int = 0) -> tuple:
     """The table after counting the pieces of a text (see `padded`) that begin at `start` and end at `ends` (int64).
 
-    The table given is used up (its arrays are written to).
+    The arrays of the given table are written to: use it no more.
     """
     *arrays, used = table
     return (*_add(*arrays, used, data, words, ends, start), used)
@@ -187,7 +187,7 @@ def count_in_threads(
                 errors.append((-1, error))
                 raise
     if errors:
-        # Blocks are handed out in order, so the first error of the corpus is among these whatever the timing was.
+        # Blocks are handed out in order, so the first error of the corpus is among these, however the threads ran.
         raise min(errors, key=lambda item: item[0])[1]
     out = tables[0]
     for table in tables[1:]:
@@ -198,10 +198,10 @@ def count_in_threads(
 
 
 def _block_adder(pattern: str, special_tokens: tuple[str, ...]):
-    """add_block(table, block) -> table, by compiled code.
+    """add_block(table, block) -> table.
 
-    A special token is counted as a piece of its own, which is taken out of the sum: what lies between special tokens
-    holds none of them whole, so no other piece is equal to one.
+    Special tokens are counted as pieces of their own, and taken out of the sum in the end. No other piece is equal to
+    one, because the text between special tokens contains none of them.
     """
     matcher = special_matcher(frozenset(special_tokens), True) if special_tokens else None
     known, classes = known_family(pattern), class_table()
@@ -210,7 +210,7 @@ def _block_adder(pattern: str, special_tokens: tuple[str, ...]):
         texts = block_texts(block)
         joined = b"".join(texts)
         data, words = padded(joined)
-        ends = np.empty(len(joined), np.int64)  # no piece is empty; pages that are not written cost nothing
+        ends = np.empty(len(joined), np.int64)  # as many as needed at most; pages that are not written cost nothing
         n_ends = start = stop = 0
         for text in texts:
             stop += len(text)

@@ -113,8 +113,8 @@ def merge_long(data, start, end, byte_ids, pairs, out, n_out, places, values, he
     Scratch for n = end - start places: places (3, n) int64, values (n,) and heap (3 n,) uint64.
     """
     n = end - start
-    # places: its id, the next and the previous living place (n and -1 beyond the ends). values: the merge of a place
-    # with the next one, NO_MERGE also where a place is dead. heap: rank << 32 | place; each merge adds two at most.
+    # places: the id of each, the next and the previous place in use (n and -1 beyond the ends). values: the merge of a
+    # place with the next one, NO_MERGE for a place out of use. heap: rank << 32 | place; each merge adds at most two.
     high = np.uint64(0xFFFFFFFF00000000)
     low = np.uint64(0xFFFFFFFF)
     size = 0
@@ -138,7 +138,7 @@ def merge_long(data, start, end, byte_ids, pairs, out, n_out, places, values, he
         at = np.int64(top & low)
         value = values[at]
         if value == NO_MERGE or (value & high) != (top & high):
-            continue  # the pair that this entry spoke of is gone
+            continue  # the pair of this entry is gone
         dead = places[AFTER, at]
         right = places[AFTER, dead]
         left = places[BEFORE, at]

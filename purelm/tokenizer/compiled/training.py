@@ -1,14 +1,16 @@
 """The merge loop of BPE training in machine code: the same merges as `purelm.tokenizer.training.learn_merges`.
 
-Data. The distinct pieces lie one after the other in `rows`; a row is a position that holds a token, and its links lead
-to the positions of the piece that are still alive (a merge keeps the left position and kills the right one). A pair of
-tokens is an entry of an open-addressing table keyed by (left << 32 | right), with its weighted count and a slice of
-`where`, the positions at which it was ever seen, in text order, so that "aaaa" merges from the left; an occurrence that
-is gone is told from its tokens. A pair gains occurrences only during the merge that creates the newer of its two
-tokens. So the slice is written once, and counts only fall afterwards: a max-heap holds one entry a pair, and an entry
-whose count is stale is corrected when it comes up.
+Data. The distinct pieces lie one after the other in `rows`. A row is a position that holds a token; its links lead to
+the neighbouring positions of the piece that are still alive (a merge keeps the left position and kills the right one).
+A pair of tokens is an entry of an open-addressing table keyed by (left << 32 | right). It has a weighted count and a
+slice of `where`: the positions at which it was ever seen, in text order, so that "aaaa" merges from the left. Whether
+an occurrence is still there shows in the tokens at its position.
 
-The time goes to random reads. Slices of `where` instead of linked lists make these independent of each other, so that
+A pair gains occurrences only during the merge that creates the newer of its two tokens. So its slice is written once,
+and its count only falls afterwards: a max-heap has one entry a pair, which is corrected when it comes up with an old
+count.
+
+Most time goes into random reads. With slices of `where` instead of linked lists these do not wait for each other, and
 the processor overlaps them: twice as fast on 24 MB of English.
 
 Memory: about 40 bytes a byte of the distinct pieces.
@@ -182,15 +184,16 @@ def _advance(
 ):  # fmt: skip
     """At most out_left.size more merges, their ids written to out_left and out_right; (how many, new state)."""
     n_pairs, n_where, n_heap, n_tokens = sizes[0], sizes[1], sizes[2], sizes[3]
-    # Of token x beside the pair (a, b) of the merge in hand: the merge's new id when the rest holds, the index of the
-    # pair that goes, (x, a) or (b, x), and of the one that comes, (x, new) or (new, x). Saves most look-ups.
+    # To save most look-ups, for a token x beside the pair (a, b) of the merge in hand: the merge's new id (another id
+    # there means that the row is of an earlier merge), the index of the pair that goes, (x, a) or (b, x), and of the
+    # pair that comes, (x, new) or (new, x).
     left_of = np.zeros((n_tokens + out_left.size, 3), np.int32)
     right_of = np.zeros((n_tokens + out_left.size, 3), np.int32)
     made = np.empty((1 << 12, 2), np.int32)  # (new pair, position) of the merge in hand
     done = 0
     while done < out_left.size and n_heap > 0:
         pair = heap_pair[0]
-        if heap_count[0] != count[pair]:  # stale: put right, or drop a pair that is gone
+        if heap_count[0] != count[pair]:  # an old count: correct it, or drop a pair that is gone
             heap_count[0] = count[pair]
             if count[pair] == 0:
                 n_heap -= 1
@@ -221,7 +224,7 @@ def _advance(
             p = where[entry]
             q = rows[p, NEXT]
             if rows[p, TOKEN] != a or q < 0 or rows[q, TOKEN] != b:
-                continue  # merged away meanwhile; a dead position has token -1
+                continue  # an earlier merge changed one of the two; a dead position has token -1
             if n_pairs + 2 > left.size:
                 size = 2 * left.size
                 left, right, count = _grown(left, size), _grown(right, size), _grown(count, size)

@@ -1,12 +1,13 @@
-"""The added tokens of a tokenizer.json: which of them mean what our special tokens mean, and with which ids.
+"""The added tokens of a tokenizer.json, as special tokens with ids; those that would mean something else are refused.
 
 Hugging Face's library cuts added tokens out of the text in two passes: first those with normalized=false, then, in what
-is left, the others; within a pass the leftmost and of these the longest wins. We have one pass. The two agree where no
-token of one pass can overlap one of the other.
+is left, the others. Within a pass the leftmost wins, and of several there the longest. `encode` has one pass. The
+results agree where no token of one pass can overlap one of the other.
 
-The ids in the file are not what decides: the library gives a token the id that the model's vocab has for it, and to
-those that it lacks, in the order of the list, the size of the vocab and up. Where the file says otherwise it only warns
-(tokenizers 0.23); here that is an error, since a model was trained with one of the two and nobody knows which.
+The ids come from the vocab, not from the list of added tokens: the library gives an added token the id that the model's
+vocab has for it. Those that the vocab does not have get, in the order of the list, the size of the vocab and up. Where
+the file says otherwise the library only warns (tokenizers 0.23). Here that is an error: a model was trained with one of
+the two ids, and the file does not tell with which.
 """
 
 from collections.abc import Iterable, Mapping
@@ -51,16 +52,16 @@ def added_tokens(added: Any, vocab: Mapping[str, Any], name: str) -> dict[str, i
 
 
 def _overlap(first: Iterable[str], second: Iterable[str]) -> tuple[str, str] | None:
-    """A string of each that can share characters in some text, or None; linear in all characters but for the slices."""
+    """A string of `first` and one of `second` that can share characters in some text, or None."""
     first, second = list(first), list(second)
     if not first or not second:
         return None
     for one, other, swap in ((first, second, False), (second, first, True)):
         begins = {text[:k]: text for text in other for k in range(1, len(text) + 1)}
-        whole = {text for text in other}
+        whole = set(other)
         for text in one:
             for k in range(len(text)):
-                found = begins.get(text[k:])  # the end of `text` begins the other
+                found = begins.get(text[k:])  # a string that begins with the end of `text`
                 if found is None:
                     inside = (text[k:end] for end in range(k + 1, len(text)) if text[k:end] in begins)
                     found = next((part for part in inside if part in whole), None)

@@ -1,11 +1,12 @@
 r"""Which regular expressions mean the same to Python's `regex` and to Oniguruma, which runs Hugging Face's Split.
 
-The two read many signs differently: ^ and $ are ends of lines there, \w takes other characters, {n}? is not lazy and
-{n,m}+ not possessive, [ inside a class opens a class, & & between classes intersects, letters under (?i:) may match
-several characters at once. And where a match has no characters, Split cuts and `regex` goes on by other rules. So a
-pattern is taken only if it is written in the signs that were found to agree; anything else is refused by name.
+Oniguruma reads many signs differently: ^ and $ are ends of lines, \w takes other characters, {n}? is not lazy and
+{n,m}+ not possessive, [ inside a class opens a class, && intersects classes, letters under (?i:) may match several
+characters at once. And the two go on by different rules after a match without characters. So a pattern is taken only if
+all its signs are among those that were found to agree; anything else is refused by name.
 
-The Unicode version of Oniguruma is older than that of `regex`, see `classes`: characters assigned since are "other".
+The Unicode version of Oniguruma is older than that of `regex`, as in `compiled.classes`: characters assigned since are
+"other".
 """
 
 from typing import NamedTuple, NoReturn
@@ -63,7 +64,7 @@ def check_dialect(pattern: str) -> None:
 
 
 class _Parser:
-    """Recursive descent over `text`: `at` is the place, the others are what was seen on the way."""
+    """Recursive descent over `text`; `at` is the place where it is."""
 
     def __init__(self, text: str):
         self.text, self.at = text, 0
@@ -93,7 +94,7 @@ class _Parser:
         while self.at < len(self.text) and self.peek() not in "|)":
             start = self.at
             if self.peek() == "$":
-                # Behind all of the white space there is no newline, so the end of a line is the end of the text.
+                # Behind a run of white space taken whole there is no newline: the end of the line is that of the text.
                 if not spaces_taken:
                     self.refuse("$", r"the end of a line in Hugging Face's library; \s++$ is the end of the text")
                 self.at += 1
