@@ -113,14 +113,11 @@ def decode_chunk(chunk: bytes, name: str, offset: int = 0) -> str:
 
 
 def _newlines_before(name: str, offset: int) -> int:
-    count = 0
-    if offset:
-        with open(name, "rb") as file:
-            while offset:
-                block = file.read(min(offset, 1 << 24))
-                count += block.count(b"\n")
-                offset -= len(block)
-    return count
+    if not offset:
+        return 0
+    with open(name, "rb") as file:
+        sizes = (min(offset - start, 1 << 24) for start in range(0, offset, 1 << 24))
+        return sum(file.read(size).count(b"\n") for size in sizes)
 
 
 def file_bytes(path: str | os.PathLike) -> int:

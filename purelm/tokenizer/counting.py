@@ -59,7 +59,14 @@ def count_pieces(
 
         return count_in_threads(blocks, pattern, special_tokens, workers, report)
     # Of an iterable the size is not known: one process, unless the caller asks for more.
-    return _count_in_processes(blocks, pattern, special_tokens, check_workers(n_workers, total or 0), report)
+    workers = check_workers(n_workers, total or 0)
+    counts: Counter[bytes] = Counter()
+    done = 0
+    for block, found in in_processes(count_block, (pattern, special_tokens), blocks, workers):
+        counts.update(found)
+        done += block.end - block.start
+        report(done)
+    return counts
 
 
 def count_block(rules: tuple[str, tuple[str, ...]], block: Block) -> Counter[bytes]:
@@ -72,19 +79,3 @@ def count_block(rules: tuple[str, tuple[str, ...]], block: Block) -> Counter[byt
         for part in [text] if specials is None else specials.split(text):
             found.update(split(part, pattern))
     return Counter({piece.encode("utf-8"): count for piece, count in found.items()})
-
-
-def _count_in_processes(
-    blocks: Iterator[Block],
-    pattern: str,
-    special_tokens: tuple[str, ...],
-    workers: int,
-    report: Callable[[int], None],
-) -> Counter[bytes]:
-    out: Counter[bytes] = Counter()
-    done = 0
-    for block, found in in_processes(count_block, (pattern, special_tokens), blocks, workers):
-        out.update(found)
-        done += block.end - block.start
-        report(done)
-    return out

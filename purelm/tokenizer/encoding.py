@@ -54,7 +54,9 @@ def encode(
     """
     if not isinstance(text, str):
         raise ValueError(f"text is {type(text).__name__}; give a str (bytes: decode them first)")
-    allowed, disallowed = _special_names(bpe, allowed_special, disallowed_special)
+    every = tables.special_set(bpe)
+    allowed = _special_names(bpe, allowed_special, "allowed_special", every)
+    disallowed = _special_names(bpe, disallowed_special, "disallowed_special", every - allowed)
     if disallowed:
         _refuse(text, disallowed)
     chosen = choose(engine, "encode", len(text), bpe.pattern)  # characters: the bytes are as many or more
@@ -78,26 +80,19 @@ def check_surrogates(text: str, offset: int = 0, of: str = "") -> None:
         raise ValueError(f"text has a lone surrogate, U+{ord(found.group()):04X}, at {where}: it has no UTF-8 form")
 
 
-def _special_names(bpe: BPE, allowed, disallowed) -> tuple[frozenset[str], frozenset[str]]:
-    every = tables.special_set(bpe)
-    if isinstance(allowed, str) and allowed == "all":
-        chosen = every
-    else:
-        chosen = _known_names(every, allowed, "allowed_special")
-    if isinstance(disallowed, str) and disallowed == "all":
-        return chosen, every - chosen
-    return chosen, _known_names(every, disallowed, "disallowed_special")
-
-
-def _known_names(every: frozenset[str], names, argument: str) -> frozenset[str]:
+def _special_names(bpe: BPE, names, argument: str, every: frozenset[str]) -> frozenset[str]:
+    """The special tokens that an argument of `encode` means; every: what "all" is."""
+    if isinstance(names, str) and names == "all":
+        return every
     if names is None or (isinstance(names, str) and names == "none"):
         return frozenset()
     if isinstance(names, str | bytes) or not isinstance(names, Iterable):
         raise ValueError(f'{argument} is {names!r}; give "all", "none" or a collection of special tokens')
     names = tuple(names)  # once: it may be a generator
-    unknown = [name for name in names if name not in every]
+    known = tables.special_set(bpe)
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"{argument}: {unknown[0]!r} is no special token of this BPE: {sorted(every)}")
+        raise ValueError(f"{argument}: {unknown[0]!r} is no special token of this BPE: {sorted(known)}")
     return frozenset(names)
 
 

@@ -16,24 +16,17 @@ PATIENCE_SECONDS, SECONDS_PER_CHARACTER = 10.0, 2e-5
 
 # The known patterns on ASCII text. re.ASCII makes \s the six white-space characters that \s of `regex` has there
 # (without it `re` adds U+001C..U+001F). Letters first where that cannot change the match: most pieces are words.
+_CONTRACTION = r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])"
+_CL100K = _CONTRACTION + r"|[^\r\nA-Za-z0-9]?+[A-Za-z]++|[0-9]{1,3}+| ?[^\sA-Za-z0-9]++[\r\n]*+"
+_WHITE_SPACE = r"|\s*[\r\n]|\s+(?!\S)|\s+"
 _ASCII = {
     GPT2: r" ?[A-Za-z]++|'(?:[sdmt]|ll|ve|re)| ?[0-9]++| ?[^\sA-Za-z0-9]++|\s++$|\s+(?!\S)|\s",
-    CL100K: (
-        r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\nA-Za-z0-9]?+[A-Za-z]++|[0-9]{1,3}+"
-        r"| ?[^\sA-Za-z0-9]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-    ),
-    CL100K_V1: (
-        r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\nA-Za-z0-9]?+[A-Za-z]++|[0-9]{1,3}+"
-        r"| ?[^\sA-Za-z0-9]++[\r\n]*+|\s*[\r\n]|\s+(?!\S)|\s+"
-    ),
-    QWEN: (
-        r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\nA-Za-z0-9]?+[A-Za-z]++|[0-9]"
-        r"| ?[^\sA-Za-z0-9]++[\r\n]*+|\s*[\r\n]|\s+(?!\S)|\s+"
-    ),
-    O200K: (
-        r"[^\r\nA-Za-z0-9]?(?:[A-Z]*+[a-z]++|[A-Z]++)(?:'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE]))?"
-        r"|[0-9]{1,3}+| ?[^\sA-Za-z0-9]++[\r\n/]*+|\s*[\r\n]|\s+(?!\S)|\s+"
-    ),
+    CL100K: _CL100K + r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    CL100K_V1: _CL100K + _WHITE_SPACE,
+    QWEN: _CL100K.replace("{1,3}+", "") + _WHITE_SPACE,
+    O200K: rf"[^\r\nA-Za-z0-9]?(?:[A-Z]*+[a-z]++|[A-Z]++)(?:{_CONTRACTION})?"
+    + r"|[0-9]{1,3}+| ?[^\sA-Za-z0-9]++[\r\n/]*+"
+    + _WHITE_SPACE,
 }
 
 
@@ -119,6 +112,5 @@ def _split_with_gaps(text: str, matcher, seconds: float | None = None) -> list[s
 def special_matcher(names: frozenset[str], of_bytes: bool = False) -> re.Pattern:
     """Matches one of `names`, in str or UTF-8, the longest that starts at a position (the first alternative wins)."""
     ordered = sorted(names, key=lambda name: (-len(name), name))
-    if of_bytes:
-        return re.compile(b"|".join(re.escape(name.encode()) for name in ordered))
-    return re.compile("|".join(map(re.escape, ordered)))
+    pattern = "|".join(map(re.escape, ordered))
+    return re.compile(pattern.encode() if of_bytes else pattern)

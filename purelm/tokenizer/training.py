@@ -207,18 +207,12 @@ def learn_merges(
             before, beyond = previous[position], following[after]
             following[position] = beyond
             if before >= 0:
-                neighbour = token[before]
-                _fall(pair_counts, created, (neighbour, left), times)
-                fresh = neighbour, new
-                created[fresh] = created.get(fresh, 0) + times
-                places.setdefault(fresh, []).append(before)
+                x = token[before]
+                _change(pair_counts, created, places, (x, left), (x, new), before, times)
             if beyond >= 0:
                 previous[beyond] = position
-                neighbour = token[beyond]
-                _fall(pair_counts, created, (right, neighbour), times)
-                fresh = new, neighbour
-                created[fresh] = created.get(fresh, 0) + times
-                places.setdefault(fresh, []).append(position)
+                x = token[beyond]
+                _change(pair_counts, created, places, (right, x), (new, x), position, times)
         del pair_counts[pair]
         for fresh, count in created.items():
             if count:
@@ -231,12 +225,14 @@ def learn_merges(
     return out
 
 
-def _fall(pair_counts: dict, created: dict, pair: tuple[int, int], times: int) -> None:
-    """Take `times` occurrences of `pair` away; what the merge in hand created is in `created`, not in pair_counts."""
-    if pair in created:
-        created[pair] -= times
+def _change(pair_counts: dict, created: dict, places: dict, old: tuple, new: tuple, at: int, times: int) -> None:
+    """`times` occurrences of the pair `old` become occurrences of `new`, at a position."""
+    if old in created:  # by the merge in hand: it is not in pair_counts yet
+        created[old] -= times
     else:
-        pair_counts[pair] -= times
+        pair_counts[old] -= times
+    created[new] = created.get(new, 0) + times
+    places.setdefault(new, []).append(at)
 
 
 def _descending(value: bytes) -> str:

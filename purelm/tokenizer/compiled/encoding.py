@@ -5,8 +5,8 @@ is emptied, so that the pieces of a new domain find room. Threads may encode at 
 BPE's pool and puts it back, or makes one where the pool is empty, so no two calls ever share a memo.
 """
 
-import re
 from collections import deque
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,8 @@ def _blocks(bpe: BPE, data: bytes, allowed: frozenset[str]):
     names = tables.once(bpe, "encoded_specials", _encoded_specials)
     spans: list[tuple[int, int, int]] = []
     block_start = start = 0
-    for end, after in _special_spans(data, special_matcher(allowed, True) if allowed else None):
+    found = (match.span() for match in special_matcher(allowed, True).finditer(data)) if allowed else ()
+    for end, after in chain(found, [(len(data), len(data))]):
         while end - block_start > _BLOCK:
             cut = SAFE_SPACE_BYTES.search(data, max(start + 1, block_start + _BLOCK - 1), end)
             if cut is None:
@@ -65,14 +66,6 @@ def _blocks(bpe: BPE, data: bytes, allowed: frozenset[str]):
 
 def _encoded_specials(bpe: BPE) -> dict[bytes, int]:
     return {name.encode(): token_id for name, token_id in tables.special_ids(bpe).items()}
-
-
-def _special_spans(data: bytes, matcher: re.Pattern | None):
-    """(start, end) of each special token, then of the end of the text."""
-    if matcher is not None:
-        for match in matcher.finditer(data):
-            yield match.span()
-    yield len(data), len(data)
 
 
 def _encode_block(bpe: BPE, data: bytes, spans: list, known: tuple[int, int], memo: dict[str, Any]) -> np.ndarray:

@@ -74,9 +74,7 @@ def _sift_up(i, heap_pair, heap_count, left, right, bytes_start, arena, by_bytes
     pair, count = heap_pair[i], heap_count[i]
     while i > 0:
         up = (i - 1) >> 1
-        if not _before(
-            count, pair, heap_count[up], heap_pair[up], left, right, bytes_start, arena, by_bytes
-        ):
+        if not _before(count, pair, heap_count[up], heap_pair[up], left, right, bytes_start, arena, by_bytes):
             break
         heap_pair[i], heap_count[i] = heap_pair[up], heap_count[up]
         i = up
@@ -87,19 +85,11 @@ def _sift_up(i, heap_pair, heap_count, left, right, bytes_start, arena, by_bytes
 def _sift_down(i, size, heap_pair, heap_count, left, right, bytes_start, arena, by_bytes):
     pair, count = heap_pair[i], heap_count[i]
     while 2 * i + 1 < size:
-        c = 2 * i + 1
-        if c + 1 < size and _before(
-            heap_count[c + 1],
-            heap_pair[c + 1],
-            heap_count[c],
-            heap_pair[c],
-            left,
-            right,
-            bytes_start,
-            arena,
-            by_bytes,
+        c, d = 2 * i + 1, 2 * i + 2
+        if d < size and _before(
+            heap_count[d], heap_pair[d], heap_count[c], heap_pair[c], left, right, bytes_start, arena, by_bytes
         ):
-            c += 1
+            c = d
         if _before(count, pair, heap_count[c], heap_pair[c], left, right, bytes_start, arena, by_bytes):
             break
         heap_pair[i], heap_count[i] = heap_pair[c], heap_count[c]
@@ -193,18 +183,15 @@ def _advance(
     done = 0
     while done < out_left.size and n_heap > 0:
         pair = heap_pair[0]
-        if heap_count[0] != count[pair]:  # an old count: correct it, or drop a pair that is gone
-            heap_count[0] = count[pair]
-            if count[pair] == 0:
-                n_heap -= 1
-                heap_pair[0], heap_count[0] = heap_pair[n_heap], heap_count[n_heap]
-            if n_heap > 0:
-                _sift_down(0, n_heap, heap_pair, heap_count, left, right, bytes_start, arena, by_bytes)
-            continue
-        n_heap -= 1
-        heap_pair[0], heap_count[0] = heap_pair[n_heap], heap_count[n_heap]
+        is_old = heap_count[0] != count[pair]
+        heap_count[0] = count[pair]
+        if not is_old or count[pair] == 0:  # this merge's pair, or one that is gone
+            n_heap -= 1
+            heap_pair[0], heap_count[0] = heap_pair[n_heap], heap_count[n_heap]
         if n_heap > 0:
             _sift_down(0, n_heap, heap_pair, heap_count, left, right, bytes_start, arena, by_bytes)
+        if is_old:
+            continue
         a, b, new = left[pair], right[pair], n_tokens
         out_left[done], out_right[done] = a, b
         done += 1
@@ -301,11 +288,9 @@ def learn_merges(
     progress: Callable[[int, int], None] | None = None,
     per_call: int = 1000,
 ) -> list[tuple[int, int]]:
-    """The first `n_merges` merges (fewer when no pair is left) as pairs of ids; merge i makes id 256 + i.
+    """As `purelm.tokenizer.training.learn_merges`; ValueError for more than MAX_POSITIONS bytes of distinct pieces.
 
-    pieces, counts: the distinct pre-tokens and how often each occurs. byte_ids[b] is the id of byte b.
-    tie_break: "course" or "hf", see `purelm.tokenizer.train`. progress(merges done, n_merges).
-    Raises ValueError for more than MAX_POSITIONS bytes of distinct pieces.
+    per_call: merges a call of the loop; `progress` hears of each call.
     """
     data = np.frombuffer(b"".join(pieces), np.uint8)
     if data.size > MAX_POSITIONS:

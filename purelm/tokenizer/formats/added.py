@@ -10,7 +10,7 @@ the file says otherwise the library only warns (tokenizers 0.23). Here that is a
 the two ids, and the file does not tell with which.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["added_tokens"]
@@ -51,11 +51,8 @@ def added_tokens(added: Any, vocab: Mapping[str, Any], name: str) -> dict[str, i
     return special
 
 
-def _overlap(first: Iterable[str], second: Iterable[str]) -> tuple[str, str] | None:
+def _overlap(first: Sequence[str], second: Sequence[str]) -> tuple[str, str] | None:
     """A string of `first` and one of `second` that can share characters in some text, or None."""
-    first, second = list(first), list(second)
-    if not first or not second:
-        return None
     for one, other, swap in ((first, second, False), (second, first, True)):
         begins = {text[:k]: text for text in other for k in range(1, len(text) + 1)}
         whole = set(other)

@@ -19,15 +19,9 @@ def byte_characters() -> tuple[str, ...]:
     return tuple(chr(value) if value in printable else chr(next(others)) for value in range(256))
 
 
-@lru_cache(maxsize=1)
-def _to_latin1() -> dict[int, str]:
-    """For str.translate: from the alphabet to Latin-1, whose characters are the bytes."""
-    return {ord(character): chr(value) for value, character in enumerate(byte_characters())}
-
-
-@lru_cache(maxsize=1)
-def _from_latin1() -> dict[int, str]:
-    return dict(enumerate(byte_characters()))
+# For str.translate, between the alphabet and Latin-1, whose characters are the bytes.
+_FROM_LATIN1 = dict(enumerate(byte_characters()))
+_TO_LATIN1 = {ord(character): chr(value) for value, character in _FROM_LATIN1.items()}
 
 
 def to_unicode(token: bytes) -> str:
@@ -36,18 +30,17 @@ def to_unicode(token: bytes) -> str:
     >>> len(to_unicode(b" the"))
     4
     """
-    return token.decode("latin-1").translate(_from_latin1())
+    return token.decode("latin-1").translate(_FROM_LATIN1)
 
 
 def from_unicode(text: str, where: str) -> bytes:
     """The token that `text` stands for; ValueError, beginning with `where`, for a character outside the alphabet."""
-    values = _to_latin1()
     for character in text:
-        if ord(character) not in values:
+        if ord(character) not in _TO_LATIN1:
             raise ValueError(
                 f"{where}: {text!r} holds {character!r}, which stands for no byte: not a byte-level vocabulary"
             )
-    return text.translate(values).encode("latin-1")
+    return text.translate(_TO_LATIN1).encode("latin-1")
 
 
 def vocab_to_json(bpe: BPE) -> dict[str, int]:

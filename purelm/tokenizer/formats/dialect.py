@@ -9,6 +9,7 @@ The Unicode version of Oniguruma is older than that of `regex`, as in `compiled.
 "other".
 """
 
+from string import hexdigits
 from typing import NamedTuple, NoReturn
 
 __all__ = ["check_dialect"]
@@ -149,7 +150,7 @@ class _Parser:
                 self.refuse(repr(self.peek(4)), f"groups that agree are ( and {' '.join(_GROUPS)}")
             if behind:
                 self.refuse("a capturing group in a look-behind", "write (?:")
-        if behind and opening not in ("(?:",):
+        if behind and opening != "(?:":
             self.refuse(repr(opening), "in a look-behind only (?: is known to agree")
         self.at += len(opening)
         self.folds |= opening == "(?i:"
@@ -229,7 +230,7 @@ class _Parser:
         if sign and sign in "xu":
             length = 2 if sign == "x" else 4
             digits = self.peek(length)
-            value = int(digits, 16) if len(digits) == length and digits.isalnum() and _is_hex(digits) else -1
+            value = int(digits, 16) if len(digits) == length and set(digits) <= set(hexdigits) else -1
             # \x80 and above are bytes to Oniguruma, and halves of surrogate pairs are no characters.
             if value < 0 or (sign == "x" and value > 0x7F) or 0xD800 <= value < 0xE000:
                 self.refuse(rf"\{sign}{digits}", r"allowed are \x00 to \x7F and \u with four digits", start)
@@ -283,7 +284,3 @@ class _Parser:
             self.refuse("[", r"as a character it is \[")
         self.at += 1
         return self.literal(sign, folded)
-
-
-def _is_hex(digits: str) -> bool:
-    return all(digit in "0123456789abcdefABCDEF" for digit in digits)

@@ -40,18 +40,9 @@ def to_json(bpe: BPE) -> str:
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, byte_level]}
     vocab = vocab_to_json(bpe)
-    added = [
-        {
-            "id": vocab[name],
-            "content": name,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for name in sorted(bpe.special_tokens, key=vocab.__getitem__)
-    ]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special_tokens = sorted(bpe.special_tokens, key=vocab.__getitem__)
+    added = [{"id": vocab[name], "content": name, **flags} for name in special_tokens]
     content = {
         "version": "1.0",
         "truncation": None,
@@ -63,10 +54,7 @@ def to_json(bpe: BPE) -> str:
         "decoder": {**byte_level, "use_regex": True},
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
+            **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": bpe.ignore_merges,

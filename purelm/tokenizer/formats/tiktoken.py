@@ -26,19 +26,12 @@ from purelm.tokenizer.patterns import CL100K, GPT2, O200K
 PUBLISHED = {
     "r50k_base": (50256, GPT2, {"<|endoftext|>": 50256}),
     "p50k_base": (50280, GPT2, {"<|endoftext|>": 50256}),
-    "cl100k_base": (
-        100256,
-        CL100K,
-        {
-            "<|endoftext|>": 100257,
-            "<|fim_prefix|>": 100258,
-            "<|fim_middle|>": 100259,
-            "<|fim_suffix|>": 100260,
-            "<|endofprompt|>": 100276,
-        },
-    ),
+    "cl100k_base": (100256, CL100K, {
+        "<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260,
+        "<|endofprompt|>": 100276,
+    }),
     "o200k_base": (199998, O200K, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
-}
+}  # fmt: skip
 
 
 def load_tiktoken(
