@@ -72,11 +72,7 @@ def can_straddle(name: str, special_tokens: tuple[str, ...], spaces: bool) -> bo
 
 def _straddled(data, cut: int, specials) -> bool:
     """Whether one of `specials` starts before `cut` and ends after it; data is bytes-like or str."""
-    for name in specials:
-        reach = len(name) - 1
-        if data.find(name, max(0, cut - reach), cut + reach) >= 0:
-            return True
-    return False
+    return any(data.find(name, max(0, cut + 1 - len(name)), cut + len(name) - 1) >= 0 for name in specials)
 
 
 def next_cut(data, start: int, pattern: str, special_tokens: tuple[str, ...] = ()) -> int:

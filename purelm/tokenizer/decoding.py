@@ -142,17 +142,15 @@ def decode_with_offsets(
     data = _join(bpe, checked)
     text = data.decode("utf-8", errors)
     _, lengths = tables.tokens_by_id(bpe)
-    ends = np.cumsum(lengths[checked])
-    first_bytes = ends - lengths[checked]
-    starts_char = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
+    first_bytes = np.cumsum(lengths[checked]) - lengths[checked]
+    starts = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80  # which bytes begin a character
     if errors == "replace" and "\ufffd" in text:
-        starts_char = _replaced_starts(data)
-    return text, np.maximum(np.cumsum(starts_char)[first_bytes] - 1, 0)
+        _mark_replaced(data, starts)
+    return text, np.maximum(np.cumsum(starts)[first_bytes] - 1, 0)
 
 
-def _replaced_starts(data: bytes) -> np.ndarray:
-    """Which bytes begin a character of data.decode(errors="replace"), bool (len(data),)."""
-    starts = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
+def _mark_replaced(data: bytes, starts: np.ndarray) -> None:
+    """Set in `starts` which bytes begin a character of data.decode(errors="replace"), where that differs."""
     begin, view = 0, memoryview(data)
     while begin < len(data):
         end = min(begin + 4096, len(data))  # a window: without it, each of many errors would decode all of the rest
@@ -167,7 +165,6 @@ def _replaced_starts(data: bytes) -> np.ndarray:
             starts[bad] = True
             starts[bad + 1 : after] = False
             begin = after
-    return starts
 
 
 def _integers(ids) -> np.ndarray:

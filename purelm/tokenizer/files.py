@@ -97,16 +97,9 @@ def _check_special(bpe: BPE, name: str | None, argument: str) -> None:
 
 
 def _write(
-    bpe: BPE,
-    blocks: Iterable[Block | str],
-    out_path: str | os.PathLike,
-    engine: str,
-    n_workers: int | None,
-    known: int,
-    total: int | None,
-    progress: Progress | None,
-    after: str | None = None,
-) -> "TokenFile":
+    bpe: BPE, blocks: Iterable[Block | str], out_path: str | os.PathLike, engine: str, n_workers: int | None,
+    known: int, total: int | None, progress: Progress | None, after: str | None = None,
+) -> "TokenFile":  # fmt: skip
     """Encode the blocks to a token file. known: bytes that decide engine and workers; total: for `progress`."""
     chosen = choose(engine, "encode", known, bpe.pattern)
     workers = check_workers(n_workers, None if chosen == "numba" else known)

@@ -20,8 +20,7 @@ def check_workers(n_workers: int | None, n_bytes: int | None = None) -> int:
         processors = len(os.sched_getaffinity(0))
         return processors if n_bytes is None else min(processors, 1 + n_bytes // BYTES_PER_PROCESS)
     if not isinstance(n_workers, int) or isinstance(n_workers, bool) or not 1 <= n_workers <= MOST_WORKERS:
-        allowed = f"an int of at least 1 and at most {MOST_WORKERS}, or None"
-        raise ValueError(f"n_workers is {n_workers!r}: allowed is {allowed}")
+        raise ValueError(f"n_workers is {n_workers!r}: allowed is None or an int from 1, at most {MOST_WORKERS}")
     return n_workers
 
 
