@@ -95,7 +95,7 @@ def chunks(data, n_bytes: int, pattern: str, special_tokens: tuple[str, ...] = (
     """(start, end) of consecutive chunks of UTF-8 `data` (bytes or mmap), each at least `n_bytes` but the last.
 
     Only the neighbourhood of each cut is read, so a mapped file is never loaded for it. A chunk is longer than
-    `n_bytes` by the way to the next safe cut; text without one (see the top of this file) is one chunk.
+    `n_bytes` because it ends at the next safe cut; text without one (see the top of this file) is one chunk.
 
     >>> list(chunks(b"one two three", 4, "gpt2"))
     [(0, 7), (7, 13)]

@@ -27,7 +27,7 @@ def decode_bytes(bpe: BPE, ids: np.ndarray | Iterable[SupportsIndex]) -> bytes:
 
 def _join(bpe: BPE, ids: np.ndarray) -> bytes:
     tokens, _ = tables.tokens_by_id(bpe)
-    # Ids outside the vocabulary are found by the way: take raises IndexError where one is too large, join raises
+    # Ids outside the vocabulary show themselves: take raises IndexError where one is too large, join raises
     # TypeError at the None of a gap. Only wider types, which encode does not give, are looked through for negative ids.
     narrow = ids.dtype in (np.uint8, np.uint16, np.uint32) or len(ids) == 0
     try:

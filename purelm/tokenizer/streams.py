@@ -6,7 +6,7 @@ from purelm.tokenizer import tables
 from purelm.tokenizer.bpe import BPE
 from purelm.tokenizer.cuts import last_cut
 from purelm.tokenizer.encoding import PieceMemo, check_surrogates, encode, encode_python
-from purelm.tokenizer.engine import choose
+from purelm.tokenizer.engine import PAYS_FROM, choose
 
 BLOCK_CHARS = 1 << 12  # encoded at a time: enough that a call's own cost is small, and little memory
 MAX_HELD_CHARS = 1 << 26
@@ -23,9 +23,9 @@ def encode_iterable(
     must be held whole to be exact: one letter a million times, Chinese without spaces, or a pattern of the user's own
     without special tokens. More than `max_held` characters of that raise ValueError.
 
-    engine: "python" takes less than 1 MB however long the stream is. "auto" is the same until the stream is long enough
-    for the compiled engine (see `purelm.tokenizer.engine.choose`), which is faster and takes up to 100 MB. To write a
-    token file, `encode_file` and `encode_documents` are faster.
+    engine: "python" takes less than 1 MB however long the stream is. "auto" is the same for the first 8 MB and then
+    goes on as `encode` would with all of the text (see `purelm.tokenizer.engine.choose`): faster, with up to 100 MB of
+    memory. To write a token file, `encode_file` and `encode_documents` are faster.
 
     >>> from purelm.tokenizer import make
     >>> bpe = make({i: bytes([i]) for i in range(256)} | {256: b"hi"}, [(b"h", b"i")])
@@ -45,10 +45,10 @@ def _ids(bpe: BPE, texts: Iterable[str], engine: str, max_held: int) -> Iterator
     n_encoded = 0
     for block in _safe_blocks(bpe, texts, max_held):
         check_surrogates(block, n_encoded, " of the stream")
-        if choose(engine, "encode", n_encoded, bpe.pattern) == "python":
+        if engine == "python" or (engine == "auto" and n_encoded < PAYS_FROM["encode"]):
             ids = encode_python(bpe, block, allowed, memo).tolist()
-        else:
-            ids = encode(bpe, block, engine="numba").tolist()
+        else:  # as one text of what was read so far: also where that is Python, its memo is the large one
+            ids = encode(bpe, block, engine=choose(engine, "encode", n_encoded, bpe.pattern)).tolist()
         n_encoded += len(block)
         del block
         yield from ids

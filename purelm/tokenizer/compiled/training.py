@@ -290,7 +290,7 @@ def learn_merges(
 ) -> list[tuple[int, int]]:
     """As `purelm.tokenizer.training.learn_merges`; ValueError for more than MAX_POSITIONS bytes of distinct pieces.
 
-    per_call: merges a call of the loop; `progress` hears of each call.
+    per_call: how many merges one call of the loop makes; `progress` is called after each.
     """
     data = np.frombuffer(b"".join(pieces), np.uint8)
     if data.size > MAX_POSITIONS:
