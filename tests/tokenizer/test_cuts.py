@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purelm.tokenizer import split
-from purelm.tokenizer.blocks import chunk_spans, decode_chunk, read_span
+from purelm.tokenizer.blocks import chunk_spans, read_span
 from purelm.tokenizer.cuts import chunks, last_cut, next_cut
 
 PATTERNS = ["gpt2", "cl100k", "o200k", "cl100k_v1", "qwen"]
@@ -165,15 +165,3 @@ def test_chunks_of_a_mapping_and_of_an_empty_file(tmp_path):
 def test_text_without_a_safe_cut_is_one_chunk():
     for text in ("a" * 5000, "\n" * 5000, " " * 5000, "\u4e2d" * 5000):
         assert check(text, "gpt2", n_bytes=100) == 1
-
-
-def test_bad_utf8_is_named_by_file_byte_and_line(tmp_path):
-    path = tmp_path / "bad.txt"
-    data = b"one two\nthree\n" * 100 + b"caf\xe9 bar\n" + b"tail " * 100
-    path.write_bytes(data)
-    at = data.index(b"\xe9")
-    for n_bytes in (10, 10_000):
-        with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: not UTF-8 at byte {at}, line 201: .*\\xe9"):
-            for start, end in chunk_spans(path, n_bytes, "gpt2"):
-                decode_chunk(read_span(path, start, end), str(path), start)
-    assert decode_chunk("\ufeffa\r\n".encode(), "x") == "\ufeffa\r\n"

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from purelm.tokenizer import encode, engine, make
 from purelm.tokenizer.engine import PAYS_FROM, choose
 from purelm.tokenizer.patterns import NAMES
-from purelm.tokenizer.workers import BYTES_PER_PROCESS, check_workers
 
 TASKS = st.sampled_from(sorted(PAYS_FROM))
 
@@ -73,10 +72,3 @@ def test_both_sides_of_the_threshold_give_the_same_ids(monkeypatch):
     bpe = make({i: bytes([i]) for i in range(256)}, [])
     for n in (999, 1000, 1001):
         assert encode(bpe, ("caf\u00e9 of " * 200)[:n]).tolist() == list(("caf\u00e9 of " * 200)[:n].encode())
-
-
-def test_processes_are_for_large_inputs():
-    """None: one process for each BYTES_PER_PROCESS begun, no more than processors; a number is what it says."""
-    assert check_workers(None, 1000) == 1
-    assert 1 <= check_workers(None, 10 * BYTES_PER_PROCESS) <= check_workers(None)
-    assert check_workers(2, 1000) == check_workers(2) == 2
