@@ -4,8 +4,8 @@
 
 Every file below the folder is text: .zip members and .gz streams are unpacked, JSON lines are also read string by
 string, what is not UTF-8 is decoded with replacements. Prints one line a vocabulary and engine, and each difference
-with the characters that explain it: the libraries have Unicode versions of their own (see purelm.tokenizer.classes).
-Exit status 1 when a difference is left that these do not explain.
+with the characters that explain it: the libraries have Unicode versions of their own, see
+purelm.tokenizer.compiled.classes. Exit status 1 when a difference is left that these do not explain.
 """
 
 import gzip
@@ -160,7 +160,7 @@ def main(args: Args) -> None:
                 peer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
 
             def with_specials(text: str, bpe=bpe) -> np.ndarray:
-                return tokenizer.encode(bpe, text, engine="auto")
+                return tokenizer.encode(bpe, text, engine="numba" if "numba" in args.engines else "python")
 
             def huggingface(text: str, peer=peer) -> list[int]:
                 return peer.encode(text).ids

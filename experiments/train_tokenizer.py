@@ -24,11 +24,9 @@ from purelm.data.checks import check_int
 from purelm.data.corpora import document_limit, limited
 from purelm.data.sources import parse_hub
 from purelm.files import refuse_overwrite
-from purelm.tokenizer import BPE, encode, save
+from purelm.tokenizer import BPE, encode, resolve, save, train_from_counts
 from purelm.tokenizer.counting import count_pieces
-from purelm.tokenizer.huggingface import to_json
-from purelm.tokenizer.patterns import resolve
-from purelm.tokenizer.train import train_from_counts
+from purelm.tokenizer.formats.huggingface import to_json
 from purelm.tokenizer.workers import check_workers
 
 SAMPLE_PIECES = 50_000  # over which bytes per token is computed

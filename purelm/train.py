@@ -17,7 +17,7 @@ from torch import Tensor
 
 from purelm import tree
 from purelm.optim import Optimizer, apply_updates, step_of
-from purelm.optim.base import check_range
+from purelm.optim.checks import check_range
 from purelm.optim.clip import clip
 from purelm.optim.parts import check_sees_all
 from purelm.transforms import accumulate, in_stages, jit, value_and_grad

@@ -37,10 +37,10 @@ def test_a_donated_tensor_says_that_it_was_given_away(copied):
         copied(w)
 
 
-@EVERY
 LAYOUT = tensor_parallel.Layout(CFG.vocab_size)
 
 
+@EVERY
 @pytest.mark.parametrize(
     "value",
     [CFG, REFERENCE, FUSED, LAYOUT, sharded.plan(PARAMS), tree.structure(PARAMS), random.key(3)],

@@ -43,7 +43,7 @@ def documents():
     with open(path, encoding="utf-8", newline="") as file:
         return [text for text in file.read().split(END) if text]
 if name == "purelm":
-    from purelm.tokenizer.train import train
+    from purelm.tokenizer import train
     run = lambda: len(train(path, vocab_size, [END], n_workers=threads).merges)
 elif name == "tokenizers":
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers

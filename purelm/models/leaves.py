@@ -117,12 +117,12 @@ def init_leaves(key: random.Key, leaves: Leaves, dtype: torch.dtype = torch.floa
             raise ValueError(f"leaves: {path} has no initializer; with_std(leaves, std) gives one to each")
         return leaf.init(leaf_key(key, path), leaf.shape, dtype)
 
-    return nested({path: draw(path, leaf) for path, leaf in leaves.items()})
+    return tree.from_flat({path: draw(path, leaf) for path, leaf in leaves.items()})
 
 
 def like(leaves: Leaves, dtype: torch.dtype = torch.float32) -> Params:
     """The parameter tree on the meta device: shapes and dtypes without memory."""
-    return nested({path: torch.empty(leaf.shape, dtype=dtype, device="meta") for path, leaf in leaves.items()})
+    return tree.from_flat({path: torch.empty(leaf.shape, dtype=dtype, device="meta") for path, leaf in leaves.items()})
 
 
 def n_params(leaves: Leaves) -> int:
@@ -168,24 +168,3 @@ def check_params(params: Any, leaves: Leaves) -> None:
             raise ValueError(
                 f"params: {path} has shape {tuple(x.shape)}, the model's configuration says {leaves[path].shape}"
             )
-
-
-def nested(flat: Mapping[str, Any]) -> Params:
-    """The tree of these paths: nodes whose names are 0, 1, ... become lists, the others dicts."""
-    out: Params = {}
-    for path, x in flat.items():
-        *nodes, last = path.split(".")
-        node = out
-        for name in nodes:
-            node = node.setdefault(name, {})
-        node[last] = x
-    return _with_lists(out)
-
-
-def _with_lists(node: Any) -> Any:
-    if not isinstance(node, dict):
-        return node
-    children = {name: _with_lists(child) for name, child in node.items()}
-    if children and all(name.isdigit() for name in children):
-        return [children[str(i)] for i in range(len(children))]
-    return children

@@ -71,7 +71,7 @@ def split_like(key: Key, like: Any) -> Any:
     """A key for each leaf of the tree `like`, in a tree of its form: fold_in(key, crc32(path)) for the leaf at `path`.
 
     A leaf's key depends on its path alone, so that adding or removing other leaves changes none of the rest; so are
-    the first values of a model's parameters drawn (`purelm.models.initialise.leaf_key`). ValueError where two leaves
+    the first values of a model's parameters drawn (`purelm.models.leaves.leaf_key`). ValueError where two leaves
     would get one key, since a key of a dict has a dot, or, once in 2**32 pairs, since their paths have one crc32.
 
     >>> params = {"w": torch.zeros(2, 3), "b": torch.zeros(3)}

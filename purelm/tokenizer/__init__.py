@@ -15,31 +15,26 @@ The course's class, function by function:
     Tokenizer.from_files(vocab_path, merges_path, specials)     with_special_tokens(load_gpt2(...), specials)
     tokenizer.encode(text)                                      encode(bpe, text).tolist()
     tokenizer.encode_iterable(texts)                            encode_iterable(bpe, texts)
-    tokenizer.decode(ids)                                       decode(bpe, ids)
+    tokenizer.decode(ids)                                       decode(bpe, ids); decode_iterable(bpe, ids) of a stream
 """
 
 from purelm.tokenizer.bpe import BPE, make, token_dtype, vocab_size, with_special_tokens
-from purelm.tokenizer.decode import decode, decode_bytes, decode_with_offsets
-from purelm.tokenizer.encode import encode
+from purelm.tokenizer.decoding import decode, decode_bytes, decode_iterable, decode_next, decode_with_offsets
+from purelm.tokenizer.encoding import encode
 from purelm.tokenizer.files import encode_documents, encode_file
-from purelm.tokenizer.formats import (
-    fingerprint,
-    load,
-    load_gpt2,
-    load_tiktoken,
-    save,
-    save_gpt2,
-    save_tiktoken,
-)
+from purelm.tokenizer.formats import load, load_gpt2, load_tiktoken, save, save_gpt2, save_tiktoken
 from purelm.tokenizer.patterns import resolve
-from purelm.tokenizer.pretokenize import split
-from purelm.tokenizer.stream import encode_iterable
-from purelm.tokenizer.train import train
+from purelm.tokenizer.splitting import split
+from purelm.tokenizer.streams import encode_iterable
+from purelm.tokenizer.tables import fingerprint, token_to_id
+from purelm.tokenizer.training import train, train_from_counts
 
 __all__ = [
     "BPE",
     "decode",
     "decode_bytes",
+    "decode_iterable",
+    "decode_next",
     "decode_with_offsets",
     "encode",
     "encode_documents",
@@ -56,7 +51,9 @@ __all__ = [
     "save_tiktoken",
     "split",
     "token_dtype",
+    "token_to_id",
     "train",
+    "train_from_counts",
     "vocab_size",
     "with_special_tokens",
 ]

@@ -1,41 +1,61 @@
 """The tokenizer as a value: BPE(vocab, merges, special_tokens, pattern), and `make`, which checks one.
 
-Byte-level byte-pair encoding: a text is cut into pieces by `pattern`, a piece starts as its UTF-8 bytes, and as long as
-two neighbours are a listed merge, the one that comes first in `merges` (the leftmost of equals) is applied. Merge order
-and ids are separate: ids may be in any order (specials first, gaps, ...).
+Byte-level byte-pair encoding: `pattern` cuts a text into pieces, and a piece starts as its UTF-8 bytes. As long as some
+neighbours are a pair in `merges`, the pair that is listed first is merged (where it occurs twice, at its leftmost
+place). The order of the merges says nothing about ids: ids may be in any order and have gaps.
 
 Sennrich et al. 2016 (BPE for translation); Radford et al. 2019, section 2.2 (on bytes).
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from purelm.tokenizer.patterns import resolve
+from purelm.tokenizer.patterns import LONE_SURROGATE, resolve
 
 MOST_IDS = 2**24
+Specials = Sequence[str] | Mapping[str, int]  # names of special tokens, or their ids where these are fixed
 
 
 @dataclass(frozen=True, eq=False)
 class BPE:
-    """A trained tokenizer. Build it by `make`, `train` or `load`, which check it; never change its vocab in place."""
+    """A trained tokenizer. Build it by `make`, `train` or `load`, which check it; never change its vocab in place.
+
+    Two are equal when all is equal that decides ids, and so exactly when their `fingerprint`s are: the order of the
+    special tokens and of the vocab's entries does not count.
+    """
 
     vocab: dict[int, bytes]  # id -> bytes, special tokens included; bytes are unique, ids may have gaps
     merges: tuple[tuple[bytes, bytes], ...]  # by rank: the earlier is applied first
     special_tokens: tuple[str, ...]  # cut out of the text before `pattern` applies; each is in the vocab as UTF-8
     pattern: str  # the pre-tokenizer's regular expression (`regex` syntax)
-    # True: a piece that is itself a token is that token whatever the merges say, and a run of merges with one and
-    # the same result shares its rank. What tiktoken does, and the flag of this name in Hugging Face's files. It makes
-    # no difference where each token is what the merges make of its own bytes, as in every trained vocabulary.
+    # True: a piece that is itself a token becomes that token whatever the merges say, and consecutive merges with the
+    # same result share a rank. This is what tiktoken does, and the flag of this name in Hugging Face's files. It makes
+    # no difference in a trained vocabulary, where the merges turn the bytes of each token into that token.
     ignore_merges: bool = False
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, BPE):
+            return NotImplemented
+        return (
+            (self.pattern, self.ignore_merges) == (other.pattern, other.ignore_merges)
+            and set(self.special_tokens) == set(other.special_tokens)
+            and self.merges == other.merges
+            and self.vocab == other.vocab
+        )
+
+    def __hash__(self) -> int:
+        """Equal BPEs have equal hashes. Not all is read, which would be slow, so unequal ones may have equal hashes."""
+        return hash((self.pattern, frozenset(self.special_tokens), len(self.vocab), len(self.merges), self.merges[-1:]))
 
 
 def make(
     vocab: Mapping[int, bytes],
     merges: Iterable[tuple[bytes, bytes]],
-    special_tokens: Sequence[str] | Mapping[str, int] = (),
+    special_tokens: Specials = (),
     pattern: str = "gpt2",
     *,
     ignore_merges: bool = False,
@@ -44,8 +64,8 @@ def make(
 
     special_tokens: names, or a mapping from name to id where the ids are fixed from outside. pattern: a name of
     `purelm.tokenizer.patterns` or a regex. Raises ValueError that names the first thing that is wrong: an id that is
-    no id, bytes that two ids share, one of the 256 single bytes missing, a merge listed twice, or one of whose parts
-    or result is not in the vocab.
+    not an int in range, two ids with the same bytes, one of the 256 single bytes missing, a merge that is listed twice,
+    or a merge whose parts or result are not in the vocab.
 
     >>> bpe = make({i: bytes([i]) for i in range(256)} | {256: b"hi"}, [(b"h", b"i")], ["<|endoftext|>"])
     >>> bpe.vocab[257], vocab_size(bpe)
@@ -81,10 +101,17 @@ def make(
 
 
 def listed(values, argument: str, what: str) -> list:
-    """The elements of an iterable that is not a string or bytes, which would be taken apart."""
+    """The elements of an iterable; ValueError for a str or bytes, whose elements are not meant."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise ValueError(f"{argument} is {type(values).__name__} {values!r:.80}; give a sequence of {what}")
     return list(values)
+
+
+def listed_specials(special_tokens: Specials) -> Specials:
+    """The same, so that it can be read twice: a mapping stays, an iterator becomes a tuple."""
+    if isinstance(special_tokens, Mapping):
+        return special_tokens
+    return tuple(listed(special_tokens, "special_tokens", "strings"))
 
 
 def _pair(merge, rank: int) -> tuple[bytes, bytes]:
@@ -101,7 +128,7 @@ def _check_entry(token_id, token) -> None:
 
 
 def _add_specials(vocab: dict[int, bytes], ids: dict[bytes, int], special_tokens) -> tuple[str, ...]:
-    """Append to vocab and ids (both local to the caller) what is missing; the names in order."""
+    """Add what is missing to `vocab` and `ids` (dicts that the caller made); the names in order."""
     fixed = special_tokens if isinstance(special_tokens, Mapping) else {}
     names = tuple(listed(special_tokens, "special_tokens", "strings"))
     seen: set[str] = set()
@@ -111,8 +138,7 @@ def _add_specials(vocab: dict[int, bytes], ids: dict[bytes, int], special_tokens
         if name in seen:
             raise ValueError(f"special_tokens: {name!r} is listed twice")
         seen.add(name)
-        lone = LONE_SURROGATE.search(name)
-        if lone:
+        if LONE_SURROGATE.search(name):
             raise ValueError(f"special_tokens: {name!r} holds a lone surrogate, which UTF-8 cannot hold")
         token = name.encode("utf-8")
         token_id = fixed.get(name)
@@ -128,17 +154,14 @@ def _add_specials(vocab: dict[int, bytes], ids: dict[bytes, int], special_tokens
     return names
 
 
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def with_special_tokens(bpe: BPE, special_tokens: Sequence[str] | Mapping[str, int]) -> BPE:
+def with_special_tokens(bpe: BPE, special_tokens: Specials) -> BPE:
     """`bpe` with more special tokens; those that the vocab lacks are appended with the next ids."""
-    old: dict[str, int | None] = {name: None for name in bpe.special_tokens}
-    new: Mapping[str, int | None] = dict.fromkeys(listed(special_tokens, "special_tokens", "strings"))
-    if isinstance(special_tokens, Mapping):
-        new = special_tokens
+    more = listed_specials(special_tokens)
+    ids: dict[str, int | None] = dict.fromkeys((*bpe.special_tokens, *more))
+    if isinstance(more, Mapping):
+        ids.update(more)
     vocab = dict(bpe.vocab)
-    names = _add_specials(vocab, {token: token_id for token_id, token in vocab.items()}, {**old, **new})
+    names = _add_specials(vocab, {token: token_id for token_id, token in vocab.items()}, ids)
     return BPE(vocab, bpe.merges, names, bpe.pattern, bpe.ignore_merges)
 
 

@@ -1,12 +1,12 @@
 """Text files, or any documents, to token files by several workers, with exactly the ids of the whole text.
 
-The text is cut by the safe rule (see `chunks`), parts are encoded side by side and written in order. With the compiled
-engine the workers are threads: it releases the interpreter's lock. Without it they are processes, which pay only for
-long inputs. The token file appears under its name when it is whole, see `purelm.data.tokens`.
+The text is cut by the safe rule (see `cuts`), parts are encoded side by side and written in order. With the compiled
+engine the workers are threads: it releases the interpreter's lock. Without it they are processes, which are
+worth their start only for long inputs. The token file appears under its name when it is whole, see
+`purelm.data.tokens`.
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,21 +15,17 @@ import numpy as np
 
 from purelm.files import refuse_overwrite
 from purelm.tokenizer import tables
+from purelm.tokenizer.blocks import Block, block_texts, file_blocks, file_bytes, look_ahead, text_blocks
 from purelm.tokenizer.bpe import BPE, vocab_size
-from purelm.tokenizer.chunks import can_straddle
-from purelm.tokenizer.counting import BYTES_PER_PROCESS, Block, has_fast_split, text_blocks
-from purelm.tokenizer.encode import encode, special_matcher
-from purelm.tokenizer.mapped import chunk_spans, decode_chunk, file_bytes, read_span
+from purelm.tokenizer.cuts import can_straddle
+from purelm.tokenizer.encoding import encode
+from purelm.tokenizer.engine import PAYS_FROM, choose
 from purelm.tokenizer.workers import check_workers, in_processes, in_threads
 
 if TYPE_CHECKING:
     from purelm.data.tokens import TokenFile
 
 Progress = Callable[[int, int | None], None]
-
-# Bytes from which loading the compiled engine (0.7 s) pays; as in `encode`.
-FAST_BYTES = 8_000_000
-CHUNK_BYTES = 1 << 20  # what one worker takes at a time
 
 
 def encode_file(
@@ -45,13 +41,13 @@ def encode_file(
     """Encode a UTF-8 text file, or several one after the other, to the token file `out_path` (NAME.bin, NAME.json).
 
     The ids are those of encode(bpe, whole text), special tokens included. Memory is a few MB a worker; only a text
-    without any safe place for a cut (see `chunks`) is one part, and held whole.
+    without any safe place for a cut (see `cuts`) is one part, and held whole.
 
     Args:
         n_workers: None for as many as there are processors and the input is worth; the result does not depend on it.
         between: a special token written between one file and the next (None: nothing, and the files are still encoded
             apart, so that no token spans two of them).
-        engine: "auto", "python" or "numba", as in `encode`.
+        engine: "auto" (by the size of the input), "python" or "numba", see `purelm.tokenizer.engine.choose`.
         progress: called as progress(bytes done, bytes in all).
 
     Returns the opened token file. Its n_bytes counts the text without special tokens, for bits per byte. Raises
@@ -67,11 +63,9 @@ def encode_file(
         for number, path in enumerate(paths):
             if number and between is not None:
                 yield between
-            for start, end in chunk_spans(path, CHUNK_BYTES, bpe.pattern, bpe.special_tokens):
-                yield Block(os.fspath(path), start, end)
+            yield from file_blocks(path, bpe.pattern, bpe.special_tokens)
 
-    fast, workers = _plan(bpe, engine, n_workers, total)
-    return _write(bpe, blocks(), out_path, fast, workers, total, progress)
+    return _write(bpe, blocks(), out_path, engine, n_workers, total, total, progress)
 
 
 def encode_documents(
@@ -93,21 +87,8 @@ def encode_documents(
     if isinstance(documents, str | bytes) or not isinstance(documents, Iterable):
         raise ValueError(f"documents is one {type(documents).__name__}: give an iterable of str")
     _check_special(bpe, eot, "eot")
-    head: list[Block] = []
-    blocks = text_blocks(documents, "document")
-    while (known := sum(block.end - block.start for block in head)) < FAST_BYTES:
-        block = next(blocks, None)
-        if block is None:
-            break
-        head.append(block)
-
-    def all_blocks() -> Iterator[Block]:
-        yield from head
-        head.clear()
-        yield from blocks
-
-    fast, workers = _plan(bpe, engine, n_workers, known)
-    return _write(bpe, all_blocks(), out_path, fast, workers, None, progress, eot)
+    known, blocks = look_ahead(text_blocks(documents, "document"), PAYS_FROM["encode"])
+    return _write(bpe, blocks, out_path, engine, n_workers, known, None, progress, eot)
 
 
 def _check_special(bpe: BPE, name: str | None, argument: str) -> None:
@@ -115,43 +96,23 @@ def _check_special(bpe: BPE, name: str | None, argument: str) -> None:
         raise ValueError(f"{argument} is {name!r}, no special token of this tokenizer: {list(bpe.special_tokens)}")
 
 
-def _plan(bpe: BPE, engine: str, n_workers: int | None, n_bytes: int) -> tuple[bool, int]:
-    """(whether the compiled engine, number of workers)."""
-    if engine not in ("auto", "python", "numba"):
-        raise ValueError(f'engine is {engine!r}; allowed: "auto", "python", "numba"')
-    workers = check_workers(n_workers)
-    if engine == "auto":
-        # Where the compiled code is in the process already, it is for every input.
-        loaded = "purelm.tokenizer.kernels" in sys.modules
-        fast = has_fast_split(bpe.pattern) and (loaded or n_bytes >= FAST_BYTES)
-    else:
-        fast = engine == "numba"
-    if n_workers is None and not fast:
-        workers = min(workers, 1 + n_bytes // BYTES_PER_PROCESS)
-    return fast, workers
-
-
 def _write(
-    bpe: BPE,
-    blocks: Iterable[Block | str],
-    out_path: str | os.PathLike,
-    fast: bool,
-    workers: int,
-    total: int | None,
-    progress: Progress | None,
-    after: str | None = None,
-) -> "TokenFile":
+    bpe: BPE, blocks: Iterable[Block | str], out_path: str | os.PathLike, engine: str, n_workers: int | None,
+    known: int, total: int | None, progress: Progress | None, after: str | None = None,
+) -> "TokenFile":  # fmt: skip
+    """Encode the blocks to a token file. known: bytes that decide engine and workers; total: for `progress`."""
+    chosen = choose(engine, "encode", known, bpe.pattern)
+    workers = check_workers(n_workers, None if chosen == "numba" else known)
     # Here and not above: purelm.data imports torch, which a worker process does not need.
     from purelm.data.tokens import TokenWriter, open_tokens
-    from purelm.tokenizer.formats import fingerprint
 
-    shared = _Task(bpe, fast, after, after is not None and _may_join(bpe.special_tokens, after))
-    if fast:
-        results = in_threads(lambda block: encode_block(shared, block), blocks, workers)
+    task = Task(bpe, chosen, after, after is not None and _may_join(bpe.special_tokens, after))
+    if chosen == "numba":
+        results = in_threads(lambda block: encode_block(task, block), blocks, workers)
     else:
-        results = in_processes(encode_block, shared, blocks, workers)
+        results = in_processes(encode_block, task, blocks, workers)
     done = 0
-    with TokenWriter(out_path, vocab_size(bpe), tokenizer_sha256=fingerprint(bpe), n_bytes=0) as writer:
+    with TokenWriter(out_path, vocab_size(bpe), tokenizer_sha256=tables.fingerprint(bpe), n_bytes=0) as writer:
         for block, (ids, n_text_bytes) in results:
             writer.append(ids, n_text_bytes)
             done += 0 if isinstance(block, str) else block.end - block.start
@@ -160,49 +121,45 @@ def _write(
     return open_tokens(out_path)
 
 
-class _Task(NamedTuple):
+class Task(NamedTuple):
+    """What each block is encoded with."""
+
     bpe: BPE
-    fast: bool
+    engine: str  # "python" or "numba"
     after: str | None  # special token after each document
-    join: bool  # documents may be joined by it and encoded as one text
+    join: bool  # whether documents may be joined by it and encoded as one text
 
 
 def _may_join(special_tokens: Sequence[str], eot: str) -> bool:
-    """Whether eot is always found between joined documents: no special overlaps it, itself included, or goes beyond."""
+    """Whether `eot` between joined documents is always found: no special token, itself included, can overlap it."""
     return not any(
         can_straddle(name, (eot,), spaces=False) or (name != eot and name.startswith(eot)) for name in special_tokens
     )
 
 
-def encode_block(task: _Task, block: Block | str) -> tuple[np.ndarray, int]:
+def encode_block(task: Task, block: Block | str) -> tuple[np.ndarray, int]:
     """(ids, bytes of text) of a part of a file, of documents with `after` behind each, or of one special token."""
     if isinstance(block, str):
         texts = [block.encode("utf-8")]
-    elif block.texts is None:
-        texts = [read_span(block.name, block.start, block.end)]
-        if not texts[0].isascii():
-            decode_chunk(texts[0], block.name, block.start)  # is it UTF-8?
-    elif task.after is None:
-        texts = block.texts
     else:
-        eot = task.after.encode("utf-8")
-        texts = [text for document in block.texts for text in (document, eot)]
-        if task.join:
-            texts = [b"".join(texts)]
+        texts = block_texts(block)
+        if block.texts is not None and task.after is not None:
+            eot = task.after.encode("utf-8")
+            texts = [text for document in texts for text in (document, eot)]
+            if task.join:
+                texts = [b"".join(texts)]
     parts = [_encode_utf8(task, text) for text in texts]
     ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return ids, sum(map(len, texts)) - _special_bytes(task.bpe, ids)
 
 
-def _encode_utf8(task: _Task, text: bytes) -> np.ndarray:
+def _encode_utf8(task: Task, text: bytes) -> np.ndarray:
     """encode(bpe, text.decode()) for valid UTF-8."""
-    if not task.fast:
+    if task.engine == "python":
         return encode(task.bpe, text.decode("utf-8"), engine="python")
-    from purelm.tokenizer.fast_encode import encode_numba
+    from purelm.tokenizer.compiled.encoding import encode_numba
 
-    names = {name.encode("utf-8"): token_id for name, token_id in tables.special_ids(task.bpe).items()}
-    matcher = special_matcher(frozenset(task.bpe.special_tokens), True) if names else None
-    return encode_numba(task.bpe, text, names, matcher)
+    return encode_numba(task.bpe, text, tables.special_set(task.bpe))
 
 
 def _special_bytes(bpe: BPE, ids: np.ndarray) -> int:
@@ -210,7 +167,7 @@ def _special_bytes(bpe: BPE, ids: np.ndarray) -> int:
     sizes, low, high = tables.once(bpe, "special_bytes", _special_sizes)
     if not len(sizes):
         return 0
-    if low > 0:  # specials are mostly at one end of the vocabulary: one comparison leaves few ids to look at
+    if low > 0:  # special ids mostly lie at one end of the vocabulary: one comparison leaves few ids to look up
         ids = ids[ids >= low]
     if high < len(sizes) - 1:
         ids = ids[ids <= high]

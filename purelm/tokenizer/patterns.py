@@ -7,8 +7,8 @@ All are `regex` syntax (Unicode classes, possessive quantifiers).
 - GPT2 (also r50k, p50k): contractions, " ?letters", " ?numbers", " ?other", white space; the last white-space
   character before a word stays with the word's piece.
 - CL100K (GPT-4): contractions in any case, one leading non-letter of any kind before letters, numbers in threes,
-  punctuation keeps the newlines after it, white space up to its last newline. White space at the very end of the
-  text is one piece (`\s++$`), which the first published form of this pattern, CL100K_V1, cuts after its last newline.
+  punctuation keeps the newlines after it, white space up to its last newline. White space at the very end of the text
+  is one piece (`\s++$`); the first published form of this pattern, CL100K_V1, cuts it after its last newline.
 - O200K (GPT-4o): as CL100K with words split where a capital follows a small letter, marks counted as letters, the
   contraction kept on its word.
 
@@ -68,7 +68,7 @@ _SAME_AS_GPT2 = frozenset(
 def resolve(pattern: str) -> str:
     r"""The regular expression that `pattern` names, or `pattern` itself when it is one; known spellings become one.
 
-    A string without any regex syntax that is no known name (a typing error such as "gtp2") is refused.
+    A string that has no regex syntax and is not a known name, such as the typing error "gtp2", is refused.
 
     >>> resolve("gpt2") == GPT2
     True
@@ -83,24 +83,32 @@ def resolve(pattern: str) -> str:
         return GPT2
     if not pattern or (pattern.replace("_", "").replace("-", "").isalnum() and pattern.isascii()):
         raise ValueError(f"pattern is {pattern!r}: give a regular expression or one of {', '.join(NAMES)}")
-    compiled(pattern)
+    compile_pattern(pattern)
     return pattern
 
 
 def family(pattern: str) -> tuple[int, int] | None:
-    """(matcher of `purelm.tokenizer.kernels`, most digits a piece) of a known pattern, else None."""
+    """(number of the matcher in `compiled.splitting.piece_end`, most digits a piece) of a known pattern, else None."""
     return _FAMILIES.get(resolve(pattern))
 
 
+def known_family(pattern: str) -> tuple[int, int]:
+    """`family` of a pattern that must be a known one; ValueError for any other."""
+    known = family(pattern)
+    if known is None:
+        raise ValueError(f"pattern {pattern!r} has no compiled splitter: use engine='python'")
+    return known
+
+
 MOST_REPEATS = 10_000
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _COUNTS = re.compile(r"\{(\d*),?(\d*)\}")
 
 
 @lru_cache(maxsize=64)
-def compiled(pattern: str) -> regex.Pattern:
+def compile_pattern(pattern: str) -> regex.Pattern:
     """`pattern` compiled by `regex`; a ValueError says where its syntax is wrong."""
-    surrogate = re.search("[\ud800-\udfff]", pattern)
-    if surrogate:
+    if LONE_SURROGATE.search(pattern):
         raise ValueError(f"pattern {pattern!r} holds a lone surrogate, which UTF-8 cannot hold")
     # `regex` unrolls a counted repetition: a billion times is gigabytes, before anything is matched.
     for counts in _COUNTS.findall(pattern):

@@ -1,8 +1,10 @@
-"""What encode and decode derive from a BPE, once per BPE object: look-up tables, and memos of pieces already seen.
+"""What is derived from a BPE, made once for each BPE object: look-up tables, and memos of pieces already seen.
 
-A pure memo: it never changes a result, only what the next call costs, and goes when the BPE goes.
+The memo changes no result, only what the next call costs, and goes when the BPE goes.
 """
 
+import hashlib
+import json
 import weakref
 from collections.abc import Callable
 from threading import Lock
@@ -12,18 +14,37 @@ import numpy as np
 
 from purelm.tokenizer.bpe import BPE, token_dtype
 
-_MEMO: "weakref.WeakKeyDictionary[BPE, dict[str, Any]]" = weakref.WeakKeyDictionary()
+_MEMO: dict[int, dict[str, Any]] = {}  # by id(bpe): to look for an equal BPE would compare whole vocabularies
 _LOCK = Lock()
 
 
 def once(bpe: BPE, name: str, build: Callable[[BPE], Any]) -> Any:
     """build(bpe), remembered under `name` as long as `bpe` lives."""
     try:
-        return _MEMO[bpe][name]
+        return _MEMO[id(bpe)][name]
     except KeyError:
         value = build(bpe)
         with _LOCK:
-            return _MEMO.setdefault(bpe, {}).setdefault(name, value)
+            if id(bpe) not in _MEMO:
+                _MEMO[id(bpe)] = {}
+                weakref.finalize(bpe, _MEMO.pop, id(bpe)).atexit = False
+            return _MEMO[id(bpe)].setdefault(name, value)
+
+
+def token_to_id(bpe: BPE, token: str | bytes) -> int:
+    """The id of a token, given as its bytes or as their text; ValueError where the vocabulary does not have it.
+
+    >>> from purelm.tokenizer import make
+    >>> bpe = make({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
+    >>> token_to_id(bpe, "<|endoftext|>"), token_to_id(bpe, b"a")
+    (256, 97)
+    """
+    if not isinstance(token, str | bytes):
+        raise ValueError(f"token is {type(token).__name__} {token!r:.80}; give str or bytes")
+    found = token_ids(bpe).get(token if isinstance(token, bytes) else token.encode("utf-8", "surrogatepass"))
+    if found is None:
+        raise ValueError(f"token is {token!r:.80}, which is none of the {len(bpe.vocab)} tokens of this vocabulary")
+    return found
 
 
 def token_ids(bpe: BPE) -> dict[bytes, int]:
@@ -32,7 +53,7 @@ def token_ids(bpe: BPE) -> dict[bytes, int]:
 
 
 def ranks(bpe: BPE) -> list[int]:
-    """The rank of each merge: its place, or under ignore_merges that of the first of a run with one result."""
+    """The rank of each merge: its place in the list. Under ignore_merges, neighbours with one result share a rank."""
     if not bpe.ignore_merges:
         return list(range(len(bpe.merges)))
     result, previous, rank = [], b"", -1
@@ -44,7 +65,7 @@ def ranks(bpe: BPE) -> list[int]:
 
 
 def pair_merges(bpe: BPE) -> dict[tuple[int, int], int]:
-    """(left id, right id) -> rank << 32 | id of the result, so that the smallest value is the merge that goes first."""
+    """(left id, right id) -> rank << 32 | id of the result: the smallest value is the merge to apply first."""
     return once(bpe, "pair_merges", _pair_merges)
 
 
@@ -57,7 +78,7 @@ def _pair_merges(bpe: BPE) -> dict[tuple[int, int], int]:
 
 
 def whole_tokens(bpe: BPE) -> dict[bytes, int]:
-    """Under ignore_merges the tokens that a piece can be as a whole (special tokens are not), else none."""
+    """Bytes -> id of the tokens that a piece can become without merging: the ordinary ones under ignore_merges."""
     return once(bpe, "whole_tokens", _whole_tokens)
 
 
@@ -80,6 +101,11 @@ def special_ids(bpe: BPE) -> dict[str, int]:
     )
 
 
+def special_set(bpe: BPE) -> frozenset[str]:
+    """The names of the special tokens."""
+    return once(bpe, "special_set", lambda bpe: frozenset(bpe.special_tokens))
+
+
 def tokens_by_id(bpe: BPE) -> tuple[np.ndarray, np.ndarray]:
     """(bytes of each id, object (vocab_size,); their lengths, int64); None and 0 where the vocabulary has a gap."""
     return once(bpe, "tokens_by_id", _tokens_by_id)
@@ -96,3 +122,25 @@ def _tokens_by_id(bpe: BPE) -> tuple[np.ndarray, np.ndarray]:
 def dtype(bpe: BPE) -> np.dtype:
     """`token_dtype(bpe)`, remembered."""
     return once(bpe, "dtype", token_dtype)
+
+
+def fingerprint(bpe: BPE) -> str:
+    """sha256, hex, of all that decides ids: equal for two BPEs exactly when vocab, merges, specials and pattern are.
+
+    The order of the special tokens and of the vocab's entries decides nothing and is left out.
+    """
+    return once(bpe, "fingerprint", _fingerprint)
+
+
+def _fingerprint(bpe: BPE) -> str:
+    digest = hashlib.sha256(b"purelm BPE 1\n")
+    special = sorted(bpe.special_tokens)
+    header = [bpe.pattern, special, bool(bpe.ignore_merges), len(bpe.vocab), len(bpe.merges)]
+    digest.update(json.dumps(header).encode() + b"\n")
+    parts: list[bytes] = []
+    for token_id, token in sorted(bpe.vocab.items()):
+        parts.append(b"%d %d " % (token_id, len(token)) + token)
+    for left, right in bpe.merges:
+        parts.append(b"%d %d " % (len(left), len(right)) + left + right)
+    digest.update(b"".join(parts))
+    return digest.hexdigest()

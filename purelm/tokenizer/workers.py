@@ -8,20 +8,24 @@ from multiprocessing import get_context
 from typing import Any
 
 MOST_WORKERS = 1024
+BYTES_PER_PROCESS = 32 << 20  # a process costs its start, 0.3 s and more
 
 
-def check_workers(n_workers: int | None) -> int:
-    """The number of workers meant; None is one for each processor that this process may use."""
+def check_workers(n_workers: int | None, n_bytes: int | None = None) -> int:
+    """The number of workers meant; None is one for each processor that this process may use.
+
+    n_bytes: the size of the input, where the workers are processes; then None is at most one for BYTES_PER_PROCESS.
+    """
     if n_workers is None:
-        return len(os.sched_getaffinity(0))
+        processors = len(os.sched_getaffinity(0))
+        return processors if n_bytes is None else min(processors, 1 + n_bytes // BYTES_PER_PROCESS)
     if not isinstance(n_workers, int) or isinstance(n_workers, bool) or not 1 <= n_workers <= MOST_WORKERS:
-        allowed = f"an int of at least 1 and at most {MOST_WORKERS}, or None"
-        raise ValueError(f"n_workers is {n_workers!r}: allowed is {allowed}")
+        raise ValueError(f"n_workers is {n_workers!r}: allowed is None or an int from 1, at most {MOST_WORKERS}")
     return n_workers
 
 
 def in_threads(function: Callable[[Any], Any], items: Iterable, workers: int) -> Iterator[tuple[Any, Any]]:
-    """(item, function(item)) in order, for functions that release the interpreter's lock; one worker: no thread."""
+    """(item, function(item)) in order, in threads; one worker is this thread. For functions that release the GIL."""
     if workers == 1:
         for item in items:
             yield item, function(item)
@@ -33,10 +37,10 @@ def in_threads(function: Callable[[Any], Any], items: Iterable, workers: int) ->
 def in_processes(
     function: Callable[[Any, Any], Any], shared: Any, items: Iterable, workers: int
 ) -> Iterator[tuple[Any, Any]]:
-    """(item, function(shared, item)) in order; `shared` is sent to each process once. One worker: no other process.
+    """(item, function(shared, item)) in order, in processes; one worker is this process. `shared` is sent once to each.
 
-    The processes are spawned, not forked: a fork of a process that has threads (torch's, say) can hang. As everywhere
-    with spawned processes, a script needs `if __name__ == "__main__":` around what it does.
+    The processes are spawned, not forked: a fork of a process that has threads (torch's, say) can hang. A script that
+    spawns processes needs `if __name__ == "__main__":` around what it does.
     """
     if workers == 1:
         for item in items:
@@ -68,6 +72,6 @@ def _ahead(pool: Executor, function: Callable, items: Iterable, window: int) -> 
             result = future.result()
             running += [(later, pool.submit(function, later)) for later in islice(items, 1)]
             yield item, result
-    finally:  # an error here, or a reader that stops: do not start what waits
+    finally:  # after an error, or when the reader stops, what waits is not started
         for _, future in running:
             future.cancel()

@@ -1,4 +1,4 @@
-"""BPE, make and with_special_tokens. Oracles: the definition, and the text of each error."""
+"""BPE, make, with_special_tokens, token_to_id. Oracles: the definition, and the text of each error."""
 
 import copy
 import dataclasses
@@ -6,8 +6,22 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from purelm.tokenizer import BPE, encode, fingerprint, make, token_dtype, vocab_size, with_special_tokens
+from purelm.tokenizer import (
+    BPE,
+    encode,
+    fingerprint,
+    load,
+    make,
+    save,
+    tables,
+    token_dtype,
+    token_to_id,
+    vocab_size,
+    with_special_tokens,
+)
 from purelm.tokenizer.patterns import GPT2
 
 BYTES = {value: bytes([value]) for value in range(256)}
@@ -54,6 +68,65 @@ def test_bpe_goes_through_copies(copied):
     assert encode(other, "ab<x>b").tolist() == ids.tolist() and fingerprint(other) == print_
     changed = dataclasses.replace(bpe, special_tokens=())
     assert encode(changed, "<x>").tolist() == [60, 120, 62] and fingerprint(changed) != print_
+
+
+# Few choices for each part, so that equal ones come up often.
+BPES = st.builds(
+    lambda merges, order, specials, pattern, ignore: make(
+        dict(sorted((BYTES | {256 + i: a + b for i, (a, b) in enumerate(merges)}).items(), reverse=order)),
+        merges,
+        specials,
+        pattern,
+        ignore_merges=ignore,
+    ),
+    st.sampled_from([(), ((b"a", b"b"),), ((b"a", b"c"),), ((b"a", b"b"), (b"a", b"c"))]),
+    st.booleans(),
+    st.sampled_from([{}, {"<x>": 300, "<y>": 301}, {"<y>": 301, "<x>": 300}, {"<x>": 301, "<y>": 300}]),
+    st.sampled_from(["gpt2", "o200k"]),
+    st.booleans(),
+)
+
+
+@given(one=BPES, other=BPES)
+def test_equal_by_value(one, other):
+    """Oracle: the fingerprint, which is over all that decides ids. Equal ones have equal hashes, and are no other's."""
+    assert (one == other) == (fingerprint(one) == fingerprint(other)) == (not one != other)
+    assert one != other or hash(one) == hash(other)
+    assert len({one, other, copy.deepcopy(one)}) == (1 if one == other else 2)
+    assert one != fingerprint(one)
+
+
+def test_a_saved_tokenizer_is_the_same(tmp_path):
+    """Law: load(save(bpe)) == bpe, whatever the order of the special tokens."""
+    bpe = make(BYTES | {256: b"ab"}, [(b"a", b"b")], {"<y>": 300, "<x>": 299})
+    save(bpe, tmp_path / "tokenizer.json")
+    assert load(tmp_path / "tokenizer.json") == bpe
+
+
+def test_equal_ones_have_memos_of_their_own():
+    """What is remembered goes with an object and not with its value: one that goes takes nothing from another."""
+    one = make(BYTES | {256: b"ab"}, [(b"a", b"b")])
+    other = copy.deepcopy(one)
+    assert encode(one, "abab").tolist() == encode(other, "abab").tolist() == [256, 256]
+    assert tables.once(one, "memo", None) is not tables.once(other, "memo", None)
+    del one
+    assert tables.once(other, "memo", None) and encode(other, "ab").tolist() == [256]
+
+
+@given(token=st.sampled_from([b"a", b"\xff", b"ab", "\u00e9", "<x>", "a"]))
+def test_ids_of_tokens(token):
+    """Oracle: the vocab, read the other way round; str is UTF-8."""
+    bpe = make(BYTES | {1000: b"ab", 1001: "\u00e9".encode()}, [(b"a", b"b")], ["<x>"])
+    assert bpe.vocab[token_to_id(bpe, token)] == (token if isinstance(token, bytes) else token.encode())
+
+
+@pytest.mark.parametrize(
+    "token, message",
+    [("abc", "token is 'abc', which is none of the 256"), ("\ud800", "none of the 256"), (97, "token is int 97; give")],
+)
+def test_what_is_no_token(token, message):
+    with pytest.raises(ValueError, match=message):
+        token_to_id(make(BYTES, []), token)
 
 
 def test_generators_and_numpys_integers():

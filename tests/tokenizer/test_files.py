@@ -13,12 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purelm.data.tokens import open_tokens
-from purelm.tokenizer import encode_iterable, files, make, train
-from purelm.tokenizer.chunks import next_cut
+from purelm.tokenizer import blocks, encode, encode_iterable, files, fingerprint, make, train
 from purelm.tokenizer.counting import count_pieces
-from purelm.tokenizer.encode import encode
+from purelm.tokenizer.cuts import next_cut
+from purelm.tokenizer.engine import PAYS_FROM
 from purelm.tokenizer.files import encode_block, encode_documents, encode_file
-from purelm.tokenizer.formats import fingerprint
 
 EOT = "<|endoftext|>"
 ENGINES = ["python", "numba"]
@@ -39,7 +38,7 @@ def engine(request):
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(files, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
 
 
 def text_of(shared_data) -> str:
@@ -84,15 +83,22 @@ def test_other_patterns_and_specials(tmp_path, shared_data, pattern):
 
 
 def test_engines_chosen(tmp_path, monkeypatch):
-    """auto: small input is not made to wait for compiled code, large input takes it."""
+    """auto: a small input is encoded by Python, a large one (the threshold lowered) by the compiled engine."""
     pytest.importorskip("numba")
-    bpe = tokenizer()
-    monkeypatch.delitem(sys.modules, "purelm.tokenizer.kernels", raising=False)
-    assert files._plan(bpe, "auto", None, 1000) == (False, 1)
-    assert files._plan(bpe, "auto", 2, 10**9) == (True, 2)
-    assert files._plan(bpe, "python", None, 10**10)[0] is False
-    assert files._plan(tokenizer(pattern=r"\w+|\W+"), "auto", 2, 10**9) == (False, 2)
-    assert files._plan(tokenizer(pattern=r"\w+|\W+"), "auto", None, 1000) == (False, 1)
+    chosen = []
+
+    def note(task, block):
+        chosen.append(task.engine)
+        return encode_block(task, block)
+
+    monkeypatch.setattr(files, "encode_block", note)
+    bpe, other, path = tokenizer(), tokenizer(pattern=r"\w+|\W+"), tmp_path / "a.txt"
+    path.write_text("the end")
+    for low, made, engine in [(8, bpe, "python"), (7, bpe, "numba"), (7, other, "python")]:
+        monkeypatch.setitem(PAYS_FROM, "encode", low)
+        encode_file(made, path, tmp_path / "out.bin", n_workers=1)
+        encode_documents(made, ["the", " end"], tmp_path / "out.bin", n_workers=1)
+        assert chosen[-2:] == [engine, engine]
 
 
 @pytest.mark.parametrize("ids", [(0, 1), (0, 258), (258, 259), (1, 130)])
@@ -156,8 +162,8 @@ def test_encode_documents(tmp_path, shared_data, engine):
 
 def test_documents_are_read_a_little_ahead(tmp_path, monkeypatch):
     """Memory: reading keeps within some blocks of what is written."""
-    monkeypatch.setattr(files, "FAST_BYTES", 1000)
-    monkeypatch.setattr("purelm.tokenizer.counting.BLOCK_BYTES", 1000)
+    monkeypatch.setitem(PAYS_FROM, "encode", 1000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
     n_read, lead = 0, []
 
     def documents():
@@ -226,13 +232,13 @@ def test_bad_arguments(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from purelm.tokenizer import files, make
-files.CHUNK_BYTES = 1000
+from purelm.tokenizer import blocks, encode_file, make
+blocks.BLOCK_BYTES = 1000
 bpe = make({i: bytes([i]) for i in range(256)})
 def progress(done, total):
     if done > total // 2:
         os.kill(os.getpid(), int(sys.argv[3]))
-files.encode_file(bpe, sys.argv[1], sys.argv[2], engine="python", progress=progress)
+encode_file(bpe, sys.argv[1], sys.argv[2], engine="python", progress=progress)
 """
 
 
@@ -271,9 +277,10 @@ def test_two_threads_overlap(tmp_path, monkeypatch):
     tokens = encode_file(tokenizer(), path, tmp_path / "out.bin", n_workers=2, engine="numba")
     assert tokens[:].tolist() == encode(tokenizer(), path.read_text()).tolist() and len(chunks) > 2
 
-    from purelm.tokenizer import kernels
+    from purelm.tokenizer.compiled.memo import encode_some
+    from purelm.tokenizer.compiled.splitting import split_some
 
-    assert kernels.encode_some.targetoptions["nogil"] and kernels.split_some.targetoptions["nogil"]
+    assert encode_some.targetoptions["nogil"] and split_some.targetoptions["nogil"]
 
 
 def test_inputs_that_are_no_files_or_are_the_output(tmp_path):
