@@ -199,7 +199,7 @@ def make_step(
 
         return gradients
 
-    is_added = microbatches > 1 or differentiate is not None
+    is_added = microbatches > 1 or strategy.evaluate is not identity
     is_tried: list[bool] = []
     is_checked: list[bool] = [] if is_added else [True]
 
@@ -269,26 +269,29 @@ def _check_divides(loss: Loss, params: Any, batch: Any, microbatches: int) -> No
     """ValueError for a loss that is a mean over what it is given, whatever batch["denominator"] says.
 
     Summed over n microbatches or processes it would be n times too large. Two evaluations of the first microbatch; and
-    for a loss that does not depend on the denominator one more, of that microbatch twice, which of a sum is twice as
-    much.
+    for a loss that does not depend on the denominator (or has none) one more, of that microbatch twice, which of a sum
+    is twice as much.
     """
-    if not isinstance(batch, Mapping) or "targets" not in batch or "denominator" not in batch:
+    sizes = {x.shape[0] for x in tree.leaves(batch) if isinstance(x, Tensor) and x.ndim > 0}
+    if not isinstance(batch, Mapping) or len(sizes) != 1:
         return
-    n = batch["targets"].shape[0] // microbatches
-    some = {k: x[:n] if isinstance(x, Tensor) and x.ndim > 0 else x for k, x in batch.items()}
+    n = sizes.pop() // microbatches
+    some = tree.map(lambda x: x[:n] if isinstance(x, Tensor) and x.ndim > 0 else x, batch)
     # Shapes, and gradients that could be asked for, as in the step that follows: compiled blocks are compiled for it.
     params = tree.map(lambda x: x.detach().requires_grad_() if tree.is_floating(x) else x, params)
     value = loss(params, some)[0].detach()
-    other = loss(params, {**some, "denominator": 2 * batch["denominator"]})[0].detach()
-    if not bool(torch.isclose(value, other, rtol=1e-2, atol=0.0)) or not bool(value.abs() > 0):
-        return
-    twice = {k: torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim > 0 else x for k, x in some.items()}
+    if "denominator" in batch:
+        other = loss(params, {**some, "denominator": 2 * batch["denominator"]})[0].detach()
+        if not bool(torch.isclose(value, other, rtol=1e-2, atol=0.0)):
+            return
+    twice = tree.map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim > 0 else x, some)
     doubled = loss(params, twice)[0].detach()
-    if bool((doubled - 2 * value).abs() < (doubled - value).abs()):
+    if not bool(value.abs() > 0) or bool((doubled - 2 * value).abs() < (doubled - value).abs()):
         return
     raise ValueError(
         'make_step: the loss is a mean over what it is given and does not divide by batch["denominator"]: its sum over '
-        "microbatches or processes would be as many times too large. Divide the sum over targets by it"
+        "microbatches or processes would be as many times too large. Divide the sum over targets by it, a number that "
+        "is of the whole batch; the strategy puts it there for a batch with targets"
     )
 
 

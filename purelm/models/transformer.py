@@ -36,6 +36,7 @@ __all__ = [
     "BlockFn",
     "Cache",
     "Config",
+    "Context",
     "Leaf",
     "Model",
     "RopeScaling",

@@ -21,7 +21,7 @@ from purelm.models.linear import apply_linear, apply_linear_out, linear_in, line
 from purelm.models.mixers import Cost, Mixer, Slots
 from purelm.ops import Ops
 
-__all__ = ["KV", "Attention", "attention", "visible_pairs"]
+__all__ = ["KV", "Attention", "Reads", "attention", "reads", "visible_pairs"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def attention(
     n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
     head_dim = d_model // n_heads if head_dim is None else head_dim
     config = Attention(d_model, n_heads, n_kv_heads, head_dim, **options)
-    return Mixer(config, _leaves, _apply, _init_state, _reads, _apply_cached, _cost)
+    return Mixer(config, _leaves, _apply, _init_state, reads, _apply_cached, _cost)
 
 
 def _leaves(c: Attention) -> dict[str, Leaf]:
@@ -126,7 +126,9 @@ def _qk_norm(c: Attention, params: Params, q: Tensor, k: Tensor, ops: Ops) -> tu
 # With a cache.
 
 
-class _Reads(NamedTuple):
+class Reads(NamedTuple):
+    """What every layer of attention reads in a pass over the cache."""
+
     slots: Slots
     read: slice  # of the cache
     segment_ids: Any  # for ops.attention: which of these slots the new tokens may see; None: all of them
@@ -139,20 +141,21 @@ def _init_state(c: Attention, batch: int, n_slots: int, dtype: torch.dtype, devi
     return KV(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 
 
-def _reads(c: Attention, slots: Slots) -> _Reads:
+def reads(c: Any, slots: Slots) -> Reads:
+    """For any mixer that keeps something for each slot; c.window as in `Attention`."""
     if slots.one:
-        read, seen_BS = _read_by_one(c, slots)
+        read, seen_BS = _by_one(c, slots)
         ids = None if seen_BS is None else (torch.ones_like(seen_BS[:, :1]), seen_BS)
-        return _Reads(slots, read, ids)
+        return Reads(slots, read, ids)
     assert slots.used is not None
     end, ids = slots.used + slots.new_T.shape[0], None
     if slots.start is not None:
         real = (slots.every_S[:end] >= slots.start.unsqueeze(-1)).to(torch.int64)
         ids = (real[:, slots.used :], real)
-    return _Reads(slots, slice(0, end), ids)
+    return Reads(slots, slice(0, end), ids)
 
 
-def _read_by_one(c: Attention, slots: Slots) -> tuple[slice, Int[Tensor, "b s"] | None]:
+def _by_one(c: Any, slots: Slots) -> tuple[slice, Int[Tensor, "b s"] | None]:
     """The slots that the next token reads, and 1 for those of them that it sees, else 0 (None: all of them)."""
     seen = None
     if slots.used is None:
@@ -169,7 +172,7 @@ def _read_by_one(c: Attention, slots: Slots) -> tuple[slice, Int[Tensor, "b s"] 
 
 
 def _apply_cached(
-    c: Attention, params: Params, x_BTD: Tensor, ctx: Context, ops: Ops, state: KV, reads: _Reads
+    c: Attention, params: Params, x_BTD: Tensor, ctx: Context, ops: Ops, state: KV, reads: Reads
 ) -> tuple[Float[Tensor, "b t d"], KV]:
     q, k, v = _project(c, params, x_BTD, ctx, ops)
     slots = reads.slots
