@@ -23,8 +23,9 @@ from purelm.dist.agreement import check_same
 from purelm.dist.world import World
 from purelm.evals import Score
 from purelm.models import transformer
+from purelm.models.leaves import Leaves, of_kind
 from purelm.ops import Ops
-from purelm.optim import Optimizer, adamw, is_matrix, muon_adamw, schedules
+from purelm.optim import Optimizer, adamw, muon_adamw, schedules
 from purelm.tokenizer import BPE, fingerprint
 from purelm.tokenizer import load as load_tokenizer
 from purelm.train import FULL, MIXED
@@ -144,7 +145,7 @@ def setup(cfg: Pretrain, world: World) -> Setup:
     job = Job(
         model=model,
         init=partial(transformer.init, init_key, model),
-        core=make_core(cfg.optim),
+        core=make_core(cfg.optim, transformer.leaves(model)),
         max_norm=cfg.optim.clip,
         whole_matrices=cfg.optim.name == "muon",
         schedule=make_schedule(cfg.optim, cfg.steps),
@@ -212,14 +213,19 @@ def _fingerprints(tokens: TokenFile, heldout: TokenFile | None, bpe: BPE | None)
     }
 
 
-def make_core(optim: Optim) -> Optimizer:
-    """The optimizer without clipping."""
-    betas = (optim.beta1, optim.beta2)
+def make_core(optim: Optim, leaves: Leaves) -> Optimizer:
+    """The optimizer without clipping; matrices of any kind decay, Muon has the hidden ones."""
+    betas, decay = (optim.beta1, optim.beta2), of_kind(leaves, "matrix", "embedding", "head")
     if optim.name == "muon":
         return muon_adamw(
-            betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, adamw_lr_scale=optim.adamw_lr_ratio
+            betas=betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            mask=decay,
+            adamw_lr_scale=optim.adamw_lr_ratio,
+            predicate=of_kind(leaves, "matrix"),
         )
-    return adamw(betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, mask=is_matrix)
+    return adamw(betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, mask=decay)
 
 
 def make_schedule(optim: Optim, steps: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from purelm.models.config import Config
-from purelm.models.layers import layer_of, leaves
+from purelm.models.layers import counted_layers, leaves_of_layer, leaves_outside
 from purelm.models.leaves import Leaves
 from purelm.models.mixers import Cost
 from purelm.models.mixers.attention import visible_pairs
@@ -35,15 +35,14 @@ def params(cfg: Config) -> dict[str, int]:
     1640452800
     """
     parts = dict.fromkeys(("token_embeddings", "position_embeddings", "attention", "ffn", "norms", "lm_head"), 0)
-    return params_by_part(leaves(cfg), parts)
+    before, behind = leaves_outside(cfg)
+    layers = [_times(params_by_part(leaves_of_layer(cfg, layer)), n) for layer, n in counted_layers(cfg)]
+    return _sum(parts, params_by_part({**before, **behind}), *layers)
 
 
-def params_by_part(table: Leaves, parts: dict[str, int] | None = None) -> dict[str, int]:
-    """Parameters of any model by part, from its leaf table; parts: counts to begin with."""
-    parts = dict(parts or {})
-    for leaf in table.values():
-        parts[leaf.part] = parts.get(leaf.part, 0) + math.prod(leaf.shape)
-    return parts
+def params_by_part(table: Leaves) -> dict[str, int]:
+    """Parameters of any model by part, from its leaf table."""
+    return _sum(*[{leaf.part: math.prod(leaf.shape)} for leaf in table.values()])
 
 
 def n_params(cfg: Config) -> int:
@@ -72,7 +71,8 @@ def forward_flops(
     """
     T = cfg.context_length if length is None else length
     head = {"lm_head": 2 * batch_size * T * cfg.d_model * cfg.vocab_size}
-    return _sum(*[cost.flops for cost in _costs(cfg, batch_size, T, skip_masked=skip_masked)], head)
+    costs = _costs(cfg, batch_size, T, skip_masked=skip_masked)
+    return _sum(*[_times(cost.flops, n) for cost, n in costs], head)
 
 
 def train_flops(
@@ -123,30 +123,36 @@ def activation_bytes(
     N, D, e = batch_size * T, cfg.d_model, bytes_per_element
     n_norms = 0 if cfg.norm == "none" else 4 if cfg.norm_position == "sandwich" else 2
     costs = _costs(cfg, batch_size, T, bytes_per_element=e, flash=flash)
-    layers = [{"norms": n_norms * N * D * e, **cost.activation_bytes} for cost in costs]
+    layers = [({"norms": n_norms * N * D * e, **cost.activation_bytes}, n) for cost, n in costs]
     if remat:
-        layers = [max(layers, key=lambda parts: sum(parts.values()))]
+        layers = [(max((parts for parts, _ in layers), key=lambda parts: sum(parts.values())), 1)]
     return {
         **({"block_inputs": cfg.n_layers * N * D * e} if remat else {}),
-        **_sum(*layers),
+        **_sum(*[_times(parts, n) for parts, n in layers]),
         "final_norm": 0 if cfg.norm == "none" else N * D * e,
         "lm_head": N * cfg.vocab_size * e,
         "cross_entropy": N * cfg.vocab_size * e,
     }
 
 
-def _costs(cfg: Config, batch_size: int, length: int, *, bytes_per_element: int = 4, **options: Any) -> list[Cost]:
-    """Of each layer: its mixer's and its feed-forward layer's."""
+def _costs(
+    cfg: Config, batch_size: int, length: int, *, bytes_per_element: int = 4, **options: Any
+) -> list[tuple[Cost, int]]:
+    """Of each distinct layer, its mixer's and its feed-forward layer's; and how many there are of it."""
     out = []
-    for i in range(cfg.n_layers):
-        mixer, ffn, *_ = layer_of(cfg, i)
+    for layer, n in counted_layers(cfg):
+        mixer, ffn = layer.mixer, layer.feed_forward
         one = mixer.cost(mixer.config, batch_size, length, bytes_per_element=bytes_per_element, **options)
         two = ffn.cost(
             ffn.config, cfg.d_model, cfg.ff_width, batch_size, length, bytes_per_element=bytes_per_element
         )
         flops, kept = _sum(one.flops, two.flops), _sum(one.activation_bytes, two.activation_bytes)
-        out.append(Cost(flops, kept, one.cache_elements))
+        out.append((Cost(flops, kept, one.cache_elements), n))
     return out
+
+
+def _times(parts: dict[str, int], n: int) -> dict[str, int]:
+    return {name: n * x for name, x in parts.items()}
 
 
 def _sum(*parts: dict[str, int]) -> dict[str, int]:
@@ -207,4 +213,4 @@ def max_batch_size(cfg: Config, memory_bytes: float, length: int | None = None, 
 def kv_cache_bytes(cfg: Config, batch_size: int = 1, length: int | None = None, *, bytes_per_element: int = 2) -> int:
     """Bytes of the mixers' states after `length` positions (context_length when None): keys and values of attention."""
     T = cfg.context_length if length is None else length
-    return bytes_per_element * sum(cost.cache_elements for cost in _costs(cfg, batch_size, T))
+    return bytes_per_element * sum(n * cost.cache_elements for cost, n in _costs(cfg, batch_size, T))

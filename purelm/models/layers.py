@@ -1,6 +1,7 @@
 """The layers that a Config comes to, and its leaf table."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from purelm.models.mixers import Mixer
 from purelm.models.mixers.attention import attention
 from purelm.models.norms import Norm, layer_norm, rms_norm
 
-__all__ = ["Kinds", "kinds_of", "layer_of", "leaves", "norm_of"]
+__all__ = ["Kinds", "counted_layers", "kinds_of", "layer_of", "leaves", "leaves_of_layer", "leaves_outside", "norm_of"]
 
 
 class Kinds(NamedTuple):
@@ -79,6 +80,12 @@ def _kinds(cfg: Config) -> Kinds:
 _kept_kinds = functools.lru_cache(maxsize=64)(_kinds)
 
 
+def counted_layers(cfg: Config) -> list[tuple[Layer, int]]:
+    """Distinct layers, and how many of each the model has: no work for each layer of a deep one."""
+    period = math.lcm(len(cfg.mixers), len(cfg.window) if isinstance(cfg.window, tuple) else 1)
+    return [(layer_of(cfg, i), (cfg.n_layers - i - 1) // period + 1) for i in range(min(period, cfg.n_layers))]
+
+
 def leaves(cfg: Config, std: Std = course_init) -> dict[str, Leaf]:
     """The leaf table, in the order in which a forward pass uses them.
 
@@ -94,15 +101,27 @@ def leaves(cfg: Config, std: Std = course_init) -> dict[str, Leaf]:
 
 @functools.lru_cache(maxsize=64)
 def _leaves(cfg: Config, std: Std) -> dict[str, Leaf]:
-    vocabulary, D = Cut(0, None, "vocab_size"), cfg.d_model
-    table = {"token_embeddings.weight": Leaf((cfg.vocab_size, D), "embedding", "token_embeddings", cut=vocabulary)}
-    if cfg.position == "learned":
-        table["position_embeddings.weight"] = Leaf((cfg.context_length, D), "embedding", "position_embeddings")
+    before, behind = leaves_outside(cfg)
+    table = dict(before)
     for i in range(cfg.n_layers):
-        layer = layer_leaves(layer_of(cfg, i), D, cfg.ff_width, biases=cfg.biases == "all")
-        table |= with_prefix(f"layers.{i}", layer)
-    if (norm := norm_of(cfg)) is not None:
-        table |= with_prefix("ln_final", norm.leaves(norm.config, D))
+        table |= with_prefix(f"layers.{i}", leaves_of_layer(cfg, layer_of(cfg, i)))
+    return with_std({**table, **behind}, std)
+
+
+def leaves_of_layer(cfg: Config, layer: Layer) -> dict[str, Leaf]:
+    """Those of one block."""
+    return layer_leaves(layer, cfg.d_model, cfg.ff_width, biases=cfg.biases == "all")
+
+
+def leaves_outside(cfg: Config) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
+    """Those before the blocks, and those behind them."""
+    vocabulary, D = Cut(0, None, "vocab_size"), cfg.d_model
+    before = {"token_embeddings.weight": Leaf((cfg.vocab_size, D), "embedding", "token_embeddings", cut=vocabulary)}
+    if cfg.position == "learned":
+        before["position_embeddings.weight"] = Leaf((cfg.context_length, D), "embedding", "position_embeddings")
+    norm, behind = norm_of(cfg), {}
+    if norm is not None:
+        behind = with_prefix("ln_final", norm.leaves(norm.config, D))
     if not cfg.tie_embeddings:
-        table["lm_head.weight"] = Leaf((cfg.vocab_size, D), "head", "lm_head", cut=vocabulary)
-    return with_std(table, std)
+        behind["lm_head.weight"] = Leaf((cfg.vocab_size, D), "head", "lm_head", cut=vocabulary)
+    return before, behind

@@ -223,9 +223,23 @@ def muon_adamw(
     )
 
 
+# Parts of the names that embeddings and output heads have in the models that people import: GPT-2 (wte, wpe), Llama
+# (embed_tokens, lm_head, output), GPT-NeoX (embed_in, embed_out), nanoGPT, timm (head), BERT (classifier, score).
+NOT_HIDDEN = ("embed", "wte", "wpe", "lm_head", "head", "output", "classifier", "score")
+
+
 def hidden_matrix(path: str, leaf: Tensor) -> bool:
-    """Muon's part of a Transformer: every matrix but the embeddings and the output head."""
-    return leaf.ndim >= 2 and "embeddings" not in path and "lm_head" not in path
+    """Muon's part of a foreign model: every matrix but what is called as embeddings and output heads usually are.
+
+    A guess from the names (`NOT_HIDDEN`, as whole names or, for "embed", as part of one). Where a leaf table says what
+    a leaf is, `of_kind(model.leaves, "matrix")` of purelm.models.leaves is no guess.
+
+    >>> w = torch.zeros(2, 2)
+    >>> [hidden_matrix(path, w) for path in ("layers.0.ffn.w1.weight", "transformer.wte.weight", "embed_tokens.weight")]
+    [True, False, False]
+    """
+    names = path.split(".")
+    return leaf.ndim >= 2 and "embed" not in path and not any(name in NOT_HIDDEN for name in names)
 
 
 def _add_product(x: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float = 1.0) -> Tensor:

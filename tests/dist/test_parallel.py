@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def made(mode, optimizer="adamw"):
     """The run of this mode on this rank; "alone": of one process."""
-    core = make_core(Optim(name=optimizer))
+    core = make_core(Optim(name=optimizer), transformer.leaves(CFG))
     muon, init = optimizer == "muon", partial(transformer.init, random.key(0), CFG)
     job = Job(CFG, init, core, 1.0, muon, schedules.constant(0.1), REFERENCE, transformer.identity, FULL, 1)
     if mode == "alone":

@@ -44,7 +44,7 @@ def test_differential_attention_is_the_papers():
     torch.testing.assert_close(found, torch.cat(heads, -1) @ params["out"]["weight"].T, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("cfg", [CFG, own_parts.config(norm=own_parts.centred(), norm_position="sandwich")], ids=str)
+@pytest.mark.parametrize("cfg", [CFG, own_parts.config(norm=own_parts.centred(), norm_position="sandwich")], ids=["mixer", "norm"])
 def test_cached_decoding_equals_the_forward_pass(cfg):
     """Oracle: apply; with a padded row, and tokens one by one after a prompt."""
     model, params = transformer.make(cfg), params_of(cfg)

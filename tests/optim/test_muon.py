@@ -154,6 +154,21 @@ def test_hidden_matrix():
     assert tree.paths(chosen) == ["layers.0.attn.q_proj.weight"]
 
 
+@pytest.mark.parametrize(
+    ("path", "hidden"),
+    [
+        ("h.0.attn.c_attn.weight", True), ("transformer.wte.weight", False), ("transformer.wpe.weight", False),
+        ("model.embed_tokens.weight", False), ("lm_head.weight", False), ("model.layers.0.mlp.gate_proj.weight", True),
+        ("gpt_neox.embed_in.weight", False), ("embed_out.weight", False), ("output.weight", False),
+        ("layers.0.attn.output_proj.weight", True), ("head.weight", False), ("classifier.weight", False),
+        ("layers.0.heads.weight", True),
+    ],
+)  # fmt: skip
+def test_names_of_other_models(path, hidden):
+    """Oracle: what these leaves are in the models that have them; a vector never is."""
+    assert hidden_matrix(path, torch.zeros(2, 2)) is hidden and not hidden_matrix(path, torch.zeros(2))
+
+
 def test_muon_adamw_is_its_parts():
     """Oracle: muon and adamw alone, each on its leaves, with its own factor on lr; decay on matrices of both."""
     params, grads = transformer_like(), tree.map(lambda p: p.flip(0), transformer_like())
