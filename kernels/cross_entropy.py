@@ -20,11 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from purelm.kernels.recipe import applier, backward_function
-from purelm.ops.cross_entropy import check_z_loss, nonzero, reduce_tokens
+from purelm.ops.cross_entropy import check_z_loss, reduce_tokens, token_weights
 from purelm.ops.precision import accumulator
 from purelm.ops.softcap import check_softcap, soft_cap
 
-__all__ = ["PLAIN", "Rows", "cross_entropy", "folded", "rows_for", "token_weights"]
+__all__ = ["PLAIN", "Rows", "check_targets", "cross_entropy", "folded", "rows_for"]
 
 
 class Rows(NamedTuple):
@@ -135,33 +135,6 @@ def check_targets(targets: Tensor, weights: Tensor | None, batch: Sequence[int],
             raise ValueError(f"{name} must be on {device} like the other tensors, got {x.device}")
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"targets must be integers, got {targets.dtype}")
-
-
-def token_weights(
-    targets: Tensor,
-    weights: Tensor | None,
-    denominator: Tensor | float | None,
-    reduction: str,
-    ignore_index: int | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | float | None, str]:
-    """(weights, denominator, "none" or "sum"), in which ignore_index and "mean" are written out; no host sync.
-
-    The mean over no token at all is 0, as in the models' loss: a denominator of 0 becomes 1.
-    """
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f'reduction must be "none", "sum" or "mean", got {reduction!r}')
-    if weights is not None:
-        weights = weights.to(dtype)
-    if ignore_index is not None:
-        weights = torch.where(targets == ignore_index, 0.0, 1.0 if weights is None else weights).to(dtype)
-    if reduction == "mean":
-        if denominator is not None:
-            raise ValueError(f'denominator must be None with reduction="mean", got {denominator!r}')
-        denominator = float(max(targets.numel(), 1)) if weights is None else weights.sum()
-        reduction = "sum"
-    denominator = None if denominator is None else nonzero(denominator)
-    return weights, denominator, reduction
 
 
 def folded(info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> list[Any]:

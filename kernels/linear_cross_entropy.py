@@ -29,19 +29,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from purelm.kernels.cross_entropy import check_targets, token_weights
+from purelm.kernels.cross_entropy import check_targets
 from purelm.kernels.linear_cross_entropy_ops import apply_sum, apply_tokens, scaled
-from purelm.ops.cross_entropy import check_z_loss, reduce_tokens
-from purelm.ops.linear import linear
+from purelm.ops.cross_entropy import check_z_loss, reduce_tokens, token_weights
 from purelm.ops.precision import accumulator
-from purelm.ops.softcap import check_positive, check_softcap, soft_cap
+from purelm.ops.softcap import check_positive, check_softcap
 
-__all__ = [
-    "linear_cross_entropy",
-    "linear_cross_entropy_value_and_grad",
-    "log_probs_and_entropy",
-    "log_probs_and_entropy_reference",
-]
+__all__ = ["linear_cross_entropy", "linear_cross_entropy_value_and_grad", "log_probs_and_entropy"]
 
 
 def _anchor(hidden_ND: Tensor, unembedding: Tensor) -> Tensor:
@@ -179,27 +173,6 @@ def linear_cross_entropy_value_and_grad(
         )
 
 
-def log_probs_and_entropy_reference(
-    hidden: Float[Tensor, "*batch d"],
-    unembedding_VD: Float[Tensor, "v d"],
-    targets: Int[Tensor, "*batch"],
-    *,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    ignore_index: int | None = None,
-) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """The same results as `log_probs_and_entropy`, by torch's log_softmax on all the logits at once."""
-    check_positive("temperature", temperature)
-    logits = linear(hidden, unembedding_VD)
-    log_p = torch.log_softmax(soft_cap(logits.to(accumulator(logits.dtype)), softcap) / temperature, -1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    if ignore_index is None:
-        return log_p.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1), entropy
-    dead = targets == ignore_index
-    log_prob = log_p.gather(-1, torch.where(dead, 0, targets.long()).unsqueeze(-1)).squeeze(-1)
-    return torch.where(dead, 0.0, log_prob), torch.where(dead, 0.0, entropy)
-
-
 def log_probs_and_entropy(
     hidden: Float[Tensor, "*batch d"],
     unembedding_VD: Float[Tensor, "v d"],
@@ -210,9 +183,13 @@ def log_probs_and_entropy(
     chunk: int | None = None,
     ignore_index: int | None = None,
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """(log p_i[target_i], H(p_i)) per token, p = softmax(cap(hidden @ unembedding^T) / temperature); nats, fp32.
+    """`purelm.ops.log_probs.log_probs`: (log p_i[target_i], H(p_i)) per token; nats, fp32.
 
-    Both are differentiable; backward forms the logits again. A token whose target is ignore_index has 0 and 0.
+    p = softmax(cap(hidden @ unembedding^T) / temperature). Both are differentiable; backward forms the logits again.
+    A token whose target is ignore_index has 0 and 0.
+
+    Args:
+        chunk: tokens whose logits are held at a time; None for 512 MiB of logits, but no less than 2048 tokens.
     """
     hidden_ND, targets_N, chunk = _checked(hidden, unembedding_VD, targets, None, chunk, softcap)
     check_positive("temperature", temperature)
