@@ -27,6 +27,7 @@ from purelm.devices import at_hand
 from purelm.kernels.flash_attention_reference import tiled_backward, tiled_forward
 from purelm.kernels.recipe import applier, backward_function, eager_or_op
 from purelm.ops.attention import check_heads, check_scale
+from purelm.ops.derivatives import in_forward_mode
 from purelm.ops.masks import Segments, Window, segment_pair, span
 from purelm.ops.precision import accumulator
 from purelm.ops.softcap import check_softcap
@@ -69,7 +70,7 @@ def flash_attention(
             -inf for a query that sees nothing. It is differentiable, so partial attentions can be merged.
         precision: of products of fp32 on a GPU: "ieee", "tf32x3" (near fp32, on the tensor cores) or "tf32".
 
-    On CUDA: fp32, bf16 or fp16, the same for q, k and v, and head dims up to 256. Not for double backward and jvp.
+    On CUDA: fp32, bf16 or fp16, the same for q, k and v, and head dims up to 256; differentiable once, and backwards.
     """
     if cu_seqlens is not None:
         if segment_ids is not None:
@@ -81,7 +82,10 @@ def flash_attention(
             )
         segment_ids = segment_ids_from_cu_seqlens(cu_seqlens, q_BTHK.shape[1])
     args = _arguments(q_BTHK, k_BSGK, v_BSGK, causal, window, segment_ids, scale, softcap, sinks, precision)
-    o, lse = _apply(q_BTHK, k_BSGK, v_BSGK, *args)
+    if in_forward_mode(q_BTHK):
+        o, lse = _plain_forward(q_BTHK, k_BSGK, v_BSGK, *args[:-1])
+    else:
+        o, lse = _apply(q_BTHK, k_BSGK, v_BSGK, *args)
     return (o, lse) if return_lse else o
 
 
@@ -100,7 +104,8 @@ def flash_attention_reference(
 ) -> Any:
     """`flash_attention` by the tiled torch code, on any device and in any dtype: what to read, and to check by."""
     args = _arguments(q_BTHK, k_BSGK, v_BSGK, causal, window, segment_ids, scale, softcap, sinks, None)
-    o, lse = _Tiled.apply(q_BTHK, k_BSGK, v_BSGK, *args[:-1])
+    apply = _plain_forward if in_forward_mode(q_BTHK) else _Tiled.apply
+    o, lse = apply(q_BTHK, k_BSGK, v_BSGK, *args[:-1])
     return (o, lse) if return_lse else o
 
 
@@ -240,7 +245,7 @@ _backward_op = torch.library.custom_op(
 
 
 @_backward_op.register_kernel("cpu")
-def _(do, dlse, q, k, v, o, lse, q_ids, kv_ids, left, right, scale, softcap, precision):
+def _backward_plain(do, dlse, q, k, v, o, lse, q_ids, kv_ids, left, right, scale, softcap, precision):
     return tiled_backward(do, dlse, q, k, v, o, lse, _pair(q_ids, kv_ids), left, right, scale, softcap)
 
 
@@ -275,7 +280,9 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in grads), (0, 0, 0, 0)
 
 
-_backward = backward_function("flash_attention", eager_or_op(_backward_op, _backward_cuda), _vmap_backward)
+_backward = backward_function(
+    "flash_attention", eager_or_op(_backward_op, _backward_cuda), _vmap_backward, _backward_plain
+)
 _NO_GRADS = (None,) * 8  # of ids, limits and numbers
 
 
@@ -322,6 +329,10 @@ def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor |
         return None
     share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
     return -(share * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _plain_forward(q, k, v, q_ids, kv_ids, sinks, left, right, scale, softcap):
+    return tiled_forward(q, k, v, _pair(q_ids, kv_ids), sinks, left, right, scale, softcap)
 
 
 class _Tiled(torch.autograd.Function):

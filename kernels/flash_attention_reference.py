@@ -83,7 +83,8 @@ def tiled_backward(
     """
     G = k_BSGK.shape[2]
     q, do, o = (_grouped(x, G) for x in (q_BTHK, do_BTHE, o_BTHE))
-    lse = lse_BHT.unflatten(1, (G, -1)).unsqueeze(-1)
+    # A query that sees nothing has -inf, which would make NaN of second derivatives. All its scores are -inf as well.
+    lse = torch.where(lse_BHT == -torch.inf, 0.0, lse_BHT).unflatten(1, (G, -1)).unsqueeze(-1)
     delta = (do * o).sum(-1, keepdim=True)
     if dlse_BHT is not None:
         delta = delta - dlse_BHT.unflatten(1, (G, -1)).unsqueeze(-1)

@@ -32,6 +32,9 @@ from torch import Tensor
 from purelm.kernels.cross_entropy import check_targets
 from purelm.kernels.linear_cross_entropy_ops import apply_sum, apply_tokens, scaled
 from purelm.ops.cross_entropy import check_z_loss, reduce_tokens, token_weights
+from purelm.ops.derivatives import in_forward_mode
+from purelm.ops.linear_cross_entropy import linear_cross_entropy as reference
+from purelm.ops.log_probs import log_probs
 from purelm.ops.precision import accumulator
 from purelm.ops.softcap import check_positive, check_softcap
 
@@ -110,7 +113,12 @@ def linear_cross_entropy(
     >>> loss  # log 8
     tensor(2.0794)
     """
-    hidden_ND, targets_N, chunk = _checked(hidden, unembedding_VD, targets, weights, chunk, softcap, z_loss)
+    hidden_ND, targets_N, n = _checked(hidden, unembedding_VD, targets, weights, chunk, softcap, z_loss)
+    if in_forward_mode(hidden):
+        return reference(
+            hidden, unembedding_VD, targets, weights=weights, denominator=denominator, reduction=reduction,
+            softcap=softcap, z_loss=z_loss, chunk=chunk, ignore_index=ignore_index,
+        )  # fmt: skip
     weights, denominator, reduction = token_weights(
         targets, weights, denominator, reduction, ignore_index, accumulator(hidden.dtype)
     )
@@ -118,14 +126,14 @@ def linear_cross_entropy(
     need_hidden, need_unembedding = _differentiated(hidden), _differentiated(unembedding_VD)
     if reduction == "sum" and (need_hidden or need_unembedding):
         loss, _, nll, _, _ = apply_sum(
-            _anchor(hidden_ND, unembedding_VD), hidden_ND, unembedding_VD, targets_N, weights_N, softcap, z_loss, chunk,
+            _anchor(hidden_ND, unembedding_VD), hidden_ND, unembedding_VD, targets_N, weights_N, softcap, z_loss, n,
             need_hidden, need_unembedding,
         )  # fmt: skip
         loss = loss if denominator is None else loss / denominator
         return loss, reduce_tokens(nll, weights_N, denominator, reduction).detach()
     loss, nll, _, _ = apply_tokens(
         hidden_ND, unembedding_VD, targets_N, None if weights_N is None else weights_N.detach(), softcap, z_loss, 1.0,
-        False, chunk,
+        False, n,
     )  # fmt: skip
     batch = targets.shape
     return (
@@ -191,12 +199,17 @@ def log_probs_and_entropy(
     Args:
         chunk: tokens whose logits are held at a time; None for 512 MiB of logits, but no less than 2048 tokens.
     """
-    hidden_ND, targets_N, chunk = _checked(hidden, unembedding_VD, targets, None, chunk, softcap)
+    hidden_ND, targets_N, n = _checked(hidden, unembedding_VD, targets, None, chunk, softcap)
     check_positive("temperature", temperature)
+    if in_forward_mode(hidden):
+        return log_probs(
+            hidden, unembedding_VD, targets, softcap=softcap, temperature=temperature, chunk=chunk,
+            ignore_index=ignore_index,
+        )  # fmt: skip
     wide = accumulator(hidden.dtype)
     live = None if ignore_index is None else (targets_N != ignore_index).to(wide)
     loss, _, _, entropy = apply_tokens(
-        hidden_ND, unembedding_VD, targets_N, live, softcap, 0.0, temperature, True, chunk
+        hidden_ND, unembedding_VD, targets_N, live, softcap, 0.0, temperature, True, n
     )
     log_prob = -loss
     if live is not None:  # so that no gradient arrives there either

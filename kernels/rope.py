@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from purelm.kernels.recipe import applier, backward_function
+from purelm.ops.derivatives import in_forward_mode
 from purelm.ops.rope import LAYOUTS
 from purelm.ops.rope import rope as reference
 
@@ -36,7 +37,7 @@ def rope(
     """Turns each pair of a head by its angle, in fp32; the kernel of `purelm.ops.rope.rope`, with its signature.
 
     x may be any view whose last axis is dense, such as the q part of a joint projection; the result is contiguous.
-    Differentiable once, in x alone. On the CPU it is the reference.
+    Differentiable in x alone; on a GPU once, and backwards. On the CPU it is the reference.
 
     Args:
         cos, sin: (T, K/2) or (B, T, K/2), from `purelm.ops.rope.rope_tables`.
@@ -46,6 +47,8 @@ def rope(
     and, on a GPU, other dtypes than fp32, bf16 and fp16.
     """
     cos, sin = _check("rope", [("x", x_BTHK)], cos, sin, layout)
+    if in_forward_mode(x_BTHK):
+        return reference(x_BTHK, cos, sin, layout)
     return _turn(x_BTHK, cos, sin, layout == "interleaved")
 
 
@@ -62,6 +65,8 @@ def rope_qk(
         raise ValueError(
             f"rope_qk: k must have q's shape but for axis 2, {tuple(q_BTHK.shape)}, got {tuple(k_BTGK.shape)}"
         )
+    if in_forward_mode(q_BTHK):
+        return reference(q_BTHK, cos, sin, layout), reference(k_BTGK, cos, sin, layout)
     # Dynamo cannot trace a Function that is given one tensor twice (2.13) or errs (2.11): a view is another tensor.
     k = k_BTGK.view_as(k_BTGK) if k_BTGK is q_BTHK else k_BTGK
     return _turn_both(q_BTHK, k, cos, sin, layout == "interleaved")
@@ -110,7 +115,7 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool)
 
 
 @_rope.register_kernel("cpu")
-def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+def _rope_plain(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     return reference(x, cos, -sin if inverse else sin, LAYOUTS[not interleaved]).contiguous()
 
 
@@ -129,8 +134,10 @@ def _rope_qk(
 
 
 @_rope_qk.register_kernel("cpu")
-def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
-    return _rope(q, cos, sin, interleaved, inverse), _rope(k, cos, sin, interleaved, inverse)
+def _rope_qk_plain(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    return _rope_plain(q, cos, sin, interleaved, inverse), _rope_plain(k, cos, sin, interleaved, inverse)
 
 
 @_rope_qk.register_fake
@@ -176,8 +183,8 @@ def _rope_qk_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     return tuple(_unfold(x, info.batch_size) for x in _backward_qk(*_folded(info, in_dims, args, 2))), (0, 0)
 
 
-_backward = backward_function("rope", _rope, _rope_vmap)
-_backward_qk = backward_function("rope_qk", _rope_qk, _rope_qk_vmap)
+_backward = backward_function("rope", _rope, _rope_vmap, _rope_plain)
+_backward_qk = backward_function("rope_qk", _rope_qk, _rope_qk_vmap, _rope_qk_plain)
 
 
 class _Rope(torch.autograd.Function):

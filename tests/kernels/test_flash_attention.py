@@ -368,15 +368,6 @@ def test_remat_with_save_matmuls_keeps_the_result_of_the_kernel():
         assert count.n == n_calls and torch.equal(found[0], wanted[0])
 
 
-def test_double_backward_says_so():
-    q, k, v, _ = (x.requires_grad_() for x in tensors(1, 5))
-    (dq,) = torch.autograd.grad(loss(flash_attention)(q, k, v), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        torch.autograd.grad(dq.sum(), k)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        grad(lambda q: grad(loss(flash_attention))(q, k.detach(), v.detach()).sum())(q.detach())
-
-
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", [{}, dict(window=5, segment_ids=SEGMENTS, softcap=2.0)], ids=["plain", "all"])
