@@ -20,7 +20,7 @@ from torch import Tensor
 
 from purelm.kernels.recipe import applier, backward_function
 from purelm.ops.derivatives import in_forward_mode
-from purelm.ops.rope import LAYOUTS
+from purelm.ops.rope import LAYOUTS, check_tables
 from purelm.ops.rope import rope as reference
 
 __all__ = ["rope", "rope_qk"]
@@ -29,11 +29,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels; the r
 
 
 def rope(
-    x_BTHK: Float[Tensor, "b t h k"],
+    x_BTHK: Float[Tensor, "*axes k"],
     cos: Float[Tensor, "*bt j"],
     sin: Float[Tensor, "*bt j"],
     layout: str = "interleaved",
-) -> Float[Tensor, "b t h k"]:
+    *,
+    heads: bool = True,
+) -> Float[Tensor, "*axes k"]:
     """Turns each pair of a head by its angle, in fp32; the kernel of `purelm.ops.rope.rope`, with its signature.
 
     x may be any view whose last axis is dense, such as the q part of a joint projection; the result is contiguous.
@@ -42,10 +44,18 @@ def rope(
     Args:
         cos, sin: (T, K/2) or (B, T, K/2), from `purelm.ops.rope.rope_tables`.
         layout: "interleaved" pairs 2j with 2j+1, "half" pairs j with j + K/2.
+        heads: x is (..., T, H, K); False: (..., T, K).
 
     Raises ValueError for an odd K, tables of another shape or device or that require a gradient, another layout,
     and, on a GPU, other dtypes than fp32, bf16 and fp16.
     """
+    if not heads or x_BTHK.ndim != 4:
+        check_tables(x_BTHK, cos, sin, heads)
+        x = x_BTHK if heads else x_BTHK.unsqueeze(-2)
+        lead = x.shape[:-3]
+        if cos.ndim > 2:
+            cos, sin = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (cos, sin))
+        return rope(x.reshape(lead.numel(), *x.shape[-3:]), cos, sin, layout).reshape(x_BTHK.shape)
     cos, sin = _check("rope", [("x", x_BTHK)], cos, sin, layout)
     if in_forward_mode(x_BTHK):
         return reference(x_BTHK, cos, sin, layout)

@@ -266,7 +266,7 @@ def test_tables_have_no_gradient_and_say_so():
 @pytest.mark.parametrize(
     "x,cos,layout,message",
     [
-        (torch.ones(2, 4, 6), COS, "half", r"x must be floating \(B, T, H, even K\), got torch.float32 \(2, 4, 6\)"),
+        (torch.ones(2, 4, 6), COS, "half", r"x must be \(..., T, H, K\) .*, got x \(2, 4, 6\)"),
         (torch.ones(2, 4, 3, 7), COS, "half", "even K"),
         (torch.ones(2, 4, 3, 6).long(), COS, "half", "x must be floating"),
         (torch.ones(2, 5, 3, 6), COS, "half", r"cos must be \(5, 3\) or \(2, 5, 3\), got \(4, 3\)"),
