@@ -25,18 +25,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from purelm.devices import at_hand
-from purelm.kernels.flash_attention_reference import tiled_backward, tiled_forward
-from purelm.kernels.recipe import applier, backward_function, eager_or_op
+from purelm.kernels.flash_attention_ops import Tiled, apply_flash, plain_forward
 from purelm.ops.attention import as_scores, check_heads, check_scale, over_leading_axes
 from purelm.ops.derivatives import in_forward_mode
 from purelm.ops.masks import Segments, Window, segment_pair, span
-from purelm.ops.precision import accumulator
 from purelm.ops.softcap import check_softcap
 
 __all__ = [
     "bidirectional_flash_attention",
     "flash_attention",
     "flash_attention_reference",
+    "flash_attention_with_lse",
     "segment_ids_from_cu_seqlens",
 ]
 
@@ -71,8 +70,7 @@ def flash_attention(
         cu_seqlens: instead of segment_ids: the ends of documents packed into one row, [0, n1, n1 + n2, ..., T], the
             same for queries and keys; B must be 1.
         sinks: a learned score for each query head, which takes its share of the softmax and gives no value.
-        return_lse: also return lse_BHT, the natural log of the sum of exp of a query's scores (and sink), fp32,
-            -inf for a query that sees nothing. It is differentiable, so partial attentions can be merged.
+        return_lse: also return lse_BHT, as `flash_attention_with_lse` does.
         precision: of products of fp32 on a GPU: "ieee", "tf32x3" (near fp32, on the tensor cores) or "tf32".
 
     On CUDA: fp32, bf16 or fp16, the same for q, k and v, and head dims up to 256; differentiable once, and backwards.
@@ -96,10 +94,39 @@ def flash_attention(
         q_BTHK, k_BSGK, v_BSGK, causal, window, segment_ids, scale, softcap, sinks, precision, bias, mask
     )
     if in_forward_mode(q_BTHK):
-        o, lse = _plain_forward(q_BTHK, k_BSGK, v_BSGK, *args[:-1])
+        o, lse = plain_forward(q_BTHK, k_BSGK, v_BSGK, *args[:-1])
     else:
-        o, lse = _apply(q_BTHK, k_BSGK, v_BSGK, *args)
+        o, lse = apply_flash(q_BTHK, k_BSGK, v_BSGK, *args)
     return (o, lse) if return_lse else o
+
+
+def flash_attention_with_lse(
+    q_BTHK: Float[Tensor, "*batch t h k"],
+    k_BSGK: Float[Tensor, "*batch s g k"],
+    v_BSGK: Float[Tensor, "*batch s g e"],
+    *,
+    causal: bool = True,
+    window: Window = None,
+    segment_ids: Segments = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Float[Tensor, "..."] | None = None,
+    mask: Bool[Tensor, "..."] | None = None,
+    cu_seqlens: Int[Tensor, " n"] | None = None,
+    sinks: Float[Tensor, " h"] | None = None,
+    precision: Precision = "tf32x3",
+) -> tuple[Float[Tensor, "*batch t h e"], Float[Tensor, "*batch h t"]]:
+    """(o, lse): `flash_attention`, and the natural log of the sum of exp of each query's scores (its sink included).
+
+    lse (B, H, T) is fp32 (fp64 for fp64, on a CPU), -inf for a query that sees nothing. Both are differentiable: a
+    gradient of lse goes into the backward pass as delta - dlse in place of delta, at no cost. So attention over parts
+    of the keys can be merged, as the reference `purelm.ops.attention.attention_with_lse` shows.
+    """
+    o, lse = flash_attention(
+        q_BTHK, k_BSGK, v_BSGK, causal=causal, window=window, segment_ids=segment_ids, scale=scale, softcap=softcap,
+        bias=bias, mask=mask, cu_seqlens=cu_seqlens, sinks=sinks, return_lse=True, precision=precision,
+    )  # fmt: skip
+    return o, lse
 
 
 def flash_attention_reference(
@@ -124,7 +151,7 @@ def flash_attention_reference(
             softcap=softcap, bias=bias, mask=mask, sinks=sinks, return_lse=return_lse,
         )  # fmt: skip
     args = _arguments(q_BTHK, k_BSGK, v_BSGK, causal, window, segment_ids, scale, softcap, sinks, None, bias, mask)
-    apply = _plain_forward if in_forward_mode(q_BTHK) else _Tiled.apply
+    apply = plain_forward if in_forward_mode(q_BTHK) else Tiled.apply
     o, lse = apply(q_BTHK, k_BSGK, v_BSGK, *args[:-1])
     return (o, lse) if return_lse else o
 
@@ -224,200 +251,3 @@ def _arguments(
     pair = segment_pair(segment_ids, q.shape[1], k.shape[1])
     ids = (None, None) if pair is None else tuple(x.to(torch.int32).expand(q.shape[0], -1) for x in pair)
     return (*ids, sinks, bias, mask, left, right, scale, softcap, precision)
-
-
-# --- custom ops
-
-
-def _forward_cuda(
-    q: Tensor, k: Tensor, v: Tensor, q_ids: Tensor | None, kv_ids: Tensor | None, sinks: Tensor | None,
-    bias: Tensor | None, mask: Tensor | None, left: int | None, right: int | None, scale: float, softcap: float | None,
-    precision: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from purelm.kernels import flash_attention_launch as kernels
-
-    request = kernels.Request(left, right, scale, softcap, precision)
-    return kernels.forward(q, k, v, _pair(q_ids, kv_ids), sinks, request, bias=bias, mask=mask)
-
-
-_forward_op = torch.library.custom_op(
-    "purelm::flash_attention_fwd", _forward_cuda, mutates_args=(), device_types="cuda"
-)
-_forward = eager_or_op(_forward_op, _forward_cuda)
-
-
-@_forward_op.register_kernel("cpu")
-def _(q, k, v, q_ids, kv_ids, sinks, bias, mask, left, right, scale, softcap, precision):
-    return tiled_forward(q, k, v, _pair(q_ids, kv_ids), sinks, left, right, scale, softcap, bias, mask)
-
-
-@_forward_op.register_fake
-def _(q, k, v, q_ids, kv_ids, sinks, bias, mask, left, right, scale, softcap, precision):
-    B, T, H, _ = q.shape
-    return q.new_empty(B, T, H, v.shape[-1]), q.new_empty(B, H, T, dtype=accumulator(q.dtype))
-
-
-def _backward_cuda(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, q_ids: Tensor | None,
-    kv_ids: Tensor | None, bias: Tensor | None, mask: Tensor | None, left: int | None, right: int | None, scale: float,
-    softcap: float | None, precision: str, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv, delta, dbias); dbias has no elements unless it is needed."""
-    from purelm.kernels import flash_attention_launch as kernels
-
-    request, pair = kernels.Request(left, right, scale, softcap, precision), _pair(q_ids, kv_ids)
-    dq, dk, dv, delta = kernels.backward(do, dlse, q, k, v, o, lse, pair, request, bias=bias, mask=mask)
-    if bias is None or not need_bias:
-        return dq, dk, dv, delta, q.new_empty(0)
-    return dq, dk, dv, delta, kernels.backward_of_bias(do, q, k, v, lse, delta, pair, request, bias, mask)
-
-
-_backward_op = torch.library.custom_op(
-    "purelm::flash_attention_bwd", _backward_cuda, mutates_args=(), device_types="cuda"
-)
-
-
-@_backward_op.register_kernel("cpu")
-def _backward_plain(
-    do, dlse, q, k, v, o, lse, q_ids, kv_ids, bias, mask, left, right, scale, softcap, precision, need_bias
-):
-    pair = _pair(q_ids, kv_ids)
-    return tiled_backward(do, dlse, q, k, v, o, lse, pair, left, right, scale, softcap, bias, mask, need_bias)
-
-
-@_backward_op.register_fake
-def _(do, dlse, q, k, v, o, lse, q_ids, kv_ids, bias, mask, left, right, scale, softcap, precision, need_bias):
-    dbias = bias.new_empty(bias.shape) if need_bias and bias is not None else q.new_empty(0)
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), lse.new_empty(lse.shape), dbias)
-
-
-def _pair(q_ids: Tensor | None, kv_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if q_ids is None or kv_ids is None else (q_ids.contiguous(), kv_ids.contiguous())
-
-
-# --- autograd and vmap
-
-
-def _fold(info: Any, dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """Each tensor with its mapped axis folded into its first one; an unmapped one is repeated for every sample."""
-    out: list[Tensor | None] = []
-    for x, dim in zip(tensors, dims, strict=True):
-        if x is None:
-            out.append(None)
-            continue
-        x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        out.append(x.flatten(0, 1))
-    return out
-
-
-def _fold_scores(info: Any, dim: int | None, x: Tensor | None, B: int, own: bool = False) -> Tensor | None:
-    """The same for a bias or mask, whose first axis may be 1. One that all share stays one, unless `own`."""
-    if x is None or (dim is None and x.shape[0] == 1 and not own):
-        return x
-    x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.expand(info.batch_size, B, *x.shape[2:]).flatten(0, 1)
-
-
-def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
-    folded = _fold(info, in_dims[:9], args[:9])
-    bias, mask, *numbers, need_bias = args[9:]
-    assert folded[2] is not None
-    B = folded[2].shape[0] // info.batch_size
-    grads = _backward(
-        *folded, _fold_scores(info, in_dims[9], bias, B, own=need_bias), _fold_scores(info, in_dims[10], mask, B),
-        *numbers, need_bias,
-    )  # fmt: skip
-    *grads, dbias = (x.unflatten(0, (info.batch_size, -1)) if x.ndim > 1 else x for x in grads)
-    if not need_bias:
-        return (*grads, dbias), (0, 0, 0, 0, None)
-    shared = (bias.shape[0] if in_dims[9] is None else bias.select(in_dims[9], 0).shape[0]) == 1
-    return (*grads, dbias.sum(1, keepdim=True) if shared else dbias), (0, 0, 0, 0, 0)
-
-
-_backward = backward_function(
-    "flash_attention", eager_or_op(_backward_op, _backward_cuda), _vmap_backward, _backward_plain
-)
-_NO_GRADS = (None,) * 6  # of the mask, of limits and numbers
-
-
-class _FlashAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(q, k, v, q_ids, kv_ids, sinks, bias, mask, left, right, scale, softcap, precision):
-        return _forward(q, k, v, q_ids, kv_ids, sinks, bias, mask, left, right, scale, softcap, precision)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        q, k, v, q_ids, kv_ids, sinks, bias, mask, *numbers = inputs
-        ctx.save_for_backward(q, k, v, *output, q_ids, kv_ids, sinks, bias, mask)
-        ctx.numbers = numbers
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, do, dlse):
-        q, k, v, o, lse, q_ids, kv_ids, sinks, bias, mask = ctx.saved_tensors
-        if do is None and dlse is None:
-            return (None,) * 13
-        do = torch.zeros_like(o) if do is None else do
-        need_bias = bias is not None and ctx.needs_input_grad[6]
-        dq, dk, dv, delta, dbias = _backward(
-            do, dlse, q, k, v, o, lse, q_ids, kv_ids, bias, mask, *ctx.numbers, need_bias
-        )
-        dsinks = _sink_gradient(sinks, lse, delta)
-        return dq, dk, dv, None, None, dsinks, dbias if need_bias else None, *_NO_GRADS
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        if in_dims[5] is not None:  # sinks of each sample: their heads cannot share a launch
-            rows = [_sample(i, in_dims, args) for i in range(info.batch_size)]
-            outs = [_FlashAttention.apply(*row) for row in rows]
-            return tuple(torch.stack(x) for x in zip(*outs, strict=True)), (0, 0)
-        folded = _fold(info, in_dims[:5], args[:5])
-        assert folded[0] is not None
-        B = folded[0].shape[0] // info.batch_size
-        extra = [_fold_scores(info, dim, x, B) for dim, x in zip(in_dims[6:8], args[6:8], strict=True)]
-        o, lse = _FlashAttention.apply(*folded, args[5], *extra, *args[8:])
-        return (o.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
-
-
-_apply = applier(_FlashAttention)
-
-
-def _sample(i: int, in_dims: Any, args: tuple[Any, ...]) -> list[Any]:
-    return [x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)]
-
-
-def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
-    if sinks is None:
-        return None
-    share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
-    return -(share * delta).sum((0, 2)).to(sinks.dtype)
-
-
-def _plain_forward(q, k, v, q_ids, kv_ids, sinks, bias, mask, left, right, scale, softcap):
-    return tiled_forward(q, k, v, _pair(q_ids, kv_ids), sinks, left, right, scale, softcap, bias, mask)
-
-
-class _Tiled(torch.autograd.Function):
-    """The same with torch code on every device."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(q, k, v, q_ids, kv_ids, sinks, bias, mask, left, right, scale, softcap):
-        return _plain_forward(q, k, v, q_ids, kv_ids, sinks, bias, mask, left, right, scale, softcap)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        q, k, v, q_ids, kv_ids, sinks, bias, mask, ctx.left, ctx.right, ctx.scale, ctx.softcap = inputs
-        ctx.save_for_backward(q, k, v, *output, q_ids, kv_ids, sinks, bias, mask)
-
-    @staticmethod
-    def backward(ctx, do, dlse):
-        q, k, v, o, lse, q_ids, kv_ids, sinks, bias, mask = ctx.saved_tensors
-        need_bias = bias is not None and ctx.needs_input_grad[6]
-        dq, dk, dv, delta, dbias = tiled_backward(
-            do, dlse, q, k, v, o, lse, _pair(q_ids, kv_ids), ctx.left, ctx.right, ctx.scale, ctx.softcap, bias, mask,
-            need_bias,
-        )  # fmt: skip
-        dsinks = _sink_gradient(sinks, lse, delta)
-        return dq, dk, dv, None, None, dsinks, dbias if need_bias else None, None, None, None, None, None

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from purelm.kernels.flash_attention import bidirectional_flash_attention, flash_attention
-from purelm.ops.attention import attention
+from purelm.kernels.flash_attention import bidirectional_flash_attention, flash_attention, flash_attention_with_lse
+from purelm.ops.attention import attention, attention_with_lse
 from tests.kernels.rules import assert_as_exact, attention_scales
 
 pytestmark = [
@@ -214,6 +214,28 @@ def test_sinks_and_lse():
     wanted = torch.autograd.grad((o * w).sum() + (lse * 0.1).sum(), wide)
     for x, y in zip(found, wanted, strict=True):
         assert float((x.cpu().double() - y).norm() / y.norm()) < 0.01  # bf16 rounds at 0.4 %
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_halves_of_the_keys_merge_to_the_whole(dtype):
+    """Oracle: float64 attention over all keys, value and gradients, those of lse included (as in ring attention)."""
+    q, k, v, do = tensors(2, 300, 512, 4, 2, 64, 64, dtype)
+
+    def merged(f):
+        def call(q, k, v):
+            parts = [f(q, k[:, at], v[:, at], causal=False) for at in (slice(0, 200), slice(200, 512))]
+            lse = torch.logaddexp(parts[0][1], parts[1][1])
+            return sum(torch.exp(p - lse).transpose(1, 2).unsqueeze(-1) * o.to(p.dtype) for o, p in parts).to(q.dtype)
+
+        return call
+
+    exact = with_gradients(lambda *x: attention(*x, causal=False), [x.double() for x in (q, k, v)], do.double())
+    same = with_gradients(merged(attention_with_lse), [q, k, v], do)
+    mine = with_gradients(merged(flash_attention_with_lse), [q, k, v], do)
+    scales, score = attention_scales(q, k, v, do, 0.125)
+    for x, reference, wanted, size in zip(mine, same, exact, scales, strict=True):
+        # As one attention, and the merge: an exp, products and a sum.
+        assert_as_exact(x, reference, wanted, roundings=2 * score + math.log2(512 * 64) + 10, stored=4.0, scale=size)
 
 
 def test_sinks_of_another_dtype_at_the_same_shape():

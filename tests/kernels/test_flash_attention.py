@@ -16,18 +16,18 @@ from torch.utils.checkpoint import checkpoint
 
 from purelm.kernels.flash_attention import (
     _arguments,
-    _backward_op,
-    _forward_op,
     bidirectional_flash_attention,
     flash_attention,
     flash_attention_reference,
+    flash_attention_with_lse,
     segment_ids_from_cu_seqlens,
 )
 from purelm.kernels.flash_attention_launch import Request, backward, backward_of_bias, forward
+from purelm.kernels.flash_attention_ops import _backward_op, _forward_op
 from purelm.kernels.flash_attention_reference import tiled_backward, tiled_forward
 from purelm.kernels.flash_attention_tuned import TABLE, Blocks, choose, fallback
 from purelm.ops import REFERENCE
-from purelm.ops.attention import attention
+from purelm.ops.attention import attention, attention_with_lse
 from purelm.ops.masks import span
 from purelm.transforms import remat, save_matmuls
 from tests.kernels.rules import assert_as_exact, attention_scales
@@ -309,6 +309,88 @@ def test_lse_is_that_of_the_scores_and_merges_partial_attentions():
     wanted = with_gradients(lambda *args: attention(*args, causal=False), [q, k, v], o)
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
+
+
+def merge(parts):
+    """Attention over all keys from (o, lse) of parts of them: o = sum_i exp(lse_i - lse) o_i."""
+    lse = torch.stack([lse for _, lse in parts]).logsumexp(0)
+    shares = [torch.exp(part - lse).transpose(1, 2).unsqueeze(-1) for _, part in parts]
+    return sum(share * o for share, (o, _) in zip(shares, parts, strict=True)), lse
+
+
+@pytest.mark.parametrize("f", [flash_attention_with_lse, attention_with_lse])
+def test_halves_of_the_keys_merge_to_the_whole(f):
+    """Oracle: `attention` over all keys, value and gradients through both results; bias, mask and softcap included."""
+    q, k, v, do = tensors(2, 9, 20)
+    bias, mask = scores_of((4, 9, 20), "bias", torch.float64), scores_of((2, 1, 9, 20), "mask")
+    mask[..., :1], mask[..., 11:12] = True, True  # no half is without a key: there exp(-inf - -inf) has no meaning
+
+    def merged(q, k, v, b):
+        return merge(
+            [
+                f(q, k[:, at], v[:, at], causal=False, bias=b[..., at], mask=mask[..., at], softcap=2.0)
+                for at in (slice(0, 11), slice(11, 20))
+            ]
+        )[0]
+
+    def whole(q, k, v, b):
+        return attention(q, k, v, causal=False, bias=b, mask=mask, softcap=2.0)
+
+    found, wanted = (with_gradients(g, [q, k, v, bias], do) for g in (merged, whole))
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
+
+
+LSE_OPTIONS = {
+    "causal": {},
+    "all": dict(window=6, segment_ids=ids(2, 20), softcap=2.0, scale=0.4),
+    "bias": dict(causal=False, bias=scores_of((4, 20, 20), "bias", torch.float64), mask=scores_of((20, 20), "mask")),
+}
+
+
+@pytest.mark.parametrize("name", LSE_OPTIONS)
+def test_with_lse_against_the_reference(name):
+    """Oracle: `attention_with_lse`, both results, gradients of both, and of lse alone; torch.func, second order."""
+    q, k, v, do = tensors(2, 20)
+    options = LSE_OPTIONS[name]
+    blind = attention_with_lse(q, k, v, **options)[1] == -torch.inf
+    dlse = torch.randn(2, 4, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+    def scalar(f, w):
+        def total(q, k, v):
+            o, lse = f(q, k, v, **options)
+            return (o * do).sum() * w + (torch.where(blind, 0.0, lse) * dlse).sum()
+
+        return total
+
+    mine, theirs = flash_attention_with_lse(q, k, v, **options), attention_with_lse(q, k, v, **options)
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    for w in (1.0, 0.0):
+        a, b = (grad(scalar(f, w), (0, 1, 2))(q, k, v) for f in (flash_attention_with_lse, attention_with_lse))
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    a, b = (
+        grad(lambda q, f=f: grad(scalar(f, 1.0))(q, k, v).sin().sum())(q)
+        for f in (flash_attention_with_lse, attention_with_lse)
+    )
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert flash_attention_with_lse(q[0], k[0], v[0])[1].shape == (4, 20)
+
+
+@interpreter
+def test_gradient_of_lse_in_the_kernel_of_the_bias():
+    """Oracle: the tiled code in float64."""
+    q, k, v, do = tensors(1, 30, 25, dtype=torch.float32)
+    bias, dlse = scores_of((1, 4, 30, 25), "bias"), torch.randn(1, 4, 30, generator=torch.Generator().manual_seed(2))
+    request = Request(6, 0, 0.25, 3.0)
+    o, lse = forward(q, k, v, None, None, request, SMALL, bias=bias)
+    *grads, delta = backward(do, dlse, q, k, v, o, lse, None, request, SMALL, SMALL, bias=bias)
+    found = [*grads, delta, backward_of_bias(do, q, k, v, lse, delta, None, request, bias, None, SMALL)]
+    wide = [x.double() for x in (q, k, v)]
+    b = bias.double()
+    o2, lse2 = tiled_forward(*wide, None, None, 6, 0, 0.25, 3.0, b, tile=7)
+    wanted = tiled_backward(do.double(), dlse.double(), *wide, o2, lse2, None, 6, 0, 0.25, 3.0, b, None, True, tile=7)
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
 
 
 def test_gradcheck_with_everything():

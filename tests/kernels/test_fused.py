@@ -7,10 +7,12 @@ import torch
 
 from purelm import random, tree
 from purelm.kernels.cross_entropy import cross_entropy as kernel_ce
+from purelm.kernels.flash_attention import flash_attention_with_lse
 from purelm.kernels.fused import FUSED
 from purelm.kernels.linear_cross_entropy import log_probs_and_entropy
 from purelm.models import transformer
 from purelm.ops import REFERENCE
+from purelm.ops.attention import attention_with_lse
 from purelm.ops.cross_entropy import cross_entropy
 from purelm.ops.log_probs import log_probs
 from purelm.ops.sdpa import sdpa_attention
@@ -92,6 +94,15 @@ def test_signatures_are_those_of_the_reference(bundle, name):
     more = found[len(wanted) :]
     assert [p.name for p in more] == (MORE.get(name, []) if bundle is FUSED else [])
     assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in more)
+
+
+def test_signature_of_attention_with_lse():
+    """Oracle: the reference's; the kernel's own keywords come after."""
+    both = attention_with_lse, flash_attention_with_lse
+    wanted, found = ([str(p) for p in inspect.signature(f).parameters.values()] for f in both)
+    assert found[: len(wanted)] == wanted
+    more = list(inspect.signature(flash_attention_with_lse).parameters)[len(wanted) :]
+    assert more == [name for name in MORE["attention"] if name != "return_lse"]
 
 
 @pytest.mark.parametrize(("kernel", "reference"), [(log_probs_and_entropy, log_probs), (kernel_ce, cross_entropy)])
