@@ -169,7 +169,7 @@ def check_targets(targets: Tensor, weights: Tensor | None, batch: Sequence[int],
 
 
 def folded(info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> list[Any]:
-    """Arguments of a call under vmap as arguments of one call on a larger batch: mapped axis times first axis."""
+    """The arguments of a call under vmap as those of one call on a larger batch: the mapped axis joins the first."""
 
     def fold(x: Any, d: int | None) -> Any:
         if not isinstance(x, Tensor):

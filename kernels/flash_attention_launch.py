@@ -96,7 +96,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, delta (B, H, T) fp32); delta is what the gradients of the sinks and of a bias are made of.
 
-    only_q and only_kv launch one of the two passes, to time it: what it does not compute is left as it is.
+    only_q and only_kv launch one of the two passes, to time it; the results of the other are then uninitialised.
     """
     B, T, H, _ = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
@@ -221,7 +221,8 @@ def _common(q: Tensor, v: Tensor, request: Request) -> tuple[int, int, tuple, tu
 def _cut(
     which: str, blocks: Blocks | None, q: Tensor, v: Tensor, segments: tuple[Tensor, Tensor] | None, request: Request
 ) -> tuple[Blocks | None, Tensor | None, Tensor | None]:
-    """(blocks, lo, hi): with segments the tiles of the other side that a tile meets, which needs blocks now."""
+    """(blocks, lo, hi). With segments, lo and hi say which tiles of keys each tile of queries meets (for "backward_kv"
+    which of queries each tile of keys); that depends on the tile sizes, which are then chosen here."""
     if segments is None:
         return blocks, None, None
     blocks = blocks or _chosen(which, q, v, request)
@@ -245,13 +246,13 @@ def _padded(q: Tensor, v: Tensor) -> tuple[int, int]:
 
 
 def _layout(*tensors: Tensor) -> tuple[Any, ...]:
-    """All but the addresses."""
+    """All that a launch depends on but the addresses: shapes, strides, dtype and device."""
     first = tensors[0]
     return (*((x.shape, x.stride()) for x in tensors), first.dtype, device_number(first))
 
 
 def _prepared(*tensors: Tensor) -> tuple[bool, tuple[Tensor, ...]]:
-    """(whether all can be read through descriptors, the tensors; if not, all dense, to be read by pointers)."""
+    """(whether descriptors can read all of them, the tensors): if not, dense copies, which are read by pointers."""
     tma = all(map(_describable, tensors))
     return tma, tensors if tma else tuple(x.contiguous() for x in tensors)
 
@@ -286,6 +287,7 @@ def _stepped(x: Tensor | None, unused: Tensor) -> tuple[Any, ...]:
 
 
 def _or(x: Tensor | None, unused: Tensor) -> Tensor:
+    """x, or a tensor to fill the place of an argument that the kernel does not look at."""
     return unused if x is None else x
 
 

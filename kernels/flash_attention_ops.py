@@ -180,6 +180,7 @@ def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor |
 
 
 def plain_forward(q, k, v, q_ids, kv_ids, sinks, bias, mask, left, right, scale, softcap):
+    """(o, lse) by differentiable torch code."""
     return tiled_forward(q, k, v, _pair(q_ids, kv_ids), sinks, left, right, scale, softcap, bias, mask)
 
 

@@ -7,7 +7,7 @@ sum of the same terms in the same order in each run. A bias that has a gradient 
 owns a tile of that gradient and walks over all that shares it. With a bias or a mask each tile takes the masked way.
 
 Names: M a tile of queries, N a tile of keys, D head dim of q and k, E of v, both padded to powers of two. Tiles come
-through tensor descriptors (TMA), which fill with zeros beyond the edges and cut stores there, or, where strides are no
+through tensor descriptors (TMA), which read zeros beyond the edges and write nothing there, or, where strides are no
 multiples of 16 bytes, through pointers and masks. Scores are in units of log 2, because exp2 is what the chip has.
 """
 
@@ -21,7 +21,7 @@ __all__ = ["backward_bias", "backward_kv", "backward_q", "forward"]
 
 @triton.jit
 def _load(X, b, h, row, n_rows, n_heads, width, ROWS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
-    """Rows row.. of x[b, :, h, :], zeros beyond its edges; by pointers x must be dense."""
+    """ROWS rows of x[b, :, h, :] from `row` on, zeros beyond its edges; without TMA x must be dense."""
     if TMA:
         x = X.load([b, h, row, 0]).reshape([ROWS, WIDTH])
     else:
@@ -66,7 +66,8 @@ def _tanh(x):
 
 @triton.jit
 def _place(pid, n_tiles, n_heads, heads_at_once):
-    """(tile, head) of a program: a few heads at a time, whose keys stay in the cache; tile by tile over those."""
+    """(tile, head) of a program: programs go through the tiles of a few heads, whose keys fit the cache, and then
+    through those of the next few."""
     per = heads_at_once * n_tiles
     first = (pid // per) * heads_at_once
     n = tl.minimum(heads_at_once, n_heads - first)
@@ -110,7 +111,8 @@ def _visible(VIS, rows, cols, step_t, step_s, T, S):
 @triton.jit
 def _key_range(m0, T, S, left, right, LO, HI, at, BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr,
                RIGHT: tl.constexpr, SEG: tl.constexpr):  # fmt: skip
-    """Tiles of keys of a tile of queries: [lo, a) and [b, hi) need masks, [a, b) are seen by all its queries whole."""
+    """Which tiles of keys a tile of queries meets: lo..hi-1. Those in [lo, a) and [b, hi) need masks; those in [a, b)
+    are seen in full by all queries of the tile."""
     shift = S - T
     lo = 0
     hi = tl.cdiv(S, BN)
@@ -213,6 +215,7 @@ def forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, BIAS, bias_b, bias_h,
              LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
              HAS_BIAS: tl.constexpr, HAS_VIS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
              UPCAST: tl.constexpr):  # fmt: skip
+    """One tile of queries of one head: o and lse."""
     n_tiles = tl.cdiv(T, BM)
     tile, head = _place(tl.program_id(0), n_tiles, B * H, heads_at_once)
     if RIGHT:
@@ -323,6 +326,7 @@ def backward_q(Q, K, V, O, DO, LSE, DLSE, DELTA, DQ, Q_SEG, KV_SEG, LO, HI, BIAS
                 E: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr,
                 HAS_DLSE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VIS: tl.constexpr, TMA: tl.constexpr,
                 PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """One tile of queries of one head: dq and delta."""
     n_tiles = tl.cdiv(T, BM)
     tile, head = _place(tl.program_id(0), n_tiles, B * H, heads_at_once)
     if RIGHT:
@@ -434,6 +438,7 @@ def backward_kv(Q, K, V, DO, LSE, DELTA, DK, DV, Q_SEG, KV_SEG, LO, HI, BIAS, bi
                  out_scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr, LEFT: tl.constexpr,
                  RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
                  HAS_VIS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """One tile of keys of one key/value head: dk and dv, summed over the query heads that share it."""
     n_tiles = tl.cdiv(S, BN)
     G = H // R
     tile, group = _place(tl.program_id(0), n_tiles, B * G, heads_at_once)

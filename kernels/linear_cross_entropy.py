@@ -42,12 +42,12 @@ __all__ = ["linear_cross_entropy", "linear_cross_entropy_value_and_grad", "log_p
 
 
 def _anchor(hidden_ND: Tensor, unembedding: Tensor) -> Tensor:
-    """Nothing, as a function of both; cat copies, so it does not hold their memory."""
+    """An empty tensor that autograd takes for a result of both. cat copies, so it keeps neither's memory alive."""
     return torch.cat([hidden_ND[:0], unembedding[:0]])
 
 
 def _differentiated(x: Tensor) -> bool:
-    """Whether a gradient of x may be asked for, also by a transform below the ones that are seen at x."""
+    """Whether a gradient of x may be asked for: by autograd, or by any of the torch.func transforms around the call."""
     if not torch.is_grad_enabled():
         return False
     if not torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]

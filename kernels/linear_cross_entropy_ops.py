@@ -17,11 +17,11 @@ __all__ = ["apply_sum", "apply_tokens", "scaled"]
 
 
 def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of dW between forward and backward: bfloat16 has the range of fp32, float16 has not."""
+    """The dtype that dW is kept in between forward and backward: fp32 for fp16, which lacks the range for it."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-# The ops. A chunk of 0 tokens stands for the default.
+# The ops. chunk=0 means the default size.
 
 
 @torch.library.custom_op("purelm::linear_cross_entropy_sum", mutates_args=(), device_types=("cpu", "cuda"))
@@ -124,7 +124,7 @@ def _(hidden, unembedding, targets, log_z, a, b, e, entropy, softcap, t, chunk, 
 
 
 def _one_by_one(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
-    """A call under vmap as a loop: where W, or its gradient, belongs to the sample, there is nothing to share."""
+    """A call under vmap as a loop over samples, for calls in which each has its own W, or its own gradient of W."""
     found = [
         call(*(x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)
@@ -171,10 +171,11 @@ _tokens_bwd = backward_function("linear_cross_entropy", _tokens_bwd_op, _tokens_
 class _Sum(torch.autograd.Function):
     """Anchor, arguments of the op -> sum_i w_i y_i, and the op's results, which backward needs (but for nll).
 
-    Backward uses neither hidden nor unembedding, so autograd would not know that its results depend on them, and leave
-    out what a double backward adds, silently. It is shown the anchor, an empty tensor that is a function of both:
-    saving the two themselves would keep hidden alive. On a CPU, which has double backward, they are saved: there the
-    loss of each token and the two gradients are differentiable outputs, whose own gradients `_second` gives.
+    Backward uses neither hidden nor unembedding, so autograd would not know that its results depend on them, and would
+    silently leave out a second derivative. Therefore backward is given the anchor, an empty tensor that autograd takes
+    for a result of both; saving the two themselves would keep hidden's memory alive. On a CPU, which has second
+    derivatives, they are saved: there the loss of each token and the two gradients are differentiable outputs, whose
+    own gradients `_second` gives.
     """
 
     @staticmethod

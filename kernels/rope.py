@@ -5,11 +5,11 @@ Legend: B batch, T positions, H heads, G key heads, K head dim, J = K / 2 pairs.
     (a', b') = (a cos - b sin, a sin + b cos)         for each pair (a, b) of a head
     (da, db) = (da' cos + db' sin, -da' sin + db' cos)
 
-A rotation's gradient is the rotation back: the backward pass is the same kernel with -sin, and nothing is kept for it
-but the tables. Su et al. 2021 (arXiv:2104.09864), equation 34.
+The gradient of a rotation is the rotation by the opposite angle: the backward pass is the same kernel with -sin, and
+needs the tables alone. Su et al. 2021 (arXiv:2104.09864), equation 34.
 
-The tables are constants here. They are functions of positions, which nobody trains; tables that require a gradient
-are refused with ValueError (use purelm.ops.rope for them).
+The tables have no gradient here, since positions are not trained: tables that require one are a ValueError (use
+purelm.ops.rope for them).
 """
 
 from typing import Any

@@ -5,8 +5,8 @@
     dgate = dy up s (1 + gate (1 - s))
     dup = dy gate s
 
-Shazeer 2020 (arXiv:2002.05202). Computed in fp32 and rounded once. Moved are 3 tensors forward and 5 backward, of which
-the backward pass of the reference in eager mode would move 14 and keep silu(gate) besides.
+Shazeer 2020 (arXiv:2002.05202). Computed in fp32 and rounded once. The forward pass reads or writes 3 tensors and the
+backward pass 5; the reference's backward pass in eager mode moves 14, and keeps silu(gate) besides.
 """
 
 from typing import Any
@@ -91,7 +91,7 @@ def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _batched(xs: Any, in_dims: Any, n: int) -> list[Tensor]:
-    """Each with the batch in front: what is computed element by element needs no more."""
+    """Each with the batch axis in front, which is all that an elementwise op needs."""
     return [
         x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(xs, in_dims, strict=True)
     ]
@@ -115,7 +115,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        # Both in one launch: one alone would read the same three tensors.
+        # Both in one launch, also where one is not needed: it would read the same three tensors for the other.
         dgate, dup = _backward(grads[0], *ctx.saved_tensors)
         return dgate if ctx.needs_input_grad[0] else None, dup if ctx.needs_input_grad[1] else None
 

@@ -27,7 +27,7 @@ def check_z_loss(z_loss: float) -> None:
 
 
 def nonzero(denominator: Float[Tensor, ""] | float) -> Float[Tensor, ""] | float:
-    """The denominator, 1 in place of 0: a mean over no token is then the sum over none, 0, and so is its gradient.
+    """The denominator, or 1 where it is 0: so the mean over no token is 0 / 1, and its gradient 0, instead of NaN.
 
     >>> nonzero(torch.tensor(0.0)), nonzero(3.0)
     (tensor(1.), 3.0)
@@ -42,7 +42,8 @@ def token_losses(
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """Per token: nll + z_loss log(Z)^2, and the detached nll alone. Computed and returned in fp32.
 
-    A target that is no index is an error of the device in eager code; compiled, its loss and its gradient are NaN.
+    A target outside of 0..V-1 raises in eager code (on a GPU as a device-side assertion); in compiled code, which
+    cannot raise, its loss and its gradient are NaN.
     """
     check_z_loss(z_loss)
     wide = soft_cap(logits.to(accumulator(logits.dtype)), softcap)
@@ -51,7 +52,7 @@ def token_losses(
     nll = log_z - _at_targets(wide, targets)
     loss = nll if z_loss == 0.0 else nll + z_loss * log_z.square()
     if torch.compiler.is_compiling():
-        # One number a token, fused into what is there; a product, so that NaN reaches the gradient too.
+        # A factor of 1, or NaN for a bad target. As a factor it reaches the gradient too.
         real = torch.where((targets >= 0) & (targets < logits.shape[-1]), 1.0, torch.nan).to(loss.dtype)
         loss, nll = loss * real, nll * real
     return loss, nll.detach()
@@ -77,7 +78,7 @@ def reduce_tokens(
 ) -> Float[Tensor, "*batch"] | Float[Tensor, ""]:
     """weights * loss / denominator, summed when reduction is "sum"; a token of weight 0 adds 0, whatever its loss.
 
-    A denominator of 0, the number of targets where there are none, counts as 1.
+    A denominator of 0 counts as 1: a batch without targets has the loss 0.
     """
     if reduction not in ("none", "sum"):
         raise ValueError(f'reduction must be "none" or "sum", got {reduction!r}')
@@ -96,9 +97,10 @@ def token_weights(
     ignore_index: int | None,
     dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "*batch"] | None, Float[Tensor, ""] | float | None, str]:
-    """(weights, denominator, "none" or "sum"), in which ignore_index and "mean" are written out; no host sync.
+    """(weights, denominator, reduction) that say the same without ignore_index and without "mean".
 
-    The mean over no token at all is 0, as in the models' loss: a denominator of 0 becomes 1.
+    ignore_index becomes weights of 0, and "mean" a "sum" divided by the sum of the weights; the mean over no token at
+    all is 0, as in the models' loss. Nothing waits for the device.
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f'reduction must be "none", "sum" or "mean", got {reduction!r}')

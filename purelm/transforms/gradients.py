@@ -155,8 +155,8 @@ def remat(f: Callable[..., Any], policy: Callable[[Any], bool] | None = None) ->
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if policy is not None:
             options["context_fn"] = functools.partial(_selective_contexts, policy)
-        # Leaf by leaf: tensors inside of trees would be held as they are, out of sight of hooks around this (with
-        # which gathered parameters are dropped and gathered again).
+        # checkpoint gets the leaves one by one: it hands saved tensors to hooks, but only its direct arguments, not
+        # tensors inside of trees (FSDP's hooks drop gathered parameters, and gather them again).
         leaves, treedef = tree.flatten((args, kwargs))
 
         def call(*leaves: Any) -> Any:
@@ -198,7 +198,7 @@ def accumulate(f: Callable[..., Any], n_microbatches: int) -> Callable[..., Any]
             if other != treedef:
                 raise ValueError("accumulate: f's results differ in structure between microbatches")
             for i in range(len(total)):
-                # One leaf at a time, so that two trees of gradients are held and not three.
+                # Leaf by leaf, and each part is dropped at once: two trees of gradients are held and not three.
                 total[i] = total[i] + part[i]
                 part[i] = None
         return tree.unflatten(treedef, total)
@@ -232,7 +232,7 @@ def _fresh_leaf(x: Tensor) -> Tensor:
             "would be cut off; detach it, or make the outer derivative torch.func.grad's, which sees through this one"
         )
     leaf = x.detach().requires_grad_()
-    setattr(leaf, _LEAF, True)  # handed on as it is, it would look like a parameter of the user's
+    setattr(leaf, _LEAF, True)  # so that a nested call can tell it from a parameter of the user's
     return leaf
 
 
