@@ -14,8 +14,11 @@ from purelm.ops.attention import attention, attention_with_lse
 from purelm.ops.attention_bias import alibi_bias, alibi_slopes, t5_bias, t5_buckets
 from purelm.ops.sdpa import sdpa_attention
 
-# torch's own: its tables of forward-mode formulas use what it deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+# torch's own: its tables of forward-mode formulas use what it deprecates, and its CPU attention has no batching rule.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching"),
+]
 ALL = pytest.mark.parametrize("attend", [attention, sdpa_attention, flash_attention, flash_attention_reference])
 B, T, S, H, G, K = 2, 5, 6, 4, 2, 3
 
@@ -193,6 +196,22 @@ def test_torch_func(attend):
     tangent = torch.func.jvp(lambda b: f(q[0], k[0], v[0], b), (own[0],), (own[1],))[1]
     gradient = torch.func.grad(f, 3)(q[0], k[0], v[0], own[0])
     torch.testing.assert_close(tangent, (gradient * own[1]).sum())
+
+
+@ALL
+def test_vmap_over_masks(attend):
+    """Oracle: a loop; a mask of each sample and of each row of it, one for all samples, and gradients."""
+    q, k, v = (x.detach() for x in qkv((3, B)))
+    mask = torch.rand(3, B, 1, T, S, generator=torch.Generator().manual_seed(1)) > 0.4
+    for m, dim in ((mask, 0), (mask[0], None), (mask[0, :1], None), (mask[:, :1].movedim(0, 2), 2)):
+
+        def f(q, k, v, m):
+            return attend(q, k, v, mask=m).sin().sum()
+
+        rows = torch.func.vmap(torch.func.grad(f), (0, 0, 0, dim))(q, k, v, m)
+        for i in range(3):
+            one = torch.func.grad(f)(q[i], k[i], v[i], m if dim is None else m.select(dim, i))
+            torch.testing.assert_close(rows[i], one, rtol=1e-12, atol=1e-12)
 
 
 def loop_one(q, k, v, bias):
