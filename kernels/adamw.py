@@ -12,8 +12,9 @@ reference in eager mode passes over them about 15 times. `apply_updates` after i
 it inside, and needs 28 in all. Inside torch.compile both are the reference, which inductor fuses with what is around
 it (28 bytes, too), and which under jit writes into donated storage.
 
-CUDA graphs: the kernel finds its leaves by a table of addresses that each call copies from the host, which a replay
-would read again after it is gone. So capture is refused with RuntimeError; purelm.optim.adamw has no such table.
+CUDA graphs: the kernel finds its leaves by a table of addresses, which each call copies from the host's memory. A
+replay would repeat that copy after the memory was freed, so capture is refused with RuntimeError. purelm.optim.adamw
+has no such table.
 """
 
 from collections.abc import Callable, Sequence
@@ -214,7 +215,7 @@ def _step(
 
 def _step_in_place(params: list[Tensor], grads: list[Tensor], m: list[Tensor], v: list[Tensor], *rest: Any) -> Any:
     """`_step` with `apply`, written over params, m and v. Eager only."""
-    to = [x.data for x in (*params, *m, *v)]  # the results, when what was donated is emptied
+    to = [x.data for x in (*params, *m, *v)]  # the results: the same memory, also after the donated tensors are emptied
     if params[0].device.type == "cuda" and all(x.is_contiguous() for x in to):
         from purelm.kernels import adamw_triton
 
@@ -227,7 +228,7 @@ def _step_in_place(params: list[Tensor], grads: list[Tensor], m: list[Tensor], v
 
 
 def _check(params: Sequence[Tensor], grads: Sequence[Tensor], m: Sequence[Tensor], v: Sequence[Tensor]) -> None:
-    """What the kernel cannot do."""
+    """ValueError or RuntimeError for what the kernel cannot do."""
     for name, tensors in (("params", params), ("grads", grads), ("m", m), ("v", v)):
         for dtype in {x.dtype for x in tensors}.difference(DTYPES):
             raise ValueError(

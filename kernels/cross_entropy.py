@@ -20,11 +20,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from purelm.kernels.recipe import applier, backward_function
-from purelm.ops.cross_entropy import check_z_loss, nonzero, reduce_tokens
+from purelm.ops.cross_entropy import check_z_loss, reduce_tokens, token_weights
+from purelm.ops.cross_entropy import cross_entropy as reference
+from purelm.ops.derivatives import in_forward_mode
 from purelm.ops.precision import accumulator
 from purelm.ops.softcap import check_softcap, soft_cap
 
-__all__ = ["PLAIN", "Rows", "cross_entropy", "folded", "rows_for", "token_weights"]
+__all__ = ["PLAIN", "Rows", "check_targets", "cross_entropy", "folded", "gradient_again", "rows_for"]
 
 
 class Rows(NamedTuple):
@@ -101,6 +103,35 @@ def _gradient(
     return d.to(logits.dtype) if out is None else out.copy_(d)
 
 
+def gradient_again(
+    logits: Tensor,
+    targets: Tensor,
+    log_z: Tensor,
+    a: Tensor,
+    b: Tensor,
+    softcap: float | None,
+    temperature: float = 1.0,
+    e: Tensor | None = None,
+    entropy: Tensor | None = None,
+) -> Tensor:
+    """`Rows.gradient` to be differentiated itself: no writes, and no token left out because a and b happen to be 0.
+
+    A token of weight 0 has log_z 0 and any target. Its derivatives end up in a product with 0, so they must be finite.
+    """
+    l, capped = _scores(logits, softcap, temperature)
+    log_p = (l - log_z.unsqueeze(-1)).clamp(max=1.0)  # below 0 but for roundings, where the weight is not 0
+    p = log_p.exp()
+    d = a.unsqueeze(-1) * p
+    if e is not None and entropy is not None:
+        d = d - e.unsqueeze(-1) * p * (torch.where(p == 0, 0.0, log_p) + entropy.unsqueeze(-1))
+    at = torch.where((targets >= 0) & (targets < logits.shape[-1]), targets.long(), 0)
+    d = d.scatter_add(-1, at.unsqueeze(-1), b.to(d.dtype).unsqueeze(-1))
+    d = d if temperature == 1.0 else d / temperature
+    if softcap is not None:
+        d = d * (1.0 - (capped / softcap).square())
+    return d.to(logits.dtype)
+
+
 def _loss_and_gradient_(
     logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, z_loss: float
 ) -> tuple[Tensor, Tensor]:
@@ -137,35 +168,8 @@ def check_targets(targets: Tensor, weights: Tensor | None, batch: Sequence[int],
         raise ValueError(f"targets must be integers, got {targets.dtype}")
 
 
-def token_weights(
-    targets: Tensor,
-    weights: Tensor | None,
-    denominator: Tensor | float | None,
-    reduction: str,
-    ignore_index: int | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | float | None, str]:
-    """(weights, denominator, "none" or "sum"), in which ignore_index and "mean" are written out; no host sync.
-
-    The mean over no token at all is 0, as in the models' loss: a denominator of 0 becomes 1.
-    """
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f'reduction must be "none", "sum" or "mean", got {reduction!r}')
-    if weights is not None:
-        weights = weights.to(dtype)
-    if ignore_index is not None:
-        weights = torch.where(targets == ignore_index, 0.0, 1.0 if weights is None else weights).to(dtype)
-    if reduction == "mean":
-        if denominator is not None:
-            raise ValueError(f'denominator must be None with reduction="mean", got {denominator!r}')
-        denominator = float(max(targets.numel(), 1)) if weights is None else weights.sum()
-        reduction = "sum"
-    denominator = None if denominator is None else nonzero(denominator)
-    return weights, denominator, reduction
-
-
 def folded(info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> list[Any]:
-    """Arguments of a call under vmap as arguments of one call on a larger batch: mapped axis times first axis."""
+    """The arguments of a call under vmap as those of one call on a larger batch: the mapped axis joins the first."""
 
     def fold(x: Any, d: int | None) -> Any:
         if not isinstance(x, Tensor):
@@ -213,11 +217,14 @@ def _bwd_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
     return _bwd(*folded(info, in_dims, args)).unflatten(0, (info.batch_size, -1)), 0
 
 
-_bwd = backward_function("cross_entropy", _bwd_op, _bwd_vmap)
+_bwd = backward_function("cross_entropy", _bwd_op, _bwd_vmap, gradient_again)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """(logits_NV, targets_N, weights_N, softcap, z_loss) -> loss_N, nll_N, log_z_N; the first is differentiable."""
+    """(logits_NV, targets_N, weights_N, softcap, z_loss) -> loss_N, nll_N, log_z_N.
+
+    The loss is differentiable, and log_z as well, by which second derivatives come: backward is a function of it.
+    """
 
     @staticmethod
     def forward(logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, z_loss: float) -> Any:
@@ -227,15 +234,19 @@ class _CrossEntropy(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         logits, targets, _, ctx.softcap, ctx.z_loss = inputs
         ctx.save_for_backward(logits, targets, output[2])
-        ctx.mark_non_differentiable(output[1], output[2])
+        ctx.mark_non_differentiable(*(output[1:] if torch.compiler.is_compiling() else output[1:2]))
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
-        if g is None:
-            return None, None, None, None, None
+    def backward(ctx: Any, g: Tensor | None, _nll: Any, g_log_z: Tensor | None) -> Any:
         logits, targets, log_z = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            g_log_z = None
+        if g is None and g_log_z is None:
+            return None, None, None, None, None
+        g = torch.zeros_like(log_z) if g is None else g
         a = g * (1.0 + 2.0 * ctx.z_loss * log_z)
+        a = a if g_log_z is None else a + g_log_z
         return _bwd(logits, targets, log_z, a, -g, ctx.softcap), None, None, None, None
 
     @staticmethod
@@ -279,6 +290,11 @@ def cross_entropy(
     check_z_loss(z_loss)
     batch = logits.shape[:-1]
     check_targets(targets, weights, batch, logits.device)
+    if in_forward_mode(logits):
+        return reference(
+            logits, targets, weights=weights, denominator=denominator, reduction=reduction, softcap=softcap,
+            z_loss=z_loss, ignore_index=ignore_index,
+        )  # fmt: skip
     weights, denominator, reduction = token_weights(
         targets, weights, denominator, reduction, ignore_index, accumulator(logits.dtype)
     )

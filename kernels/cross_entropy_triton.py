@@ -2,9 +2,9 @@
 
 A row is read in blocks. The forward pass keeps a running maximum m (one number) and, lane by lane, the running sum of
 exp(l - m): one exponential an element, one reduction over the block for m, and one over the lanes at the end.
-All arithmetic is fp32. What is bound by memory here: forward reads the logits once; `gradient` reads and writes them
-once; `loss_and_gradient_` reads them twice, the second time backwards through the row, which starts where the caches
-are warm, and writes them once.
+All arithmetic is fp32. Memory traffic decides the time: forward reads the logits once; `gradient` reads and writes
+them once; `loss_and_gradient_` reads them twice and writes them once, the second time from the end of the row to its
+start, since the end is still in the caches.
 """
 
 import torch
@@ -209,6 +209,7 @@ def forward(
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`Rows.forward` of purelm.kernels.cross_entropy."""
     logits, targets = _rows(logits), targets.contiguous()
     N, V = logits.shape
     loss, nll, log_z = (logits.new_empty(N, dtype=torch.float32) for _ in range(3))
@@ -236,6 +237,7 @@ def gradient(
     entropy: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
+    """`Rows.gradient` of purelm.kernels.cross_entropy."""
     logits, targets = _rows(logits), targets.contiguous()
     N, V = logits.shape
     out = logits.new_empty(N, V) if out is None else out
@@ -254,6 +256,7 @@ def gradient(
 def loss_and_gradient_(
     logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, z_loss: float
 ) -> tuple[Tensor, Tensor]:
+    """`Rows.loss_and_gradient_` of purelm.kernels.cross_entropy: logits become their gradient."""
     N, V = logits.shape
     assert logits.stride(1) == 1 or V == 1
     targets = targets.contiguous()

@@ -11,7 +11,8 @@ Backward, from do and dlse, with delta = rowsum(o do) - dlse:
 
     ds = p (do v^T - delta),  dq = scale ds k,  dk = scale ds^T q,  dv = p^T do
 
-p is formed again from lse, the only thing saved besides inputs and output. On CUDA these are the Triton kernels of
+A bias is added to s, and its gradient is ds, summed over what it is broadcast over; a mask hides keys. p is formed
+again from lse, the only thing saved besides inputs and output. On CUDA these are the Triton kernels of
 flash_attention_triton.py, elsewhere the tiled torch code of flash_attention_reference.py. Both are deterministic.
 Legend: B batch, T query positions, S key positions, H query heads, G key/value heads, K and E head dims.
 """
@@ -20,21 +21,21 @@ import itertools
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from purelm.devices import at_hand
-from purelm.kernels.flash_attention_reference import tiled_backward, tiled_forward
-from purelm.kernels.recipe import applier, backward_function, eager_or_op
-from purelm.ops.attention import check_heads, check_scale
+from purelm.kernels.flash_attention_ops import Tiled, apply_flash, plain_forward
+from purelm.ops.attention import as_scores, check_heads, check_scale, over_leading_axes
+from purelm.ops.derivatives import in_forward_mode
 from purelm.ops.masks import Segments, Window, segment_pair, span
-from purelm.ops.precision import accumulator
 from purelm.ops.softcap import check_softcap
 
 __all__ = [
     "bidirectional_flash_attention",
     "flash_attention",
     "flash_attention_reference",
+    "flash_attention_with_lse",
     "segment_ids_from_cu_seqlens",
 ]
 
@@ -43,15 +44,17 @@ MAX_HEAD_DIM = 256
 
 
 def flash_attention(
-    q_BTHK: Float[Tensor, "b t h k"],
-    k_BSGK: Float[Tensor, "b s g k"],
-    v_BSGK: Float[Tensor, "b s g e"],
+    q_BTHK: Float[Tensor, "*batch t h k"],
+    k_BSGK: Float[Tensor, "*batch s g k"],
+    v_BSGK: Float[Tensor, "*batch s g e"],
     *,
     causal: bool = True,
     window: Window = None,
     segment_ids: Segments = None,
     scale: float | None = None,
     softcap: float | None = None,
+    bias: Float[Tensor, "..."] | None = None,
+    mask: Bool[Tensor, "..."] | None = None,
     cu_seqlens: Int[Tensor, " n"] | None = None,
     sinks: Float[Tensor, " h"] | None = None,
     return_lse: bool = False,
@@ -60,17 +63,24 @@ def flash_attention(
     """o = softmax(scale q k^T) v over the keys that a query sees: `purelm.ops.attention.attention`, and more.
 
     Args:
-        causal, window, segment_ids, scale, softcap: as there. Tiles whose segment ids cannot meet (their ranges from
-            smallest to largest are apart) are skipped, so documents packed one after another cost what they are.
+        causal, window, segment_ids, scale, softcap, bias, mask: as there. Tiles whose segment ids cannot meet (their
+            ranges from smallest to largest are apart) are skipped, so documents packed one after another cost what
+            they are. A mask skips none: what is hidden in whole tiles costs less as a window or as segments. A bias
+            that requires grad costs a third backward pass.
         cu_seqlens: instead of segment_ids: the ends of documents packed into one row, [0, n1, n1 + n2, ..., T], the
             same for queries and keys; B must be 1.
         sinks: a learned score for each query head, which takes its share of the softmax and gives no value.
-        return_lse: also return lse_BHT, the natural log of the sum of exp of a query's scores (and sink), fp32,
-            -inf for a query that sees nothing. It is differentiable, so partial attentions can be merged.
+        return_lse: also return lse_BHT, as `flash_attention_with_lse` does.
         precision: of products of fp32 on a GPU: "ieee", "tf32x3" (near fp32, on the tensor cores) or "tf32".
 
-    On CUDA: fp32, bf16 or fp16, the same for q, k and v, and head dims up to 256. Not for double backward and jvp.
+    On CUDA: fp32, bf16 or fp16, the same for q, k and v, and head dims up to 256; differentiable once, and backwards.
     """
+    if q_BTHK.ndim != 4:
+        return over_leading_axes(
+            flash_attention, q_BTHK, k_BSGK, v_BSGK, segment_ids, causal=causal, window=window, scale=scale,
+            softcap=softcap, bias=bias, mask=mask, cu_seqlens=cu_seqlens, sinks=sinks, return_lse=return_lse,
+            precision=precision,
+        )  # fmt: skip
     if cu_seqlens is not None:
         if segment_ids is not None:
             raise ValueError("give segment_ids or cu_seqlens, not both")
@@ -80,27 +90,69 @@ def flash_attention(
                 f"k {tuple(k_BSGK.shape)}"
             )
         segment_ids = segment_ids_from_cu_seqlens(cu_seqlens, q_BTHK.shape[1])
-    args = _arguments(q_BTHK, k_BSGK, v_BSGK, causal, window, segment_ids, scale, softcap, sinks, precision)
-    o, lse = _apply(q_BTHK, k_BSGK, v_BSGK, *args)
+    args = _arguments(
+        q_BTHK, k_BSGK, v_BSGK, causal, window, segment_ids, scale, softcap, sinks, precision, bias, mask
+    )
+    if in_forward_mode(q_BTHK):
+        o, lse = plain_forward(q_BTHK, k_BSGK, v_BSGK, *args[:-1])
+    else:
+        o, lse = apply_flash(q_BTHK, k_BSGK, v_BSGK, *args)
     return (o, lse) if return_lse else o
 
 
-def flash_attention_reference(
-    q_BTHK: Float[Tensor, "b t h k"],
-    k_BSGK: Float[Tensor, "b s g k"],
-    v_BSGK: Float[Tensor, "b s g e"],
+def flash_attention_with_lse(
+    q_BTHK: Float[Tensor, "*batch t h k"],
+    k_BSGK: Float[Tensor, "*batch s g k"],
+    v_BSGK: Float[Tensor, "*batch s g e"],
     *,
     causal: bool = True,
     window: Window = None,
     segment_ids: Segments = None,
     scale: float | None = None,
     softcap: float | None = None,
+    bias: Float[Tensor, "..."] | None = None,
+    mask: Bool[Tensor, "..."] | None = None,
+    cu_seqlens: Int[Tensor, " n"] | None = None,
+    sinks: Float[Tensor, " h"] | None = None,
+    precision: Precision = "tf32x3",
+) -> tuple[Float[Tensor, "*batch t h e"], Float[Tensor, "*batch h t"]]:
+    """(o, lse): `flash_attention`, and the natural log of the sum of exp of each query's scores (its sink included).
+
+    lse (B, H, T) is fp32 (fp64 for fp64, on a CPU), -inf for a query that sees nothing. Both are differentiable: a
+    gradient of lse goes into the backward pass as delta - dlse in place of delta, at no cost. So attention over parts
+    of the keys can be merged, as the reference `purelm.ops.attention.attention_with_lse` shows.
+    """
+    o, lse = flash_attention(
+        q_BTHK, k_BSGK, v_BSGK, causal=causal, window=window, segment_ids=segment_ids, scale=scale, softcap=softcap,
+        bias=bias, mask=mask, cu_seqlens=cu_seqlens, sinks=sinks, return_lse=True, precision=precision,
+    )  # fmt: skip
+    return o, lse
+
+
+def flash_attention_reference(
+    q_BTHK: Float[Tensor, "*batch t h k"],
+    k_BSGK: Float[Tensor, "*batch s g k"],
+    v_BSGK: Float[Tensor, "*batch s g e"],
+    *,
+    causal: bool = True,
+    window: Window = None,
+    segment_ids: Segments = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Float[Tensor, "..."] | None = None,
+    mask: Bool[Tensor, "..."] | None = None,
     sinks: Float[Tensor, " h"] | None = None,
     return_lse: bool = False,
 ) -> Any:
     """`flash_attention` by the tiled torch code, on any device and in any dtype: what to read, and to check by."""
-    args = _arguments(q_BTHK, k_BSGK, v_BSGK, causal, window, segment_ids, scale, softcap, sinks, None)
-    o, lse = _Tiled.apply(q_BTHK, k_BSGK, v_BSGK, *args[:-1])
+    if q_BTHK.ndim != 4:
+        return over_leading_axes(
+            flash_attention_reference, q_BTHK, k_BSGK, v_BSGK, segment_ids, causal=causal, window=window, scale=scale,
+            softcap=softcap, bias=bias, mask=mask, sinks=sinks, return_lse=return_lse,
+        )  # fmt: skip
+    args = _arguments(q_BTHK, k_BSGK, v_BSGK, causal, window, segment_ids, scale, softcap, sinks, None, bias, mask)
+    apply = plain_forward if in_forward_mode(q_BTHK) else Tiled.apply
+    o, lse = apply(q_BTHK, k_BSGK, v_BSGK, *args[:-1])
     return (o, lse) if return_lse else o
 
 
@@ -165,7 +217,8 @@ def _check_ends(cu_seqlens: Tensor, length: int) -> None:
 
 def _arguments(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: Window, segment_ids: Segments, scale: float | None,
-    softcap: float | None, sinks: Tensor | None, precision: str | None,
+    softcap: float | None, sinks: Tensor | None, precision: str | None, bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Checked arguments of the ops after q, k and v."""
     check_heads(q, k, v)
@@ -178,7 +231,13 @@ def _arguments(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if sinks is not None and sinks.shape != (q.shape[2],):
         raise ValueError(f"sinks must have one score a query head, ({q.shape[2]},), got {tuple(sinks.shape)}")
+    bias, mask = as_scores("bias", bias, q, k), as_scores("mask", mask, q, k)
+    for name, x in (("bias", bias), ("mask", mask)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} like q, got {x.device}")
     if q.is_cuda and precision is not None:
+        if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"bias must be fp32, bf16 or fp16 on CUDA, got {bias.dtype}: use ops=REFERENCE")
         if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(
                 f"flash_attention on CUDA takes fp32, bf16 or fp16, got {q.dtype}: use flash_attention_reference"
@@ -191,156 +250,4 @@ def _arguments(
     left, right = span(q.shape[1], k.shape[1], causal, window)
     pair = segment_pair(segment_ids, q.shape[1], k.shape[1])
     ids = (None, None) if pair is None else tuple(x.to(torch.int32).expand(q.shape[0], -1) for x in pair)
-    return (*ids, sinks, left, right, scale, softcap, precision)
-
-
-# --- custom ops
-
-
-def _forward_cuda(
-    q: Tensor, k: Tensor, v: Tensor, q_ids: Tensor | None, kv_ids: Tensor | None, sinks: Tensor | None,
-    left: int | None, right: int | None, scale: float, softcap: float | None, precision: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from purelm.kernels import flash_attention_launch as kernels
-
-    request = kernels.Request(left, right, scale, softcap, precision)
-    return kernels.forward(q, k, v, _pair(q_ids, kv_ids), sinks, request)
-
-
-_forward_op = torch.library.custom_op(
-    "purelm::flash_attention_fwd", _forward_cuda, mutates_args=(), device_types="cuda"
-)
-_forward = eager_or_op(_forward_op, _forward_cuda)
-
-
-@_forward_op.register_kernel("cpu")
-def _(q, k, v, q_ids, kv_ids, sinks, left, right, scale, softcap, precision):
-    return tiled_forward(q, k, v, _pair(q_ids, kv_ids), sinks, left, right, scale, softcap)
-
-
-@_forward_op.register_fake
-def _(q, k, v, q_ids, kv_ids, sinks, left, right, scale, softcap, precision):
-    B, T, H, _ = q.shape
-    return q.new_empty(B, T, H, v.shape[-1]), q.new_empty(B, H, T, dtype=accumulator(q.dtype))
-
-
-def _backward_cuda(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, q_ids: Tensor | None,
-    kv_ids: Tensor | None, left: int | None, right: int | None, scale: float, softcap: float | None, precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from purelm.kernels import flash_attention_launch as kernels
-
-    request = kernels.Request(left, right, scale, softcap, precision)
-    return kernels.backward(do, dlse, q, k, v, o, lse, _pair(q_ids, kv_ids), request)
-
-
-_backward_op = torch.library.custom_op(
-    "purelm::flash_attention_bwd", _backward_cuda, mutates_args=(), device_types="cuda"
-)
-
-
-@_backward_op.register_kernel("cpu")
-def _(do, dlse, q, k, v, o, lse, q_ids, kv_ids, left, right, scale, softcap, precision):
-    return tiled_backward(do, dlse, q, k, v, o, lse, _pair(q_ids, kv_ids), left, right, scale, softcap)
-
-
-@_backward_op.register_fake
-def _(do, dlse, q, k, v, o, lse, q_ids, kv_ids, left, right, scale, softcap, precision):
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), lse.new_empty(lse.shape))
-
-
-def _pair(q_ids: Tensor | None, kv_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if q_ids is None or kv_ids is None else (q_ids.contiguous(), kv_ids.contiguous())
-
-
-# --- autograd and vmap
-
-
-def _fold(info: Any, dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """Each tensor with its mapped axis folded into its first one; an unmapped one is repeated for every sample."""
-    out: list[Tensor | None] = []
-    for x, dim in zip(tensors, dims, strict=True):
-        if x is None:
-            out.append(None)
-            continue
-        x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        out.append(x.flatten(0, 1))
-    return out
-
-
-def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
-    n = 9  # tensors; the rest are numbers
-    folded = _fold(info, in_dims[:n], args[:n])
-    grads = _backward(*folded, *args[n:])
-    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in grads), (0, 0, 0, 0)
-
-
-_backward = backward_function("flash_attention", eager_or_op(_backward_op, _backward_cuda), _vmap_backward)
-_NO_GRADS = (None,) * 8  # of ids, limits and numbers
-
-
-class _FlashAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(q, k, v, q_ids, kv_ids, sinks, left, right, scale, softcap, precision):
-        return _forward(q, k, v, q_ids, kv_ids, sinks, left, right, scale, softcap, precision)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        q, k, v, q_ids, kv_ids, sinks, *numbers = inputs
-        ctx.save_for_backward(q, k, v, *output, q_ids, kv_ids, sinks)
-        ctx.numbers = numbers
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, do, dlse):
-        q, k, v, o, lse, q_ids, kv_ids, sinks = ctx.saved_tensors
-        if do is None and dlse is None:
-            return None, None, None, *_NO_GRADS
-        do = torch.zeros_like(o) if do is None else do
-        dq, dk, dv, delta = _backward(do, dlse, q, k, v, o, lse, q_ids, kv_ids, *ctx.numbers)
-        return dq, dk, dv, None, None, _sink_gradient(sinks, lse, delta), *_NO_GRADS[3:]
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        if in_dims[5] is not None:  # sinks of each sample: their heads cannot share a launch
-            rows = [_sample(i, in_dims, args) for i in range(info.batch_size)]
-            outs = [_FlashAttention.apply(*row) for row in rows]
-            return tuple(torch.stack(x) for x in zip(*outs, strict=True)), (0, 0)
-        o, lse = _FlashAttention.apply(*_fold(info, in_dims[:5], args[:5]), *args[5:])
-        return (o.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
-
-
-_apply = applier(_FlashAttention)
-
-
-def _sample(i: int, in_dims: Any, args: tuple[Any, ...]) -> list[Any]:
-    return [x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)]
-
-
-def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
-    if sinks is None:
-        return None
-    share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
-    return -(share * delta).sum((0, 2)).to(sinks.dtype)
-
-
-class _Tiled(torch.autograd.Function):
-    """The same with torch code on every device."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(q, k, v, q_ids, kv_ids, sinks, left, right, scale, softcap):
-        return tiled_forward(q, k, v, _pair(q_ids, kv_ids), sinks, left, right, scale, softcap)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        q, k, v, q_ids, kv_ids, sinks, *numbers = inputs
-        ctx.save_for_backward(q, k, v, *output, q_ids, kv_ids, sinks)
-        ctx.numbers = numbers
-
-    @staticmethod
-    def backward(ctx, do, dlse):
-        q, k, v, o, lse, q_ids, kv_ids, sinks = ctx.saved_tensors
-        dq, dk, dv, delta = tiled_backward(do, dlse, q, k, v, o, lse, _pair(q_ids, kv_ids), *ctx.numbers)
-        return dq, dk, dv, None, None, _sink_gradient(sinks, lse, delta), None, None, None, None
+    return (*ids, sinks, bias, mask, left, right, scale, softcap, precision)

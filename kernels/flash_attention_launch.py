@@ -13,7 +13,7 @@ from purelm.kernels.flash_attention_tuned import Blocks, choose
 from purelm.kernels.launch import all_aligned, device_number, device_of, launch, relaunch
 from purelm.kernels.recipe import interpreted
 
-__all__ = ["Request", "backward", "forward"]
+__all__ = ["Request", "backward", "backward_of_bias", "forward"]
 
 LOG2E = math.log2(math.e)
 L2_BYTES = 32 << 20  # of keys and values that are to stay in the second-level cache at a time (H100: 50 MB)
@@ -37,8 +37,11 @@ def forward(
     sinks: Tensor | None,
     request: Request,
     blocks: Blocks | None = None,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(o (B, T, H, E), lse (B, H, T) fp32)."""
+    """(o (B, T, H, E), lse (B, H, T) fp32). bias and mask have 4 axes, of B, H, T and S or 1 each."""
     B, T, H, _ = q_BTHK.shape
     S, G, E = v_BSGK.shape[1:]
     o = torch.empty(B, T, H, E, dtype=q_BTHK.dtype, device=q_BTHK.device)
@@ -49,10 +52,11 @@ def forward(
         at_most = torch.full_like(lse, -torch.inf) if sinks is None else sinks.float()[None, :, None].expand_as(lse)
         return o.zero_(), at_most.contiguous()
     blocks, lo, hi = _cut("forward", blocks, q_BTHK, v_BSGK, segments, request)
-    optional = (sinks, *(segments or ()), lo, hi)
+    vis = None if mask is None else mask.view(torch.uint8)
+    optional = (sinks, *(segments or ()), lo, hi, bias, vis)
     tensors = [q_BTHK, k_BSGK, v_BSGK, o, lse, *(x for x in optional if x is not None)]
     kinds = (None if sinks is None else sinks.dtype, segments is None)
-    key = (_layout(*tensors[:3]), kinds, request, blocks, all_aligned(tensors))
+    key = (_layout(*tensors[:3]), kinds, _form(bias), _form(vis), request, blocks, all_aligned(tensors))
     with device_of(o):
         if relaunch(kernels.forward, key, tensors):
             return o, lse
@@ -62,9 +66,11 @@ def forward(
         args = (
             _tile(q, blocks.m, D, tma), _tile(k, blocks.n, D, tma), _tile(v, blocks.n, E, tma),
             _tile(o, blocks.m, E, tma), lse, _or(sinks, lse), *_ids(segments, lse), _or(lo, lse), _or(hi, lse),
-            B, H, H // G, T, S, q.shape[-1], v.shape[-1], _heads_at_once(k, v, H // G), *limits, *scales,
+            *_stepped(bias, lse), *_stepped(vis, lse), B, H, H // G, T, S, q.shape[-1], v.shape[-1],
+            _heads_at_once(k, v, H // G), *limits, *scales,
         )  # fmt: skip
         constants |= {"SINK": sinks is not None, "SEG": segments is not None, "TMA": tma}
+        constants |= {"HAS_BIAS": bias is not None, "HAS_VIS": vis is not None}
         n = triton.cdiv(T, blocks.m) * B * H
         launch(kernels.forward, key, tensors, n, args, *_constants(constants, blocks))
     return o, lse
@@ -85,10 +91,12 @@ def backward(
     *,
     only_q: bool = False,
     only_kv: bool = False,
+    bias: Any = None,
+    mask: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, delta (B, H, T) fp32); delta is what the gradient of the sinks is made of.
+    """(dq, dk, dv, delta (B, H, T) fp32); delta is what the gradients of the sinks and of a bias are made of.
 
-    only_q and only_kv launch one of the two passes, to time it: what it does not compute is left as it is.
+    only_q and only_kv launch one of the two passes, to time it; the results of the other are then uninitialised.
     """
     B, T, H, _ = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
@@ -98,11 +106,13 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), delta
     dlse = None if dlse_BHT is None else dlse_BHT.to(torch.float32).contiguous()
     inputs = [do_BTHE, q_BTHK, k_BSGK, v_BSGK, o_BTHE, lse_BHT]
-    shared = (_layout(do_BTHE, q_BTHK, k_BSGK, v_BSGK, o_BTHE), segments is None, dlse is None, request)
+    vis = None if mask is None else mask.view(torch.uint8)
+    shared = (_layout(do_BTHE, q_BTHK, k_BSGK, v_BSGK, o_BTHE), segments is None, dlse is None, _form(bias), _form(vis),
+              request)  # fmt: skip
     with device_of(delta):
         if not only_kv:
             blocks_q, lo, hi = _cut("backward_q", blocks_q, q_BTHK, v_BSGK, segments, request)
-            optional = (dlse, *(segments or ()), lo, hi)
+            optional = (dlse, *(segments or ()), lo, hi, bias, vis)
             tensors = [*inputs, dq, delta, *(x for x in optional if x is not None)]
             key = (shared, blocks_q, all_aligned(tensors))
             if not relaunch(kernels.backward_q, key, tensors):
@@ -113,15 +123,17 @@ def backward(
                 args = (
                     _tile(q, m, D, tma), _tile(k, n, D, tma), _tile(v, n, E, tma), _tile(o, m, E, tma),
                     _tile(do, m, E, tma), lse_BHT, _or(dlse, delta), delta, _tile(dq, m, D, tma),
-                    *_ids(segments, delta), _or(lo, delta), _or(hi, delta), B, H, H // G, T, S, q.shape[-1],
+                    *_ids(segments, delta), _or(lo, delta), _or(hi, delta), *_stepped(bias, delta),
+                    *_stepped(vis, delta), B, H, H // G, T, S, q.shape[-1],
                     v.shape[-1], _heads_at_once(k, v, H // G), *limits, *scales, request.scale,
                 )  # fmt: skip
                 constants |= {"SEG": segments is not None, "HAS_DLSE": dlse is not None, "TMA": tma}
+                constants |= {"HAS_BIAS": bias is not None, "HAS_VIS": vis is not None}
                 n_programs = triton.cdiv(T, m) * B * H
                 launch(kernels.backward_q, key, tensors, n_programs, args, *_constants(constants, blocks_q))
         if not only_q:
             blocks_kv, lo, hi = _cut("backward_kv", blocks_kv, q_BTHK, v_BSGK, segments, request)
-            optional = (*(segments or ()), lo, hi)
+            optional = (*(segments or ()), lo, hi, bias, vis)
             tensors = [*inputs[:4], lse_BHT, delta, dk, dv, *(x for x in optional if x is not None)]
             key = (shared, blocks_kv, all_aligned(tensors))
             if not relaunch(kernels.backward_kv, key, tensors):
@@ -132,13 +144,60 @@ def backward(
                 args = (
                     _tile(q, m, D, tma), _tile(k, n, D, tma), _tile(v, n, E, tma), _tile(do, m, E, tma), lse_BHT,
                     delta, _tile(dk, n, D, tma), _tile(dv, n, E, tma), *_ids(segments, delta), _or(lo, delta),
-                    _or(hi, delta), B, H, H // G, T, S, q.shape[-1], v.shape[-1],
+                    _or(hi, delta), *_stepped(bias, delta), *_stepped(vis, delta), B, H, H // G, T, S, q.shape[-1],
+                    v.shape[-1],
                     max(_heads_at_once(k, v, H // G) * G // H, 1), *limits, *scales, request.scale,
                 )  # fmt: skip
                 constants |= {"SEG": segments is not None, "TMA": tma}
+                constants |= {"HAS_BIAS": bias is not None, "HAS_VIS": vis is not None}
                 n_programs = triton.cdiv(S, n) * B * G
                 launch(kernels.backward_kv, key, tensors, n_programs, args, *_constants(constants, blocks_kv))
     return dq, dk, dv, delta
+
+
+def backward_of_bias(
+    do_BTHE: Tensor,
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    lse_BHT: Tensor,
+    delta_BHT: Tensor,
+    segments: tuple[Tensor, Tensor] | None,
+    request: Request,
+    bias: Tensor,
+    mask: Tensor | None,
+    blocks: Blocks | None = None,
+) -> Tensor:
+    """The gradient of the bias, in its shape and dtype; delta comes from `backward`."""
+    B, T, H, _ = q_BTHK.shape
+    S, G = k_BSGK.shape[1:3]
+    own_b, own_h, own_t, own_s = bias.shape
+    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    if not dbias.numel() or not delta_BHT.numel() or not S:
+        return dbias.zero_()
+    vis = None if mask is None else mask.view(torch.uint8)
+    optional = [x for x in (*(segments or ()), vis) if x is not None]
+    tensors = [do_BTHE, q_BTHK, k_BSGK, v_BSGK, lse_BHT, delta_BHT, dbias, bias, *optional]
+    key = (_layout(do_BTHE, q_BTHK, k_BSGK, v_BSGK), segments is None, _form(bias), _form(vis), request, blocks,
+           all_aligned(tensors))  # fmt: skip
+    with device_of(dbias):
+        if relaunch(kernels.backward_bias, key, tensors):
+            return dbias
+        blocks = blocks or _chosen("backward_q", q_BTHK, v_BSGK, request)
+        m, n = blocks.m, blocks.n
+        tma, (do, q, k, v) = _prepared(do_BTHE, q_BTHK, k_BSGK, v_BSGK)
+        D, E, limits, scales, constants = _common(q, v, request)
+        args = (
+            _tile(q, m, D, tma), _tile(k, n, D, tma), _tile(v, n, E, tma), _tile(do, m, E, tma), lse_BHT, delta_BHT,
+            dbias, *_ids(segments, delta_BHT), *_stepped(bias, delta_BHT), *_stepped(vis, delta_BHT), B, H, H // G, T,
+            S, q.shape[-1], v.shape[-1], own_h, own_t, own_s, B if own_b == 1 else 1, H if own_h == 1 else 1,
+            triton.cdiv(T, m) if own_t == 1 else 1, triton.cdiv(S, n) if own_s == 1 else 1, *limits, *scales,
+        )  # fmt: skip
+        constants |= {"SEG": segments is not None, "HAS_VIS": vis is not None, "TMA": tma}
+        constants |= {"ONE_T": own_t == 1, "ONE_S": own_s == 1}
+        n_programs = own_b * own_h * triton.cdiv(own_t, m) * triton.cdiv(own_s, n)
+        launch(kernels.backward_bias, key, tensors, n_programs, args, *_constants(constants, blocks))
+    return dbias
 
 
 def _common(q: Tensor, v: Tensor, request: Request) -> tuple[int, int, tuple, tuple, dict[str, Any]]:
@@ -162,7 +221,8 @@ def _common(q: Tensor, v: Tensor, request: Request) -> tuple[int, int, tuple, tu
 def _cut(
     which: str, blocks: Blocks | None, q: Tensor, v: Tensor, segments: tuple[Tensor, Tensor] | None, request: Request
 ) -> tuple[Blocks | None, Tensor | None, Tensor | None]:
-    """(blocks, lo, hi): with segments the tiles of the other side that a tile meets, which needs blocks now."""
+    """(blocks, lo, hi). With segments, lo and hi say which tiles of keys each tile of queries meets (for "backward_kv"
+    which of queries each tile of keys); that depends on the tile sizes, which are then chosen here."""
     if segments is None:
         return blocks, None, None
     blocks = blocks or _chosen(which, q, v, request)
@@ -186,13 +246,13 @@ def _padded(q: Tensor, v: Tensor) -> tuple[int, int]:
 
 
 def _layout(*tensors: Tensor) -> tuple[Any, ...]:
-    """All but the addresses."""
+    """All that a launch depends on but the addresses: shapes, strides, dtype and device."""
     first = tensors[0]
     return (*((x.shape, x.stride()) for x in tensors), first.dtype, device_number(first))
 
 
 def _prepared(*tensors: Tensor) -> tuple[bool, tuple[Tensor, ...]]:
-    """(whether all can be read through descriptors, the tensors; if not, all dense, to be read by pointers)."""
+    """(whether descriptors can read all of them, the tensors): if not, dense copies, which are read by pointers."""
     tma = all(map(_describable, tensors))
     return tma, tensors if tma else tuple(x.contiguous() for x in tensors)
 
@@ -215,7 +275,19 @@ def _tile(x: Tensor, rows: int, width: int, tma: bool) -> Any:
     return TensorDescriptor(x, list(y.shape), [*strides, 1], [1, 1, rows, width])
 
 
+def _form(x: Tensor | None) -> tuple[Any, ...] | None:
+    return None if x is None else (x.shape, x.stride(), x.dtype)
+
+
+def _stepped(x: Tensor | None, unused: Tensor) -> tuple[Any, ...]:
+    """A bias or mask and its 4 strides, 0 along an axis that it is broadcast over."""
+    if x is None:
+        return unused, 0, 0, 0, 0
+    return x, *(step if n > 1 else 0 for n, step in zip(x.shape, x.stride(), strict=True))
+
+
 def _or(x: Tensor | None, unused: Tensor) -> Tensor:
+    """x, or a tensor to fill the place of an argument that the kernel does not look at."""
     return unused if x is None else x
 
 

@@ -31,16 +31,19 @@ def tiled_forward(
     right: int | None,
     scale: float,
     softcap: float | None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
     tile: int = TILE,
 ) -> tuple[Tensor, Tensor]:
-    """(o (B, T, H, E) in q's dtype, lse (B, H, T) in fp32 or fp64)."""
+    """(o (B, T, H, E) in q's dtype, lse (B, H, T) in fp32 or fp64); bias and mask of B, H, T and S or 1 each."""
     q = _grouped(q_BTHK, k_BSGK.shape[2])
     B, G, R, T, _ = q.shape
     m = q.new_full((B, G, R, T), -torch.inf)
     total = torch.zeros_like(m)
     acc = q.new_zeros((B, G, R, T, v_BSGK.shape[-1]))
+    extra = _per_group(bias, G), _per_group(mask, G)
     for at, k, v in _tiles(k_BSGK, v_BSGK, tile):
-        s, _ = _scores(q, k, at, k_BSGK.shape[1], segments, left, right, scale, softcap)
+        s, _ = _scores(q, k, at, k_BSGK.shape[1], segments, left, right, scale, softcap, *extra)
         m_new = torch.maximum(m, s.amax(-1))
         base = torch.where(m_new == -torch.inf, 0.0, m_new)  # a query that has seen no key yet
         p = torch.exp(s - base.unsqueeze(-1))
@@ -73,34 +76,63 @@ def tiled_backward(
     right: int | None,
     scale: float,
     softcap: float | None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    need_bias: bool = False,
     tile: int = TILE,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, delta (B, H, T)): with p = exp(s - lse), dp = do v^T and delta = rowsum(o do) - dlse,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, delta (B, H, T), dbias): with p = exp(s - lse), dp = do v^T and delta = rowsum(o do) - dlse,
 
     ds = p (dp - delta),  dq = scale ds k,  dk = scale ds^T q,  dv = p^T do;
 
-    a softcap multiplies ds by 1 - (s / c)^2. The share of a sink is exp(sink - lse), its gradient -share delta.
+    dbias is ds, summed over what shares a number of it (an empty tensor unless need_bias). A softcap then multiplies
+    ds by 1 - (s / c)^2. The share of a sink is exp(sink - lse), its gradient -share delta.
     """
     G = k_BSGK.shape[2]
     q, do, o = (_grouped(x, G) for x in (q_BTHK, do_BTHE, o_BTHE))
-    lse = lse_BHT.unflatten(1, (G, -1)).unsqueeze(-1)
+    # A query that sees nothing has -inf, which would make NaN of second derivatives. All its scores are -inf as well.
+    lse = torch.where(lse_BHT == -torch.inf, 0.0, lse_BHT).unflatten(1, (G, -1)).unsqueeze(-1)
     delta = (do * o).sum(-1, keepdim=True)
     if dlse_BHT is not None:
         delta = delta - dlse_BHT.unflatten(1, (G, -1)).unsqueeze(-1)
     dq = torch.zeros_like(q)
     dks, dvs = [k_BSGK.new_zeros(k_BSGK.shape[0], 0, *k_BSGK.shape[2:])], [v_BSGK.new_zeros(v_BSGK[:, :0].shape)]
+    extra = _per_group(bias, G), _per_group(mask, G)
+    dbiases: list[Tensor] = []
     for at, k, v in _tiles(k_BSGK, v_BSGK, tile):
-        s, slope = _scores(q, k, at, k_BSGK.shape[1], segments, left, right, scale, softcap)
+        s, slope = _scores(q, k, at, k_BSGK.shape[1], segments, left, right, scale, softcap, *extra)
         p = torch.where(s == -torch.inf, 0.0, torch.exp(s - lse))
         dvs.append((p.to(do_BTHE.dtype).to(p.dtype).mT @ do).sum(2).movedim(1, 2).to(v_BSGK.dtype))
         ds = p * (do @ v.mT - delta)
+        if need_bias:
+            dbiases.append(_summed_to(ds, extra[0]))
         if slope is not None:
             ds = ds * slope
         ds = ds.to(q_BTHK.dtype).to(p.dtype)
         dq = dq + ds @ k
         dks.append(((ds.mT @ q).sum(2).movedim(1, 2) * scale).to(k_BSGK.dtype))
     dq = _ungrouped(dq * scale).to(q_BTHK.dtype)
-    return dq, torch.cat(dks, 1), torch.cat(dvs, 1), delta.squeeze(-1).flatten(1, 2)
+    dbias = q_BTHK.new_empty(0)
+    if need_bias and bias is not None:
+        if bias.shape[-1] == 1:
+            dbias = sum(dbiases, torch.zeros_like(bias, dtype=q.dtype).unflatten(1, extra[0].shape[1:3]))
+        else:
+            dbias = torch.cat(dbiases, -1) if dbiases else torch.zeros_like(extra[0], dtype=q.dtype)
+        dbias = dbias.flatten(1, 2).to(bias.dtype)
+    return dq, torch.cat(dks, 1), torch.cat(dvs, 1), delta.squeeze(-1).flatten(1, 2), dbias
+
+
+def _per_group(x_BHTS: Tensor | None, G: int) -> Any:
+    """(B, G, R, T, S), with 1 for both G and R where all heads share it."""
+    if x_BHTS is None:
+        return None
+    return x_BHTS.unsqueeze(2) if x_BHTS.shape[1] == 1 else x_BHTS.unflatten(1, (G, -1))
+
+
+def _summed_to(ds_BGRTN: Tensor, bias_BGRTS: Tensor) -> Tensor:
+    """The sum over all that the bias is broadcast over, of one tile of keys."""
+    over = [i for i in range(5) if bias_BGRTS.shape[i] == 1]
+    return ds_BGRTN.sum(over, keepdim=True) if over else ds_BGRTN
 
 
 def _grouped(x_BTHK: Tensor, G: int) -> Tensor:
@@ -130,6 +162,8 @@ def _scores(
     right: int | None,
     scale: float,
     softcap: float | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Any]:
     """Scores (B, G, R, T, N), -inf where hidden, and d score / d (scale q k) under a softcap."""
     s = (q @ k.mT) * scale
@@ -137,6 +171,8 @@ def _scores(
     if softcap is not None:
         t = torch.tanh(s / softcap)
         s, slope = softcap * t, 1 - t * t
+    if bias is not None:
+        s = s + (bias if bias.shape[-1] == 1 else bias[..., at]).to(s.dtype)
     ahead = at - torch.arange(S - q.shape[3], S, device=at.device).unsqueeze(-1)
     seen = torch.ones_like(ahead, dtype=torch.bool)
     if right is not None:
@@ -145,4 +181,6 @@ def _scores(
         seen = seen & (ahead >= -left)
     if segments is not None:
         seen = seen & (segments[0].unsqueeze(-1) == segments[1][:, at].unsqueeze(-2))[:, None, None]
+    if mask is not None:
+        seen = seen & (mask if mask.shape[-1] == 1 else mask[..., at])
     return torch.where(seen, s, -torch.inf), slope

@@ -1,5 +1,7 @@
-"""Tile sizes of flash attention: those of flash_attention_table.py, which is measured and shipped, so that no first
-call tunes; or safe ones."""
+"""Tile sizes of flash attention: the measured ones of flash_attention_table.py, or safe ones for what is not in it.
+
+The table is part of the library, so no first call has to tune.
+"""
 
 import warnings
 from functools import cache
@@ -16,7 +18,7 @@ LENGTHS = (1024, 4096)  # measured ones: short sequences want more and smaller p
 
 
 class Blocks(NamedTuple):
-    """How a pass is cut."""
+    """The tile sizes and launch options of a pass."""
 
     m: int  # queries of a tile
     n: int  # keys of a tile

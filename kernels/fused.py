@@ -3,8 +3,8 @@
     from purelm.kernels.fused import FUSED
     loss, metrics = transformer.loss(params, batch, cfg, ops=FUSED)
 
-Attention and the loss are kernels always. Norms, rotations and gates are kernels in eager code only: in torch.compile
-they stay the references, because inductor fuses them with what is around them, and a kernel of ours would be a wall.
+Attention and the loss are always kernels. Norms, rotations and gates are kernels in eager code only: in torch.compile
+they are the references, which inductor fuses with the operations around them; it cannot fuse anything with a kernel.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
-"""Launching Triton kernels again without paying for the first time again.
+"""Cheap repeated launches of Triton kernels.
 
 A launch through triton.jit looks at each argument's type and value anew: for the arguments of flash attention 100 us
-and more, several times what a short kernel runs. Here the caller gives a key of all that decides about a launch but the
-tensors' addresses. Under a key seen before, the compiled kernel is called with the arguments as they were then, the new
-tensors put in their places:
+and more, several times what a short kernel runs. Here the caller gives a key, made of everything that decides about a
+launch except the tensors' addresses. For a key that was seen before, the compiled kernel is called with the arguments
+of that time, in which only the tensors are replaced:
 
     if not relaunch(kernel, key, tensors):
         ... make descriptors, constants ...
@@ -88,7 +88,8 @@ def launch(
     if interpreted() or not hasattr(type(compiled), "__getitem__"):
         return
     known = {id(x) for x in tensors}
-    # One tensor in two roles: the next call may have two. Another address: the kernel is compiled for this one's.
+    # Not remembered: one tensor in two roles, since the next call may have two; and an address that is not aligned,
+    # since the kernel was compiled for this very one.
     if len(known) < len(tensors) or not all_aligned(tensors):
         return
     used = (x if isinstance(x, Tensor) else getattr(x, "base", None) for x in args)
@@ -101,7 +102,7 @@ def launch(
 
 
 def all_aligned(tensors: Sequence[Tensor]) -> bool:
-    """Whether every address is a multiple of 16 bytes, as those of whole tensors are: part of a key."""
+    """Whether every address is a multiple of 16 bytes, as those of all but some slices are. Part of a key."""
     at = 0
     for x in tensors:
         at |= x.data_ptr()
@@ -109,7 +110,7 @@ def all_aligned(tensors: Sequence[Tensor]) -> bool:
 
 
 def device_number(x: Tensor) -> int:
-    """Of x's device, for keys; -1 is the CPU."""
+    """The number of x's device, for keys; -1 is the CPU."""
     return x.get_device()
 
 

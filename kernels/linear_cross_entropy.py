@@ -29,28 +29,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from purelm.kernels.cross_entropy import check_targets, token_weights
+from purelm.kernels.cross_entropy import check_targets
 from purelm.kernels.linear_cross_entropy_ops import apply_sum, apply_tokens, scaled
-from purelm.ops.cross_entropy import check_z_loss, reduce_tokens
-from purelm.ops.linear import linear
+from purelm.ops.cross_entropy import check_z_loss, reduce_tokens, token_weights
+from purelm.ops.derivatives import in_forward_mode
+from purelm.ops.linear_cross_entropy import linear_cross_entropy as reference
+from purelm.ops.log_probs import log_probs
 from purelm.ops.precision import accumulator
-from purelm.ops.softcap import check_positive, check_softcap, soft_cap
+from purelm.ops.softcap import check_positive, check_softcap
 
-__all__ = [
-    "linear_cross_entropy",
-    "linear_cross_entropy_value_and_grad",
-    "log_probs_and_entropy",
-    "log_probs_and_entropy_reference",
-]
+__all__ = ["linear_cross_entropy", "linear_cross_entropy_value_and_grad", "log_probs_and_entropy"]
 
 
 def _anchor(hidden_ND: Tensor, unembedding: Tensor) -> Tensor:
-    """Nothing, as a function of both; cat copies, so it does not hold their memory."""
+    """An empty tensor that autograd takes for a result of both. cat copies, so it keeps neither's memory alive."""
     return torch.cat([hidden_ND[:0], unembedding[:0]])
 
 
 def _differentiated(x: Tensor) -> bool:
-    """Whether a gradient of x may be asked for, also by a transform below the ones that are seen at x."""
+    """Whether a gradient of x may be asked for: by autograd, or by any of the torch.func transforms around the call."""
     if not torch.is_grad_enabled():
         return False
     if not torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
@@ -116,7 +113,12 @@ def linear_cross_entropy(
     >>> loss  # log 8
     tensor(2.0794)
     """
-    hidden_ND, targets_N, chunk = _checked(hidden, unembedding_VD, targets, weights, chunk, softcap, z_loss)
+    hidden_ND, targets_N, n = _checked(hidden, unembedding_VD, targets, weights, chunk, softcap, z_loss)
+    if in_forward_mode(hidden):
+        return reference(
+            hidden, unembedding_VD, targets, weights=weights, denominator=denominator, reduction=reduction,
+            softcap=softcap, z_loss=z_loss, chunk=chunk, ignore_index=ignore_index,
+        )  # fmt: skip
     weights, denominator, reduction = token_weights(
         targets, weights, denominator, reduction, ignore_index, accumulator(hidden.dtype)
     )
@@ -124,14 +126,14 @@ def linear_cross_entropy(
     need_hidden, need_unembedding = _differentiated(hidden), _differentiated(unembedding_VD)
     if reduction == "sum" and (need_hidden or need_unembedding):
         loss, _, nll, _, _ = apply_sum(
-            _anchor(hidden_ND, unembedding_VD), hidden_ND, unembedding_VD, targets_N, weights_N, softcap, z_loss, chunk,
+            _anchor(hidden_ND, unembedding_VD), hidden_ND, unembedding_VD, targets_N, weights_N, softcap, z_loss, n,
             need_hidden, need_unembedding,
         )  # fmt: skip
         loss = loss if denominator is None else loss / denominator
         return loss, reduce_tokens(nll, weights_N, denominator, reduction).detach()
     loss, nll, _, _ = apply_tokens(
         hidden_ND, unembedding_VD, targets_N, None if weights_N is None else weights_N.detach(), softcap, z_loss, 1.0,
-        False, chunk,
+        False, n,
     )  # fmt: skip
     batch = targets.shape
     return (
@@ -179,27 +181,6 @@ def linear_cross_entropy_value_and_grad(
         )
 
 
-def log_probs_and_entropy_reference(
-    hidden: Float[Tensor, "*batch d"],
-    unembedding_VD: Float[Tensor, "v d"],
-    targets: Int[Tensor, "*batch"],
-    *,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    ignore_index: int | None = None,
-) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """The same results as `log_probs_and_entropy`, by torch's log_softmax on all the logits at once."""
-    check_positive("temperature", temperature)
-    logits = linear(hidden, unembedding_VD)
-    log_p = torch.log_softmax(soft_cap(logits.to(accumulator(logits.dtype)), softcap) / temperature, -1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    if ignore_index is None:
-        return log_p.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1), entropy
-    dead = targets == ignore_index
-    log_prob = log_p.gather(-1, torch.where(dead, 0, targets.long()).unsqueeze(-1)).squeeze(-1)
-    return torch.where(dead, 0.0, log_prob), torch.where(dead, 0.0, entropy)
-
-
 def log_probs_and_entropy(
     hidden: Float[Tensor, "*batch d"],
     unembedding_VD: Float[Tensor, "v d"],
@@ -210,16 +191,25 @@ def log_probs_and_entropy(
     chunk: int | None = None,
     ignore_index: int | None = None,
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """(log p_i[target_i], H(p_i)) per token, p = softmax(cap(hidden @ unembedding^T) / temperature); nats, fp32.
+    """`purelm.ops.log_probs.log_probs`: (log p_i[target_i], H(p_i)) per token; nats, fp32.
 
-    Both are differentiable; backward forms the logits again. A token whose target is ignore_index has 0 and 0.
+    p = softmax(cap(hidden @ unembedding^T) / temperature). Both are differentiable; backward forms the logits again.
+    A token whose target is ignore_index has 0 and 0.
+
+    Args:
+        chunk: tokens whose logits are held at a time; None for 512 MiB of logits, but no less than 2048 tokens.
     """
-    hidden_ND, targets_N, chunk = _checked(hidden, unembedding_VD, targets, None, chunk, softcap)
+    hidden_ND, targets_N, n = _checked(hidden, unembedding_VD, targets, None, chunk, softcap)
     check_positive("temperature", temperature)
+    if in_forward_mode(hidden):
+        return log_probs(
+            hidden, unembedding_VD, targets, softcap=softcap, temperature=temperature, chunk=chunk,
+            ignore_index=ignore_index,
+        )  # fmt: skip
     wide = accumulator(hidden.dtype)
     live = None if ignore_index is None else (targets_N != ignore_index).to(wide)
     loss, _, _, entropy = apply_tokens(
-        hidden_ND, unembedding_VD, targets_N, live, softcap, 0.0, temperature, True, chunk
+        hidden_ND, unembedding_VD, targets_N, live, softcap, 0.0, temperature, True, n
     )
     log_prob = -loss
     if live is not None:  # so that no gradient arrives there either

@@ -33,7 +33,7 @@ def chunk_tokens(N: int, V: int, itemsize: int) -> int:
 
 
 def _chunks(hidden: Tensor, unembedding: Tensor, chunk: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(which tokens, their hidden states, their logits in a buffer that the next turn overwrites)."""
+    """For each chunk: (its tokens, their hidden states, their logits), the logits in one buffer that all chunks use."""
     N, V = hidden.shape[0], unembedding.shape[0]
     chunk = chunk or chunk_tokens(N, V, hidden.element_size())
     # Rows start at multiples of 128 bytes whatever V is: matrix products and vector loads need at least 16. Not on a
@@ -85,7 +85,7 @@ def _add(total: _Sum, d_logits_NV: Tensor, x_ND: Tensor, first: bool) -> None:
             torch.addmm(part, d_VN, x_ND, beta=beta, out=part)
         elif x_ND.is_cuda and _adds_into_fp32(x_ND.device, x_ND.dtype):
             torch.addmm(part, d_VN, x_ND, out_dtype=torch.float32, beta=beta, out=part)
-        else:  # blocks, so that the product that cannot be added in place stays small
+        else:  # in blocks of rows: factors and products are widened to fp32, a block at a time
             x_wide = x_ND.float()
             for block in range(0, part.shape[0], 8192):
                 some = part[block : block + 8192]
@@ -93,9 +93,11 @@ def _add(total: _Sum, d_logits_NV: Tensor, x_ND: Tensor, first: bool) -> None:
 
 
 def _finish(total: _Sum) -> Tensor:
-    """The sum in its own dtype; the accumulator that lies in its storage is rounded from the front, never over itself.
+    """The sum in its own dtype.
 
-    Row r, rounded, begins where row r / 2 of the accumulator began: rows [n, 2n) move below row 2n's first byte.
+    The fp32 accumulator in the result's own storage is rounded in place. A rounded row takes half of the bytes, so
+    rows [n, 2n) are written where the accumulator's rows [n / 2, n) were, which have been read by then: front first,
+    twice as many rows at a time, no row is overwritten before it is read.
     """
     if len(total.parts) == 1:
         return total.out

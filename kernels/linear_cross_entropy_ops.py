@@ -7,19 +7,21 @@ import torch
 from torch import Tensor
 
 from purelm.kernels import linear_cross_entropy_chunks as passes
-from purelm.kernels.cross_entropy import folded, rows_for
+from purelm.kernels.cross_entropy import folded, gradient_again, rows_for
 from purelm.kernels.recipe import applier, backward_function
+from purelm.ops.cross_entropy import token_losses
+from purelm.ops.linear import linear
 from purelm.ops.precision import accumulator
 
 __all__ = ["apply_sum", "apply_tokens", "scaled"]
 
 
 def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of dW between forward and backward: bfloat16 has the range of fp32, float16 has not."""
+    """The dtype that dW is kept in between forward and backward: fp32 for fp16, which lacks the range for it."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-# The ops. A chunk of 0 tokens stands for the default.
+# The ops. chunk=0 means the default size.
 
 
 @torch.library.custom_op("purelm::linear_cross_entropy_sum", mutates_args=(), device_types=("cpu", "cuda"))
@@ -56,7 +58,7 @@ def _scale_op(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @_scale_op.register_kernel("cpu")
-def _(x, factor, dtype):
+def _scale_plain(x, factor, dtype):
     return (x.to(accumulator(x.dtype)) * factor).to(dtype, copy=True).contiguous()
 
 
@@ -122,7 +124,7 @@ def _(hidden, unembedding, targets, log_z, a, b, e, entropy, softcap, t, chunk, 
 
 
 def _one_by_one(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
-    """A call under vmap as a loop: where W, or its gradient, belongs to the sample, there is nothing to share."""
+    """A call under vmap as a loop over samples, for calls in which each has its own W, or its own gradient of W."""
     found = [
         call(*(x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)
@@ -144,16 +146,36 @@ def _scale_without_anchor(x: Tensor, factor: Tensor, dtype: torch.dtype, anchor:
     return _scale_op(x, factor, dtype)
 
 
-scaled = backward_function("linear_cross_entropy", _scale_without_anchor, _scale_vmap)
-_tokens_bwd = backward_function("linear_cross_entropy", _tokens_bwd_op, _tokens_bwd_vmap)
+def _scale_again(x: Tensor, factor: Tensor, dtype: torch.dtype, anchor: Tensor) -> Tensor:
+    return _scale_plain(x, factor, dtype)
+
+
+def _tokens_bwd_again(
+    hidden: Tensor, unembedding: Tensor, targets: Tensor, log_z: Tensor, a: Tensor, b: Tensor, e: Tensor | None,
+    entropy: Tensor | None, softcap: float | None, temperature: float, chunk: int, need_hidden: bool,
+    need_unembedding: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`_tokens_bwd_op` in torch code that can be differentiated, all logits at once."""
+    d_NV = gradient_again(linear(hidden, unembedding), targets, log_z, a, b, softcap, temperature, e, entropy)
+    wide = accumulator(d_NV.dtype)
+    d_hidden = d_NV @ unembedding if need_hidden else hidden.new_empty(0)
+    if not need_unembedding:
+        return d_hidden, unembedding.new_empty(0)
+    return d_hidden, (d_NV.to(wide).mT @ hidden.to(wide)).to(unembedding.dtype)
+
+
+scaled = backward_function("linear_cross_entropy", _scale_without_anchor, _scale_vmap, _scale_again)
+_tokens_bwd = backward_function("linear_cross_entropy", _tokens_bwd_op, _tokens_bwd_vmap, _tokens_bwd_again)
 
 
 class _Sum(torch.autograd.Function):
     """Anchor, arguments of the op -> sum_i w_i y_i, and the op's results, which backward needs (but for nll).
 
-    Backward uses neither hidden nor unembedding, so autograd would not know that its results depend on them, and leave
-    out what a double backward adds, silently. It is shown the anchor, an empty tensor that is a function of both:
-    saving the two themselves would keep hidden alive.
+    Backward uses neither hidden nor unembedding, so autograd would not know that its results depend on them, and would
+    silently leave out a second derivative. Therefore backward is given the anchor, an empty tensor that autograd takes
+    for a result of both; saving the two themselves would keep hidden's memory alive. On a CPU, which has second
+    derivatives, they are saved: there the loss of each token and the two gradients are differentiable outputs, whose
+    own gradients `_second` gives.
     """
 
     @staticmethod
@@ -177,37 +199,71 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        anchor, hidden, unembedding, _, weights = inputs[:5]
+        anchor, hidden, unembedding, targets, weights, *numbers = inputs
         _, loss, nll, d_hidden, d_unembedding = output
         ctx.dtypes = hidden.dtype, unembedding.dtype
         ctx.weighted = weights is not None
-        ctx.save_for_backward(d_hidden, d_unembedding, loss, anchor)
-        ctx.mark_non_differentiable(loss, nll, d_hidden, d_unembedding)
+        ctx.twice = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
         ctx.set_materialize_grads(False)
+        if ctx.twice:
+            ctx.numbers = numbers
+            ctx.save_for_backward(d_hidden, d_unembedding, loss, anchor, hidden, unembedding, targets, weights)
+            ctx.mark_non_differentiable(nll)
+        else:
+            ctx.save_for_backward(d_hidden, d_unembedding, loss, anchor)
+            ctx.mark_non_differentiable(loss, nll, d_hidden, d_unembedding)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
+    def backward(ctx: Any, g: Tensor | None, g_loss: Any, _nll: Any, g_hidden: Any, g_unembedding: Any) -> Any:
         none = (None,) * 10
-        if g is None:
-            return none
-        d_hidden, d_unembedding, loss, anchor = ctx.saved_tensors
+        d_hidden, d_unembedding, loss, anchor, *inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        return (
-            None,
-            scaled(d_hidden, g, ctx.dtypes[0], anchor) if needs[1] else None,
-            scaled(d_unembedding, g, ctx.dtypes[1], anchor) if needs[2] else None,
-            None,
-            scaled(loss, g, loss.dtype, anchor) if needs[4] and ctx.weighted else None,
-            *none[5:],
-        )
+        found: list[Any] = [None, None, None]  # by hidden, unembedding, weights
+        if g is not None:
+            found = [
+                scaled(d_hidden, g, ctx.dtypes[0], anchor) if needs[1] else None,
+                scaled(d_unembedding, g, ctx.dtypes[1], anchor) if needs[2] else None,
+                scaled(loss, g, loss.dtype, anchor) if needs[4] and ctx.weighted else None,
+            ]
+        if ctx.twice and not (g_loss is None and g_hidden is None and g_unembedding is None):
+            second = _second(inputs, ctx.numbers, (g_loss, g_hidden, g_unembedding), (loss, d_hidden, d_unembedding))
+            found = [y if x is None else x if y is None else x + y for x, y in zip(found, second, strict=True)]
+        return None, found[0], found[1], None, found[2], *none[5:]
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         return _one_by_one(_Sum.apply, info, in_dims, args)
 
 
+def _second(
+    inputs: Sequence[Any], numbers: Sequence[Any], grads: Sequence[Tensor | None], outputs: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients by hidden, unembedding and weights of (loss of each token, d_hidden, d_unembedding), given theirs."""
+    hidden, unembedding, targets, weights = inputs
+    softcap, z_loss, _, need_hidden, need_unembedding = numbers
+    dead = torch.zeros_like(targets, dtype=torch.bool) if weights is None else weights == 0
+    targets = torch.where(dead, 0, targets)
+
+    def results(h: Tensor, w: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        def total(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+            loss = torch.where(dead, 0.0, token_losses(linear(h, w), targets, softcap, z_loss)[0])
+            return (loss if s is None else s * loss).sum(), loss
+
+        (d_h, d_w), loss = torch.func.grad(total, (0, 1), has_aux=True)(h, w)
+        # What nobody asked for came out of the op as an empty tensor.
+        d_h, d_w = d_h if need_hidden else h.new_empty(0), d_w if need_unembedding else w.new_empty(0)
+        return loss, d_h.to(outputs[1].dtype), d_w.to(outputs[2].dtype)
+
+    pull: Any = torch.func.vjp(results, hidden, unembedding, *([] if weights is None else [weights]))[1]
+    found = pull(tuple(torch.zeros_like(y) if g is None else g for g, y in zip(grads, outputs, strict=True)))
+    return [*found, None] if weights is None else list(found)
+
+
 class _Tokens(torch.autograd.Function):
-    """Arguments of the op -> its results, of which the loss and the entropy (where asked for) are differentiable."""
+    """Arguments of the op -> its results, of which the loss and the entropy (where asked for) are differentiable.
+
+    log_z is differentiable too, by which second derivatives come: backward is a function of it.
+    """
 
     @staticmethod
     def forward(  # dynamo (2.13) tells the two forms of Function by the number of parameters: no *rest here
@@ -228,20 +284,25 @@ class _Tokens(torch.autograd.Function):
         hidden, unembedding, targets, _, ctx.softcap, ctx.z_loss, ctx.temperature, ctx.entropy, ctx.chunk = inputs
         _, nll, log_z, entropies = output
         ctx.save_for_backward(hidden, unembedding, targets, log_z, entropies)
-        ctx.mark_non_differentiable(*((nll, log_z) if ctx.entropy else (nll, log_z, entropies)))
+        constant = [nll] if ctx.entropy else [nll, entropies]
+        ctx.mark_non_differentiable(*constant, *([log_z] if torch.compiler.is_compiling() else []))
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _nll: Any, _log_z: Any, g_entropy: Tensor | None) -> Any:
+    def backward(ctx: Any, g: Tensor | None, _nll: Any, g_log_z: Tensor | None, g_entropy: Tensor | None) -> Any:
         none = (None,) * 9
         hidden, unembedding, targets, log_z, entropies = ctx.saved_tensors
         e = g_entropy if ctx.entropy else None
-        if g is None and e is None:
+        if torch.compiler.is_compiling():
+            g_log_z = None
+        if g is None and e is None and g_log_z is None:
             return none
         g = torch.zeros_like(log_z) if g is None else g
+        a = g * (1.0 + 2.0 * ctx.z_loss * log_z)
+        a = a if g_log_z is None else a + g_log_z
         needs = ctx.needs_input_grad
         d_hidden, d_unembedding = _tokens_bwd(
-            hidden, unembedding, targets, log_z, g * (1.0 + 2.0 * ctx.z_loss * log_z), -g, e,
+            hidden, unembedding, targets, log_z, a, -g, e,
             None if e is None else entropies, ctx.softcap, ctx.temperature, ctx.chunk, needs[0], needs[1],
         )  # fmt: skip
         return d_hidden if needs[0] else None, d_unembedding if needs[1] else None, *none[2:]

@@ -11,6 +11,10 @@ An op of this package is made of, in order:
 Why two layers. A custom op's own autograd registration has no `setup_context`, which torch.func needs; and dynamo drops
 a Function's backward inside torch.func.grad, silently, unless what it calls has an Autograd key, as custom ops do: then
 it fails loudly. So never torch.compile(torch.func.grad(f)): compile f, or use purelm.transforms.
+
+Second derivatives and forward mode (jvp) are for the CPU, where an op is plain torch code anyway: `backward_function`
+differentiates that code, and public functions call their reference in forward mode (`purelm.ops.derivatives`). On a
+GPU a second derivative is an error that names the bundle to use, ops=REFERENCE.
 """
 
 import os
@@ -72,14 +76,18 @@ def eager_or_op(op: Callable[..., Any], launch: Callable[..., Any]) -> Callable[
     return call
 
 
+_HOLE = object()  # where a tensor was
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def backward_function(name: str, op: Callable[..., Any], vmap: Callable[..., Any]) -> Callable[..., Any]:
-    """The backward op as a Function that says so when it is differentiated, instead of giving zeros.
+def backward_function(
+    name: str, op: Callable[..., Any], vmap: Callable[..., Any], plain: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The backward op as a Function that can be differentiated on a CPU, and on a GPU says that it cannot.
 
-    `vmap(info, in_dims, *args) -> (outputs, out_dims)` is its batching rule. It is the op itself while compiling,
-    which dynamo can trace (compiled code refuses double backward on its own), and where no graph is recorded.
+    `vmap(info, in_dims, *args) -> (outputs, out_dims)` is its batching rule. `plain` is the op in differentiable torch
+    code, of which second derivatives are made. While compiling, and where no graph is recorded, the result is the op
+    itself, which dynamo can trace (compiled code refuses double backward on its own).
     """
 
     class Backward(torch.autograd.Function):
@@ -89,11 +97,31 @@ def backward_function(name: str, op: Callable[..., Any], vmap: Callable[..., Any
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            pass
+            tensors = [x for x in inputs if isinstance(x, Tensor)]
+            ctx.on_cpu = tensors[0].device.type == "cpu"
+            if ctx.on_cpu:
+                ctx.save_for_backward(*tensors)
+                ctx.others = [_HOLE if isinstance(x, Tensor) else x for x in inputs]
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            raise RuntimeError(f"{name}: double backward is not supported: use the reference of purelm.ops")
+            if not ctx.on_cpu:
+                raise RuntimeError(f"{name}: double backward is not supported on a GPU: use ops=REFERENCE (purelm.ops)")
+            tensors = iter(ctx.saved_tensors)
+            args = [next(tensors) if x is _HOLE else x for x in ctx.others]
+            at = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.is_floating_point()]
+
+            def of_floats(*xs: Tensor) -> Any:
+                for i, x in zip(at, xs, strict=True):
+                    args[i] = x
+                return plain(*args)
+
+            of_all: Any = torch.func.vjp(of_floats, *(args[i] for i in at))
+            out, pull = of_all
+            found: list[Any] = [None] * len(args)
+            for i, g in zip(at, pull(grads[0] if isinstance(out, Tensor) else tuple(grads)), strict=True):
+                found[i] = g
+            return tuple(found)
 
     Backward.vmap = staticmethod(vmap)  # type: ignore[assignment]
 

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from purelm.kernels.recipe import applier, backward_function
+from purelm.ops.derivatives import in_forward_mode
 from purelm.ops.precision import accumulator
 from purelm.ops.rms_norm import rms_norm as reference
 
@@ -35,12 +36,15 @@ def rms_norm(
     """y = w * x / sqrt(mean(x^2) + eps) over the last axis; computed in fp32, returned in x's dtype.
 
     The kernel of `purelm.ops.rms_norm.rms_norm`, with its signature and dtypes; on the CPU it is that function.
-    Differentiable once, in x and weight. Rows may lie apart (a slice of a wider tensor); otherwise x is copied.
+    Differentiable in x and weight; on a GPU once, and backwards. Rows may lie apart (a slice of a wider tensor);
+    otherwise x is copied.
 
     Raises ValueError for a weight that is not (D,), tensors of two devices, and, on a GPU, other dtypes than fp32,
     bf16 and fp16.
     """
     _check("rms_norm", x, weight_D, eps)
+    if in_forward_mode(x):
+        return reference(x, weight_D, eps)
     y, _ = _rms_norm(_grouped(x), _grouped_weight(weight_D), float(eps))
     return y.reshape(x.shape)
 
@@ -59,6 +63,8 @@ def add_rms_norm(
     _check("add_rms_norm", x, weight_D, eps)
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
         raise ValueError(f"add_rms_norm: residual must be like x, {_like(x)}, got {_like(residual)}")
+    if in_forward_mode(x):
+        return reference(x + residual, weight_D, eps), x + residual
     y, total, _ = _add_rms_norm(_grouped(x), _grouped(residual), _grouped_weight(weight_D), float(eps))
     return y.reshape(x.shape), total.reshape(x.shape)
 
@@ -146,7 +152,7 @@ def _bwd(
 
 
 @_bwd.register_kernel("cpu")
-def _(
+def _bwd_plain(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
     dx, dw = x.new_empty(0), (x if weight is None else weight).new_empty(0)
@@ -196,7 +202,14 @@ def _bwd_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     )
 
 
-_backward = backward_function("rms_norm", _bwd, _bwd_vmap)
+def _bwd_again(dy: Tensor, dsum: Any, x: Tensor, weight: Any, rstd: Tensor, need_dx: bool, need_dw: bool) -> Any:
+    """The same with rstd as a function of x, to be differentiated; eps is what rstd and x tell."""
+    mean = x.to(rstd.dtype).square().mean(-1)
+    eps = (rstd**-2 - mean).detach()
+    return _bwd_plain(dy, dsum, x, weight, torch.rsqrt(mean + eps), need_dx, need_dw)
+
+
+_backward = backward_function("rms_norm", _bwd, _bwd_vmap, _bwd_again)
 
 
 class _RMSNorm(torch.autograd.Function):

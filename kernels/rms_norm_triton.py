@@ -22,7 +22,7 @@ SUM_PARTS, SUM_BLOCK, SUM_STAGES = 128, 8, 5  # a tile of the sum over parts, an
 
 
 class Config(NamedTuple):
-    """How a width is cut into programs."""
+    """How rows of one width are divided among programs."""
 
     rows: int  # of a tile
     block: int  # elements of a row that a tile holds: D rounded up to a power of two
@@ -229,7 +229,7 @@ def _n_sm(x: Tensor) -> int:
 
 
 def _key(*tensors: Tensor | None) -> tuple:
-    """All that a launch depends on but addresses; see purelm.kernels.launch."""
+    """All that a launch depends on except the tensors' addresses; see purelm.kernels.launch."""
     given = [x for x in tensors if x is not None]
     layout = tuple([None if x is None else (x.dtype, x.shape, x.stride()) for x in tensors])
     return device_number(given[0]), layout, all_aligned(given)

@@ -5,11 +5,11 @@ Legend: B batch, T positions, H heads, G key heads, K head dim, J = K / 2 pairs.
     (a', b') = (a cos - b sin, a sin + b cos)         for each pair (a, b) of a head
     (da, db) = (da' cos + db' sin, -da' sin + db' cos)
 
-A rotation's gradient is the rotation back: the backward pass is the same kernel with -sin, and nothing is kept for it
-but the tables. Su et al. 2021 (arXiv:2104.09864), equation 34.
+The gradient of a rotation is the rotation by the opposite angle: the backward pass is the same kernel with -sin, and
+needs the tables alone. Su et al. 2021 (arXiv:2104.09864), equation 34.
 
-The tables are constants here. They are functions of positions, which nobody trains; tables that require a gradient
-are refused with ValueError (use purelm.ops.rope for them).
+The tables have no gradient here, since positions are not trained: tables that require one are a ValueError (use
+purelm.ops.rope for them).
 """
 
 from typing import Any
@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from purelm.kernels.recipe import applier, backward_function
-from purelm.ops.rope import LAYOUTS
+from purelm.ops.derivatives import in_forward_mode
+from purelm.ops.rope import LAYOUTS, check_tables
 from purelm.ops.rope import rope as reference
 
 __all__ = ["rope", "rope_qk"]
@@ -28,24 +29,36 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels; the r
 
 
 def rope(
-    x_BTHK: Float[Tensor, "b t h k"],
+    x_BTHK: Float[Tensor, "*axes k"],
     cos: Float[Tensor, "*bt j"],
     sin: Float[Tensor, "*bt j"],
     layout: str = "interleaved",
-) -> Float[Tensor, "b t h k"]:
+    *,
+    heads: bool = True,
+) -> Float[Tensor, "*axes k"]:
     """Turns each pair of a head by its angle, in fp32; the kernel of `purelm.ops.rope.rope`, with its signature.
 
     x may be any view whose last axis is dense, such as the q part of a joint projection; the result is contiguous.
-    Differentiable once, in x alone. On the CPU it is the reference.
+    Differentiable in x alone; on a GPU once, and backwards. On the CPU it is the reference.
 
     Args:
         cos, sin: (T, K/2) or (B, T, K/2), from `purelm.ops.rope.rope_tables`.
         layout: "interleaved" pairs 2j with 2j+1, "half" pairs j with j + K/2.
+        heads: x is (..., T, H, K); False: (..., T, K).
 
     Raises ValueError for an odd K, tables of another shape or device or that require a gradient, another layout,
     and, on a GPU, other dtypes than fp32, bf16 and fp16.
     """
+    if not heads or x_BTHK.ndim != 4:
+        check_tables(x_BTHK, cos, sin, heads)
+        x = x_BTHK if heads else x_BTHK.unsqueeze(-2)
+        lead = x.shape[:-3]
+        if cos.ndim > 2:
+            cos, sin = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (cos, sin))
+        return rope(x.reshape(lead.numel(), *x.shape[-3:]), cos, sin, layout).reshape(x_BTHK.shape)
     cos, sin = _check("rope", [("x", x_BTHK)], cos, sin, layout)
+    if in_forward_mode(x_BTHK):
+        return reference(x_BTHK, cos, sin, layout)
     return _turn(x_BTHK, cos, sin, layout == "interleaved")
 
 
@@ -62,6 +75,8 @@ def rope_qk(
         raise ValueError(
             f"rope_qk: k must have q's shape but for axis 2, {tuple(q_BTHK.shape)}, got {tuple(k_BTGK.shape)}"
         )
+    if in_forward_mode(q_BTHK):
+        return reference(q_BTHK, cos, sin, layout), reference(k_BTGK, cos, sin, layout)
     # Dynamo cannot trace a Function that is given one tensor twice (2.13) or errs (2.11): a view is another tensor.
     k = k_BTGK.view_as(k_BTGK) if k_BTGK is q_BTHK else k_BTGK
     return _turn_both(q_BTHK, k, cos, sin, layout == "interleaved")
@@ -110,7 +125,7 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool)
 
 
 @_rope.register_kernel("cpu")
-def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+def _rope_plain(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     return reference(x, cos, -sin if inverse else sin, LAYOUTS[not interleaved]).contiguous()
 
 
@@ -129,8 +144,10 @@ def _rope_qk(
 
 
 @_rope_qk.register_kernel("cpu")
-def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
-    return _rope(q, cos, sin, interleaved, inverse), _rope(k, cos, sin, interleaved, inverse)
+def _rope_qk_plain(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    return _rope_plain(q, cos, sin, interleaved, inverse), _rope_plain(k, cos, sin, interleaved, inverse)
 
 
 @_rope_qk.register_fake
@@ -176,8 +193,8 @@ def _rope_qk_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     return tuple(_unfold(x, info.batch_size) for x in _backward_qk(*_folded(info, in_dims, args, 2))), (0, 0)
 
 
-_backward = backward_function("rope", _rope, _rope_vmap)
-_backward_qk = backward_function("rope_qk", _rope_qk, _rope_qk_vmap)
+_backward = backward_function("rope", _rope, _rope_vmap, _rope_plain)
+_backward_qk = backward_function("rope_qk", _rope_qk, _rope_qk_vmap, _rope_qk_plain)
 
 
 class _Rope(torch.autograd.Function):

@@ -5,8 +5,8 @@
     dgate = dy up s (1 + gate (1 - s))
     dup = dy gate s
 
-Shazeer 2020 (arXiv:2002.05202). Computed in fp32 and rounded once. Moved are 3 tensors forward and 5 backward, of which
-the backward pass of the reference in eager mode would move 14 and keep silu(gate) besides.
+Shazeer 2020 (arXiv:2002.05202). Computed in fp32 and rounded once. The forward pass reads or writes 3 tensors and the
+backward pass 5; the reference's backward pass in eager mode moves 14, and keeps silu(gate) besides.
 """
 
 from typing import Any
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from purelm.kernels.recipe import applier, backward_function
+from purelm.ops.derivatives import in_forward_mode
 from purelm.ops.glu import swiglu as reference
 from purelm.ops.precision import accumulator
 
@@ -27,8 +28,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels; the r
 def swiglu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """y = silu(gate) * up; the layer is W2 swiglu(W1 x, W3 x). The kernel of `purelm.ops.glu.swiglu`.
 
-    Differentiable once. Tensors that are not contiguous are copied first: project to gate and up apart, not to both
-    side by side. On the CPU it is the reference.
+    On a GPU differentiable once, and backwards. Tensors that are not contiguous are copied first: project to gate and
+    up apart, not to both side by side. On the CPU it is the reference.
 
     Raises ValueError where gate and up differ in shape, dtype or device, and, on a GPU, for other dtypes than fp32,
     bf16 and fp16.
@@ -45,6 +46,8 @@ def swiglu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[
             f"swiglu: gate must be float32, bfloat16 or float16 on a GPU, got {gate.dtype}: use the reference, "
             "purelm.ops.glu"
         )
+    if in_forward_mode(gate):
+        return reference(gate, up)
     # Dynamo cannot trace a Function that is given one tensor twice (2.13) or errs (2.11): a view is another tensor.
     return _swiglu(gate, up.view_as(up) if up is gate else up)
 
@@ -74,7 +77,7 @@ def _bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_bwd.register_kernel("cpu")
-def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _bwd_plain(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     wide = accumulator(gate.dtype)
     dy_, gate_, up_ = dy.to(wide), gate.to(wide), up.to(wide)
     s = torch.sigmoid(gate_)
@@ -88,7 +91,7 @@ def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _batched(xs: Any, in_dims: Any, n: int) -> list[Tensor]:
-    """Each with the batch in front: what is computed element by element needs no more."""
+    """Each with the batch axis in front, which is all that an elementwise op needs."""
     return [
         x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(xs, in_dims, strict=True)
     ]
@@ -98,7 +101,7 @@ def _bwd_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     return _backward(*_batched(args, in_dims, info.batch_size)), (0, 0)
 
 
-_backward = backward_function("swiglu", _bwd, _bwd_vmap)
+_backward = backward_function("swiglu", _bwd, _bwd_vmap, _bwd_plain)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -112,7 +115,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        # Both in one launch: one alone would read the same three tensors.
+        # Both in one launch, also where one is not needed: it would read the same three tensors for the other.
         dgate, dup = _backward(grads[0], *ctx.saved_tensors)
         return dgate if ctx.needs_input_grad[0] else None, dup if ctx.needs_input_grad[1] else None
 

@@ -55,6 +55,7 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...]) -> None:
 
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
+    """y = silu(gate) * up."""
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     _launch(_forward, (gate, up, y))
@@ -62,6 +63,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """(dgate, dup)."""
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     _launch(_backward, (dy, gate, up, dgate, dup))

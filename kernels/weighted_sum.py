@@ -6,8 +6,8 @@ Legend: R rows, D width, G groups of rows that have weights of their own (one gr
     dx_rd = dy_r w_d
     dw_d  = sum_r dy_r x_rd
 
-Sums are in fp32. It is the first kernel of the course (CS336, assignment 2); as a matrix-vector product it is no
-kernel that one needs.
+Sums are in fp32. It is the first kernel of the course (CS336, assignment 2). It is here to learn from: a model has no
+use for it, and torch's matrix-vector product does the same.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from purelm.kernels.recipe import applier, backward_function
+from purelm.ops.derivatives import in_forward_mode
 from purelm.ops.precision import accumulator
 
 __all__ = ["reference", "weighted_sum"]
@@ -31,7 +32,9 @@ def reference(x: Float[Tensor, "*batch d"], weight_D: Float[Tensor, " d"]) -> Fl
 
 
 def weighted_sum(x: Float[Tensor, "*batch d"], weight_D: Float[Tensor, " d"]) -> Float[Tensor, "*batch"]:
-    """y = sum_d x_d w_d over the last axis; summed in fp32, returned in x's dtype. Differentiable once.
+    """y = sum_d x_d w_d over the last axis; summed in fp32, returned in x's dtype.
+
+    On a GPU differentiable once, and backwards.
 
     Raises ValueError for a weight that is not (D,), tensors of two devices, and, on a GPU, other dtypes than fp32,
     bf16 and fp16.
@@ -53,6 +56,8 @@ def weighted_sum(x: Float[Tensor, "*batch d"], weight_D: Float[Tensor, " d"]) ->
                 f"weighted_sum: {label} must be float32, bfloat16 or float16 on a GPU, got {tensor.dtype}: use the "
                 "reference"
             )
+    if in_forward_mode(x):
+        return reference(x, weight_D)
     # The op knows one form only, (G, R, D). Reshaping is torch's business, and torch differentiates and batches it.
     x_GRD = x.reshape(1, x.shape[:-1].numel(), x.shape[-1])
     return _weighted_sum(x_GRD, weight_D.unsqueeze(0)).reshape(x.shape[:-1])
@@ -91,7 +96,7 @@ def _bwd(dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool) ->
 
 
 @_bwd.register_kernel("cpu")
-def _(dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor]:
+def _bwd_plain(dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool) -> tuple[Tensor, Tensor]:
     wide = accumulator(x.dtype)
     dy_ = dy.to(wide).unsqueeze(-1)
     dx = (dy_ * weight.unsqueeze(1)).to(x.dtype) if need_dx else x.new_empty(0)
@@ -127,7 +132,7 @@ def _bwd_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 
 # 4. Autograd. recipe.py says why the ops are called through `backward_function` and `applier`.
 
-_backward = backward_function("weighted_sum", _bwd, _bwd_vmap)
+_backward = backward_function("weighted_sum", _bwd, _bwd_vmap, _bwd_plain)
 
 
 class _WeightedSum(torch.autograd.Function):

@@ -9,7 +9,15 @@ from torch import Tensor
 from purelm.ops.precision import accumulator
 from purelm.ops.softcap import soft_cap
 
-__all__ = ["check_z_loss", "cross_entropy", "nonzero", "reduce_tokens", "token_losses"]
+__all__ = [
+    "check_z_loss",
+    "cross_entropy",
+    "mean_cross_entropy",
+    "nonzero",
+    "reduce_tokens",
+    "token_losses",
+    "token_weights",
+]
 
 
 def check_z_loss(z_loss: float) -> None:
@@ -19,7 +27,7 @@ def check_z_loss(z_loss: float) -> None:
 
 
 def nonzero(denominator: Float[Tensor, ""] | float) -> Float[Tensor, ""] | float:
-    """The denominator, 1 in place of 0: a mean over no token is then the sum over none, 0, and so is its gradient.
+    """The denominator, or 1 where it is 0: so the mean over no token is 0 / 1, and its gradient 0, instead of NaN.
 
     >>> nonzero(torch.tensor(0.0)), nonzero(3.0)
     (tensor(1.), 3.0)
@@ -34,7 +42,8 @@ def token_losses(
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """Per token: nll + z_loss log(Z)^2, and the detached nll alone. Computed and returned in fp32.
 
-    A target that is no index is an error of the device in eager code; compiled, its loss and its gradient are NaN.
+    A target outside of 0..V-1 raises in eager code (on a GPU as a device-side assertion); in compiled code, which
+    cannot raise, its loss and its gradient are NaN.
     """
     check_z_loss(z_loss)
     wide = soft_cap(logits.to(accumulator(logits.dtype)), softcap)
@@ -43,7 +52,7 @@ def token_losses(
     nll = log_z - _at_targets(wide, targets)
     loss = nll if z_loss == 0.0 else nll + z_loss * log_z.square()
     if torch.compiler.is_compiling():
-        # One number a token, fused into what is there; a product, so that NaN reaches the gradient too.
+        # A factor of 1, or NaN for a bad target. As a factor it reaches the gradient too.
         real = torch.where((targets >= 0) & (targets < logits.shape[-1]), 1.0, torch.nan).to(loss.dtype)
         loss, nll = loss * real, nll * real
     return loss, nll.detach()
@@ -69,7 +78,7 @@ def reduce_tokens(
 ) -> Float[Tensor, "*batch"] | Float[Tensor, ""]:
     """weights * loss / denominator, summed when reduction is "sum"; a token of weight 0 adds 0, whatever its loss.
 
-    A denominator of 0, the number of targets where there are none, counts as 1.
+    A denominator of 0 counts as 1: a batch without targets has the loss 0.
     """
     if reduction not in ("none", "sum"):
         raise ValueError(f'reduction must be "none" or "sum", got {reduction!r}')
@@ -78,6 +87,34 @@ def reduce_tokens(
     if reduction == "sum":
         loss = loss.sum()
     return loss if denominator is None else loss / nonzero(denominator)
+
+
+def token_weights(
+    targets: Int[Tensor, "*batch"],
+    weights: Float[Tensor, "*batch"] | None,
+    denominator: Float[Tensor, ""] | float | None,
+    reduction: str,
+    ignore_index: int | None,
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, "*batch"] | None, Float[Tensor, ""] | float | None, str]:
+    """(weights, denominator, reduction) that say the same without ignore_index and without "mean".
+
+    ignore_index becomes weights of 0, and "mean" a "sum" divided by the sum of the weights; the mean over no token at
+    all is 0, as in the models' loss. Nothing waits for the device.
+    """
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f'reduction must be "none", "sum" or "mean", got {reduction!r}')
+    if weights is not None:
+        weights = weights.to(dtype)
+    if ignore_index is not None:
+        weights = torch.where(targets == ignore_index, 0.0, 1.0 if weights is None else weights).to(dtype)
+    if reduction == "mean":
+        if denominator is not None:
+            raise ValueError(f'denominator must be None with reduction="mean", got {denominator!r}')
+        denominator = float(max(targets.numel(), 1)) if weights is None else weights.sum()
+        reduction = "sum"
+    denominator = None if denominator is None else nonzero(denominator)
+    return weights, denominator, reduction
 
 
 def cross_entropy(
@@ -89,6 +126,7 @@ def cross_entropy(
     reduction: str = "sum",
     softcap: float | None = None,
     z_loss: float = 0.0,
+    ignore_index: int | None = None,
 ) -> tuple[Float[Tensor, "*out"], Float[Tensor, "*out"]]:
     """sum_i w_i (-log p_i[target_i] + z_loss (log Z_i)^2) / denominator, p = softmax(logits), Z its normaliser; nats.
 
@@ -96,9 +134,10 @@ def cross_entropy(
         weights: 1 for each token when absent. Where the weight is 0 the target may be anything (-100 say).
         denominator: what the sum is divided by, 1 when absent or 0. A mean over any split into microbatches or ranks
             is right when each part divides by the whole's count.
-        reduction: "sum", or "none" for the summands.
+        reduction: "sum", "none" for the summands, or "mean": the sum divided by the sum of weights, 0 over no token.
         softcap: bounds the logits first, as `purelm.ops.softcap`.
         z_loss: coefficient that keeps log Z near 0 (PaLM, arXiv:2204.02311, section 5: 1e-4).
+        ignore_index: tokens with this target get weight 0.
     Returns:
         (loss, nll): the loss, and the same without the z term, detached. Both fp32 (fp64 for fp64 logits).
 
@@ -109,6 +148,10 @@ def cross_entropy(
     >>> loss  # log 8
     tensor(2.0794)
     """
+    if ignore_index is not None or reduction not in ("none", "sum"):
+        weights, denominator, reduction = token_weights(
+            targets, weights, denominator, reduction, ignore_index, accumulator(logits.dtype)
+        )
     if weights is not None:
         targets = torch.where(weights == 0, 0, targets)
     loss, nll = token_losses(logits, targets, softcap, z_loss)
@@ -116,3 +159,26 @@ def cross_entropy(
         reduce_tokens(loss, weights, denominator, reduction),
         reduce_tokens(nll, weights, denominator, reduction),
     )
+
+
+def mean_cross_entropy(
+    logits: Float[Tensor, "*batch v"],
+    targets: Int[Tensor, "*batch"],
+    *,
+    ignore_index: int | None = -100,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> Float[Tensor, ""]:
+    """The mean of -log softmax(logits)[target] over the tokens whose target is not ignore_index: one tensor, in nats.
+
+    PyTorch's F.cross_entropy(logits, targets), with its default for ignore_index; but the vocabulary is the last axis,
+    16-bit logits give an fp32 loss, and the mean over no token is 0 and not NaN. softcap and z_loss are as in
+    `cross_entropy`. The means of parts of a batch do not add up to that of the batch: there give `cross_entropy` the
+    whole's denominator.
+
+    >>> mean_cross_entropy(torch.zeros(3, 8), torch.tensor([1, 2, -100]))  # log 8
+    tensor(2.0794)
+    """
+    return cross_entropy(
+        logits, targets, reduction="mean", ignore_index=ignore_index, softcap=softcap, z_loss=z_loss
+    )[0]

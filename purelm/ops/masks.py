@@ -7,7 +7,7 @@ from torch import Tensor
 __all__ = ["Segments", "Window", "segment_pair", "span", "visible"]
 
 Window = int | tuple[int | None, int | None] | None
-Segments = Int[Tensor, "b t"] | tuple[Int[Tensor, "b t"], Int[Tensor, "b s"]] | None
+Segments = Int[Tensor, "*batch t"] | tuple[Int[Tensor, "*batch t"], Int[Tensor, "*batch s"]] | None
 
 
 def span(n_queries: int, n_keys: int, causal: bool, window: Window) -> tuple[int | None, int | None]:

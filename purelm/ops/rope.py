@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["RopeScaling", "attention_factor", "frequencies", "rope", "rope_tables"]
+__all__ = ["RopeScaling", "attention_factor", "check_tables", "frequencies", "rope", "rope_tables"]
 
 KINDS = ("linear", "ntk", "dynamic_ntk", "llama3", "yarn")
 LAYOUTS = ("interleaved", "half")
@@ -157,34 +157,51 @@ def rope_tables(
 
 
 def _held(x: Tensor) -> Tensor:
-    """x itself. Under torch.compile, x held in memory.
+    """x itself; under torch.compile, x computed once and stored.
 
-    Inductor inlines elementwise chains into every reader, here 64-bit pow, sin and cos for each element of each head
-    of each layer. A scatter is never inlined.
+    Inductor copies elementwise code into everything that reads its result: here 64-bit pow, sin and cos would run
+    again for each element of each head of each layer. The result of a scatter it always stores.
     """
     if not torch.compiler.is_compiling():
         return x
     return torch.zeros_like(x).index_copy(0, torch.arange(x.shape[0], device=x.device), x)
 
 
+def check_tables(x: Tensor, cos: Tensor, sin: Tensor, heads: bool) -> None:
+    """ValueError unless x is (..., T, H, K), or without heads (..., T, K), for tables (..., T, K/2)."""
+    form = "(..., T, H, K)" if heads else "(..., T, K)"
+    wanted = None if x.ndim < 2 + heads else (x.shape[-2 - heads], x.shape[-1])
+    if any((t.shape[-2], 2 * t.shape[-1]) != wanted for t in (cos, sin)):
+        raise ValueError(
+            f"x must be {form} for cos and sin (..., T, K/2) with heads={heads}, got x {tuple(x.shape)}, "
+            f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
+        )
+
+
 def rope(
-    x_BTHK: Float[Tensor, "b t h k"],
+    x_BTHK: Float[Tensor, "*axes k"],
     cos: Float[Tensor, "*bt j"],
     sin: Float[Tensor, "*bt j"],
     layout: str = "interleaved",
-) -> Float[Tensor, "b t h k"]:
+    *,
+    heads: bool = True,
+) -> Float[Tensor, "*axes k"]:
     """Turns each pair (a, b) of a head by its angle: (a cos - b sin, a sin + b cos).
 
     Computed in the wider dtype of x and tables, returned in x's dtype. The product of a turned q and a turned k
     depends on the difference of their positions alone.
 
     Args:
-        cos, sin: (T, K/2) or (B, T, K/2), from `rope_tables`.
+        cos, sin: (T, K/2) or (B, T, K/2), from `rope_tables`; B may be any number of axes.
+        heads: x is (..., T, H, K). False: x has no axis of heads and is (..., T, K). ValueError where the position axis
+            that this names has not T positions, so that one is not taken for the other.
         layout: "interleaved" pairs 2j with 2j+1 (the paper, the course, Llama's own weights); "half" pairs j with
             j + K/2 (GPT-NeoX, Hugging Face). Permuting the rows of the q and k projections turns one into the other.
     Source: Su et al. 2021 (arXiv:2104.09864), equation 34.
     """
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    check_tables(x_BTHK, cos, sin, heads)
+    if heads:
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if layout == "interleaved":
         a, b = x_BTHK.unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)

@@ -12,8 +12,8 @@ __all__ = ["check_positive", "check_softcap", "soft_cap"]
 def check_positive(name: str, value: float | None, otherwise: str = "") -> None:
     """ValueError unless the number is above 0 and finite, or None; `otherwise` says what to do instead.
 
-    0 is the word for "none" elsewhere. Here it would make every score equal, and a negative number would be taken for
-    its absolute value: a plausible result of something that no one asked for.
+    Elsewhere 0 often means "none". Here it would make every score equal, and a negative number would act as its
+    absolute value: results that look plausible, of something that nobody asked for.
     """
     if value is not None and not 0.0 < value < math.inf:
         raise ValueError(f"{name} must be above 0 and finite, or None, got {value}{otherwise}")

@@ -1,7 +1,14 @@
 """Gradients, rematerialisation and accumulation, as functions of functions.
 
-`value_and_grad` is first-order reverse mode through torch.autograd. For forward mode, per-sample gradients and
-higher derivatives apply torch.func to the same functions.
+`value_and_grad` is reverse mode through torch.autograd. It composes with torch.func: `torch.func.vmap(grad(f))` gives
+per-sample gradients, `torch.func.jvp` of `grad(f)` a Hessian times a vector, `torch.func.jacrev` of it the Hessian,
+and `torch.func.grad` of a function that calls `grad` a gradient through a gradient. torch.func itself takes None for a
+leaf and refuses it, while here None is the absence of one; give torch.func the leaves alone:
+
+    trained, fixed = tree.partition(lambda path, x: path.startswith("lora"), params)   # None in the holes
+    leaves, form = tree.flatten(trained)                                               # a list of tensors
+    gradient = lambda *xs: tree.leaves(grad(lambda t: loss(tree.combine(t, fixed)))(tree.unflatten(form, list(xs))))
+    _, product = torch.func.jvp(gradient, tuple(leaves), tuple(direction))
 
 Inside torch.compile, `value_and_grad` and `accumulate` end a graph: the differentiated function becomes a forward
 and a backward graph, with torch's partitioner between them, and what follows another. Dynamo can trace
@@ -22,7 +29,7 @@ from purelm.transforms.boundary import between_graphs, not_traced, own_cache
 from purelm.transforms.donation import in_stages, jit
 from purelm.transforms.graph import cuda_graph
 
-__all__ = ["accumulate", "cuda_graph", "grad", "in_stages", "jit", "remat", "save_matmuls", "value_and_grad",]
+__all__ = ["accumulate", "cuda_graph", "grad", "in_stages", "jit", "remat", "save_matmuls", "value_and_grad"]
 
 
 Watch = Callable[[list[Tensor]], Callable[[], list[Tensor]]]
@@ -44,9 +51,14 @@ def value_and_grad(
     leaves (no data is copied): the arguments keep their own requires_grad and .grad, and a tensor that stands in
     two places has a gradient for each. Value, aux and gradients are detached.
 
+    Inside of a torch.func transform (vmap, jvp, grad, jacrev, ...) the same contract is kept by
+    torch.func.grad_and_value, and the results stay functions of whatever is differentiated further out. Without such a
+    transform around it a second derivative is an error: write `torch.func.grad` for the outer one.
+
     watch: called before f with the detached floating leaves, in order; it may put hooks on them (data parallelism
     sends gradients while backward runs). Backward leaves gradients in their .grad, None where the value does not
     depend on a leaf, and the function that watch returned, called when backward is over, gives those of all leaves.
+    ValueError inside of a torch.func transform, where tensors have no hooks.
 
     >>> loss = lambda params, x: ((params["w"] * x) ** 2).sum()
     >>> value_and_grad(loss)({"w": torch.tensor([1.0, 2.0])}, torch.tensor([3.0, 1.0]))
@@ -62,17 +74,41 @@ def value_and_grad(
             )
         flat, treedef = optree.tree_flatten(_differentiated(args, numbers))
         at = [k for k, x in enumerate(flat) if tree.is_floating(x)]
-        inputs = [_fresh_leaf(flat[k]) for k in at]
-        for k, x in zip(at, inputs, strict=True):
-            flat[k] = x
-        new_args = list(args)
-        for i, arg in zip(numbers, treedef.unflatten(flat), strict=True):
-            new_args[i] = arg
-        finish = None if watch is None else watch(inputs)
 
+        def arguments(inputs: list[Tensor]) -> list[Any]:
+            """All arguments of f, these tensors in the places of the floating leaves."""
+            for k, x in zip(at, inputs, strict=True):
+                flat[k] = x
+            new_args = list(args)
+            for i, arg in zip(numbers, treedef.unflatten(flat), strict=True):
+                new_args[i] = arg
+            return new_args
+
+        if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+            if watch is not None:
+                raise ValueError("value_and_grad: watch must be None inside of a torch.func transform")
+
+            def of_inputs(inputs: list[Tensor]) -> Any:
+                return call(function, *arguments(inputs), **kwargs)
+
+            value, aux, found = _under_torch_func(of_inputs, [flat[k] for k in at], has_aux)
+        else:
+            value, aux, found = differentiate(call, arguments, [_fresh_leaf(flat[k]) for k in at], kwargs)
+        grads: list[Any] = [None] * len(flat)
+        for k, g in zip(at, found, strict=True):
+            grads[k] = g
+        by_argument = treedef.unflatten(grads)
+        return (value, aux) if has_aux else value, by_argument[0] if isinstance(argnums, int) else by_argument
+
+    def differentiate(
+        call: Callable[..., Any], arguments: Callable[[list[Tensor]], list[Any]], inputs: list[Tensor], kwargs: Any
+    ) -> tuple[Tensor, Any, list[Tensor]]:
+        """(value, aux, gradients) by torch.autograd, all detached."""
+        new_args = arguments(inputs)
+        finish = None if watch is None else watch(inputs)
         with torch.enable_grad():
             value, aux = _value_and_aux(call(function, *new_args, **kwargs), has_aux)
-        grads: list[Any] = [None] * len(flat)
+        aux = optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux)
         if finish is not None:
             if value.requires_grad:
                 torch.autograd.backward(value, inputs=inputs)
@@ -81,11 +117,7 @@ def value_and_grad(
             found = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
         else:
             found = tuple(torch.zeros_like(x) for x in inputs)
-        for k, g in zip(at, found, strict=True):
-            grads[k] = g.detach()
-        by_argument = treedef.unflatten(grads)
-        value = value.detach()
-        return (value, aux) if has_aux else value, by_argument[0] if isinstance(argnums, int) else by_argument
+        return value.detach(), aux, [g.detach() for g in found]
 
     return between_graphs(body, like=f)
 
@@ -123,8 +155,8 @@ def remat(f: Callable[..., Any], policy: Callable[[Any], bool] | None = None) ->
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if policy is not None:
             options["context_fn"] = functools.partial(_selective_contexts, policy)
-        # Leaf by leaf: tensors inside of trees would be held as they are, out of sight of hooks around this (with
-        # which gathered parameters are dropped and gathered again).
+        # checkpoint gets the leaves one by one: it hands saved tensors to hooks, but only its direct arguments, not
+        # tensors inside of trees (FSDP's hooks drop gathered parameters, and gather them again).
         leaves, treedef = tree.flatten((args, kwargs))
 
         def call(*leaves: Any) -> Any:
@@ -166,7 +198,7 @@ def accumulate(f: Callable[..., Any], n_microbatches: int) -> Callable[..., Any]
             if other != treedef:
                 raise ValueError("accumulate: f's results differ in structure between microbatches")
             for i in range(len(total)):
-                # One leaf at a time, so that two trees of gradients are held and not three.
+                # Leaf by leaf, and each part is dropped at once: two trees of gradients are held and not three.
                 total[i] = total[i] + part[i]
                 part[i] = None
         return tree.unflatten(treedef, total)
@@ -197,10 +229,10 @@ def _fresh_leaf(x: Tensor) -> Tensor:
     if inner and torch.is_grad_enabled():
         raise ValueError(
             "value_and_grad: a differentiated argument is itself the result of a differentiated computation, which "
-            "would be cut off; detach it, or use torch.func.grad for higher derivatives"
+            "would be cut off; detach it, or make the outer derivative torch.func.grad's, which sees through this one"
         )
     leaf = x.detach().requires_grad_()
-    setattr(leaf, _LEAF, True)  # handed on as it is, it would look like a parameter of the user's
+    setattr(leaf, _LEAF, True)  # so that a nested call can tell it from a parameter of the user's
     return leaf
 
 
@@ -213,7 +245,6 @@ def _value_and_aux(out: Any, has_aux: bool) -> tuple[Tensor, Any]:
         if not isinstance(out, tuple) or len(out) != 2:
             raise ValueError(f"value_and_grad: has_aux needs f to return (value, aux); it returned {type(out)}")
         out, aux = out
-        aux = optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, aux)
     if not isinstance(out, Tensor):
         raise ValueError(f"value_and_grad: f returned {type(out)}; a 0-d floating tensor is needed")
     if out.ndim != 0 or not out.dtype.is_floating_point:
@@ -221,6 +252,25 @@ def _value_and_aux(out: Any, has_aux: bool) -> tuple[Tensor, Any]:
             f"value_and_grad: f returned shape {tuple(out.shape)} and {out.dtype}; a 0-d floating tensor is needed"
         )
     return out, aux
+
+
+def _under_torch_func(
+    f: Callable[[list[Tensor]], Any], inputs: list[Tensor], has_aux: bool
+) -> tuple[Tensor, Any, list[Tensor]]:
+    """(value, aux, gradients) of f by torch.func, whose own aux may hold tensors alone: the rest goes around it."""
+    others: list[Any] = []
+    form: Any = None
+
+    def wrapped(inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        nonlocal form
+        value, aux = _value_and_aux(f(inputs), has_aux)
+        others[:], form = optree.tree_flatten(aux)
+        return value, [x for x in others if isinstance(x, Tensor)]
+
+    grads, (value, tensors) = torch.func.grad_and_value(wrapped, has_aux=True)(inputs)
+    rest = iter(tensors)
+    aux = optree.tree_unflatten(form, [next(rest) if isinstance(x, Tensor) else x for x in others])
+    return value, aux, grads
 
 
 def _split_batch(batch: Any, n: int) -> list[Any]:

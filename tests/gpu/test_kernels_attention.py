@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from purelm.kernels.flash_attention import bidirectional_flash_attention, flash_attention
-from purelm.ops.attention import attention
+from purelm.kernels.flash_attention import bidirectional_flash_attention, flash_attention, flash_attention_with_lse
+from purelm.ops.attention import attention, attention_with_lse
 from tests.kernels.rules import assert_as_exact, attention_scales
 
 pytestmark = [
@@ -99,6 +99,65 @@ def test_packed_documents(causal):
     check((2, 900, 1100, 4, 2, 64, 64), BF16, causal=causal, segment_ids=(ids(2, 900, 4), ids(2, 1100, 4, 1)))
 
 
+EXTRAS = [
+    ((2, 4, 513, 530), None, {}),
+    ((1, 4, 513, 530), None, dict(causal=False)),
+    ((2, 1, 1, 530), None, dict(window=200)),
+    ((1, 4, 513, 1), (2, 1, 1, 530), dict(causal=False)),
+    (None, (2, 4, 513, 530), {}),
+    (None, (1, 1, 513, 530), dict(causal=False, softcap=5.0)),
+    ((1, 4, 513, 530), (2, 1, 513, 530), dict(softcap=5.0, window=100)),
+]
+
+
+@pytest.mark.parametrize("dim", [64, 128, 36])  # 36: by pointers
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("bias_shape,mask_shape,options", EXTRAS)
+def test_biases_and_masks(bias_shape, mask_shape, options, dtype, dim):
+    """Oracle: float64, with the gradient of the bias; some queries see nothing; two runs give the same bits."""
+    q, k, v, do = tensors(2, 513, 530, 4, 2, dim, dim, dtype)
+    g = torch.Generator("cuda").manual_seed(1)
+    bias = None if bias_shape is None else torch.randn(bias_shape, generator=g, device="cuda").to(dtype)
+    mask = None if mask_shape is None else torch.rand(mask_shape, generator=g, device="cuda") > 0.5
+    if mask is not None and mask_shape[-2] > 1:
+        mask = mask & (torch.arange(513, device="cuda") % 7 != 3).unsqueeze(-1)
+    leaves = [q, k, v] if bias is None else [q, k, v, bias]
+
+    def run(f, leaves, do, **more):
+        return with_gradients(lambda q, k, v, b=None: f(q, k, v, bias=b, mask=mask, **options, **more), leaves, do)
+
+    mine = run(flash_attention, leaves, do)
+    assert all(torch.equal(x, y) for x, y in zip(mine, run(flash_attention, leaves, do), strict=True))
+    exact = run(attention, [x.double() for x in leaves], do.double())
+    same = run(attention, leaves, do)
+    scales, score = attention_scales(q, k, v, do, dim**-0.5)
+    if bias is not None:
+        score += float(bias.abs().max())
+        # A sum of p (dp - delta) over what shares a number, each of the size of dp at most.
+        dp = scales[1] / float(k.abs().max()) * dim**0.5
+        scales.append(dp * (2 * 4 * 513 * 530 / bias.numel()) ** 0.5)
+    for found, reference, wanted, size in zip(mine, same, exact, scales, strict=True):
+        roundings = score + math.log2(k.shape[1] * k.shape[3]) + 6
+        assert_as_exact(found, reference, wanted, roundings=roundings, scale=size)
+
+
+def test_launching_again_with_another_bias_and_mask():
+    """The second launch of a shape takes a short way. Oracle: the reference."""
+    q, k, v, _ = tensors(2, 100, 100, 4, 2, 64, 64, BF16)
+    for seed in range(3):
+        g = torch.Generator("cuda").manual_seed(seed)
+        bias = torch.randn(4, 100, 100, generator=g, device="cuda")
+        mask = torch.rand(2, 1, 100, 100, generator=g, device="cuda") > 0.3
+        for b, m in ((bias, None), (None, mask), (bias, mask), (bias.mT, mask.mT), (bias.bfloat16(), mask)):
+            wanted = attention(q.double(), k.double(), v.double(), bias=None if b is None else b.double(), mask=m)
+            o = flash_attention(q, k, v, bias=b, mask=m)
+            torch.testing.assert_close(o.double(), wanted, rtol=0.02, atol=0.02)
+    with pytest.raises(ValueError, match="bias must be fp32, bf16 or fp16 on CUDA"):
+        flash_attention(q, k, v, bias=bias.double())
+    with pytest.raises(ValueError, match="mask must be on cuda"):
+        flash_attention(q, k, v, mask=mask.cpu())
+
+
 def test_the_transposed_accumulator_is_right_on_hopper():
     """Triton 3.4 to 3.7.0 multiply a transposed accumulator wrongly: dk and dv at the tiles where that bit others.
 
@@ -155,6 +214,28 @@ def test_sinks_and_lse():
     wanted = torch.autograd.grad((o * w).sum() + (lse * 0.1).sum(), wide)
     for x, y in zip(found, wanted, strict=True):
         assert float((x.cpu().double() - y).norm() / y.norm()) < 0.01  # bf16 rounds at 0.4 %
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_halves_of_the_keys_merge_to_the_whole(dtype):
+    """Oracle: float64 attention over all keys, value and gradients, those of lse included (as in ring attention)."""
+    q, k, v, do = tensors(2, 300, 512, 4, 2, 64, 64, dtype)
+
+    def merged(f):
+        def call(q, k, v):
+            parts = [f(q, k[:, at], v[:, at], causal=False) for at in (slice(0, 200), slice(200, 512))]
+            lse = torch.logaddexp(parts[0][1], parts[1][1])
+            return sum(torch.exp(p - lse).transpose(1, 2).unsqueeze(-1) * o.to(p.dtype) for o, p in parts).to(q.dtype)
+
+        return call
+
+    exact = with_gradients(lambda *x: attention(*x, causal=False), [x.double() for x in (q, k, v)], do.double())
+    same = with_gradients(merged(attention_with_lse), [q, k, v], do)
+    mine = with_gradients(merged(flash_attention_with_lse), [q, k, v], do)
+    scales, score = attention_scales(q, k, v, do, 0.125)
+    for x, reference, wanted, size in zip(mine, same, exact, scales, strict=True):
+        # As one attention, and the merge: an exp, products and a sum.
+        assert_as_exact(x, reference, wanted, roundings=2 * score + math.log2(512 * 64) + 10, stored=4.0, scale=size)
 
 
 def test_sinks_of_another_dtype_at_the_same_shape():

@@ -81,3 +81,19 @@ def test_a_training_run_gives_the_same_bits_twice():
     # torch's own embedding backward sorts its indices: it adds in one order.
     for x, y in zip(*map(tree.leaves, ends), strict=True):
         assert torch.equal(x, y)
+
+
+def test_second_derivatives_name_the_bundle_that_has_them():
+    """FUSED refuses, by name; REFERENCE has them."""
+    params = transformer.init(random.key(0, device="cuda"), CFG)
+    leaves, form = tree.flatten(params)
+    leaves = [x.detach().requires_grad_() for x in leaves]
+
+    def norm_of_gradient(ops):
+        loss, _ = transformer.loss(tree.unflatten(form, leaves), batch(), CFG, ops=ops)
+        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    with pytest.raises(RuntimeError, match="double backward is not supported on a GPU: use ops=REFERENCE"):
+        norm_of_gradient(FUSED)
+    assert all(bool(g.isfinite().all()) for g in norm_of_gradient(REFERENCE))

@@ -231,14 +231,6 @@ def test_opcheck():
         torch.library.opcheck(module._bwd_op, (logits, targets.clamp(min=0), per_token, per_token, per_token, None))
 
 
-def test_second_derivatives_are_refused():
-    logits, targets, _ = random_case()
-    logits.requires_grad_()
-    (g,) = torch.autograd.grad(cross_entropy(logits, targets.clamp(min=0))[0], logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        torch.autograd.grad(g.square().sum(), logits)
-
-
 def test_bad_arguments():
     logits, targets, weights = random_case()
     for match, call in {

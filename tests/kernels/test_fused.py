@@ -1,12 +1,21 @@
 """The bundle of kernels in a model. Oracle: the same model with REFERENCE, in float64 (equal to rounding)."""
 
+import inspect
+
 import pytest
 import torch
 
 from purelm import random, tree
+from purelm.kernels.cross_entropy import cross_entropy as kernel_ce
+from purelm.kernels.flash_attention import flash_attention_with_lse
 from purelm.kernels.fused import FUSED
+from purelm.kernels.linear_cross_entropy import log_probs_and_entropy
 from purelm.models import transformer
 from purelm.ops import REFERENCE
+from purelm.ops.attention import attention_with_lse
+from purelm.ops.cross_entropy import cross_entropy
+from purelm.ops.log_probs import log_probs
+from purelm.ops.sdpa import sdpa_attention
 from purelm.optim import adamw, schedules
 from purelm.train import init_state, make_step
 from purelm.transforms import jit, remat, value_and_grad
@@ -69,10 +78,34 @@ def test_a_compiled_step_with_fused_ops():
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
-def test_signatures_are_those_of_the_bundle():
-    """Every field of Ops takes the reference's arguments by name."""
-    import inspect
+# What a kernel has beyond its reference: keywords with defaults.
+MORE = {"attention": ["cu_seqlens", "sinks", "return_lse", "precision"]}
 
-    for name, op in FUSED._asdict().items():
-        wanted = list(inspect.signature(getattr(REFERENCE, name)).parameters)
-        assert list(inspect.signature(op).parameters)[: len(wanted)] == wanted, name
+
+@pytest.mark.parametrize("bundle", [FUSED, REFERENCE._replace(attention=sdpa_attention)], ids=["fused", "sdpa"])
+@pytest.mark.parametrize("name", REFERENCE._fields)
+def test_signatures_are_those_of_the_reference(bundle, name):
+    """Oracle: the reference's signature: names, order, kinds, defaults and shapes of all arguments."""
+    reference, op = getattr(REFERENCE, name), getattr(bundle, name)
+    wanted, found = (list(inspect.signature(f).parameters.values()) for f in (reference, op))
+    # As text, which has all of it: two shapes of jaxtyping are never equal.
+    assert [str(p) for p in found[: len(wanted)]] == [str(p) for p in wanted]
+    assert [p.kind for p in found[: len(wanted)]] == [p.kind for p in wanted]
+    more = found[len(wanted) :]
+    assert [p.name for p in more] == (MORE.get(name, []) if bundle is FUSED else [])
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in more)
+
+
+def test_signature_of_attention_with_lse():
+    """Oracle: the reference's; the kernel's own keywords come after."""
+    both = attention_with_lse, flash_attention_with_lse
+    wanted, found = ([str(p) for p in inspect.signature(f).parameters.values()] for f in both)
+    assert found[: len(wanted)] == wanted
+    more = list(inspect.signature(flash_attention_with_lse).parameters)[len(wanted) :]
+    assert more == [name for name in MORE["attention"] if name != "return_lse"]
+
+
+@pytest.mark.parametrize(("kernel", "reference"), [(log_probs_and_entropy, log_probs), (kernel_ce, cross_entropy)])
+def test_signatures_of_kernels_outside_of_the_bundle(kernel, reference):
+    """Oracle: the reference's signature, results included."""
+    assert str(inspect.signature(kernel)) == str(inspect.signature(reference))

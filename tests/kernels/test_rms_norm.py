@@ -253,13 +253,6 @@ def test_opcheck(weighted):
             torch.library.opcheck(module._bwd, (dy, dsum, x, w, rstd, *need))
 
 
-def test_double_backward_says_so():
-    x, w = (t.requires_grad_() for t in numbers(14, (3, 8), (8,)))
-    (dx,) = torch.autograd.grad(rms_norm(x, w).sin().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="rms_norm: double backward is not supported"):
-        torch.autograd.grad(dx.sum(), x)
-
-
 @pytest.mark.parametrize(
     "arguments,message",
     [

@@ -255,16 +255,6 @@ def test_opcheck():
     torch.library.opcheck(module._rope_qk, (q, k, *rows, True, True))
 
 
-def test_double_backward_says_so():
-    x = torch.randn(2, 4, 3, 6, dtype=torch.float64, requires_grad=True)
-    (dx,) = torch.autograd.grad(scalar(OPS["rope"][0])(x), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="rope: double backward is not supported"):
-        torch.autograd.grad(dx.sum(), x)
-    (dx,) = torch.autograd.grad(scalar(OPS["twice"][0])(x), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="rope_qk: double backward is not supported"):
-        torch.autograd.grad(dx.sum(), x)
-
-
 def test_tables_have_no_gradient_and_say_so():
     x, cos = torch.ones(2, 4, 3, 6, dtype=torch.float64), COS.clone().requires_grad_()
     with pytest.raises(ValueError, match="cos requires a gradient, which the kernel does not give"):
@@ -276,7 +266,7 @@ def test_tables_have_no_gradient_and_say_so():
 @pytest.mark.parametrize(
     "x,cos,layout,message",
     [
-        (torch.ones(2, 4, 6), COS, "half", r"x must be floating \(B, T, H, even K\), got torch.float32 \(2, 4, 6\)"),
+        (torch.ones(2, 4, 6), COS, "half", r"x must be \(..., T, H, K\) .*, got x \(2, 4, 6\)"),
         (torch.ones(2, 4, 3, 7), COS, "half", "even K"),
         (torch.ones(2, 4, 3, 6).long(), COS, "half", "x must be floating"),
         (torch.ones(2, 5, 3, 6), COS, "half", r"cos must be \(5, 3\) or \(2, 5, 3\), got \(4, 3\)"),

@@ -159,13 +159,6 @@ def test_opcheck():
         torch.library.opcheck(module._bwd, args)
 
 
-def test_double_backward_says_so():
-    gate, up = (x.requires_grad_() for x in numbers(9, (3,), (3,)))
-    (dgate,) = torch.autograd.grad(scalar(swiglu)(gate, up), gate, create_graph=True)
-    with pytest.raises(RuntimeError, match="swiglu: double backward is not supported"):
-        torch.autograd.grad(dgate.sum(), up)
-
-
 @pytest.mark.parametrize(
     "gate,up,message",
     [

@@ -139,13 +139,6 @@ def test_opcheck():
             torch.library.opcheck(module._bwd, (dy, rows, w, *need))
 
 
-def test_double_backward_says_so():
-    x, w = (t.requires_grad_() for t in numbers(6, (3, 8), (8,)))
-    (dx,) = torch.autograd.grad(scalar(weighted_sum)(x, w), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="weighted_sum: double backward is not supported"):
-        torch.autograd.grad(dx.sum(), w)
-
-
 @pytest.mark.parametrize(
     "x,w,message",
     [

@@ -219,7 +219,8 @@ def test_no_mask_where_none_is_needed(monkeypatch):
 def test_bad_arguments(attend, unchecked):
     q, k, v = qkv()
     for args, kwargs, message in (
-        ((q[0], k, v), {}, "4 axes"),
+        ((q[0], k, v), {}, "equally many axes"),
+        ((q[0, 0], k[0, 0], v[0, 0]), {}, "equally many axes"),
         ((q, k[..., :4], v), {}, "must be"),
         ((q, k[:, :4], v), {}, "must be"),
         ((q[:1], k, v), {}, "must be"),

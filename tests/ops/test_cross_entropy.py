@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from purelm.ops.cross_entropy import cross_entropy
+from purelm.ops.cross_entropy import cross_entropy, mean_cross_entropy
 from purelm.ops.linear_cross_entropy import linear_cross_entropy
 from purelm.ops.softcap import soft_cap
 
@@ -140,8 +140,10 @@ def test_chunks_hold_one_chunk_of_logits():
 
 def test_bad_arguments():
     h, w, t, _ = random_case()
-    with pytest.raises(ValueError, match="reduction must be"):
-        cross_entropy(h, t.clamp(max=3), reduction="mean")
+    with pytest.raises(ValueError, match='reduction must be "none", "sum" or "mean", got'):
+        cross_entropy(h, t.clamp(max=3), reduction="max")
+    with pytest.raises(ValueError, match="denominator must be None"):
+        linear_cross_entropy(h, w, t, reduction="mean", denominator=2.0)
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         linear_cross_entropy(h, w, t, chunk=0)
 
@@ -184,3 +186,45 @@ def test_no_target_is_a_loss_of_0(denominator):
     ):
         assert loss == 0.0 and nll == 0.0
         assert all(bool((g == 0).all()) for g in torch.autograd.grad(loss, (h, w)))
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_ignore_index_and_mean_equal_torch(reduction, chunk):
+    """Oracle: torch.nn.functional.cross_entropy with the same two arguments, values and gradients, float64."""
+    h, w, t, _ = random_case()
+    t[0, 1:] = -100
+    t[2, 2] = 3
+    h.requires_grad_(), w.requires_grad_()
+    logits = h @ w.T
+    for ignore in (-100, 3):
+        targets = torch.where(t == -100, 0, t) if ignore == 3 else t
+        expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore, reduction=reduction)
+        expected = expected.reshape(t.shape) if reduction == "none" else expected
+        options = dict(ignore_index=ignore, reduction=reduction)
+        found = [linear_cross_entropy(h, w, targets, chunk=chunk, **options), cross_entropy(logits, targets, **options)]
+        g = torch.randn_like(expected)
+        wanted = torch.autograd.grad(expected, (h, w), g, retain_graph=True)
+        for loss, nll in found:
+            torch.testing.assert_close((loss, nll), (expected, expected.detach()))
+            torch.testing.assert_close(torch.autograd.grad(loss, (h, w), g, retain_graph=True), wanted)
+    mean = cross_entropy(logits, t.clamp(min=0), weights=t.clamp(min=0) * 0.5, reduction="mean")[0]
+    whole = t.clamp(min=0) * 0.5  # the mean is that of the weights
+    torch.testing.assert_close(mean, cross_entropy(logits, t.clamp(min=0), weights=whole, denominator=whole.sum())[0])
+
+
+def test_the_mean_is_one_tensor_and_equals_torch():
+    """Oracle: torch.nn.functional.cross_entropy with its defaults; over no token 0, where torch has NaN."""
+    h, w, t, _ = random_case()
+    logits = (h @ w.T).requires_grad_()
+    t[1, :3] = -100
+    loss, expected = mean_cross_entropy(logits, t), F.cross_entropy(logits.flatten(0, 1), t.flatten())
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
+    every = mean_cross_entropy(logits, t.clamp(min=0), ignore_index=None, softcap=2.0, z_loss=0.1)
+    capped = 2.0 * torch.tanh(logits / 2.0)
+    z = capped.logsumexp(-1).square().mean()
+    torch.testing.assert_close(every, F.cross_entropy(capped.flatten(0, 1), t.clamp(min=0).flatten()) + 0.1 * z)
+    nothing = mean_cross_entropy(logits, torch.full_like(t, -100))
+    assert nothing == 0.0 and not torch.autograd.grad(nothing, logits)[0].any()
+    assert mean_cross_entropy(logits.bfloat16(), t).dtype == torch.float32

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from purelm.kernels.rope import rope as kernel_rope
 from purelm.ops.rope import RopeScaling, attention_factor, frequencies, rope, rope_tables
 
 
@@ -196,3 +197,33 @@ def test_each_position_may_have_a_length_of_its_own():
     cos, sin = rope_tables(torch.arange(4), K, THETA, scaling, length=lengths)
     assert cos.shape == sin.shape == (1, 4, K // 2)
     torch.testing.assert_close(cos[0, 3], rope_tables(torch.tensor([3]), K, THETA, scaling, length=3 * L)[0][0])
+
+
+@pytest.mark.parametrize("f", [rope, kernel_rope], ids=["reference", "kernel"])
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+def test_without_heads_and_with_other_numbers_of_axes(f, layout):
+    """Oracle: one head, or each sample alone, bit for bit."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 5, 4, 6, generator=g, dtype=torch.float64)  # two batch axes, 5 positions, 4 heads
+    one = rope_tables(torch.arange(5), 6, dtype=torch.float64)
+    rows = rope_tables(torch.arange(5) + 7 * torch.arange(6).view(2, 3, 1), 6, dtype=torch.float64)
+    for a in range(2):
+        for b in range(3):
+            assert torch.equal(f(x, *one, layout)[a, b], rope(x[a, b][None], *one, layout)[0])
+            mine = [t[a, b] for t in rows]
+            assert torch.equal(f(x, *rows, layout)[a, b], rope(x[a, b][None], *mine, layout)[0])
+            assert torch.equal(f(x[a, b], *mine, layout), rope(x[a, b][None], *mine, layout)[0])
+    flat = x[:, :, :, 0]  # (2, 3, 5, 6)
+    assert torch.equal(f(flat, *rows, layout, heads=False), f(x[:, :, :, :1], *rows, layout)[:, :, :, 0])
+    assert torch.equal(f(flat[0], *one, layout, heads=False), f(x[0, :, :, :1], *one, layout)[:, :, 0])
+
+
+@pytest.mark.parametrize("f", [rope, kernel_rope], ids=["reference", "kernel"])
+def test_heads_are_not_taken_for_positions(f, unchecked):
+    """(B, T, K) where (B, T, H, K) is meant, and the other way round, have another length where T is looked for."""
+    cos, sin = rope_tables(torch.arange(5), 6)
+    for x, heads in ((torch.ones(1, 5, 6), True), (torch.ones(2, 5, 4, 6), False), (torch.ones(5, 6), True)):
+        with pytest.raises(ValueError, match=rf"x must be .* with heads={heads}, got x"):
+            f(x, cos, sin, heads=heads)
+    with pytest.raises(ValueError, match=r"x must be|cos must be"):
+        f(torch.ones(1, 5, 2, 8), cos, sin)

@@ -12,9 +12,10 @@ from purelm.kernels.flash_attention import bidirectional_flash_attention, flash_
 from purelm.kernels.rms_norm import add_rms_norm
 from purelm.kernels.rms_norm import rms_norm as kernel_rms_norm
 from purelm.ops.attention import attention
-from purelm.ops.cross_entropy import cross_entropy
+from purelm.ops.cross_entropy import cross_entropy, mean_cross_entropy
 from purelm.ops.layer_norm import layer_norm
 from purelm.ops.linear_cross_entropy import linear_cross_entropy
+from purelm.ops.log_probs import log_probs
 from purelm.ops.rms_norm import rms_norm
 from purelm.ops.rope import RopeScaling, frequencies
 from purelm.ops.sdpa import sdpa_attention
@@ -30,12 +31,13 @@ LINEAR = {
 }
 LOSSES = {
     **LINEAR,
+    "ops.mean_cross_entropy": lambda **kw: mean_cross_entropy(LOGITS, TARGETS, **kw),
     "ops.cross_entropy": lambda **kw: cross_entropy(LOGITS, TARGETS, **kw),
     "kernels.cross_entropy": lambda **kw: kernel_ce.cross_entropy(LOGITS, TARGETS, **kw),
 }
 LOG_PROBS = {
-    "log_probs": lambda **kw: kernel_lce.log_probs_and_entropy(HIDDEN, ROWS, TARGETS, **kw),
-    "log_probs_reference": lambda **kw: kernel_lce.log_probs_and_entropy_reference(HIDDEN, ROWS, TARGETS, **kw),
+    "kernels.log_probs_and_entropy": lambda **kw: kernel_lce.log_probs_and_entropy(HIDDEN, ROWS, TARGETS, **kw),
+    "ops.log_probs": lambda **kw: log_probs(HIDDEN, ROWS, TARGETS, **kw),
 }
 ATTENTION = {
     "ops.attention": lambda **kw: attention(QKV, QKV, QKV, **kw),
