@@ -15,11 +15,11 @@ from purelm.interop import ddp as ddp_module
 from purelm.interop import fsdp as fsdp_module
 from purelm.kernels import adamw as kernels
 from purelm.models import transformer
+from purelm.ops import REFERENCE
 from purelm.optim import adamw, schedules
-from purelm.optim.clip import clip
-from purelm.train import FULL, MIXED, Precision, init_state, make_step
-from purelm.transforms import jit, remat
-from tests.dist.models import CFG, TIED, assert_close, batch_of, params_of
+from purelm.train import MIXED, Precision, init_state, make_step, reducing
+from purelm.transforms import jit, remat, value_and_grad
+from tests.dist.models import CFG, TIED, assert_close, batch_of, params_of, sharded_model
 from tests.dist.processes import RankError, run
 from tests.dist.test_world import fails_in_the_middle
 
@@ -52,51 +52,38 @@ def test_collectives():
     run(on_rank_collectives, gpus=True)
 
 
-def ways(way, params, optimizer):
-    """(local state, step, whole parameters of a state)"""
-    options = {"prepare": ddp.with_global_denominator, "precision": FLOAT64}
-    schedule = schedules.constant(1e-2)
-
-    def loss(p, b):
-        return transformer.loss(p, b, CFG, wrap_block=remat)
-
+def ways(way):
+    """(model, strategy)"""
     if way == "fsdp":
-        plan = fsdp.plan(params)
-        options |= {"differentiate": partial(fsdp.differentiate, microbatches=2), "norm": plan.norm}
-        options["reduce"] = lambda grads: clip(grads, 0.5, norm=plan.norm)[0]
-        loss = partial(fsdp.transformer_loss, cfg=CFG, plan=plan, wrap_block=remat)
-        step = make_step(loss, optimizer, schedule, **options)
-        return init_state(plan.shard(params), optimizer, FLOAT64), step, plan.unshard
-    options["reduce"] = lambda grads: clip(grads, 0.5)[0]
-    if way in ("overlapped", "zero1", "zero2"):
-        # Small buckets: several under way.
-        more = {"microbatches": 2, "bucket_bytes": 4096, "parts": way == "zero2"}
-        options["differentiate"] = partial(ddp.differentiate, **more)
+        model = sharded_model(CFG, remat)
+        return model, fsdp.strategy(model)
+    if way in ("overlapped", "zero2"):  # small buckets: several under way
+        strategy = (ddp if way == "overlapped" else zero).strategy(bucket_bytes=4096)
+    elif way == "zero1":
+        sharded = partial(zero.sharded, reduce=None)
+        strategy = ddp.strategy(bucket_bytes=4096)._replace(optimizer=sharded)
     else:
-        options["reduce"] = lambda grads: clip(ddp.all_reduce_mean(grads, None, way, op="sum"), 0.5)[0]
-    if way == "zero1":
-        optimizer = zero.sharded(optimizer, reduce=None)
-    if way == "zero2":
-        optimizer, options["norm"] = zero.sharded(optimizer, reduce="parts"), zero.global_norm()
-        options["reduce"] = lambda grads: clip(grads, 0.5, norm=zero.global_norm())[0]
-    return init_state(params, optimizer, FLOAT64), make_step(loss, optimizer, schedule, **options), lambda p: p
+        reduce = partial(ddp.all_reduce_mean, strategy=way, op="sum")
+        strategy = reducing(reduce)._replace(prepare=ddp.with_global_denominator)
+    return transformer.make(CFG, wrap_block=remat), strategy
 
 
 def on_rank_trains(way):
     params, optimizer = here(params_of()), adamw(weight_decay=0.1)
-    alone = make_step(
-        lambda p, b: transformer.loss(p, b, CFG), optimizer, schedules.constant(1e-2),
-        precision=FLOAT64, reduce=lambda grads: clip(grads, 0.5)[0],
-    )  # fmt: skip
+    options = {"schedule": schedules.constant(1e-2), "precision": FLOAT64, "max_norm": 0.5}
+    alone = make_step(partial(transformer.loss, cfg=CFG), optimizer, **options)
     expected = init_state(params, optimizer, FLOAT64)
-    state, step, whole = ways(way, params, optimizer)
+    model, strategy = ways(way)
+    microbatches = 2 if way in ("overlapped", "zero1", "zero2", "fsdp") else 1
+    step = make_step(model.loss, optimizer, strategy=strategy, microbatches=microbatches, **options)
+    state = init_state(params, optimizer, FLOAT64, strategy)
     for i in range(4):
         expected, theirs = alone(expected, here(batch_of(0, 1, step=i)))
         state, metrics = step(state, here(batch_of(rank_of(None), 2, step=i)))
         if way in ("overlapped", "zero1", "zero2", "fsdp"):
             torch.testing.assert_close(metrics["loss"], theirs["loss"], rtol=1e-9, atol=0)
-    assert_close(whole(state.params), expected.params, 1e-9, 1e-11)  # Adam divides small numbers
-    check_equal(whole(state.params))
+    assert_close(strategy.unshard(state.params), expected.params, 1e-9, 1e-11)  # Adam divides small numbers
+    check_equal(strategy.unshard(state.params))
 
 
 @pytest.mark.parametrize("way", ["per_leaf", "flat", "bucketed", "overlapped", "zero1", "zero2", "fsdp"])
@@ -125,7 +112,9 @@ def test_sharded_step_in_place():
 
 def on_rank_tensor_parallel(sequence_parallel):
     cfg = replace(CFG, vocab_size=20)
-    plan = tensor_parallel.Plan(cfg, None, sequence_parallel)
+    layout = tensor_parallel.Layout(cfg.vocab_size, None, sequence_parallel)
+    model = transformer.make(cfg, layout.ops(REFERENCE))
+    strategy = tensor_parallel.strategy(model, layout)
     params = here(params_of(cfg))
     batch = here(batch_of(0, 1, cfg))
 
@@ -136,9 +125,9 @@ def on_rank_tensor_parallel(sequence_parallel):
         return value.detach(), tree.unflatten(tree.flatten(p)[1], list(grads))
 
     value, grads = gradient(partial(transformer.loss, cfg=cfg), params)
-    own, local = gradient(plan.loss, plan.shard(params))
+    own, local = gradient(model.loss, strategy.shard(params))
     torch.testing.assert_close(own, value, rtol=1e-12, atol=0)
-    assert_close(plan.unshard(plan.reduce(local)), grads, 1e-10, 1e-13)
+    assert_close(strategy.unshard(strategy.reduce(local)), grads, 1e-10, 1e-13)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence"])
@@ -154,15 +143,12 @@ def on_rank_kernels(compiled):
     x = random.randint(random.key(1), (8, SMALL.context_length + 1), 0, SMALL.vocab_size).to(CUDA)
     batch = {"tokens": x[:, :-1].contiguous(), "targets": x[:, 1:].contiguous()}
     mine = tree.map(lambda t: t.chunk(2)[rank_of(None)], batch)
-    plan = fsdp.plan(params, compute=torch.bfloat16)
-    wrap = (lambda f: jit(remat(f))) if compiled else remat
-    optimizer, schedule = adamw(), schedules.constant(1e-3)
-    step = make_step(
-        partial(fsdp.transformer_loss, cfg=SMALL, plan=plan, ops=FUSED, wrap_block=wrap), optimizer, schedule,
-        precision=FULL, differentiate=fsdp.differentiate, prepare=ddp.with_global_denominator, norm=plan.norm,
-    )  # fmt: skip
-    alone = make_step(lambda p, b: transformer.loss(p, b, SMALL, ops=FUSED), optimizer, schedule, precision=MIXED)
-    state, expected = init_state(plan.shard(params), optimizer), init_state(params, optimizer)
+    model = sharded_model(SMALL, (lambda f: jit(remat(f))) if compiled else remat, FUSED)
+    optimizer, options = adamw(), {"schedule": schedules.constant(1e-3), "precision": MIXED}
+    strategy = fsdp.strategy(model)
+    step = make_step(model.loss, optimizer, strategy=strategy, **options)
+    alone = make_step(partial(transformer.loss, cfg=SMALL, ops=FUSED), optimizer, **options)
+    state, expected = init_state(params, optimizer, strategy=strategy), init_state(params, optimizer)
     for _ in range(5):
         state, metrics = step(state, mine)
         expected, theirs = alone(expected, batch)
@@ -237,10 +223,9 @@ def on_rank_tied():
     params = here(params_of(TIED))
     plan = fsdp.plan(params)
     batch = ddp.with_global_denominator(here(batch_of(rank_of(None), 2, TIED)))
-    loss = partial(fsdp.transformer_loss, cfg=TIED, plan=plan)
-    (value, _), grads = fsdp.differentiate(loss)(plan.shard(params), batch)
-    whole = partial(transformer.loss, cfg=TIED)
-    (expected, _), theirs = fsdp.differentiate(whole)(params, here(batch_of(0, 1, TIED)))
+    (value, _), grads = fsdp.differentiate(sharded_model(TIED).loss, plan)(plan.shard(params), batch)
+    whole = value_and_grad(partial(transformer.loss, cfg=TIED), has_aux=True)
+    (expected, _), theirs = whole(params, here(batch_of(0, 1, TIED)))
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
     assert_close(plan.unshard(grads), theirs, 1e-10, 1e-13)
 

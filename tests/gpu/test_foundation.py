@@ -10,7 +10,7 @@ import torch
 
 from purelm import checkpoint, random, tree
 from purelm.data import random_windows
-from purelm.generate import generate
+from purelm.generate import Sampling, generate
 from purelm.models import transformer
 from purelm.ops import REFERENCE
 from purelm.ops.sdpa import sdpa_attention
@@ -192,8 +192,11 @@ def test_training_reduces_the_loss_and_resumes_bit_for_bit(tmp_path, determinist
 def test_greedy_generation_equals_that_of_the_cpu():
     params = transformer.init(random.key(5), CFG)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    a = generate(params, prompts, CFG, random.key(1), max_new_tokens=20, temperature=0.0)
-    b = generate(tree.to(params, CUDA), prompts, CFG, random.key(1, device=CUDA), max_new_tokens=20, temperature=0.0)
+    model, greedy = transformer.make(CFG), Sampling(temperature=0.0)
+    a = generate(model, params, prompts, random.key(1), max_new_tokens=20, sampling=greedy)
+    b = generate(
+        model, tree.to(params, CUDA), prompts, random.key(1, device=CUDA), max_new_tokens=20, sampling=greedy
+    )
     assert [x.tolist() for x in a.tokens] == [x.tolist() for x in b.tokens]
 
 
