@@ -9,7 +9,7 @@ they are the references, which inductor fuses with the operations around them; i
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -18,12 +18,14 @@ from purelm.kernels.linear_cross_entropy import linear_cross_entropy, log_probs_
 from purelm.kernels.rms_norm import rms_norm
 from purelm.kernels.rope import rope
 from purelm.kernels.swiglu import swiglu
-from purelm.ops import REFERENCE
+from purelm.ops import REFERENCE, protocols
 
 __all__ = ["FUSED", "unless_compiling"]
 
+Op = TypeVar("Op", bound=Callable[..., Any])
 
-def unless_compiling(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+
+def unless_compiling(kernel: Op, reference: Op) -> Op:
     """`reference` while torch.compile traces, else `kernel`."""
 
     @wraps(kernel)
@@ -31,13 +33,13 @@ def unless_compiling(kernel: Callable[..., Any], reference: Callable[..., Any]) 
         return reference(*args, **kwargs) if torch.compiler.is_compiling() else kernel(*args, **kwargs)
 
     op.__module__, op.__name__, op.__qualname__ = __name__, f"eager_{kernel.__name__}", f"eager_{kernel.__name__}"
-    return op
+    return cast(Op, op)
 
 
 # Under names of their own in here, by which a bundle that holds them is pickled.
-eager_rms_norm = unless_compiling(rms_norm, REFERENCE.rms_norm)
-eager_rope = unless_compiling(rope, REFERENCE.rope)
-eager_swiglu = unless_compiling(swiglu, REFERENCE.swiglu)
+eager_rms_norm: protocols.RMSNorm = unless_compiling(rms_norm, REFERENCE.rms_norm)
+eager_rope: protocols.Rope = unless_compiling(rope, REFERENCE.rope)
+eager_swiglu: protocols.Gate = unless_compiling(swiglu, REFERENCE.swiglu)
 FUSED = REFERENCE._replace(
     attention=flash_attention,
     linear_cross_entropy=linear_cross_entropy,

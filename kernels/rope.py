@@ -20,7 +20,7 @@ from torch import Tensor
 
 from purelm.kernels.recipe import applier, backward_function
 from purelm.ops.derivatives import in_forward_mode
-from purelm.ops.rope import LAYOUTS, check_tables
+from purelm.ops.rope import LAYOUTS, Layout, check_tables
 from purelm.ops.rope import rope as reference
 
 __all__ = ["rope", "rope_qk"]
@@ -32,7 +32,7 @@ def rope(
     x_BTHK: Float[Tensor, "*axes k"],
     cos: Float[Tensor, "*bt j"],
     sin: Float[Tensor, "*bt j"],
-    layout: str = "interleaved",
+    layout: Layout = "interleaved",
     *,
     heads: bool = True,
 ) -> Float[Tensor, "*axes k"]:
@@ -67,7 +67,7 @@ def rope_qk(
     k_BTGK: Float[Tensor, "b t g k"],
     cos: Float[Tensor, "*bt j"],
     sin: Float[Tensor, "*bt j"],
-    layout: str = "interleaved",
+    layout: Layout = "interleaved",
 ) -> tuple[Float[Tensor, "b t h k"], Float[Tensor, "b t g k"]]:
     """(rope(q), rope(k)) in one launch; q and k may differ in their number of heads alone. Errors as `rope`'s."""
     cos, sin = _check("rope_qk", [("q", q_BTHK), ("k", k_BTGK)], cos, sin, layout)

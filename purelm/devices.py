@@ -1,4 +1,4 @@
-"""What a device computes with units of its own, found by measuring; and whether its values can be read at once."""
+"""Which number formats a device multiplies in hardware, found by measuring; and whether values can be read at once."""
 
 import functools
 import time
@@ -8,9 +8,9 @@ from torch import Tensor
 
 __all__ = ["at_hand", "multiplies_natively"]
 
-# Time of a product relative to fp32's at which a format counts as native. With units for it a device takes 0.6 of
-# fp32's time or less; a CPU that widens bf16 to fp32 on the way 2.7 (AVX-512 without bf16), one that falls back to
-# scalar loops 50 (AVX2). So the answer does not hang on a measurement's noise.
+# A format counts as native if a product takes at most this many times as long as in fp32. Measured: 0.6 or less with
+# units for the format; 2.7 on a CPU that widens bf16 to fp32 (AVX-512 without bf16); 50 on one that uses scalar loops
+# (AVX2). The gap is wide enough that noise does not change the answer.
 SLOWEST = 1.5
 N_ROUNDS = 6
 
@@ -18,11 +18,11 @@ N_ROUNDS = 6
 def multiplies_natively(dtype: torch.dtype, device: torch.device | str) -> bool:
     """Whether `device` multiplies matrices of `dtype` about as fast as fp32 ones, or faster.
 
-    Measured once in a process, in 0.01 to 0.05 s on a CPU: products of 192 x 192 (1,024 on a GPU) in `dtype` and in
-    fp32 by turns, the best of which may take 1.5 times as long as fp32's. On a CPU it is one thread's own time that
-    counts, so that a busy machine gives the same answer. fp32 is the measure, and so native;
-    so is fp64, which a CPU has. What decides is the machine as it runs now: a limit on instruction sets
-    (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA) counts.
+    Measured once in a process, in 0.01 to 0.05 s on a CPU: products of 192 x 192 matrices (1,024 on a GPU) in `dtype`
+    and in fp32 by turns; native means that the fastest takes at most 1.5 times as long as the fastest in fp32. On a CPU
+    the thread's own time is counted, so that a busy machine gives the same answer. fp32 and fp64 count as native
+    without a measurement. Limits on instruction sets (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA) are respected, since
+    the machine is measured as it runs.
 
     >>> multiplies_natively(torch.float32, "cpu")
     True
@@ -30,8 +30,8 @@ def multiplies_natively(dtype: torch.dtype, device: torch.device | str) -> bool:
     return _measured(dtype, torch.device(device))
 
 
-# torch.compile takes the answer for a constant, where it would otherwise trace the stop-watch. This is what
-# torch.compiler.assume_constant_result does, which imports dynamo: as much again as torch itself.
+# torch.compile then treats the answer as a constant and does not trace the measurement. The same as
+# torch.compiler.assume_constant_result, but that imports dynamo, which takes as long as importing torch.
 multiplies_natively._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -40,7 +40,7 @@ def _measured(dtype: torch.dtype, device: torch.device) -> bool:
     if dtype in (torch.float32, torch.float64) or device.type == "meta":
         return True
     n = 192 if device.type == "cpu" else 1024
-    # 1 + small numbers: no denormals, and no zeros, which some units pass over faster.
+    # Values of 1 to 1 + 1/64: denormals are slow and zeros fast on some units.
     wide = 1 + torch.linspace(0, 1, n * n, dtype=torch.float32, device=device).view(n, n) / 64
     narrow = wide.to(dtype)
     n_threads = torch.get_num_threads()
@@ -48,7 +48,7 @@ def _measured(dtype: torch.dtype, device: torch.device) -> bool:
         if device.type == "cpu":
             torch.set_num_threads(1)
         with torch.no_grad():
-            _seconds(wide, device), _seconds(narrow, device)  # libraries make their handles
+            _seconds(wide, device), _seconds(narrow, device)  # the first products load libraries
             times = [(_seconds(narrow, device), _seconds(wide, device)) for _ in range(N_ROUNDS)]
     finally:
         torch.set_num_threads(n_threads)
@@ -57,7 +57,7 @@ def _measured(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _seconds(x: torch.Tensor, device: torch.device) -> float:
-    """Of one product."""
+    """Time of one product."""
     if device.type == "cpu":
         begin = time.thread_time()
         x @ x

@@ -1,4 +1,4 @@
-"""Files written beside their name: what a killed writer left is found and removed, and no output replaces an input."""
+"""Atomic files: written under a temporary name and renamed; leftovers of killed writers are found and removed."""
 
 import fcntl
 import os
@@ -15,7 +15,7 @@ _STAGED = re.compile(r"\.new-(?P<id>[0-9a-f]{16})")
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk: so that a rename never outruns the data."""
+    """Flush a file, or the entries of a folder, to the disk: a rename must not reach it before the data does."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -24,9 +24,9 @@ def sync(path: Path) -> None:
 
 
 def hold(descriptor: int) -> bool:
-    """Lock an open file or folder for as long as it is open, in this process or a killed one; False where it is taken.
+    """Lock an open file or folder until it is closed or the process ends; False where another process has the lock.
 
-    Also False where the file system has no locks: then nothing there is ever taken for a leftover.
+    Also False where the file system has no locks, so that `remove_leftovers` removes nothing there.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -36,9 +36,11 @@ def hold(descriptor: int) -> bool:
 
 
 def remove_leftovers(folder: Path, name: re.Pattern, keep: Iterable[str | None] = ()) -> None:
-    """Remove the files and folders in `folder` whose whole name matches and whose writer does not `hold` them any more.
+    """Remove the files and folders in `folder` whose whole name matches and that no writer `hold`s any more.
 
-    name: with a group "id"; where one of an id is held, none of them goes. keep: ids that are not leftovers.
+    Args:
+        name: a pattern with a group "id". Files of one id are removed together, or not at all if one of them is held.
+        keep: ids that are not removed.
     """
     kept = set(keep)
     groups: dict[str, list[Path]] = {}
@@ -53,7 +55,7 @@ def remove_leftovers(folder: Path, name: re.Pattern, keep: Iterable[str | None] 
             if all([hold(descriptor) for descriptor in opened]):
                 for path in paths:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        except OSError:  # another process was quicker, or it is not ours to remove
+        except OSError:  # another process removed it first, or we lack the permission
             pass
         finally:
             for descriptor in opened:
@@ -62,9 +64,10 @@ def remove_leftovers(folder: Path, name: re.Pattern, keep: Iterable[str | None] 
 
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A new folder inside of `folder` for what is renamed from there when all of it is done; it goes in any case.
+    """A temporary folder inside `folder`: files are written there and renamed into place when all of them are done.
 
-    Made with `folder` where that does not exist. What a killed process left of this kind is removed first.
+    It is removed on leaving, and so is `folder` where it was made here and is empty. What killed processes left of
+    this kind is removed first.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

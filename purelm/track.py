@@ -1,7 +1,7 @@
 """What a run leaves behind: config.json, metrics.jsonl, curves.png and a self-contained report.html.
 
-A sink is any function of one row (a dict of plain numbers and strings); a run writes to several. The JSON-lines file
-is the record: the plot and the report are functions of it and can be made again at any time.
+A sink is any function of one row (a dict of plain numbers and strings); a run may write to several. The JSON-lines
+file is the record: the plot and the report are made from it, and can be made again at any time.
 """
 
 import base64
@@ -31,7 +31,7 @@ Sink = Callable[[Row], None]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file whole: readers see the old text or the new one."""
+    """Write a file atomically: readers see the old text or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -62,7 +62,7 @@ def _line(row: Row) -> str:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line cut short by a kill is left out, any other bad line is a ValueError."""
+    """Rows of a metrics file. A last line cut short by a kill is left out; any other bad line is a ValueError."""
     path = Path(path)
     if not path.is_file():
         return []
@@ -80,12 +80,12 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def truncate_rows(path: str | Path, step: int) -> None:
-    """Drop rows after `step`, atomically: a resumed run writes those again."""
+    """Drop the rows after `step`, atomically: a run resumed at `step` writes them again."""
     drop_rows(path, lambda row: row.get("step", 0) > step)
 
 
 def drop_rows(path: str | Path, unwanted: Callable[[Row], bool]) -> None:
-    """Drop the rows of which `unwanted` is true, atomically, and a last line that a kill cut short."""
+    """Drop the rows for which `unwanted` is true, and a last line that a kill cut short; atomically."""
     path = Path(path)
     if not path.is_file():
         return
@@ -131,10 +131,10 @@ def plot_curves(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Figure and canvas by hand: pyplot would keep global state.
+    # Figure and canvas are made here, because pyplot keeps global state.
     figure = Figure(figsize=(11, 7))
     FigureCanvasAgg(figure)
-    # Places that fit these labels: to have them found takes as long as to draw.
+    # Margins that fit these labels: matplotlib's automatic layout takes as long as drawing.
     axes = figure.subplots(2, 2, gridspec_kw={"left": 0.08, "right": 0.98, "bottom": 0.07, "top": 0.95, "hspace": 0.28})
     panels = [
         ("loss", "training loss, nats per token"),
@@ -170,7 +170,7 @@ _STYLE = (
 
 
 def show(value: Any) -> str:
-    """A value as people read it: 4 significant digits, thousands separated."""
+    """A value as text: 4 significant digits, thousands separated by commas."""
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.1f}"
     return f"{value:,}" if type(value) is int else str(value)
@@ -198,7 +198,7 @@ def write_report(
     curves: str | Path | None = None,
     samples: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """report.html: one file that opens offline, the picture embedded: what came out, curves, samples, config."""
+    """report.html: result, curves, samples and configuration in one file that opens offline."""
     parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Result</h2>", _table(summary.items())]
     if curves is not None and Path(curves).is_file():
         data = base64.b64encode(Path(curves).read_bytes()).decode("ascii")

@@ -10,7 +10,7 @@ the same `Strategy`: how parameters lie on them, and how gradients come about.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ __all__ = [
     "ALONE",
     "FULL",
     "MIXED",
+    "Differentiate",
     "Loss",
     "Precision",
     "Strategy",
@@ -94,6 +95,17 @@ def n_targets(batch: Any) -> Tensor | None:
     return weights.sum(dtype=torch.promote_types(weights.dtype, torch.float32))
 
 
+class Differentiate(Protocol):
+    """The function (local params, batch) -> ((loss, metrics), gradients) of what all processes have.
+
+    microbatches: parts in which each process's batch is computed. compute: the dtype of parameters in the loss.
+    """
+
+    def __call__(
+        self, loss: Loss, /, *, microbatches: int = 1, compute: torch.dtype | None = None
+    ) -> Callable[[Any, Any], Any]: ...
+
+
 class Strategy(NamedTuple):
     """What several processes do differently, as one value: its functions agree with each other.
 
@@ -103,9 +115,8 @@ class Strategy(NamedTuple):
 
     # batch -> batch, before it is cut into microbatches: where a denominator of all processes' batches enters
     prepare: Callable[[Any], Any] = with_denominator
-    # (loss, microbatches=n, compute=dtype) -> the function (local params, batch) -> ((loss, metrics), gradients) of
-    # what all processes have; never compiled as a whole. None: value_and_grad and accumulate, of this one's batch.
-    differentiate: Callable[..., Callable[[Any, Any], Any]] | None = None
+    # Never compiled as a whole. None: value_and_grad and accumulate, of this process's batch.
+    differentiate: Differentiate | None = None
     reduce: Callable[[Any], Any] = identity  # gradients -> gradients of what all processes have
     norm: Callable[[Any], Tensor] = tree.global_norm  # of reduced gradients: of all of them, not of one process's parts
     optimizer: Callable[[Optimizer], Optimizer] = identity  # to the one that takes these gradients

@@ -127,7 +127,7 @@ def our_step(
     return run
 
 
-def _plain(loss: Loss, *, microbatches: int, compute: torch.dtype) -> Callable[[Any, Any], Any]:
+def _plain(loss: Loss, *, microbatches: int = 1, compute: torch.dtype | None = None) -> Callable[[Any, Any], Any]:
     """Gradients of this process's batch, not compiled as a whole."""
     return value_and_grad(loss, has_aux=True)
 

@@ -62,8 +62,8 @@ def forward_flops(
     """FLOPs of a forward pass over batch_size sequences of `length` (context_length when None), by part.
 
     Args:
-        skip_masked: count attention over visible pairs alone, which a flash kernel comes near; else all T^2 pairs,
-            as the course does and as MFU is usually stated.
+        skip_masked: count attention only over pairs that see each other, about what a flash kernel computes; else over
+            all T^2 pairs, as the course does and as MFU is usually stated.
 
     >>> cfg = Config(vocab_size=50257, context_length=1024, d_model=1600, n_layers=48, n_heads=25, d_ff=4288)
     >>> sum(forward_flops(cfg).values()) / 1e12
@@ -78,9 +78,9 @@ def forward_flops(
 def train_flops(
     cfg: Config, batch_size: int = 1, length: int | None = None, *, remat: bool = False, skip_masked: bool = False
 ) -> int:
-    """FLOPs of forward and backward: 3 times the forward pass, since backward forms two products for each one.
+    """FLOPs of forward and backward: 3 times the forward pass, since backward has two products for each one in forward.
 
-    remat: 4 times, every product once more. For MFU leave it False: recomputation is not useful work.
+    remat: 4 times, since forward runs twice. For MFU leave it False: recomputation is not useful work.
     """
     return (4 if remat else 3) * sum(forward_flops(cfg, batch_size, length, skip_masked=skip_masked).values())
 
@@ -110,14 +110,14 @@ def activation_bytes(
 ) -> dict[str, int]:
     """Bytes that backward needs from forward, by part: the course's list, one tensor for each operation's result.
 
-    norms, q k v, scores, softmax, weighted values, output projection, ffn (W1, activation, W3, product, W2), final
-    norm, logits, cross-entropy. A model of memory, not a measurement: a compiler keeps less, plain eager code more
-    (fp32 copies, masks, rotary products).
+    These are norms, q k v, scores, softmax, weighted values, output projection, ffn (W1, activation, W3, product, W2),
+    final norm, logits, cross-entropy. An estimate: compiled code keeps less, eager code more (fp32 copies, masks,
+    rotary products).
 
     Args:
         bytes_per_element: 4 for fp32, 2 for bf16.
-        flash: no scores and no softmax are kept, but one fp32 log-sum-exp for each query and head.
-        remat: of each block only its input is kept; one block at a time is computed again.
+        flash: instead of scores and softmax, one fp32 log-sum-exp for each query and head is kept.
+        remat: only each block's input is kept, and all activations of the one block that is being recomputed.
     """
     T = cfg.context_length if length is None else length
     N, D, e = batch_size * T, cfg.d_model, bytes_per_element

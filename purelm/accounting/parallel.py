@@ -1,9 +1,9 @@
-"""When communication binds: bytes that a rank sends in a training step, seconds beside those of compute, and memory.
+"""What parallel training costs: bytes that a rank sends in a step, the time beside that of compute, and memory.
 
-Plain arithmetic as in `accounting`. A step is a forward and a backward phase; in each, compute c B and communication
-d + t B are linear in the batch B of a rank, and a perfect overlap takes the longer of both. Bytes are those that one
-rank sends in a ring: (N - 1)/N n for an all_gather or a reduce_scatter of n bytes, twice that for an all_reduce. So
-`bandwidth` is what nccl-tests call bus bandwidth, bytes/s that one rank sends.
+Plain arithmetic as in `accounting`. A step has a forward and a backward phase. In each, compute takes c B and
+communication d + t B seconds for a batch of B on a rank; perfectly overlapped, the phase takes the longer of the two.
+Bytes are those that one rank sends in a ring: n (N - 1)/N for an all_gather or a reduce_scatter of n bytes, twice that
+for an all_reduce. So `bandwidth` is the bus bandwidth of nccl-tests: bytes/s that one rank sends.
 
     scheme   forward phase                    backward phase                                sum for N -> infinity
     ddp                                       all_reduce of gradients                       2 P
@@ -64,8 +64,9 @@ def communication_bytes(
     Args:
         batch_size, length: sequences of a group of n_tensor ranks, and their positions.
         scheme: how parameters lie on the n_data ranks that see different data.
-        n_tensor: ranks that share each matrix. They divide what the scheme sends, but for norms, which they all hold.
-        param_bytes, grad_bytes, hidden_bytes: of an element on the wire (2 where it is cast to bf16 before).
+        n_tensor: ranks that share each matrix. Each sends its share of what the scheme sends, except norms, which all
+            of them hold whole.
+        param_bytes, grad_bytes, hidden_bytes: of an element as it is sent (2 if it is cast to bf16 first).
 
     >>> cfg = Config(vocab_size=10_000, context_length=512, d_model=2560, n_layers=32, n_heads=32, d_ff=10_240)
     >>> communication_bytes(cfg, n_data=2)["backward_gradients"] / 1e9
@@ -116,8 +117,8 @@ def phases(
 def smallest_batch(cfg: Config, length: int | None = None, **kinds: Any) -> int | None:
     """The smallest batch of a rank (sequences) at which compute takes as long as communication in both phases.
 
-    B = ceil(d / (c - t)), at least 1; keywords of `phases`. None where t >= c: activations bind at every batch, so
-    fewer tensor ranks are the remedy (`max_tensor_ranks`), not more data.
+    B = ceil(d / (c - t)), at least 1; keywords of `phases`. None where t >= c: then messages of activations take longer
+    than compute at every batch, and only fewer tensor ranks help (`max_tensor_ranks`).
     """
     needed = 1
     zero, one = (phases(cfg, B, length, **kinds) for B in (0, 1))
@@ -134,8 +135,9 @@ def smallest_batch(cfg: Config, length: int | None = None, **kinds: Any) -> int 
 def critical_tokens(n_ranks: int, peak: float, bandwidth: float, bytes_per_element: int = 2) -> float:
     """Tokens of a rank above which data parallelism hides its messages: (N - 1)/N b/2 C/W, for every model and scheme.
 
-    From 2 n P FLOPs forward and 4 n P backward on n tokens: ddp sends 2 b P backward; fsdp sends b P forward and 2 b P
-    backward. The factor b/2 is 1 for bf16; the law is then the book's, B/N > C/W (part 5).
+    For n tokens, compute is 2 n P FLOPs forward and 4 n P backward; with b bytes an element, ddp sends 2 b P bytes
+    backward, fsdp b P forward and 2 b P backward. For bf16 b/2 is 1, which gives the book's B/N > C/W (part 5), with
+    peak C FLOP/s and bandwidth W bytes/s.
 
     >>> critical_tokens(10**9, 4.59e14, 1.8e11)  # TPU v5p, one axis
     2549.9...
@@ -148,9 +150,9 @@ def max_tensor_ranks(
 ) -> int:
     """The most tensor-parallel ranks whose messages compute could hide, whatever the batch.
 
-    F/(Y C) >= 4 L T D b (Y - 1)/(Y W) for F FLOPs forward of a sequence, so Y <= 1 + F W/(4 L T D b C); backward has
-    twice the compute for as many bytes. Each block waits for its messages: to hide them takes asynchronous tensor
-    parallelism.
+    With Y ranks, peak C, bandwidth W, F FLOPs for a sequence's forward and b bytes an element: F/(Y C) must be at least
+    4 L T D b (Y - 1)/(Y W), so Y <= 1 + F W/(4 L T D b C). (Backward has twice the compute for as many bytes.) A block
+    waits for its messages unless tensor parallelism is asynchronous, so this is a bound, not what is reached.
     """
     T = cfg.context_length if length is None else length
     flops = sum(accounting.forward_flops(cfg, 1, T).values())
@@ -174,9 +176,9 @@ def rank_bytes(
 ) -> dict[str, int]:
     """Bytes that one rank holds in a step, by kind; ZeRO's table 1 with the activations of its own batch.
 
-    zero1 divides the optimizer state by n_data; fsdp also parameters and gradients, and holds `gathered_blocks` whole
-    blocks (the one that computes and those gathered ahead) in the copy's dtype. Parts are rounded up as a whole, while
-    `purelm.dist.sharding` rounds each leaf's rows up.
+    zero1 divides the optimizer state by n_data. fsdp divides parameters and gradients too, and holds `gathered_blocks`
+    whole blocks in the copy's dtype: the one that computes, and those gathered ahead. Sizes are rounded up once for all
+    leaves, while `purelm.dist.sharding` rounds up the rows of each.
 
     Args:
         param_bytes, grad_bytes, copy_bytes, n_moments, moment_bytes, activations: keywords of `accounting.train_bytes`.
@@ -208,10 +210,10 @@ def table(
     grad_bytes: int = 4,
     hidden_bytes: int = 2,
 ) -> str:
-    """Markdown: for each scheme on n_ranks, what is sent, seconds, which binds, and the memory of the states.
+    """A Markdown table: for each scheme on n_ranks, bytes sent, seconds, what limits the step, memory of the states.
 
-    `tensor` takes the batch of all n_ranks, so every row is the same work. "overlapped" is the step with communication
-    perfectly hidden, "exposed" what is then left of communication.
+    `tensor` takes the batch of all n_ranks, so every row is the same work. "overlapped" is the time of a step whose
+    communication is hidden as far as possible, "exposed" the communication that is not hidden then.
     """
     wire = {"param_bytes": param_bytes, "grad_bytes": grad_bytes, "hidden_bytes": hidden_bytes}
     lines = [

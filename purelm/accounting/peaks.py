@@ -12,7 +12,7 @@ __all__ = [
 
 
 def mfu(flops: float, seconds: float, peak: float) -> float:
-    """Model FLOPs utilisation: the share of the peak (FLOP/s) that useful FLOPs in that time are (2204.02311, B)."""
+    """Model FLOPs utilisation, flops / (seconds * peak), of useful FLOPs and peak FLOP/s (2204.02311, appendix B)."""
     return flops / seconds / peak
 
 
@@ -60,7 +60,7 @@ _PRECISIONS = ("bf16", "fp16", "tf32", "fp32", "fp8")
 def peak_flops(device: torch.device | str, precision: str = "bf16") -> float | None:
     """Peak FLOP/s of a device (or of a device's name) in bf16, fp16, tf32, fp32 or fp8; None where it is not known.
 
-    A CPU's is not known: it follows from clock and core count, which are not its name's.
+    None for CPUs: their peak follows from clock and core count, which their names do not say.
 
     >>> peak_flops("NVIDIA H100 80GB HBM3")
     989400000000000.0

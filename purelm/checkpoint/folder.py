@@ -1,4 +1,4 @@
-"""Folders of checkpoints: what is in them, saving beside a checkpoint's place and renaming, checks of its files."""
+"""Folders of checkpoints: which are there, how one is written (under a temporary name, then renamed) and checked."""
 
 import hashlib
 import json
@@ -35,6 +35,7 @@ _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 
 
 def folder_of(root: Path, step: int) -> Path:
+    """root/step-XXXXXXXX, where the checkpoint of this step is kept."""
     return root / f"step-{step:08d}"
 
 
@@ -47,7 +48,7 @@ def _sha256(path: Path) -> str:
 
 
 def storable(leaves: list[Tensor]) -> list[Tensor]:
-    """Contiguous CPU tensors that share memory with nothing (safetensors refuses aliases), copied only if needed."""
+    """Contiguous CPU tensors, no two of which share memory (safetensors refuses that); copied only where needed."""
     out, seen = [], set()
     for leaf in leaves:
         x = leaf.detach().to("cpu").contiguous().resolve_conj().resolve_neg()
@@ -60,14 +61,14 @@ def storable(leaves: list[Tensor]) -> list[Tensor]:
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of the manifest's content but for the seal itself."""
+    """SHA-256 of the manifest without its own entry "sha256"."""
     content = {k: v for k, v in manifest.items() if k != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint. It is renamed first: what a kill leaves of it has no checkpoint's name, and the next save
-    removes it.
+    """Delete a checkpoint. It is renamed first, so that a half-deleted folder does not look like a checkpoint; where
+    a kill leaves one, the next save removes it.
     """
     aside = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -94,12 +95,12 @@ def latest(root: str | Path) -> int | None:
 
 
 def latest_finite(root: str | Path) -> int | None:
-    """The newest complete checkpoint's step whose manifest does not say that it has an inf or a nan, or None."""
+    """The newest step whose checkpoint is complete and not marked as having an inf or a nan; None without one."""
     for step in reversed(steps(root)):
         try:
             if read_manifest(root, step).get("finite", True):
                 return step
-        except ValueError:  # damaged: nothing to go back to
+        except ValueError:  # damaged
             continue
     return None
 
@@ -117,16 +118,16 @@ def save(
 
     Args:
         trees: name -> tree of tensors, e.g. {"params": ..., "opt_state": ...}; NamedTuples are stored by field name.
-            Keys of a dict are all strings or all integers. ValueError for what would not come back as it is.
+            Keys of a dict are all strings or all integers. ValueError for a tree that `load` could not give back.
         meta: JSON values for the manifest: config, key, position in the data.
-        keep_last: afterwards delete all but this many newest checkpoints; None keeps all. This one and the newest that
-            is finite stay in any case: a run that has diverged does not take its last good state with it.
-        finite: for the manifest: whether the values are worth going back to. None: whether no floating leaf has an inf
-            or a nan, which is one more pass over them.
+        keep_last: afterwards delete all but this many newest checkpoints; None keeps all. This one is never deleted,
+            nor the newest finite one, so a run that diverges keeps its last good state.
+        finite: what the manifest says of the values, read by `latest_finite`. None: computed, by one pass over the
+            floating leaves that looks for inf and nan.
 
     The order is: write files under a temporary name, flush, write the manifest last, flush, rename, flush the parent.
-    A checkpoint of the same step is replaced: the old one keeps its data under `.replaced` until the new one stands.
-    Where anything fails nothing is left of it. One process at a time may save under a root.
+    A checkpoint of the same step is replaced: the old one is kept as `.replaced` until the new one is in its place.
+    A save that fails leaves no files. One process at a time may save under a root.
     """
     step = as_step(step)
     for name, value in trees.items():
@@ -142,7 +143,7 @@ def save(
             tensors = dict(zip(tree.paths(value), storable(tree.leaves(value)), strict=True))
             try:
                 save_file(tensors, path)
-            except SafetensorError as error:  # what a full disk becomes
+            except SafetensorError as error:  # raised on a full disk, for example
                 raise OSError(f"{path}: {error}") from error
             sync(path)
             files[name] = {
@@ -175,7 +176,7 @@ def begin(root: Path, step: int, keep_last: int | None) -> Path:
 def finish(temporary: Path, step: int, content: Mapping[str, Any], keep_last: int | None) -> Path:
     """Write the manifest beside the flushed files, and give the folder its name."""
     root, final = temporary.parent, folder_of(temporary.parent, step)
-    # As it will be read: keys become texts, tuples lists.
+    # In the form in which it will be read, for the checksum: JSON turns keys into strings and tuples into lists.
     manifest = json.loads(json.dumps({**content, "step": step, "torch": torch.__version__}))
     manifest["sha256"] = _seal(manifest)
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -198,6 +199,7 @@ def finish(temporary: Path, step: int, content: Mapping[str, Any], keep_last: in
 
 
 def as_step(step: int) -> int:
+    """step as a Python int; ValueError unless it is an integer of at least 0."""
     try:
         number = operator.index(step)
     except TypeError:
@@ -241,12 +243,13 @@ def read_manifest(root: str | Path, step: int | None = None) -> dict[str, Any]:
 
 
 def check_unchanged(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """ValueError where another checkpoint took the place of this one after its files were checked."""
+    """ValueError if the checkpoint in this folder was replaced since `manifest` was read."""
     if read_manifest(folder)["sha256"] != manifest["sha256"]:
         raise ValueError(f"{folder}: was replaced while it was read: load it again")
 
 
 def check_file(path: Path, entry: Mapping[str, Any]) -> None:
+    """ValueError unless the file has the size and the SHA-256 of its manifest entry."""
     if not path.is_file():
         raise ValueError(f"{path}: missing, though the manifest lists it")
     size = path.stat().st_size

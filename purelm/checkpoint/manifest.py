@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: trees as JSON and back, and nothing believed before it was checked.
+"""The manifest of a checkpoint: the form of trees as JSON and back, and checks of every field before it is used.
 
 A tree is written as {"dict": {...}}, {"int_dict": {...}} (whose keys are numbers), {"list": [...]}, {"tuple": [...]},
 null or "leaf". Fields of the two formats: see `purelm.checkpoint.shards`.
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def skeleton(node: Any) -> Any:
-    """The tree's shape as JSON; NamedTuples become dicts by field. ValueError for keys that would not come back."""
+    """The tree's form as JSON; NamedTuples become dicts by field. ValueError for keys that JSON could not give back."""
     if node is None:
         return None
     if isinstance(node, tuple) and hasattr(node, "_fields"):
@@ -51,7 +51,7 @@ def skeleton(node: Any) -> Any:
 
 
 def rebuild(shape: Any, leaves: Mapping[str, Any], path: str = "") -> Any:
-    """The tree of this skeleton with leaves by path; ValueError names one that is not there."""
+    """The tree of this skeleton, its leaves taken from a dict by path; ValueError names a leaf that is missing."""
     if shape is None:
         return None
     if shape == "leaf":
@@ -69,11 +69,11 @@ def rebuild(shape: Any, leaves: Mapping[str, Any], path: str = "") -> Any:
 
 
 def below(shape: Any, path: str) -> Any:
-    """The skeleton of the subtree at `path`; ValueError names the last place that there is, and what it holds."""
+    """The skeleton of the subtree at `path`; ValueError names the part of the path that exists, and the keys there."""
     deepest, shape_there = "", shape
 
     def find(shape: Any, at: str) -> list[Any]:
-        """The subtrees at `path`: keys may have dots, so that there are several ways to go."""
+        """The subtrees at `path`. Keys may contain dots, so a path can be read in several ways: all are tried."""
         nonlocal deepest, shape_there
         if len(at) >= len(deepest):
             deepest, shape_there = at, shape
@@ -105,7 +105,7 @@ def _children(shape: Any) -> dict[str, Any]:
 
 
 def check_structure(name: Any, value: Any) -> None:
-    """ValueError unless the tree comes back with the paths that it has, from a file of its name."""
+    """ValueError unless `name` can name a file, and the tree can be rebuilt from its skeleton and its leaf paths."""
     if not isinstance(name, str) or not name or any(c in name for c in "/\\\0"):
         raise ValueError(f"save: {name!r} cannot name a tree: it becomes part of a file's name")
     paths = list(tree.paths(value))
@@ -126,7 +126,7 @@ def check_structure(name: Any, value: Any) -> None:
 
 
 def check_leaves(name: str, value: Any) -> None:
-    """ValueError names a leaf that is no tensor with values of a dtype that files have."""
+    """ValueError names a leaf that is no tensor, or of a dtype, layout or device that cannot be stored."""
     for path, x in zip(tree.paths(value), tree.leaves(value), strict=True):
         what = f"save: {name}.{path}" if path else f"save: {name}"
         if not isinstance(x, Tensor):
@@ -136,7 +136,7 @@ def check_leaves(name: str, value: Any) -> None:
 
 
 def is_finite(trees: Any) -> bool:
-    """Whether no floating leaf has an inf or a nan; one wait for each device."""
+    """Whether no floating leaf has an inf or a nan; the host waits once for each device."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for x in tree.leaves(trees):
         by_device.setdefault(x.device, []).append(x)
@@ -144,7 +144,7 @@ def is_finite(trees: Any) -> bool:
 
 
 def check_meta(meta: Mapping[str, Any] | None, step: int | None = None) -> dict[str, Any]:
-    """meta as it will be read (keys become text); ValueError for what JSON does not have."""
+    """meta after a round trip through JSON (keys become strings); ValueError for what JSON cannot hold."""
     if meta is None:
         return {}
     try:

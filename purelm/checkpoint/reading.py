@@ -1,4 +1,4 @@
-"""Checkpoints read: whole trees or subtrees of them, with every byte checked."""
+"""Reading checkpoints: whole trees or subtrees, each file checked against its SHA-256."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,8 +33,8 @@ def load(
             structure (NamedTuples included). ValueError names the first leaf that differs: a checkpoint of another
             config is refused whole. Without it, trees come back as stored, NamedTuples as dicts.
         only: the names to read (default: those of `like`, else all). A name, here and in `like`, is that of a tree
-            ("params") or of a subtree or leaf by its path ("params.layers.0"): no other leaf is read into memory,
-            though the files that hold it are checked whole.
+            ("params"), or the path of a subtree or leaf ("params.layers.0"). Only those leaves are read into memory;
+            the files that hold them are still checked whole.
         device: where the tensors go.
         dtype: what floating leaves are cast to, each as it is read, before it is compared with `like`.
 
@@ -92,11 +92,13 @@ def as_like(where: Any, tensors: Mapping[str, Tensor], like: Any) -> Any:
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
+    """ValueError unless dtype is None or a floating one."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"load: dtype is {dtype!r}; a floating dtype is needed, to which floating leaves are cast")
 
 
 def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """x in dtype if x is floating and dtype is not None, else x."""
     return x if dtype is None or not tree.is_floating(x) else x.to(dtype)
 
 
@@ -119,7 +121,7 @@ def _place(folder: Path, manifest: Mapping[str, Any], name: str) -> tuple[str, s
 def _from_file(
     path: Path, chosen: list[str] | None, device: str | torch.device, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """The chosen leaves of a safetensors file, as far as it has them; None is all."""
+    """The chosen leaves of a safetensors file, less those that it does not have; None: all leaves."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             keys = list(file.keys())

@@ -1,4 +1,4 @@
-"""Files of a checkpoint that several ranks wrote, or one: which rows of a leaf lie in which file.
+"""The files of a checkpoint, written by one process or by several: which rows of a leaf are in which file.
 
 Manifest of format 1 (`purelm.checkpoint.save`): a NAME.safetensors for each tree, its leaves under their paths.
 Manifest of format 2 (`purelm.dist.checkpoint.save`): N files `shard-RANK-of-N.safetensors`, keys `NAME/PATH`, and
@@ -6,8 +6,8 @@ Manifest of format 2 (`purelm.dist.checkpoint.save`): N files `shard-RANK-of-N.s
     "shards": [{"file", "bytes", "sha256"}, ...],                                   one for each rank, in order
     "files": {NAME: {"tree": ..., "leaves": {PATH: {"shape", "dtype", "shard"}}}}
 
-"shard" is the number of the file that has the whole leaf, or null: then file r has rows r m to (r + 1) m of it, as far
-as there are any, m = ceil(rows / N).
+"shard" is the number of the file that has the whole leaf. Where it is null the leaf is cut: with m = ceil(rows / N),
+file r has rows r m to (r + 1) m - 1, and the last files have fewer or none.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Piece(NamedTuple):
-    """Rows start to stop of a leaf, which are the whole tensor `key` of `file`; a 0-d leaf counts as one row."""
+    """Rows start to stop - 1 of a leaf: all of the tensor `key` in `file`. A 0-d leaf counts as one row."""
 
     file: str
     key: str
@@ -61,6 +61,7 @@ class Leaf(NamedTuple):
 
 
 def file_name(rank: int, n_ranks: int) -> str:
+    """The name of the file that this rank writes."""
     return f"shard-{rank:05d}-of-{n_ranks:05d}.safetensors"
 
 
@@ -72,9 +73,9 @@ def describe(x: Tensor, shard: int | None) -> dict[str, Any]:
 def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write a safetensors file, flushed to disk -> {"file", "bytes", "sha256"}.
 
-    Leaf by leaf: the host holds one at a time beside the tensors, and the checksum is of what was meant, not of what
-    was read again. (safetensors' save_file takes all of them on the host, and old versions copy them once more.)
-    Widest dtypes first, as the library does: each then begins at a multiple of its width.
+    Leaf by leaf, so that the host holds one leaf at a time beside the tensors (safetensors' save_file needs all of them
+    on the host, and old versions copy them once more). The checksum is formed of the bytes in memory, before they reach
+    the disk. Widest dtypes come first, as in the library: then each leaf begins at a multiple of its element size.
     """
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
     header, end = {}, 0
@@ -98,7 +99,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the error of a full disk names no file
     return {"file": path.name, "bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}
 
 
@@ -131,7 +132,7 @@ def _rows(shape: Any) -> int:
 
 
 class Reader:
-    """Rows of leaves from a checkpoint's files, each opened once; a context that closes them."""
+    """Reads rows of leaves from a checkpoint's files; a context manager that opens each file once, and closes all."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -145,7 +146,7 @@ class Reader:
             self._open.popitem()[1].__exit__(None, None, None)
 
     def fill(self, out: Tensor, leaf: Leaf, start: int = 0) -> Tensor:
-        """Rows start, start + 1, ... of the leaf into `out`, as far as both go; a piece of one file at a time."""
+        """Copy rows start, start + 1, ... of the leaf into `out`, until either ends; reads one piece at a time."""
         rows = out[None] if out.ndim == 0 else out
         for piece in leaf.pieces:
             a, b = max(piece.start, start), min(piece.stop, start + len(rows))
@@ -165,6 +166,7 @@ class Reader:
         return out
 
     def whole(self, leaf: Leaf, device: torch.device | str) -> Tensor:
+        """The whole leaf, on `device`."""
         return self.fill(torch.empty(leaf.shape, dtype=leaf.dtype, device=device), leaf)
 
     def _file(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""A tree as bytes: a safetensors stream that remembers the tree's form, and is checked when it is read.
+"""A tree as bytes: a safetensors stream that also holds the tree's form, and is checked when it is read.
 
     data = to_bytes(params, meta={"config": {...}})       # for a file object: file.write(data)
     params, meta = from_bytes(data)                       # from one: from_bytes(file.read())
@@ -29,7 +29,7 @@ __all__ = ["from_bytes", "to_bytes"]
 def to_bytes(value: Any, *, meta: Mapping[str, Any] | None = None) -> bytes:
     """The tree of tensors `value`, and JSON values `meta`, as a safetensors stream.
 
-    ValueError, as `save` has it, for what would not come back: leaves that are no tensors, paths that stand twice.
+    ValueError, as in `save`, for what could not be read back: leaves that are no tensors, two leaves of one path.
 
     >>> tree_, meta = from_bytes(to_bytes({"w": torch.ones(2), "none": None}, meta={"step": 3}))
     >>> tree_, meta
@@ -52,7 +52,7 @@ def from_bytes(
 ) -> tuple[Any, dict[str, Any]]:
     """(tree, meta) of what `to_bytes` made. ValueError where anything is missing or changed.
 
-    A stream of another program, which has no form and no checksum, is refused:
+    A stream that another program wrote is refused, since it has no form and no checksum:
     `tree.from_flat(safetensors.torch.load(data))` makes a tree of it.
 
     Args:
@@ -97,7 +97,7 @@ def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _digest(about: Mapping[str, Any], leaves: Mapping[str, Tensor]) -> str:
-    """SHA-256 of form, meta, and each leaf's path, dtype, shape and bytes, whatever their order in the stream."""
+    """SHA-256 of form, meta, and each leaf's path, dtype, shape and bytes; the leaves' order does not matter."""
     digest = hashlib.sha256(json.dumps([about["tree"], about["meta"]], sort_keys=True).encode())
     for path in sorted(leaves):
         x = leaves[path]

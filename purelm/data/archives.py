@@ -1,12 +1,12 @@
 """Files, archives and folders as streams of decompressed bytes.
 
-Which files count, in a folder or an archive: names that end in .txt or .jsonl, each also with .gz or .zst behind,
-and .zip in folders; in sorted order of their paths. Left out are hidden files, `__MACOSX`, every other ending (the
-README of the nltk corpora has none) and the stems readme, license, licence, copying, cats (nltk's list of
-categories). A file named outright is read whatever its stem; without a known ending it is refused. What has the name
-of a text and is no file (a pipe, a device, a link to nothing) is an error; links to folders are not followed.
+In a folder or an archive these files are read, sorted by path: names that end in .txt or .jsonl, optionally followed by
+.gz or .zst; in a folder also .zip. Left out are hidden files, `__MACOSX`, all other endings, and files called readme,
+license, licence, copying or cats (nltk's list of categories). A file that the caller names itself is read whatever it
+is called, if its ending is one of these. A pipe, a device or a broken link with the name of a text is an error. Links
+to folders are not followed.
 
-Memory is bounded whatever an archive unpacks to: it is unpacked a block at a time.
+Archives are unpacked a block at a time, so memory is bounded whatever they unpack to.
 """
 
 import gzip
@@ -26,8 +26,8 @@ TEXT_ENDINGS = (".txt", ".jsonl")
 PACKED_ENDINGS = (".gz", ".zst")
 NOT_TEXT_STEMS = ("readme", "license", "licence", "copying", "cats")
 BLOCK_BYTES = 1 << 20
-# Handed to zstandard at a time: it gives back all that they unpack to, at most 32,768 times as much (a block of 128 KiB
-# of one byte takes 4).
+# Bytes given to zstandard in one call, which returns all that they unpack to: up to 32,768 times as many, since a block
+# of 128 KiB of one repeated byte is stored in 4 bytes.
 ZSTD_FEED_BYTES = 1 << 11
 ZSTD_WINDOW_BYTES = 1 << 27  # as much as the command zstd takes without --long=31
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
@@ -36,12 +36,15 @@ ZIP_NAMES = {1: "shrink", 6: "implode", 9: "deflate64", 93: "zstandard", 95: "xz
 
 
 class Stream(NamedTuple):
+    """One text file as it is read."""
+
     label: str  # for messages: the file, and the member after "!"
     name: str  # lower case, without .gz and .zst
     blocks: Iterator[bytes]  # decompressed
 
 
 def allowed_endings() -> str:
+    """The endings that are read, for error messages."""
     return f"{', '.join(TEXT_ENDINGS)} (also with {' or '.join(PACKED_ENDINGS)}) and .zip"
 
 
@@ -60,6 +63,7 @@ def _is_listed(name: str) -> bool:
 
 
 def streams(path: Path, label: str) -> Iterator[Stream]:
+    """The text files of a file, an archive or a folder, by the rule at the head of this file; label: for messages."""
     if path.is_dir():
         names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
         for name in names:
@@ -72,7 +76,7 @@ def streams(path: Path, label: str) -> Iterator[Stream]:
         yield from _zip_streams(path, label)
         return
     name = _bare_name(path.name.lower())
-    # x.gz says nothing of what is inside: taken as text.
+    # A name such as x.gz does not say what is inside: it is read as text.
     if name.endswith(TEXT_ENDINGS) or (name != path.name.lower() and "." not in name):
         with open(path, "rb") as file:
             yield _stream(file, path.name, label)
@@ -81,7 +85,7 @@ def streams(path: Path, label: str) -> Iterator[Stream]:
 
 
 def check_is_file(path: Path, label: str) -> None:
-    """Raise where `path` is nothing, or what may never end: opening a pipe waits for its writer, /dev/zero goes on."""
+    """Raise where `path` does not exist, or is a pipe or a device, from which reading may never end."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -97,7 +101,8 @@ def _zip_streams(path: Path, label: str) -> Iterator[Stream]:
     with _damage(label):
         archive = zipfile.ZipFile(path)
     with archive:
-        # By entry and not by name: two entries of one name are two texts. A folder's name ends in "/": not listed.
+        # Read by entry, not by name: two entries may have the same name. Names of folders end in "/", so that they are
+        # not listed.
         for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
             if not _is_listed(entry.filename):
                 continue
@@ -131,7 +136,7 @@ def _read(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
 
 
 class _Blocks(io.RawIOBase):
-    """A stream of blocks as the file that gzip wants."""
+    """A stream of blocks as a file object, which gzip needs."""
 
     def __init__(self, blocks: Iterator[bytes]):
         self.blocks, self.rest = blocks, memoryview(b"")
@@ -158,7 +163,7 @@ def _unzstd(blocks: Iterator[bytes], label: str) -> Iterator[bytes]:
         import zstandard
     except ModuleNotFoundError:
         raise ModuleNotFoundError(f"{label}: reading .zst needs zstandard: pip install 'purelm[run]'") from None
-    # decompressobj and not stream_reader: only it tells a truncated file from a whole one.
+    # decompressobj rather than stream_reader, which does not report a truncated file.
     context = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
     frame = context.decompressobj()
     begun = False
@@ -186,7 +191,7 @@ def _unzstd(blocks: Iterator[bytes], label: str) -> Iterator[bytes]:
 
 @contextmanager
 def _damage(label: str) -> Iterator[None]:
-    """Turn what the archive readers raise into one line that names the file."""
+    """Turns the archive readers' exceptions into a ValueError of one line that names the file."""
     try:
         yield
     except EOFError as error:

@@ -1,4 +1,4 @@
-"""Batches as pure functions of (tokens, key, step): position in the data is nothing but (key, step).
+"""Batches as pure functions of (tokens, key, step): the position in the data is (key, step), with no other state.
 
 `tokens` is a 1-d array of ids: np.memmap, np.ndarray, TokenFile or ShardedTokens; only the batch's own windows are
 read. A batch is a dict of "tokens" and "targets", int64 (batch, context_length), where targets are the tokens one to
@@ -31,7 +31,7 @@ __all__ = [
     "windows_per_epoch",
 ]
 
-MOST_ROWS = 2**31  # of a batch: more is a typing error
+MOST_ROWS = 2**31  # of a batch; a larger number must be a mistake
 Batch = dict[str, Tensor]
 Tokens = Any  # a sequence with len and slices: see the head of this file
 
@@ -58,8 +58,8 @@ def random_windows(
     n = _check_length(tokens, context_length, context_length + 1)
     check_int("step", step, 0)
     first, last = _rows_of_rank(batch_size, rank, world_size)
-    # 64 bits: of a corpus of 2**31 tokens and more, 32 would favour some starts.
-    # `index` makes this rank's part of the global draw.
+    # 64 random bits: with 32, some starts in a corpus of 2**31 tokens or more would be likelier than others.
+    # `index` draws this rank's part of the global batch.
     folded = random.fold_in(key.cpu(), step)
     starts = random.randint(folded, (last - first,), 0, n - context_length, n_bits=64, index=first)
     return _to_device(_windows(tokens, starts.tolist(), context_length), device)
@@ -79,10 +79,10 @@ def shuffled_windows(
 ) -> Batch:
     """Disjoint windows in a random order: each exactly once an epoch, and a new order in each epoch.
 
-    The windows of all epochs follow one another, `windows_per_epoch` each; step s takes numbers s B to (s + 1) B - 1,
-    so a batch may hold the end of one epoch and the beginning of the next. Window i begins at offset + i
-    context_length. The offset is 0, or with jitter a new uniform number in 0..context_length - 1 in each epoch, so
-    that windows are cut elsewhere (which costs up to one window an epoch).
+    The windows of all epochs form one sequence, `windows_per_epoch` in each epoch. Step s takes numbers s B to
+    (s + 1) B - 1 of it, so a batch may hold the end of one epoch and the beginning of the next. Window i begins at
+    token offset + i * context_length. The offset is 0; with jitter it is drawn anew in each epoch, uniformly from
+    0..context_length - 1, so that epochs cut the text at different places (and may have one window less).
     """
     _check_length(tokens, context_length, 0)
     n_windows = windows_per_epoch(len(tokens), context_length, jitter=jitter)
@@ -99,7 +99,7 @@ def windows_per_epoch(n_tokens: int, context_length: int, *, jitter: bool = Fals
     """Windows of context_length in one epoch of `shuffled_windows`: at least 1, else ValueError."""
     needed = 2 * context_length if jitter else context_length + 1
     _check_length(range(n_tokens), context_length, needed)
-    # The last target is token n - 1; jitter may move all windows by up to context_length - 1.
+    # The last target is token n - 1, and jitter may move all windows by up to context_length - 1 tokens.
     return (n_tokens - context_length if jitter else n_tokens - 1) // context_length
 
 
@@ -127,7 +127,7 @@ def shuffled_rows(
 def shuffled_indices(
     n: int, key: Key, step: int, batch_size: int, *, rank: int = 0, world_size: int = 1
 ) -> Int[Tensor, " batch"]:
-    """The numbers step B to (step + 1) B - 1 of an endless sequence: one random order of 0..n-1 after another."""
+    """Elements step * B to (step + 1) * B - 1 of an endless sequence: one random order of 0..n-1 after another."""
     return torch.cat([i for _, i in _epochs(n, key.cpu(), step, batch_size, rank, world_size)])
 
 
@@ -144,11 +144,11 @@ def eval_batch(
 ) -> Batch:
     """Batch `step` of the windows that together predict every token but the first exactly once.
 
-    Windows begin every `stride` tokens (default context_length: no overlap). Of each, only the targets that no
-    window before it has are counted: weights, float32 (B, T), are 1 there and 0 elsewhere. So with stride <
-    context_length every counted target but those of the first window has at least context_length - stride tokens
-    before it. The last window is moved back to end at the last token; in a text shorter than one window, and in the
-    rows that fill up the last batch, tokens and targets are 0 under weight 0. All batches have one shape.
+    Windows begin every `stride` tokens (default context_length: no overlap). Each target is counted in the first
+    window that has it: weights, float32 (B, T), are 1 there and 0 elsewhere. So with stride < context_length every
+    counted target, except in the first window, has at least context_length - stride tokens of context. The last window
+    is moved back so that it ends at the last token. All batches have the same shape: the last one is filled up with
+    rows of zeros of weight 0, and so is a text shorter than one window.
     """
     n = _check_length(tokens, context_length, 2)
     stride = _check_stride(stride, context_length)
@@ -162,7 +162,7 @@ def eval_batch(
         start = max(0, min(window * stride, n - 1 - context_length))
         piece = np.asarray(tokens[start : start + context_length + 1])
         ids[row, : len(piece)] = piece
-        # The window before predicted up to token (window - 1) stride + context_length.
+        # The previous window predicted the tokens up to (window - 1) * stride + context_length.
         counted = 0 if window == 0 else (window - 1) * stride + context_length - start
         weights[row, counted : len(piece) - 1] = 1
     return _to_device(
@@ -232,7 +232,7 @@ def _tensor(array: np.ndarray) -> Tensor:
 def _to_device(batch: Batch, device: torch.device | str | None) -> Batch:
     if device is None:
         return batch
-    if torch.device(device).type == "cuda":  # from pinned memory the copy runs beside the step before
+    if torch.device(device).type == "cuda":  # from pinned memory, copying overlaps with the previous step
         return {name: value.pin_memory().to(device, non_blocking=True) for name, value in batch.items()}
     return {name: value.to(device) for name, value in batch.items()}
 
@@ -250,7 +250,7 @@ def _rows_of_rank(batch_size: int, rank: int, world_size: int) -> tuple[int, int
 def _check_length(tokens: Tokens, context_length: int, needed: int) -> int:
     check_int("context_length", context_length, 1)
     n = len(tokens)
-    # Of what would be truncated or read along another axis without a word; a range stands for its length alone.
+    # Floats would be truncated and further axes misread, silently. A range is accepted for its length alone.
     first = np.asarray(tokens[0:1])
     if first.ndim != 1 or (n and first.dtype.kind not in "iu"):
         raise ValueError(f"tokens are {first.dtype} with {first.ndim} axes; integers with one axis are needed")

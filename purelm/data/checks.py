@@ -1,4 +1,4 @@
-"""One rule for numbers that are counts: an int (Python's or numpy's, not a bool) within limits."""
+"""One check for arguments that are counts: an int (Python's or numpy's, not a bool) within limits."""
 
 import operator
 from typing import Any

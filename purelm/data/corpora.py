@@ -1,4 +1,4 @@
-"""A corpus cut into a training part and a held-out part, by what the documents say and not by their order."""
+"""A corpus divided into a training and a held-out part, by hashes of the documents, whatever their order."""
 
 import hashlib
 import itertools
@@ -18,15 +18,15 @@ __all__ = ["DELIMITER", "Prepared", "documents", "limited", "open_prepared", "pr
 
 _TEMPORARY = re.compile(r"(train\.txt|heldout\.txt|prepared\.json)\.(?P<id>[0-9a-f]{8})")
 
-FEW_DOCUMENTS = 20  # below this, the end of each document is held out
-HEAD_DOCUMENTS = 1000  # looked at before the first is written, to see how many there are
+FEW_DOCUMENTS = 20  # with fewer, the end of each document is held out
+HEAD_DOCUMENTS = 1000  # read before the first is written, to see whether there are more
 HEAD_BYTES = 1 << 26
 LARGE_BYTES = 1 << 20  # of a document on average
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` wrote. Bytes are of the documents' text in UTF-8, without the delimiters between them."""
+    """What `prepare` wrote. Bytes count the documents' text in UTF-8, without the delimiters between them."""
 
     train_path: str
     heldout_path: str
@@ -59,21 +59,21 @@ def prepare(
 ) -> Prepared:
     """Write `train.txt` and `heldout.txt` under out_dir: documents joined by "<|endoftext|>".
 
-    A document is held out when a hash of (seed, its text without outer white space) is small: whatever the order,
-    and with every copy of it on the same side. Up to 1,000 documents it is that fraction of the distinct ones, the
-    smallest hashes, so that neither part is empty; beyond, all with hash < heldout_fraction. With fewer than 20
-    distinct documents, or of a stream of few that have megabytes each, the last fraction of each is held out instead,
-    cut at a newline where there is one.
+    A document is held out if a hash of (seed, its text without outer white space) is small. So the order does not
+    matter, and copies of a document are in the same part. In a corpus of up to 1,000 documents, the heldout_fraction of
+    the distinct ones with the smallest hashes is held out, so that neither part is empty; in a larger one, all whose
+    hash, as a number in 0..1, is below heldout_fraction. With fewer than 20 distinct documents, or few of megabytes
+    each, the last heldout_fraction of every document is held out instead, cut at a newline where there is one.
 
     Args:
         source: as in `documents`, or any iterable of strings.
         heldout_fraction: between 0 and 1.
         max_bytes: stop after so much text; the document that crosses the limit is cut as in `documents`.
 
-    The files are written beside and renamed; `prepared.json`, read by `open_prepared`, is removed before and written
-    after, so a kill leaves the old corpus, the new one, or none that claims to be complete. What a killed process left
-    beside them is removed. The source is never written over: neither may be the source, nor lie in a folder that is.
-    Raises ValueError for an empty corpus and what `documents` raises; then the files on disk are the old ones.
+    The files are written under temporary names and renamed. `prepared.json`, which `open_prepared` reads, is removed
+    before that and written after it: a kill leaves the old corpus, the new one, or none that `open_prepared` accepts.
+    Leftovers of killed processes are removed. An output must not be the source, nor lie in a source folder.
+    Raises ValueError for an empty corpus, and what `documents` raises; the old files are unchanged then.
     """
     if isinstance(heldout_fraction, bool | str) or not 0 < heldout_fraction < 1:
         raise ValueError(f"heldout_fraction={heldout_fraction}: allowed is more than 0 and less than 1")
@@ -140,7 +140,7 @@ def prepare(
     )
     manifest = folder / "prepared.json"
     manifest.unlink(missing_ok=True)
-    targets[1].unlink(missing_ok=True)  # a new training part never stands beside an old held-out part
+    targets[1].unlink(missing_ok=True)  # never a new training part with an old held-out part
     for temporary, target in zip(temporaries, targets, strict=True):
         os.replace(temporary, target)
     fields = asdict(result) | {"train_path": targets[0].name, "heldout_path": targets[1].name}
@@ -174,7 +174,7 @@ def open_prepared(out_dir: str | os.PathLike) -> Prepared:
 
 
 def document_limit(max_bytes: int | None) -> dict[str, int]:
-    """Arguments of `documents` by which no document beyond max_bytes is gathered first and cut then."""
+    """Arguments of `documents` that keep it from reading a document longer than max_bytes into memory."""
     return {} if max_bytes is None else {"max_document_bytes": max(4, min(MOST_DOCUMENT_BYTES, max_bytes))}
 
 
@@ -236,7 +236,7 @@ def _rule(
 ) -> tuple[str, Callable[[bytes], tuple[bytes, bytes]]]:
     """The rule's name, and the function that gives the (training, held-out) part of a document."""
     hashes = sorted({_hash(text, seed) for text in head})
-    # A stream of very large documents, such as a text without delimiters: perhaps so few that none would be held out.
+    # Very large documents, such as a text without delimiters: there may be so few that none would be held out.
     large = sum(map(len, head)) >= LARGE_BYTES * len(head) and fraction * len(hashes) < 2
     if (large and not complete) or (complete and len(hashes) < FEW_DOCUMENTS):
 

@@ -34,7 +34,7 @@ WORD = 2**32  # draws are integers below it
 
 
 class Variable(NamedTuple):
-    """A list of records, one drawn at the first mention. Forms are looked up by name; "" is the plain one."""
+    """Records, one of which is drawn at the first mention in a text. Its forms have names; "" is the plain one."""
 
     values: Sequence[Mapping[str, str]]
     weights: Sequence[float]  # in any unit; with a parent: unused
@@ -43,11 +43,15 @@ class Variable(NamedTuple):
 
 
 class Mention(NamedTuple):
+    """`{variable}` or `{variable.form}` in a template."""
+
     variable: str
     form: str
 
 
 class Pick(NamedTuple):
+    """`[name]` in a template."""
+
     name: str
 
 
@@ -76,13 +80,15 @@ class Entropy(NamedTuple):
 
 
 class Law(NamedTuple):
+    """The probabilities of the values of a choice, and how random integers choose between them."""
+
     log_probs: tuple[float, ...]
     thresholds: tuple[int, ...]  # of draws below WORD: value i for thresholds[i - 1] <= draw < thresholds[i]
 
 
 @dataclass(frozen=True, eq=False)
 class Grammar:
-    """A checked grammar, from `build`. The last three fields are made of the others."""
+    """A checked grammar, from `build`. The last three fields are computed from the others."""
 
     variables: Mapping[str, Variable]
     picks: Mapping[str, Sequence[tuple[float, str]]]
@@ -96,7 +102,7 @@ class Grammar:
 
 
 def render(grammar: Grammar, draws: Sequence[int]) -> str:
-    """The text that a row of integers below 2**32 chooses: one for each choice, in order of reading."""
+    """The text that these random integers below 2**32 choose: one integer for each choice, in order of reading."""
     out: list[str] = []
     _render(grammar, grammar.start, iter(draws), {}, out.append, None)
     return "".join(out)
@@ -111,7 +117,7 @@ def derive(grammar: Grammar, draws: Sequence[int]) -> tuple[str, list[Choice]]:
 
 
 def _render(grammar, name, draws, known, write, choices) -> None:
-    # The inner loop of sampling: plain, with one dict look-up an item.
+    # The inner loop of sampling, kept simple for speed: one dict look-up for each item.
     (law,) = grammar.laws[name]
     index = bisect_right(law.thresholds, next(draws))
     if choices is not None:
@@ -148,12 +154,12 @@ def parse(grammar: Grammar, text: str) -> list[Choice]:
 
 
 class _Reader:
-    """All derivations of a text, by trying every alternative: it relies on none of the conditions for there being
-    one, so that finding one is evidence for them."""
+    """All derivations of a text, found by trying every alternative. It does not assume that there is only one, so it
+    can be used to test that."""
 
     def __init__(self, grammar: Grammar, text: str):
         self.grammar, self.text = grammar, text
-        self.furthest = 0  # character up to which some derivation fits, about
+        self.furthest = 0  # character up to which some derivation fits, for error messages
 
     def derivations(self) -> list[list[Choice]]:
         whole = self._pick(Pick(self.grammar.start), 0, {}, ())
@@ -162,7 +168,7 @@ class _Reader:
     def _items(self, items: Items, at: int, known: dict[str, int], choices: tuple):
         self.furthest = max(self.furthest, at)
         for i, item in enumerate(items):
-            if isinstance(item, str):  # the only way on: no branch
+            if isinstance(item, str):  # fixed text: nothing to try
                 if not self.text.startswith(item, at):
                     return
                 at += len(item)
@@ -196,7 +202,7 @@ class _Reader:
 
 
 def _unlink(choices: tuple) -> list[Choice]:
-    """The linked list (rest, choice) as a list: branches of the reader share what they have in common."""
+    """The linked list (rest, choice) as a list. (Linked, so that branches of the reader share their beginnings.)"""
     out = []
     while choices:
         choices, choice = choices
@@ -273,7 +279,7 @@ def entropy(grammar: Grammar) -> Entropy:
             inside = set(before)
             inner = items_cost(items, inside)
             nats, n_bytes = nats + math.exp(log_p) * inner[0], n_bytes + math.exp(log_p) * inner[1]
-            known |= inside  # build has seen that what some alternatives leave out is not mentioned again
+            known |= inside  # `build` refuses grammars that mention what only some alternatives have drawn
         return nats, n_bytes
 
     return Entropy(*pick_cost(grammar.start, set()))

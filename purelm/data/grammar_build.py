@@ -18,8 +18,8 @@ def build(
 ) -> Grammar:
     """Check a grammar and make it ready.
 
-    Raises ValueError naming the pick or variable: an unknown name or form, a pick inside itself, a weight that is
-    not positive, a variable mentioned where only some alternatives before have drawn it, a parent drawn after its
+    Raises ValueError, naming the pick or variable, for an unknown name or form, a pick inside itself, a weight that is
+    not positive, a variable mentioned after alternatives of which only some have drawn it, a parent drawn after its
     child, and alternatives that a reader could not tell apart (see the head of grammar.py).
     """
     for name, variable in variables.items():
@@ -50,7 +50,7 @@ def build(
 def _law(weights: Sequence[float]) -> Law:
     total = math.fsum(weights)
     log_probs = tuple(math.log(w / total) if w else -math.inf for w in weights)
-    # Rounding moves a probability by at most 2**-32. The last positive value takes the end.
+    # Rounding moves a probability by at most 2**-32. The last value of positive weight gets what remains.
     thresholds = [round(math.fsum(weights[: i + 1]) / total * WORD) for i in range(len(weights))]
     return Law(log_probs, tuple(thresholds))
 
@@ -87,7 +87,8 @@ def _max_choices(grammar: Grammar) -> int:
 
 
 def _check(grammar: Grammar) -> None:
-    """Walk the grammar as a reader does, with what is surely and what is perhaps drawn so far, and check each place."""
+    """Walk the grammar as a reader does, and check each place, knowing which variables are surely drawn by then and
+    which may be."""
     first: set[Mention] = set()
     compared: set[tuple[str, frozenset[str]]] = set()
 
@@ -125,7 +126,7 @@ def _check(grammar: Grammar) -> None:
         variable = grammar.variables[item.variable]
         for row in variable.table if variable.parent else (variable.weights,):
             texts = sorted(v[item.form] for v, weight in zip(variable.values, row, strict=True) if weight)
-            for a, b in itertools.pairwise(texts):  # sorted: a prefix stands right before what it begins
+            for a, b in itertools.pairwise(texts):  # sorted, a prefix comes right before a text that it begins
                 if b.startswith(a):
                     raise ValueError(f"variable {item.variable}: {a!r} is the beginning of {b!r} at a first mention")
 
@@ -147,9 +148,9 @@ def _check_apart(grammar: Grammar, name: str, known: frozenset[str]) -> None:
 
 
 def _apart(grammar: Grammar, a: Items, b: Items, known: frozenset[str], values: Mapping[str, int]) -> bool:
-    """Whether no text of `a` is, or begins, a text of `b` or the other way round, decided on their first difference.
+    """Whether no text of `a` is a text of `b` or begins one, nor the other way round, judged by their first difference.
 
-    Variables in `known` have one value for both, in `values` where it has been settled; others may differ.
+    Variables in `known` have the same value in both texts (the one in `values` if it is there); others may differ.
     """
     while a and b:
         x, y = _settled(grammar, a[0], values), _settled(grammar, b[0], values)

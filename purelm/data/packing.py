@@ -1,9 +1,9 @@
 """Documents packed into rows of one length, with segment ids so that no position attends to another document.
 
-A document of k tokens is k - 1 predictions: it takes k - 1 positions, tokens d[:-1] and targets d[1:], so no target
-crosses into the next document and no position is spent on a last token without target. A document longer than a row
-is cut into pieces that share one token (the last target of a piece is the first token of the next): then too every
-prediction of the corpus is made exactly once. segment_ids count 1, 2, ... within a row; 0 marks padding.
+A document d of k tokens is k - 1 predictions, so it takes k - 1 positions: tokens d[:-1] and targets d[1:]. No target
+is a token of the next document. A document longer than a row is cut into pieces that share one token (the last target
+of a piece is the first token of the next), so that each prediction is still made exactly once. segment_ids count 1, 2,
+... within a row; 0 marks padding.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,12 +31,12 @@ def packed_rows(
     """Stream of rows: "tokens", "targets", "segment_ids" int64 (T,) and "weights" float32 (T,), 0 on padding.
 
     Args:
-        documents: token ids of each document, delimiter included where the model is to predict it. One of fewer than
-            two tokens holds no prediction and takes no place.
+        documents: token ids of each document, with the delimiter if the model is to predict it. A document of fewer
+            than two tokens has no prediction and is left out.
         method: "sequential" fills each row to the end and cuts the document that does not fit (no padding but in the
             last row). "first_fit" keeps documents of up to context_length predictions whole, and puts each piece
             into the oldest open row with room for it.
-        open_rows: of first_fit; when more are open, the oldest is closed, so memory is bounded.
+        open_rows: for first_fit: the most rows that are open at a time; beyond it the oldest is closed.
         pad_id: token and target on padding.
 
     Pieces in a row are in the order in which they came.

@@ -10,7 +10,7 @@ from purelm.random import Key
 
 __all__ = ["permuted"]
 
-# Up to here the order is drawn whole: exactly uniform, and cheaper than the rounds.
+# Up to this length the whole order is drawn: it is exactly uniform, and cheaper than the rounds.
 SMALL = 2**12
 # Four rounds of a Feistel network with random functions are a strong pseudo-random permutation (Luby and Rackoff
 # 1988); two more cost little and leave a margin, since the halves are short.
@@ -20,13 +20,12 @@ N_ROUNDS = 6
 def permuted(key: Key, n: int, index: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     """Elements `index` of a random order of 0..n-1: `permuted(key, n, arange(n))` is a permutation.
 
-    Each index costs O(1) time and memory. A number x < a b, with a = ceil(sqrt n) and b = ceil(n / a), is a pair
-    (l, r) = (x div b, x mod b); round i adds F_i(other half) to one half, mod a or mod b in turn, where F_i is
-    Threefry under the i-th key split from `key`. Each round can be undone, so the whole is a bijection of 0..ab-1.
-    Where the result is n or more it is enciphered again until it is below n: following the cycle of a bijection
-    from inside 0..n-1 back into it is a bijection of 0..n-1. Both are of Black and Rogaway, "Ciphers with arbitrary
-    finite domains" (2002): the generalised Feistel cipher and cycle walking. ab - n is at most about sqrt n, so
-    walking is rare. For n up to 4,096 the order is `random.permutation`.
+    Each index costs O(1) time and memory. With a = ceil(sqrt n) and b = ceil(n / a), a number x < a b is a pair
+    (l, r) = (x div b, x mod b). Round i adds F_i(one half) to the other half, mod a and mod b by turns, where F_i is
+    Threefry under the i-th key split from `key`. A round can be undone, so all of them are a bijection of 0..ab-1
+    (a generalised Feistel cipher). A result of n or more is enciphered again until it is below n, which makes it a
+    bijection of 0..n-1 (cycle walking); this is rare, since ab - n is at most about sqrt n. Source: Black and Rogaway,
+    "Ciphers with arbitrary finite domains" (2002). For n up to 4,096 the order is `random.permutation`.
 
     Raises ValueError for n < 1 or an index outside 0..n-1.
 

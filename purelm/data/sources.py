@@ -1,11 +1,10 @@
 """Documents from text files, archives, folders and the Hugging Face hub, as a stream of strings.
 
-Which files of a folder or an archive are read is said in archives.py. A .txt file is split at "<|endoftext|>"; each
-line of a .jsonl file is an object whose `field` is one document. What stands between two delimiters is kept as it is,
-white space included; documents of white space alone are dropped, and so is a byte order mark at the head of a file.
-Memory is some times that of the longest document, at most max_document_bytes: where a .txt document is longer, it is
-cut at the last newline before that limit and goes on as a new document. A line of a .jsonl file has a limit of its own,
-MOST_LINE_BYTES; a longer one is an error.
+archives.py says which files of a folder or an archive are read. A .txt file is split at "<|endoftext|>"; each line of a
+.jsonl file is an object whose `field` is one document. The text between two delimiters is kept as it is, white space
+included; documents of nothing but white space are dropped, and so is a byte order mark at the head of a file.
+Memory is a few times max_document_bytes at most: a .txt document that is longer is cut at the last newline before that
+limit, and the rest is a new document. A line of a .jsonl file that is longer than MOST_LINE_BYTES is an error.
 """
 
 import json
@@ -20,7 +19,7 @@ from purelm.data.checks import check_int
 __all__ = ["DELIMITER", "cut_point", "documents", "parse_hub"]
 
 DELIMITER = "<|endoftext|>"
-MOST_DOCUMENT_BYTES = 1 << 23  # a long book has 4 MB; a text of one letter takes 90 times its bytes to encode
+MOST_DOCUMENT_BYTES = 1 << 23  # a long book has 4 MB; encoding a text of one repeated letter takes 90 times its bytes
 MOST_LINE_BYTES = 1 << 26
 HUB_SPLITS = ("train", "validation", "valid", "dev", "test")
 
@@ -39,7 +38,7 @@ def documents(
             (streamed with `datasets`; the split is "train" unless given; one extra part is the split where it is a
             usual name of one, else the config).
         field: of JSON lines and of hub records.
-        encoding: of .txt and .jsonl; with several, each document or line takes the first that fits it.
+        encoding: of .txt and .jsonl files; of several, each document or line is read with the first that fits it.
         max_document_bytes: see the head of this file.
 
     Raises ValueError naming file, line and byte offset for text in another encoding, bad JSON, a missing field or a
@@ -62,7 +61,7 @@ def documents(
     if not encodings or not all(isinstance(name, str) for name in encodings):
         raise ValueError(f"encoding={encodings!r}: give the name of an encoding, or several")
     for name in encodings:
-        try:  # lines and delimiters are found among the bytes, before anything is decoded
+        try:  # lines and delimiters are found in the undecoded bytes, so they must look as in ASCII
             fits = (DELIMITER + "\n").encode(name) == (DELIMITER + "\n").encode()
         except (LookupError, ValueError):  # a ValueError for a name with a zero byte
             raise ValueError(f"encoding={name!r}: Python knows no such encoding") from None
@@ -90,7 +89,7 @@ def _documents(source: str, field: str, encodings: tuple[str, ...], limit: int) 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        # A JSON string may hold the delimiter too; a document never does.
+        # A JSON string may contain the delimiter, but a document must not.
         for piece in text.split(DELIMITER) if DELIMITER in text else (text,):
             if piece and not piece.isspace():
                 yield piece
@@ -146,7 +145,7 @@ def _text(stream: Stream, encodings: tuple[str, ...], limit: int) -> Iterator[st
                 at -= cut
             yield take(at, len(delimiter))
             searched = 0
-        while len(pending) > limit + len(delimiter):  # a delimiter may have begun at the end
+        while len(pending) > limit + len(delimiter):  # the last bytes may be the beginning of a delimiter
             yield take(cut_point(pending, limit), 0)
     while len(pending) > limit:
         yield take(cut_point(pending, limit), 0)
@@ -155,8 +154,8 @@ def _text(stream: Stream, encodings: tuple[str, ...], limit: int) -> Iterator[st
 
 
 def cut_point(data: bytes | bytearray, limit: int) -> int:
-    """Where to cut UTF-8 bytes at or before `limit`: behind the last newline, else behind the last space, else
-    between characters; newline and space only count in the later half. From 1 to limit."""
+    """Where to cut UTF-8 bytes, from 1 to limit: after the last newline, else after the last space (of the second half
+    of the first `limit` bytes), else between two characters."""
     for mark in (b"\n", b" "):
         at = data.rfind(mark, 0, limit) + 1
         if at > limit // 2:
@@ -176,7 +175,7 @@ def _jsonl(stream: Stream, field: str, encodings: tuple[str, ...]) -> Iterator[s
 
 
 def _lines(blocks: Iterator[bytes], label: str) -> Iterator[bytes]:
-    parts: list[bytes] = []  # of a line longer than a block: joined once
+    parts: list[bytes] = []  # of a line longer than a block; joined when it is complete
     for block in blocks:
         if sum(map(len, parts)) > MOST_LINE_BYTES:
             raise ValueError(f"{label}: a line is longer than {MOST_LINE_BYTES >> 20} MiB: not JSON lines?")
@@ -198,7 +197,7 @@ def _json_text(raw: bytes, place: _Place, field: str, encodings: tuple[str, ...]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     text = _field(record, field, where)
-    if b"\\u" in raw:  # an escape can name half a surrogate pair, which no UTF-8 file can hold
+    if b"\\u" in raw:  # an escape may be half a surrogate pair, which UTF-8 cannot encode
         try:
             text.encode()
         except UnicodeEncodeError as error:

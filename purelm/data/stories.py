@@ -1,7 +1,7 @@
 """The grammar of short children's stories, as plain data: what the default corpus is drawn from.
 
-Read with grammar.py: `[pick]` is drawn anew at each mention, `{variable.form}` once a story. `ranked` states a Zipf
-law (Mandelbrot's form): the weight of the value of rank r = 0, 1, ... is 1 / (r + 5). `weighted` states weights.
+The notation is that of grammar.py: `[pick]` is drawn anew at each mention, `{variable.form}` once in a story. `ranked`
+gives the value of rank r = 0, 1, ... the weight 1 / (r + 5), a Zipf law in Mandelbrot's form; `weighted` takes weights.
 Five plots (a lost toy, an animal in trouble, a quarrel, something hard to learn, a surprise to cook) share openings,
 endings and small words. What is drawn early (child, friend, grown-up, toy, color, place, trouble) comes back later
 and decides words far away, so that a model has to copy and to agree, not only to count.

@@ -1,10 +1,9 @@
 """The synthetic source: short children's stories from a grammar, of known entropy. The default corpus.
 
-A document costs the best possible predictor `entropy().nats_per_document` on average, end of document included (no
-story is the beginning of another, so where one ends is certain). A model's bits per byte on held-out documents
-therefore has a floor that is known: `entropy().bits_per_byte` for the source, `floor_bits_per_byte(documents)` for
-the documents at hand. The grammar is in stories.py, the argument for uniqueness and the sums in grammar.py,
-its check in grammar_build.py.
+The best possible predictor loses `entropy().nats_per_document` on an average document, its end included (no story is
+the beginning of another, so the end is certain). So the lowest bits per byte that a model can reach are known:
+`entropy().bits_per_byte` on average over the source, `floor_bits_per_byte(documents)` on given documents. The grammar
+is in stories.py, the theory in grammar.py, and the checks of the grammar in grammar_build.py.
 """
 
 import math
@@ -26,7 +25,7 @@ BLOCK = 256  # documents whose random bits are drawn together; part of the defin
 
 @cache
 def story_grammar() -> Grammar:
-    """The checked grammar of stories.py (0.2 s, once a process)."""
+    """The checked grammar of stories.py; checking takes 0.2 s, once in a process."""
     return build(stories.VARIABLES, stories.PICKS, stories.START)
 
 
@@ -35,7 +34,7 @@ def sample(
 ) -> Iterator[str]:
     """Documents start, start + 1, ..., start + n - 1 of the endless corpus of `key`; without end where n is None.
 
-    Document i is a function of (key, i) alone. An int stands for `random.key` of it.
+    Document i is a function of (key, i) alone. An int as key means `random.key` of it.
 
     >>> next(sample(0)).count("\\n")
     2
@@ -58,7 +57,7 @@ def _sample(key: Key, n: int | None, start: int, grammar: Grammar) -> Iterator[s
 
 
 def parse(text: str, grammar: Grammar | None = None) -> list[Choice]:
-    """The choices that make `text`; ValueError saying from where on it is not of the grammar."""
+    """The choices that make `text`; ValueError names the place from which on it does not follow the grammar."""
     return grammars.parse(grammar or story_grammar(), text)
 
 
@@ -73,9 +72,9 @@ def entropy(grammar: Grammar | None = None) -> Entropy:
 
 
 def floor_bits_per_byte(documents: Iterable[str], grammar: Grammar | None = None) -> float:
-    """What the source itself, as a model, gets on these documents: -sum of log2 p over the sum of their bytes.
+    """Bits per byte of the source itself on these documents: -sum of log2 p / sum of their bytes.
 
-    The floor of a finite held-out set, without the sampling noise of comparing it with the expectation.
+    The floor for a finite held-out set. (The source's expectation differs from it by sampling noise.)
     """
     bits, n_bytes = 0.0, 0
     for text in documents:

@@ -2,15 +2,16 @@
 
 The sidecar holds dtype, n_tokens, vocab_size, tokenizer_sha256, n_bytes (of the source text, so that bits per byte can
 be computed) and two checksums: sha256 of the whole `.bin`, and sample_sha256 of a few blocks of it, which is compared
-whenever the file is opened. Sidecars of before the checksums, without them, are read. A `.bin` without sidecar is
-opened only by who says its dtype. A large corpus may be cut into shards `NAME-00000.bin`, `NAME-00001.bin`, ...;
+whenever the file is opened. Older sidecars have no checksums and are read too. A `.bin` without sidecar is opened only
+if the caller gives its dtype. A large corpus may be cut into shards `NAME-00000.bin`, `NAME-00001.bin`, ...;
 `open_tokens` shows a shard set as one sequence.
 
-Writing is atomic although a pair is two files. The ids go to `NAME.bin.<id>` and the sidecar, which carries the
-same random `<id>`, is renamed first: that one rename is the commit. Only then `NAME.bin.<id>` becomes `NAME.bin`.
-A reader takes `NAME.bin.<id>` where it exists for the sidecar's id, else `NAME.bin`; so a writer killed at any
-instant leaves either the old pair or the new one readable. Shards are all written first and published together; each
-sidecar carries its number, the count and the id of the set, so that a mixture of two sets is refused.
+Writing is atomic although there are two files. The ids are written to `NAME.bin.<id>`, and the sidecar, which has the
+same random `<id>`, to a temporary file. Renaming the sidecar to `NAME.json` is the commit; after it `NAME.bin.<id>`
+is renamed to `NAME.bin`. A reader takes `NAME.bin.<id>` with the sidecar's id if it exists, else `NAME.bin`. So a
+writer killed at any instant leaves either the old pair or the new one readable. All shards are written before any is
+renamed; each sidecar has the shard's number, their count and the id of the set, so that a mixture of two sets is
+refused.
 """
 
 import hashlib
@@ -43,11 +44,11 @@ __all__ = [
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
-SAMPLES, SAMPLE_BYTES = 16, 4096  # read at opening: what is lost or replaced in large is seen, one changed bit is not
+SAMPLES, SAMPLE_BYTES = 16, 4096  # compared at opening: finds a replaced or truncated file, not one changed bit
 
 
 def sample_sha256(path: Path) -> str:
-    """sha256 of SAMPLES blocks of a file, evenly spaced from the first bytes to the last; of all of it where small."""
+    """sha256 of SAMPLES blocks of a file, evenly spaced from its first bytes to its last; of all of a small file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         last = os.fstat(file.fileno()).st_size - SAMPLE_BYTES
@@ -67,20 +68,24 @@ def whole_sha256(path: Path) -> str:
 
 
 def outside_message(name: str, index: int, token: int, vocab_size: int) -> str:
+    """The error message for an id that is not in the vocabulary."""
     return f"{name}: id {token} at index {index} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})"
 
 
 def uncommitted(target: Path, identity: str) -> Path:
+    """`NAME.bin.<id>`, where the ids of `NAME.bin` are until they are renamed."""
     return target.with_name(f"{target.name}.{identity}")
 
 
 def shard_files(path: Path) -> list[Path]:
+    """The files `NAME-00000.bin`, ... of `NAME.bin`, by number."""
     pattern = re.compile(re.escape(path.stem) + r"-\d{5,}\.bin")
     found = [file for file in path.parent.glob("*.bin") if pattern.fullmatch(file.name)]
     return sorted(found, key=lambda file: int(file.stem.rsplit("-", 1)[1]))
 
 
 def read_sidecar(target: Path) -> dict[str, Any]:
+    """The sidecar of `NAME.bin`; ValueError where it is damaged, FileNotFoundError where there is none."""
     path = target.with_suffix(".json")
     try:
         sidecar = json.loads(path.read_text(encoding="utf-8"))
@@ -95,7 +100,7 @@ def read_sidecar(target: Path) -> dict[str, Any]:
 
 
 def identity_of(target: Path) -> str | None:
-    """The id of the write that made `target`, or None where there is none that can be read."""
+    """The id in the sidecar of `target`, or None where no sidecar can be read."""
     try:
         return read_sidecar(target).get("id")
     except (OSError, ValueError):
@@ -103,7 +108,7 @@ def identity_of(target: Path) -> str | None:
 
 
 def missing_sidecar(target: Path, n_bytes: int) -> str:
-    """What to say, and what to do, about a `.bin` of n_bytes without sidecar."""
+    """The error message for a `.bin` of n_bytes without sidecar, with what to do about it."""
     sidecar = target.with_suffix(".json")
     lines = " or ".join(
         f'{{"dtype": "{name}", "n_tokens": {n_bytes // dtype.itemsize}}}' for name, dtype in DTYPES.items()
@@ -115,7 +120,7 @@ def missing_sidecar(target: Path, n_bytes: int) -> str:
 
 
 def check_sidecar(sidecar: dict[str, Any], path: Path) -> None:
-    """Counts are counts and names are strings, where they are there."""
+    """ValueError unless the sidecar's counts are counts and its names strings; any of them may be absent."""
     for name in ("n_tokens", "vocab_size", "n_bytes", "shard", "n_shards"):
         value = sidecar.get(name)
         if (value is not None or name == "n_tokens") and (type(value) is not int or value < 0):
@@ -151,7 +156,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def remove(target: Path) -> None:
-    """Remove a pair of files, the sidecar first: without it a `.bin` is nothing that is opened by mistake."""
+    """Remove a pair of files, the sidecar first: a `.bin` without it is not opened by mistake."""
     identity = identity_of(target)
     target.with_suffix(".json").unlink(missing_ok=True)
     target.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from purelm.files import hold, remove_leftovers, sync
 
 __all__ = ["TokenWriter"]
 
-BUFFER_BYTES = 1 << 20  # appends are often one short document
+BUFFER_BYTES = 1 << 20  # gathered before writing, since appends are often short documents
 
 
 class TokenWriter:
@@ -75,7 +75,7 @@ class TokenWriter:
         self.n_bytes, self.n_tokens, self.shard_tokens = n_bytes, 0, shard_tokens
         self._id = secrets.token_hex(8)
         self._file: IO[bytes] | None = None
-        self._held: int | None = None  # descriptor by which other writers see that this one lives
+        self._held: int | None = None  # descriptor of a lock, which tells other writers that this one is alive
         self._digest = hashlib.sha256()
         self._counts: list[int] = []  # tokens of each shard
         self._sums: list[str] = []  # sha256 of each shard that is whole
@@ -92,7 +92,7 @@ class TokenWriter:
         raise TypeError("a TokenWriter cannot be copied or pickled: two would write one file")
 
     def _remove_leftovers(self) -> None:
-        """What a killed writer of this path left, but for files that a sidecar says are to be read."""
+        """Remove what killed writers of this path left, except files that a sidecar refers to."""
         stem = re.escape(self.path.stem)
         name = re.compile(rf"{stem}(-\d{{5,}})?\.(bin|json)\.(?P<id>[0-9a-f]{{16}})")
         remove_leftovers(self.path.parent, name, map(identity_of, [self.path, *shard_files(self.path)]))

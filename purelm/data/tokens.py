@@ -26,7 +26,7 @@ from purelm.data.token_writer import TokenWriter
 
 __all__ = ["ShardedTokens", "TokenFile", "TokenWriter", "check_ids", "check_tokenizer", "open_tokens"]
 
-SCAN_TOKENS = 1 << 22  # of check_ids: 8-16 MiB at a time
+SCAN_TOKENS = 1 << 22  # read at a time by check_ids: 8-16 MiB
 _SHARD = re.compile(r"(.*?)[-_]?\d+$")
 
 
@@ -66,7 +66,7 @@ class ShardedTokens:
 
 @dataclass(frozen=True, eq=False)
 class TokenFile:
-    """An opened token file. It can be used in place of its `tokens`: it has a length and slices."""
+    """An opened token file. It has a length and slices, so it can be used in place of its `tokens`."""
 
     path: str  # as given to open_tokens, for messages
     tokens: np.ndarray | ShardedTokens  # np.memmap of one file, or the view over shards
@@ -75,7 +75,7 @@ class TokenFile:
     vocab_size: int | None  # None: a bare .bin
     tokenizer_sha256: str | None
     n_bytes: int | None  # of the source text in UTF-8, document delimiters as the writer counted them
-    identity: tuple[str | None, ...] | None = None  # of the write that made each file; None: not from open_tokens
+    identity: tuple[str | None, ...] | None = None  # each file's id (token_format.py); None: not from open_tokens
 
     def __len__(self) -> int:
         return self.n_tokens
@@ -90,7 +90,7 @@ class TokenFile:
         return self  # nothing in it changes
 
     def __reduce__(self):
-        # By name: a worker process maps the file anew, and is not sent gigabytes.
+        # Pickled by name: a worker process maps the file itself, and is not sent gigabytes.
         if self.identity is None:
             return TokenFile, tuple(getattr(self, field.name) for field in fields(self))
         return _reopen, (os.path.abspath(self.path), self.path, self.dtype, self.identity)
@@ -115,10 +115,10 @@ def open_tokens(
     Args:
         path: `NAME.bin`; or, where only `NAME-00000.bin`, ... exist, that shard set; or a folder that holds one
             shard set; or a glob pattern, its matches taken in sorted order.
-        dtype: what the file must be, "uint16" or "uint32"; needed for a `.bin` without sidecar, which says nothing.
+        dtype: what the file must have, "uint16" or "uint32"; needed for a `.bin` without sidecar.
         tokenizer_sha256: if given, the file must have been made by this tokenizer.
-        verify: read all of every file and compare it with the checksum in its sidecar. Otherwise 16 blocks of 4 KiB are
-            compared, in files written since there are checksums.
+        verify: read every file whole and compare it with the checksum in its sidecar. Otherwise 16 blocks of 4 KiB are
+            compared, if the sidecar has their checksum.
 
     Raises ValueError naming the file when it is truncated, changed, has another dtype, another tokenizer, no sidecar
     (and no dtype is given), a damaged one, or one without the checksum that verify asks for; when shards are missing
@@ -163,7 +163,7 @@ def open_tokens(
 def check_ids(tokens: TokenFile | np.ndarray | ShardedTokens, vocab_size: int) -> None:
     """Scan all ids, in pieces of a few MiB, and raise ValueError at the first that is not below vocab_size.
 
-    Meant to run once before training: an id outside the vocabulary is a device assert deep inside a GPU step.
+    Meant to run once before training: in a step on a GPU, such an id is a device assert that names nothing.
     """
     check_int("vocab_size", vocab_size, 1)
     name = tokens.path if isinstance(tokens, TokenFile) else "tokens"

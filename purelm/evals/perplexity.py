@@ -23,14 +23,17 @@ class Score(NamedTuple):
 
     @property
     def nats_per_token(self) -> float:
-        return self.nats / self.n_tokens if self.n_tokens else math.nan  # nothing was measured
+        """Mean of -log p over the targets; nan where there are none."""
+        return self.nats / self.n_tokens if self.n_tokens else math.nan
 
     @property
     def perplexity(self) -> float:
+        """exp(nats per token); inf where that is too large for a float."""
         return math.exp(self.nats_per_token) if not self.nats_per_token > 700.0 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
+        """nats / (ln 2 * n_bytes)."""
         return bits_per_byte(self.nats, self.n_bytes)
 
 
@@ -51,9 +54,9 @@ def score(
 ) -> Score:
     """Sum the loss over batches that cover each target once (`purelm.data.eval_windows`).
 
-    loss_fn is given each batch with "denominator" 1, so its scalar is the batch's sum of weighted nats; sums are kept
-    in float64 because a float32 running sum over millions of tokens drifts. ValueError where there are no targets at
-    all, in no batch or with no weight: there is no perplexity of nothing.
+    loss_fn is given each batch with "denominator" 1, so its scalar is the batch's sum of weighted nats. Sums are kept
+    in float64, because a float32 running sum over millions of tokens drifts. ValueError where no batch has a target of
+    weight above 0.
     """
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.float64, device=device)

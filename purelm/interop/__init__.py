@@ -1,7 +1,7 @@
-"""torch's class-based interfaces over purelm's functions, for programs that are written against them.
+"""torch's class-based interfaces over purelm's functions, for programs that are written for those classes.
 
-Optimizers change parameters in place, as torch.optim does: that is what such programs expect. The arithmetic is that of
-the optimizer that they wrap. `functional`, `ddp` and `fsdp` take modules.
+Optimizers change parameters in place, as torch.optim does and such programs expect; the arithmetic is that of the
+wrapped optimizer. `functional`, `ddp` and `fsdp` take modules.
 """
 
 from purelm.interop.fully_sharded import FullySharded, fsdp

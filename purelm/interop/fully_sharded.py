@@ -32,14 +32,14 @@ Named = dict[str, Tensor]  # a module's own parameters, by their names in it
 
 
 def fsdp(module: nn.Module, group: Group = None, *, compute_dtype: torch.dtype | None = None) -> "FullySharded":
-    """module with 1/N of every matrix on each rank (`dist.fsdp`); module itself, changed, is `.module`.
+    """The module, with 1/N of every matrix on each rank (`dist.fsdp`); it is changed, and is `.module` of the result.
 
     Each floating parameter of 2 axes or more is replaced by this rank's rows of it (`sharding.part_of`), in its own
     dtype; tied ones stay tied. Vectors stay whole. A submodule with matrices of its own gathers them when its forward
     runs, drops them after it, gathers them again for backward and reduce-scatters their gradients. While it runs, the
-    next submodule's matrices are gathered already, in the order of the previous forward (the first forward gathers
-    nothing ahead). So the matrices of two submodules are whole at a time, and those of one more for each module with
-    matrices that calls other ones.
+    matrices of the next submodule are gathered, "next" being as in the previous forward (the first forward gathers
+    nothing ahead). So two submodules have whole matrices at a time, and so does each module with matrices that is
+    calling them.
 
     compute_dtype: parameters are cast to it, matrices before they are sent; so are floating inputs of submodules with
     matrices. Outputs stay in it. Buffers are left alone. Gradients are summed and kept in the parameters' own dtype.
@@ -49,10 +49,10 @@ def fsdp(module: nn.Module, group: Group = None, *, compute_dtype: torch.dtype |
     and in finish_gradient_synchronization() an all_reduce a dtype of the vectors.
 
     Only .backward() gives gradients of matrices, not torch.autograd.grad. Every rank must run the same submodules in
-    the same order, forward and backward. A matrix is whole only in the forward of the module that holds it: another's
-    must not read it (nn.MultiheadAttention does, that of its out_proj, and fails). torch.utils.checkpoint goes with it,
-    but with use_reentrant=False it keeps the inputs of submodules with matrices.
-    ValueError where matrices are in a module without forward, as ParameterList, or one module's differ in dtype.
+    the same order, forward and backward. A matrix is whole only in the forward of the module that holds it, and no
+    other module may read it (so nn.MultiheadAttention, which reads the matrix of its out_proj, fails).
+    torch.utils.checkpoint works, but with use_reentrant=False it keeps the inputs of submodules with matrices.
+    ValueError where a module without forward (ParameterList, say) has matrices, or one module's differ in dtype.
     """
     return FullySharded(module, group, compute_dtype)
 
@@ -83,13 +83,14 @@ class FullySharded(nn.Module):
                 setattr(one, name, p)
         kept = [p for p in module.parameters() if p.requires_grad and p not in set(self._parts.values())]
         self._means = _Means(kept, group, math.inf, None)
-        self._order: list[Named] | None = None  # matrices as the last forward used them
-        self._ran: list[Named] | None = None  # the same of the forward that runs
-        self._bound: sharded.Bound | None = None  # of the forward that runs, if there was one before
+        self._order: list[Named] | None = None  # matrices in the order in which the last forward used them
+        self._ran: list[Named] | None = None  # the same for the forward that is running
+        self._bound: sharded.Bound | None = None  # for the forward that is running, once the order is known
         self._under_way: list[tuple[list[Tensor], Pending]] = []
-        self._sums: dict[Tensor, Tensor] = {}  # of gradients that have arrived, over ranks and uses
+        self._sums: dict[Tensor, Tensor] = {}  # of gradients that have arrived, over ranks and uses of a parameter
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with matrices gathered as its submodules need them."""
         ran: list[Named] = []
         self._ran = ran
         self._bound = None if self._order is None else self._bind(self._order)
@@ -104,13 +105,13 @@ class FullySharded(nn.Module):
         return self._plan.bind(self._parts, order or (), self._deliver)
 
     def _run(self, original: "_Original", matrices: Named, vectors: Named, /, *args: Any, **kwargs: Any) -> Any:
-        """The forward of a module with these parameters of its own."""
+        """The forward of a submodule whose own parameters are these."""
         dtype = self._plan.compute
         cast = {} if dtype is None else {name: p.to(dtype) for name, p in vectors.items()}
 
         def call(wholes: Named, *args: Any, **kwargs: Any) -> Any:
             named = {f"module.{name}": x for name, x in {**cast, **wholes}.items()}
-            return functional_call(original, named, args, kwargs, tie_weights=False)  # each by its own name
+            return functional_call(original, named, args, kwargs, tie_weights=False)  # tied ones under each name
 
         if not matrices:
             return call({}, *args, **kwargs)
@@ -118,13 +119,13 @@ class FullySharded(nn.Module):
             args, kwargs = tree.cast((args, kwargs), dtype)
         if self._ran is not None:
             self._ran.append(matrices)
-        # Without the others where their order is not known yet, or where torch's checkpoint runs forward once more.
+        # Nothing is gathered ahead where the order is not known yet, or where torch's checkpoint repeats a forward.
         bound = self._bind() if self._bound is None else self._bound
         return bound.gathered(call)(matrices, *args, **kwargs)
 
     def _deliver(self, parts: list[Tensor], pending: Pending) -> None:
         self._under_way.append((parts, pending))
-        while len(self._under_way) > 2:  # lets go of their messages
+        while len(self._under_way) > 2:  # frees the memory of older messages
             self._take(*self._under_way.pop(0))
 
     @torch.no_grad()
@@ -135,7 +136,7 @@ class FullySharded(nn.Module):
 
     @torch.no_grad()
     def finish_gradient_synchronization(self) -> None:
-        """Waits, and adds to .grad the means over ranks of all backward passes since the last call.
+        """Waits for all messages, and adds to .grad the means over ranks of all backward passes since the last call.
 
         Parts have the shape and dtype of their parameter; gradients of vectors are the same bits on all ranks. A vector
         that some ranks do not use counts as zeros there; one that none uses keeps .grad None.
@@ -150,9 +151,9 @@ class FullySharded(nn.Module):
 
     @torch.no_grad()
     def gather_full_params(self) -> dict[str, Any]:
-        """module.state_dict() as it was before it was cut, on every rank; a message for each matrix.
+        """module.state_dict() with whole matrices, on every rank; one message for each matrix.
 
-        Masters, in memory of their own; tied names have the same tensor. All ranks must call it.
+        Values are copies in the parameters' own dtype; tied names have the same tensor. All ranks must call it.
         """
         state = self.module.state_dict(keep_vars=True)
         values = {x: x.detach() for x in state.values() if isinstance(x, Tensor)}
@@ -163,7 +164,7 @@ class FullySharded(nn.Module):
 
 
 class _Original(nn.Module):
-    """A module with the forward that it had: functional_call of the module would run its hooks and new forward."""
+    """A module with its original forward: functional_call of the module itself would run hooks and the new forward."""
 
     def __init__(self, module: nn.Module):
         super().__init__()

@@ -33,11 +33,10 @@ __all__ = ["DataParallel", "ddp", "functional"]
 def functional(module: nn.Module) -> tuple[dict[str, Tensor], Callable[..., Any]]:
     """(params, apply) with apply(params, *args, **kwargs) = module(*args, **kwargs) of these parameters.
 
-    params: name -> value, in memory of its own, by module.named_parameters(): tied parameters once, frozen ones like
-    all others (a mask keeps an optimizer off them). apply is pure as far as tensors go: it has the buffers and the mode
-    (train or eval) that module has when functional is called, drops what forward writes to buffers, and neither uses
-    nor changes module itself. Dropout still draws from torch's generator. ValueError from apply where the names are not
-    those of params.
+    params: name -> copy of the value, as in module.named_parameters(): tied parameters once, frozen ones included (a
+    mask keeps an optimizer off them). apply is pure, except that dropout draws from torch's generator: it keeps the
+    buffers and the mode (train or eval) that the module has now, discards what forward writes to buffers, and neither
+    uses nor changes the module. ValueError from apply where the names are not those of params.
 
     >>> params, apply = functional(torch.nn.Linear(2, 1))
     >>> {name: tuple(x.shape) for name, x in params.items()}, apply(params, torch.ones(3, 2)).shape
@@ -45,8 +44,8 @@ def functional(module: nn.Module) -> tuple[dict[str, Tensor], Callable[..., Any]
     """
     named = dict(module.named_parameters())
     params = {name: p.detach().clone() for name, p in named.items()}
-    # A copy, so that forward cannot change the caller's module, nor the caller this function. Its parameters are on the
-    # meta device: each call brings their values.
+    # A copy, so that forward cannot change the caller's module, nor the caller this function. Its parameters have no
+    # memory (meta device), since each call supplies their values.
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in named.values()}
     frame = copy.deepcopy(module, dict(empty))
     buffers, names = dict(frame.named_buffers()), frozenset(named)
@@ -55,7 +54,7 @@ def functional(module: nn.Module) -> tuple[dict[str, Tensor], Callable[..., Any]
         if params.keys() != names:
             missing, unknown = names - params.keys(), params.keys() - names
             raise ValueError(f"params lacks {sorted(missing)} and has unknown {sorted(unknown)}")
-        # Clones, since any of them may be written to.
+        # Clones, because forward may write to buffers.
         return functional_call(frame, (params, {name: x.clone() for name, x in buffers.items()}), args, kwargs)
 
     return params, apply
@@ -64,16 +63,17 @@ def functional(module: nn.Module) -> tuple[dict[str, Tensor], Callable[..., Any]
 def ddp(
     module: nn.Module, group: Group = None, *, bucket_bytes: int | None = None, wire: torch.dtype | None = None
 ) -> "DataParallel":
-    """module with gradients that are means over ranks, sent while backward runs; module itself is `.module`.
+    """The module, with gradients that are means over ranks, sent while backward runs; `.module` is the module itself.
 
-    Parameters and buffers of all ranks are set to rank 0's here, once; what forward does to buffers later stays on its
-    rank. Gradients are sent in buckets of bucket_bytes (by default `dist.messages.default_bucket_bytes`), one message
-    each, the last registered parameters first, in the same order on all ranks: a bucket is sent when its gradients are
-    there and all buckets before it are sent. A rank sends 2 (N - 1) / N of the gradients' bytes a step. With `wire`,
-    gradients are rounded to that dtype, sent in it and added in it.
+    Parameters and buffers of all ranks are set to rank 0's here, once; later changes of buffers stay on their rank.
+    Gradients are sent in buckets of bucket_bytes (by default `dist.messages.default_bucket_bytes`), one message each.
+    All ranks send buckets in the same order, those of the last registered parameters first: a bucket is sent when its
+    gradients are ready and all earlier buckets are sent. A rank sends 2 (N - 1) / N of the gradients' bytes a step.
+    wire: a dtype to which gradients are rounded, and in which they are sent and added.
 
-    A parameter that some ranks do not use counts as zeros there; one that none uses keeps .grad None. Which parameters
-    require gradients is decided here. ValueError on all ranks, naming the parameter, where ranks' modules differ.
+    A parameter that some ranks do not use counts as zeros there; one that none uses keeps .grad None. Parameters that
+    do not require gradients now are left out for good. ValueError on all ranks, naming the parameter, where their
+    modules differ.
     """
     return DataParallel(module, group, bucket_bytes, wire)
 
@@ -94,6 +94,7 @@ class DataParallel(nn.Module):
                 p.register_post_accumulate_grad_hook(partial(self._arrived, i))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
         return self.module(*args, **kwargs)
 
     def _arrived(self, i: int, p: Tensor) -> None:
@@ -102,7 +103,7 @@ class DataParallel(nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """backward() in here only adds to .grad; the first one outside sends the sums."""
+        """A context in which backward() only adds to .grad; the first backward() after it sends the sums."""
         before, self._sends = self._sends, False
         try:
             yield
@@ -110,16 +111,16 @@ class DataParallel(nn.Module):
             self._sends = before
 
     def finish_gradient_synchronization(self) -> None:
-        """To call after the last backward of a step: sends what is left and waits for all of it.
+        """Sends what is left and waits for all messages; to be called after the last backward of a step.
 
-        .grad is the mean over ranks then, the same bits on all. On a GPU only the stream waits, unless there is a
-        parameter that this rank did not use: then the host does, too.
+        Afterwards .grad is the mean over ranks, the same bits on all of them. On a GPU only the stream waits; the host
+        waits too where this rank did not use a parameter.
         """
         self._means.finish()
 
 
 class _Means:
-    """Means over ranks of the .grad of parameters, in buckets that go in the same order on every rank."""
+    """Means over ranks of the .grad of parameters, in buckets that every rank sends in the same order."""
 
     def __init__(self, params: list[nn.Parameter], group: Group, bucket_bytes: float, wire: torch.dtype | None):
         self.params, self.group, self.wire = params, group, wire
@@ -142,7 +143,8 @@ class _Means:
         params = [self.params[i] for i in self.buckets[len(self.under_way)]]
         used = [p.grad is not None for p in params]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        # A number for each says whether any rank has it. Ones are made on the device: a list would be waited for.
+        # One number for each parameter says whether any rank has its gradient. They are made on the device, because
+        # copying a list there would wait for it.
         flags = grads[0].new_ones(len(used)) if all(used) else grads[0].new_tensor(used)
         self.under_way.append((used, send_bucket([*grads, flags], self.group, "mean", self.wire)))
         for p in params:
@@ -163,7 +165,7 @@ class _Means:
 
 
 def _same_everywhere(module: nn.Module, group: Group) -> None:
-    """Copies rank 0's parameters and buffers over those of the other ranks; a message for each."""
+    """Copies rank 0's parameters and buffers to the other ranks; one message for each."""
     params = dict(module.named_parameters())
     tensors = {**params, **dict(module.named_buffers())}
     check_same_kind(tensors, group, "module")

@@ -53,6 +53,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__setstate__({**state, "group": group.group} if isinstance(group, _Shared) else state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; all ranks must call it."""
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         check_same_kind(added["params"], self.group, f"parameter group {len(self.param_groups) - 1}")
@@ -67,7 +68,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         else:
             self._local.add_param_group(self._own_part(added))
         for name, value in self._local.param_groups[-1].items():
-            added.setdefault(name, value)  # the class's defaults, which schedulers may look for
+            added.setdefault(name, value)  # optimizer_cls's defaults, which schedulers may read
 
     def _own_part(self, group: dict[str, Any]) -> dict[str, Any]:
         rank = rank_of(self.group)
@@ -116,7 +117,7 @@ def whole_state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 class _Shared:
-    """A process group, which copies of an optimizer have in common; it is no value that a file could hold."""
+    """A process group, which copies of an optimizer share, and which cannot be pickled."""
 
     def __init__(self, group: Group):
         self.group = group

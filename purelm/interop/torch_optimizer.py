@@ -24,14 +24,14 @@ OPTIONS = {"params", "param_names", "lr", "initial_lr", "min_lr", "max_lr", "swa
 class TorchOptimizer(torch.optim.Optimizer):
     """A purelm optimizer as a torch.optim.Optimizer.
 
-    Each param group is a tree of its own with a state of its own: a dict by name where (name, parameter) pairs are
-    given, as model.named_parameters(), so that masks see names; else a list. lr is the group's, so that torch's
-    schedulers work; a norm over all gradients is that of the group. A group has no other options (ValueError): what
-    decays, say, is decided by the optimizer's mask, and optimizers of parts are put together by `optim.labelled`.
+    Each param group is one tree with one state: a dict by name where (name, parameter) pairs are given, as by
+    model.named_parameters(), so that masks see names; else a list. lr is the group's, so that torch's schedulers work.
+    A norm over all gradients is over those of the group. A group has no other options (ValueError): use the optimizer's
+    mask for weight decay, and `optim.labelled` for several optimizers.
 
-    Of what `fsdp` returns a process holds parts: the first step refuses an optimizer that clips by the norm of these.
+    With `fsdp` a process holds parts of parameters: the first step refuses an optimizer that clips by their norm.
     Frozen parameters keep their values, but have moments too: leave them out of params to save that memory.
-    Copies and pickles work where the optimizer is made by `purelm.optim` of what can be pickled (no lambda as mask).
+    It can be copied and pickled if `purelm.optim` made the optimizer and its arguments can be pickled (no lambdas).
 
     >>> from purelm.optim import adamw, chain, clip_by_global_norm
     >>> model = torch.nn.Linear(2, 2)
@@ -50,7 +50,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         check_optimizer("TorchOptimizer: optimizer", optimizer)
         self.optimizer = optimizer
         self.trees: list[Any] = []  # the optimizer's state of each group
-        self.is_tried = False  # whether its norms are of all that processes hold
+        self.is_tried = False  # whether `_check_norms` has run
         super().__init__(params, {"lr": lr})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """ValueError for an option other than lr, and what torch's schedulers keep in a group."""
+        """As torch's; ValueError for an option other than lr and those that torch's schedulers add."""
         for name in param_group.keys() - OPTIONS:
             raise ValueError(
                 f"TorchOptimizer: param group {len(self.param_groups)} has {name}={param_group[name]!r}; groups have "
@@ -103,10 +103,10 @@ class TorchOptimizer(torch.optim.Optimizer):
         return {**super().state_dict(), "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The state of such an optimizer, or of the one of torch.optim with these names: AdamW for `adamw`.
+        """Loads the state of such an optimizer, or of its counterpart in torch.optim: AdamW for `adamw`.
 
-        Of the groups, lr and what schedulers keep there is taken; betas or weight_decay in them are torch's, and stay
-        what this optimizer was made with. ValueError, with nothing changed, for the state of another optimizer or of
+        From the groups, lr and what schedulers keep there is taken; other options (betas, weight_decay) are ignored:
+        they stay as this optimizer was made. ValueError, with nothing changed, for the state of another optimizer or of
         other parameters.
         """
         groups = state_dict["param_groups"]

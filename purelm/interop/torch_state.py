@@ -1,15 +1,15 @@
 """The state of a purelm optimizer in torch's form, {number of the parameter: {name: tensor}}, and back.
 
-A state is a tree in which some subtrees have the form of the parameters (moments) and other leaves belong to all of
-them (counters). torch gives each parameter a dict of its own: its moments, and a copy of each counter. Names are
-torch.optim's where there is such a thing, so that its state dicts can be exchanged:
+In a purelm state some subtrees have the form of the parameters (moments), and other leaves belong to all parameters
+(counters). torch has a dict for each parameter, with its moments and a copy of each counter. Names are torch.optim's
+where it has such an optimizer, so that state dicts can be exchanged:
 
     adamw   m, v, step   exp_avg, exp_avg_sq, step (fp32, on the CPU)
     lion    m, step      exp_avg, step
     sgd     m, step      momentum_buffer, step
     muon    m, step      momentum_buffer, step
 
-Others are the names of their fields; where two would be equal for one parameter, their whole paths ("yes.step").
+Other entries are named after their fields, or by their whole paths ("yes.step") where two fields have one name.
 """
 
 from collections import Counter
@@ -56,9 +56,9 @@ def to_torch(state: Any, params: Any, start: int = 0) -> State:
 def from_torch(saved: Mapping[int, Mapping[str, Any]], like: Any, params: Any, numbers: Sequence[int]) -> Any:
     """The state from torch's form; `numbers` are those of the parameters in `saved`, `like` a state of the form.
 
-    A parameter that `saved` lacks keeps what it has in `like`: torch has nothing for what has had no gradient yet, so
-    that `like` should be optimizer.init(params) there. ValueError for other names or shapes, and for a counter that
-    differs between parameters, which have one in common here.
+    A parameter that `saved` lacks keeps what it has in `like`. torch has no state for parameters that never had a
+    gradient, so `like` should be optimizer.init(params). ValueError for other names or shapes, and where parameters'
+    counters differ, since here they have one in common.
     """
     leaves = tree.to_flat(like)
     new: dict[str, Tensor] = {}
@@ -86,7 +86,7 @@ def from_torch(saved: Mapping[int, Mapping[str, Any]], like: Any, params: Any, n
 
 
 def _written(entry: _Entry, x: Tensor) -> Tensor:
-    """A counter in memory of its own for each parameter: torch adds to them in place."""
+    """A leaf as torch keeps it: a counter is copied for each parameter, because torch adds to it in place."""
     if entry.name == "step" and x.ndim == 0:
         return x.to("cpu", torch.float32, copy=True)
     return x.clone() if entry.is_shared else x

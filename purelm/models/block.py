@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from purelm.models.config import NormPlace
 from purelm.models.context import Context
 from purelm.models.feed_forward import FeedForward
 from purelm.models.leaves import Leaf, Params, with_prefix
@@ -29,7 +30,7 @@ class Layer(NamedTuple):
     mixer: Mixer
     feed_forward: FeedForward
     norm: Norm | None
-    norm_position: str = "pre"  # x + f(n(x)) pre, n(x + f(x)) post, x + n(f(x)) output, x + n'(f(n(x))) sandwich
+    norm_position: NormPlace = "pre"  # x + f(n(x)) pre, n(x + f(x)) post, x + n(f(x)) output, x + n'(f(n(x))) sandwich
 
 
 def layer_leaves(layer: Layer, d_model: int, d_ff: int, *, biases: bool = False) -> dict[str, Leaf]:

@@ -58,7 +58,9 @@ def init_cache(
     return Cache(states, slots, torch.zeros((), dtype=torch.int64, device=device), None)
 
 
-def cached_blocks(cfg: Config, ops: Ops, wrap_block: Callable[[Any], Any]) -> list[CachedBlockFn]:
+def cached_blocks(
+    cfg: Config, ops: Ops, wrap_block: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> list[CachedBlockFn]:
     """The wrapped function of each kind of layer (`layers.kinds_of`)."""
 
     def cached(layer: Layer) -> CachedBlockFn:

@@ -4,34 +4,54 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from purelm.ops.rope import LAYOUTS, RopeScaling
+from purelm.ops.rope import Layout, RopeScaling
+
+NormName = Literal["rms", "layer", "none"]
+NormPlace = Literal["pre", "post", "output", "sandwich"]
+Position = Literal["rope", "learned", "none"]
+FfnName = Literal["swiglu", "geglu", "silu", "gelu", "relu2"]
+QKNorm = Literal["none", "head", "full"]
+Biases = Literal["none", "qkv", "all"]
+MixerName = Literal["attention"]
 
 if TYPE_CHECKING:
     from purelm.models.feed_forward import FeedForward
     from purelm.models.mixers import Mixer
     from purelm.models.norms import Norm
 
-    NormChoice = str | Norm
-    FfnChoice = str | FeedForward
-    MixerChoice = str | Mixer | tuple[str | Mixer, ...]
+    NormChoice: TypeAlias = NormName | Norm
+    FfnChoice: TypeAlias = FfnName | FeedForward
+    MixerChoice: TypeAlias = MixerName | Mixer | tuple[MixerName | Mixer, ...]
 else:  # what a command line or a JSON file can say; values of one's own come from Python
-    NormChoice = FfnChoice = str
-    MixerChoice = str | tuple[str, ...]
+    NormChoice, FfnChoice = NormName, FfnName
+    MixerChoice = MixerName | tuple[MixerName, ...]
 
-__all__ = ["Config", "RopeScaling", "config_from_dict"]
+__all__ = [
+    "Biases",
+    "Config",
+    "FfnName",
+    "MixerName",
+    "NormName",
+    "NormPlace",
+    "Position",
+    "QKNorm",
+    "RopeScaling",
+    "config_from_dict",
+]
 
 GATED = ("swiglu", "geglu")
-AXES = {
-    "norm": ("rms", "layer", "none"),
-    "norm_position": ("pre", "post", "output", "sandwich"),
-    "position": ("rope", "learned", "none"),
-    "rope_layout": LAYOUTS,
-    "ffn": ("swiglu", "geglu", "silu", "gelu", "relu2"),
-    "qk_norm": ("none", "head", "full"),
-    "biases": ("none", "qkv", "all"),
-    "mixer": ("attention",),
+# The names that a field may have; the types above are the one place that lists them.
+AXES: dict[str, tuple[str, ...]] = {
+    "norm": get_args(NormName),
+    "norm_position": get_args(NormPlace),
+    "position": get_args(Position),
+    "rope_layout": get_args(Layout),
+    "ffn": get_args(FfnName),
+    "qk_norm": get_args(QKNorm),
+    "biases": get_args(Biases),
+    "mixer": get_args(MixerName),
 }
 OWN = ("norm", "ffn", "mixer")  # which may also be values from elsewhere
 
@@ -52,17 +72,17 @@ class Config:
     head_dim: int | None = None  # d_model / n_heads when None
     d_ff: int | None = None  # None: 8/3 d_model up to a multiple of 64 for gated ffn, 4 d_model otherwise
     norm: NormChoice = "rms"  # rms, layer or none; or a `models.norms.Norm`
-    norm_position: str = "pre"  # x + f(n(x)) pre, n(x + f(x)) post, x + n(f(x)) output, x + n'(f(n(x))) sandwich
+    norm_position: NormPlace = "pre"  # x + f(n(x)) pre, n(x + f(x)) post, x + n(f(x)) output, x + n'(f(n(x))) sandwich
     norm_eps: float = 1e-5
-    position: str = "rope"  # rope, learned (one vector a position, added to the embedding) or none
+    position: Position = "rope"  # rope, learned (one vector a position, added to the embedding) or none
     rope_theta: float = 10000.0
-    rope_layout: str = "interleaved"  # interleaved or half
+    rope_layout: Layout = "interleaved"  # interleaved or half
     rope_scaling: RopeScaling | None = None
     # W2 (act(W1 x) * W3 x) for swiglu and geglu, W2 act(W1 x) for silu, gelu and relu2; or a `feed_forward.FeedForward`
     ffn: FfnChoice = "swiglu"
     gelu_tanh: bool = False  # the tanh approximation in gelu and geglu (GPT-2, Gemma)
-    qk_norm: str = "none"  # RMS norm of q and k: over each head's width (head) or over all heads together (full)
-    biases: str = "none"  # none, qkv (those three projections) or all (linear layers, and shifts of layer norms)
+    qk_norm: QKNorm = "none"  # RMS norm of q and k: over each head's width (head) or over all heads together (full)
+    biases: Biases = "none"  # none, qkv (those three projections) or all (linear layers, and shifts of layer norms)
     # keys seen before the own one (and after it if not causal); None: all; a tuple repeats over the layers
     window: int | tuple[int | None, ...] | None = None
     causal: bool = True

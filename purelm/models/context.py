@@ -3,13 +3,14 @@
 Legend: B batch, T positions, K head dim.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from purelm.models.config import Config
+from purelm.ops.masks import Segments
 from purelm.ops.rope import rope_tables
 
 __all__ = ["Context", "context", "segment_lengths", "segment_positions"]
@@ -20,7 +21,7 @@ class Context(NamedTuple):
 
     cos: Tensor | None  # (T, K/2) or (B, T, K/2): rotary tables
     sin: Tensor | None
-    segment_ids: Any  # (B, T), or a pair for queries and keys
+    segment_ids: Segments  # (B, T), or a pair for queries and keys
 
 
 def segment_positions(segment_ids: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
@@ -46,7 +47,7 @@ def segment_lengths(segment_ids: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
     return torch.searchsorted(sorted_BT, ids_BT, right=True) - torch.searchsorted(sorted_BT, ids_BT)
 
 
-def context(positions: Tensor, segment_ids: Any, cfg: Config, *, length: int, dtype: torch.dtype) -> Context:
+def context(positions: Tensor, segment_ids: Segments, cfg: Config, *, length: int, dtype: torch.dtype) -> Context:
     """Tables for these positions, (T,) or (B, T); `length` positions are in play (dynamic_ntk looks at it)."""
     if cfg.position != "rope":
         return Context(None, None, segment_ids)

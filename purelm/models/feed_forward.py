@@ -7,7 +7,7 @@ Legend: B batch, T positions, D d_model, F ffn width.
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -16,10 +16,18 @@ from purelm.models.linear import apply_linear, apply_linear_out, linear_in, line
 from purelm.models.mixers import Cost
 from purelm.ops import Ops
 
-__all__ = ["FeedForward", "Inner", "built_in", "gated", "plain"]
+__all__ = ["CostOfFeedForward", "FeedForward", "Inner", "built_in", "gated", "plain"]
 
 # (ops, W1 x, W3 x or None) -> what W2 is applied to
 Inner = Callable[[Ops, Tensor, Tensor | None], Tensor]
+
+
+class CostOfFeedForward(Protocol):
+    """The cost for `batch` sequences of `length` positions."""
+
+    def __call__(
+        self, config: Any, d_model: int, width: int, batch: int, length: int, /, *, bytes_per_element: int = 4
+    ) -> Cost: ...
 
 
 class FeedForward(NamedTuple):
@@ -29,7 +37,7 @@ class FeedForward(NamedTuple):
     is_gated: bool  # whether its default width is 8/3 d_model, as three matrices take, or 4 d_model
     leaves: Callable[[Any, int, int, bool], dict[str, Leaf]]  # (config, d_model, width, biases) -> table
     apply: Callable[[Any, Params, Tensor, Ops], Tensor]  # (config, params, x_BTD, ops) -> y_BTD
-    cost: Callable[..., Cost]  # (config, d_model, width, batch, length, *, bytes_per_element) -> Cost
+    cost: CostOfFeedForward
 
 
 def gated(activation: Callable[[Tensor], Tensor]) -> FeedForward:
@@ -74,10 +82,9 @@ class _BuiltIn(NamedTuple):
     gelu_tanh: bool
 
     def inner(self, ops: Ops, gate: Tensor, up: Tensor | None) -> Tensor:
-        if self.name == "swiglu":
-            return ops.swiglu(gate, up)
-        if self.name == "geglu":
-            return ops.geglu(gate, up, self.gelu_tanh)
+        if self.is_gated:
+            assert up is not None
+            return ops.swiglu(gate, up) if self.name == "swiglu" else ops.geglu(gate, up, self.gelu_tanh)
         if self.name == "gelu":
             return ops.gelu(gate, self.gelu_tanh)
         return ops.silu(gate) if self.name == "silu" else ops.relu2(gate)

@@ -73,7 +73,11 @@ def identity(f: BlockFn) -> BlockFn:
 
 
 def make(
-    cfg: Config, ops: Ops = REFERENCE, wrap_block: Callable[[Any], Any] = identity, *, std: Std = course_init
+    cfg: Config,
+    ops: Ops = REFERENCE,
+    wrap_block: Callable[[Callable[..., Any]], Callable[..., Any]] = identity,
+    *,
+    std: Std = course_init,
 ) -> Model:
     """The Model of this Config, computed with these ops.
 

@@ -4,15 +4,15 @@
     from purelm.ops.sdpa import sdpa_attention
     fast = REFERENCE._replace(attention=sdpa_attention)
 
-Functions are imported from their files: `from purelm.ops.rms_norm import rms_norm`.
+Functions are imported from their files: `from purelm.ops.rms_norm import rms_norm`. What a function must look like to
+take a field's place is said by the field's Protocol in `purelm.ops.protocols`.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from purelm.ops import activations, glu
+from purelm.ops import activations, glu, protocols
 from purelm.ops import attention as _attention
 from purelm.ops import embedding as _embedding
 from purelm.ops import layer_norm as _layer_norm
@@ -26,35 +26,33 @@ __all__ = ["REFERENCE", "Ops"]
 
 
 def identity(x: Tensor) -> Tensor:
-    """x"""
+    """x itself."""
     return x
 
 
 class Ops(NamedTuple):
-    """What a model computes with; each field has the signature of the reference function of the same name."""
+    """What a model computes with; each field's type is its signature (`purelm.ops.protocols`)."""
 
-    linear: Callable[..., Tensor]  # (x, weight_OI, bias_O=None)
-    embedding: Callable[..., Tensor]  # (ids, weight_VD)
-    position_embedding: Callable[..., Tensor]  # (positions, weight_TD): added to `embedding`'s
-    unembed: Callable[..., Tensor]  # (x, weight_VD): logits
-    rms_norm: Callable[..., Tensor]  # (x, weight_D=None, eps)
-    layer_norm: Callable[..., Tensor]  # (x, weight_D=None, bias_D=None, eps)
-    rope: Callable[..., Tensor]  # (x_BTHK, cos, sin, layout)
-    attention: Callable[..., Tensor]  # (q_BTHK, k_BSGK, v_BSGK, *, causal, window, segment_ids, scale, softcap)
-    swiglu: Callable[..., Tensor]  # (gate, up)
-    geglu: Callable[..., Tensor]  # (gate, up, tanh=False)
-    silu: Callable[..., Tensor]  # (x)
-    gelu: Callable[..., Tensor]  # (x, tanh=False)
-    relu2: Callable[..., Tensor]  # (x)
-    # (hidden, unembedding_VD, targets, *, weights, denominator, reduction, softcap, z_loss, chunk) -> (loss, nll)
-    linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
-    # (hidden, unembedding_VD, targets, *, softcap, temperature, chunk, ignore_index) -> (log_prob, entropy)
-    log_probs: Callable[..., tuple[Tensor, Tensor]]
+    linear: protocols.Linear
+    embedding: protocols.Embedding
+    position_embedding: protocols.Embedding  # added to `embedding`'s
+    unembed: protocols.Unembed  # from states to logits
+    rms_norm: protocols.RMSNorm
+    layer_norm: protocols.LayerNorm
+    rope: protocols.Rope
+    attention: protocols.Attention
+    swiglu: protocols.Gate
+    geglu: protocols.GeluGate
+    silu: protocols.Activation
+    gelu: protocols.GeluActivation
+    relu2: protocols.Activation
+    linear_cross_entropy: protocols.LinearCrossEntropy
+    log_probs: protocols.LogProbs
     # Where a sublayer (a mixer, a feed-forward layer) begins and ends. In one process these are the identity and
     # `linear`; where its features are spread over processes (purelm.dist.tensor_parallel), messages.
-    enter: Callable[[Tensor], Tensor]  # (x_BTD): what a sublayer reads
-    linear_out: Callable[..., Tensor]  # (x, weight_OI, bias_O=None): the linear layer that a sublayer ends with
-    final: Callable[[Tensor], Tensor]  # (x_BTD): the last states, of all positions
+    enter: protocols.Boundary  # what a sublayer reads
+    linear_out: protocols.Linear  # the linear layer that a sublayer ends with
+    final: protocols.Boundary  # the last states, of all positions
 
 
 REFERENCE = Ops(

@@ -5,16 +5,27 @@ Tables are functions of positions: `rope_tables` once for a model, `rope` for ea
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["RopeScaling", "attention_factor", "check_tables", "frequencies", "rope", "rope_tables"]
+__all__ = [
+    "Kind",
+    "Layout",
+    "RopeScaling",
+    "attention_factor",
+    "check_tables",
+    "frequencies",
+    "rope",
+    "rope_tables",
+]
 
-KINDS = ("linear", "ntk", "dynamic_ntk", "llama3", "yarn")
-LAYOUTS = ("interleaved", "half")
+Kind = Literal["linear", "ntk", "dynamic_ntk", "llama3", "yarn"]
+Layout = Literal["interleaved", "half"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class RopeScaling:
         truncate rounds the two ends of that range outward to whole pairs.
     """
 
-    kind: str
+    kind: Kind
     factor: float
     original_length: int | None = None
     low_freq_factor: float = 1.0
@@ -182,7 +193,7 @@ def rope(
     x_BTHK: Float[Tensor, "*axes k"],
     cos: Float[Tensor, "*bt j"],
     sin: Float[Tensor, "*bt j"],
-    layout: str = "interleaved",
+    layout: Layout = "interleaved",
     *,
     heads: bool = True,
 ) -> Float[Tensor, "*axes k"]:

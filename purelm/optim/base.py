@@ -16,7 +16,7 @@ An update function may carry a second form, `step_`, for parameters and state th
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,13 +27,28 @@ Tree = Any
 Mask = Callable[[str, Tensor], bool] | Tree | None
 
 __all__ = [
+    "Init",
     "Mask",
     "Optimizer",
+    "Step",
+    "Update",
     "apply_updates",
     "is_matrix",
     "step_of",
     "with_step",
 ]
+
+
+class Init(Protocol):
+    """The state before the first update."""
+
+    def __call__(self, params: Tree, /) -> Any: ...
+
+
+class Update(Protocol):
+    """(updates, state): what `apply_updates` adds to params."""
+
+    def __call__(self, grads: Tree, state: Any, params: Tree, lr: Tensor | float, /) -> tuple[Tree, Any]: ...
 
 
 class Optimizer(NamedTuple):
@@ -43,8 +58,8 @@ class Optimizer(NamedTuple):
     cannot be pickled: so an optimizer can where its arguments can, masks among them, which must have a name.
     """
 
-    init: Callable[[Tree], Any]  # params -> state
-    update: Callable[[Tree, Any, Tree, Tensor | float], tuple[Tree, Any]]  # grads, state, params, lr
+    init: Init
+    update: Update
 
     def __copy__(self) -> "Optimizer":
         return self
@@ -67,10 +82,13 @@ def _made_again(maker: Callable[..., Optimizer], args: tuple[Any, ...], kwargs: 
     return maker(*args, **kwargs)
 
 
-Step = Callable[[Tree, Any, Tree, Tensor | float], tuple[Tree, Any]]
+class Step(Protocol):
+    """(params, state) after one update, written over the memory of both."""
+
+    def __call__(self, grads: Tree, state: Any, params: Tree, lr: Tensor | float, /) -> tuple[Tree, Any]: ...
 
 
-def with_step(update: Step, step_: Step) -> Step:
+def with_step(update: Update, step_: Step) -> Update:
     """The same function `update`, to which its second form is attached as an attribute:
 
         step_(grads, state, params, lr) -> (params', state')

@@ -52,7 +52,7 @@ def test_resolved_sizes():
         (dict(logit_softcap=0.0), "Config.logit_softcap must be above 0 and finite, got 0.0"),
     ],
 )
-def test_each_bad_value_is_named(change, message):
+def test_each_bad_value_is_named(change, message, unchecked):
     with pytest.raises(ValueError, match=message):
         Config(**{**BASE, **change})
 

@@ -161,7 +161,7 @@ def test_yarn_multiplies_tables():
     assert attention_factor(RopeScaling("linear", S)) == attention_factor(None) == 1.0
 
 
-def test_bad_arguments():
+def test_bad_arguments(unchecked):
     cos, sin = rope_tables(torch.arange(2), 4)
     with pytest.raises(ValueError, match="layout must be one of interleaved, half, got 'x'"):
         rope(torch.zeros(1, 2, 1, 4), cos, sin, "x")

@@ -8,7 +8,7 @@ Legend: B batch, T positions, S slots of a cache, D d_model.
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from purelm.models.context import Context
 from purelm.models.leaves import Leaf, Params
 from purelm.ops import Ops
 
-__all__ = ["Cost", "Mixer", "Slots", "not_cached"]
+__all__ = ["Cost", "CostOfMixer", "Mixer", "Slots", "not_cached"]
 
 
 class Slots(NamedTuple):
@@ -41,6 +41,25 @@ class Cost(NamedTuple):
     cache_elements: int  # of the state after T positions
 
 
+class CostOfMixer(Protocol):
+    """The cost for `batch` sequences of `length` positions.
+
+    flash: scores are not kept for backward. skip_masked: pairs that do not see each other cost nothing.
+    """
+
+    def __call__(
+        self,
+        config: Any,
+        batch: int,
+        length: int,
+        /,
+        *,
+        bytes_per_element: int = 4,
+        flash: bool = False,
+        skip_masked: bool = False,
+    ) -> Cost: ...
+
+
 class Mixer(NamedTuple):
     """One way of mixing positions; functions and their `config`, which is the first argument of each."""
 
@@ -52,8 +71,7 @@ class Mixer(NamedTuple):
     reads: Callable[[Any, Slots], Any]  # (config, slots) -> what all layers of this kind need of them, formed once
     # (config, params, x_BTD, ctx, ops, state, what reads returned) -> (y_BTD, state)
     apply_cached: Callable[[Any, Params, Tensor, Context, Ops, Any, Any], tuple[Tensor, Any]]
-    # (config, batch, length, *, bytes_per_element, flash, skip_masked) -> Cost
-    cost: Callable[..., Cost]
+    cost: CostOfMixer
 
 
 def not_cached(config: Any, *_: Any) -> Any:

@@ -9,17 +9,19 @@ Legend: B batch, T positions, S slots, D d_model, H query heads, G key/value hea
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from purelm.models.config import QKNorm
 from purelm.models.context import Context
 from purelm.models.leaves import Cut, Fill, Leaf, Params, with_prefix
 from purelm.models.linear import apply_linear, apply_linear_out, linear_in, linear_out
 from purelm.models.mixers import Cost, Mixer, Slots
 from purelm.ops import Ops
+from purelm.ops.rope import Layout
 
 __all__ = ["KV", "Attention", "Reads", "attention", "reads", "visible_pairs"]
 
@@ -36,17 +38,17 @@ class Attention:
     window: int | None = None  # keys seen before the own one (and after it if not causal); None: all
     scale: float | None = None  # 1 / sqrt(head_dim) when None
     softcap: float | None = None
-    qk_norm: str = "none"  # RMS norm of q and k: over each head's width (head) or over all heads together (full)
+    qk_norm: QKNorm = "none"  # RMS norm of q and k: over each head's width (head) or over all heads together (full)
     norm_eps: float = 1e-5
     qkv_bias: bool = False
     out_bias: bool = False
-    rope_layout: str = "interleaved"
+    rope_layout: Layout = "interleaved"
 
     def __post_init__(self) -> None:
         if self.n_heads < 1 or self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads must divide n_heads {self.n_heads}, got {self.n_kv_heads}")
-        if self.qk_norm not in ("none", "head", "full"):
-            raise ValueError(f"qk_norm must be one of none, head, full, got {self.qk_norm!r}")
+        if self.qk_norm not in get_args(QKNorm):
+            raise ValueError(f"qk_norm must be one of {', '.join(get_args(QKNorm))}, got {self.qk_norm!r}")
 
 
 class KV(NamedTuple):
@@ -113,7 +115,7 @@ def _project(
     q, k, v = (x.unflatten(-1, (-1, c.head_dim)) for x in (q, k, v))
     if c.qk_norm == "head":
         q, k = _qk_norm(c, params, q, k, ops)
-    if ctx.cos is not None:
+    if ctx.cos is not None and ctx.sin is not None:
         q, k = (ops.rope(x, ctx.cos, ctx.sin, c.rope_layout) for x in (q, k))
     return q, k, v
 
