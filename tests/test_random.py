@@ -424,7 +424,7 @@ def test_draws_follow_the_device_of_the_key():
 
 def test_split_like_folds_in_each_path():
     """Oracle: fold_in of the path's crc32, which is how models draw their parameters (`leaf_key`)."""
-    from purelm.models.initialise import leaf_key
+    from purelm.models.leaves import leaf_key
 
     key = random.key(7)
     params = {"layers": [{"w": torch.zeros(2)}, {"w": torch.zeros(3), "none": None}], "b": (1.0, 2)}

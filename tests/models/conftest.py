@@ -17,6 +17,12 @@ def unchecked(request):
         pytest.skip("jaxtyping refuses these arguments before the function can")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """At run time Config's annotations list what a command line can say; parts of one's own are for type checkers."""
+    if collection_path.name == "test_own_parts.py" and config.getoption("--jaxtyping-packages", None):
+        return True
+
+
 SIZES = dict(vocab_size=29, context_length=16, d_model=24, n_layers=3, n_heads=4, d_ff=40)
 LONG = dict(factor=2.0, original_length=8)
 
