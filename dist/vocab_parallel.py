@@ -21,12 +21,12 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from purelm.devices import at_hand
 from purelm.dist.conjugates import enter, leave
 from purelm.dist.world import Group, rank_of, size_of
 from purelm.ops import REFERENCE
+from purelm.ops.chunks import by_chunks
 from purelm.ops.cross_entropy import check_z_loss, reduce_tokens
 from purelm.ops.linear import linear
 from purelm.ops.precision import accumulator
@@ -113,18 +113,16 @@ def log_probs(
     ranks, and its gradient this rank's share, as for `linear_cross_entropy`. A message of one fp32 number a token (max)
     and two of one or two (sums) for each chunk; in backward, one of one.
     """
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token or None, got {chunk}")
     check_positive("temperature", temperature)
     check_softcap(softcap)
     live = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
     M = part_MD.shape[0]
     real_MD = part_MD[: max(0, min(M, vocab_size - rank_of(group) * M))]
     given, nan_or_1 = _real_targets(torch.where(live, targets, 0), vocab_size)
-    row_N, mine_N = _local_rows(given.reshape(-1), M, vocab_size, group)
 
-    def some(h_ND: Tensor, row_N: Tensor, mine_N: Tensor) -> tuple[Tensor, Tensor]:
-        x_NM = linear(h_ND, real_MD)
+    def of_tokens(h_ND: Tensor, w_MD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        row_N, mine_N = _local_rows(targets_N, M, vocab_size, group)
+        x_NM = linear(h_ND, w_MD)
         l_NM = soft_cap(x_NM.to(accumulator(x_NM.dtype)), softcap) / temperature
         most_N = _largest(l_NM.detach(), group)
         log_z_N = most_N + torch.log(leave(torch.exp(l_NM - most_N[:, None]).sum(-1), group))
@@ -133,15 +131,11 @@ def log_probs(
         sums = leave(torch.stack([_at(log_p_NM, row_N, mine_N), -(log_p_NM.exp() * log_p_NM).sum(-1)]), group)
         return sums[0], sums[1]
 
-    hidden_ND = hidden.reshape(-1, hidden.shape[-1])
-    if chunk is not None:
-        parts = [
-            checkpoint(some, *part, use_reentrant=False, preserve_rng_state=False)
-            for part in _chunks(chunk, hidden_ND, row_N, mine_N)
-        ]
-        log_p, entropy = (torch.cat(xs) for xs in zip(*parts, strict=True))
+    hidden_ND, given_N = hidden.reshape(-1, hidden.shape[-1]), given.reshape(-1)
+    if chunk is None:
+        log_p, entropy = of_tokens(hidden_ND, real_MD, given_N)
     else:
-        log_p, entropy = some(hidden_ND, row_N, mine_N)
+        log_p, entropy = by_chunks(of_tokens, hidden_ND, real_MD, given_N, chunk)
     log_p, entropy = log_p.reshape(targets.shape) * nan_or_1, entropy.reshape(targets.shape)
     return torch.where(live, log_p, 0.0), torch.where(live, entropy, 0.0)
 
