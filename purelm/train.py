@@ -186,7 +186,7 @@ def make_step(
     if max_norm is not None:
         check_range("max_norm", max_norm, 0.0, float("inf"))
     prepare, differentiate, reduce, norm = strategy[:4]
-    is_plain = reduce is identity and norm is tree.global_norm
+    is_local = norm is tree.global_norm  # then it is compiled with the update; another one may talk to other processes
     given, optimizer = optimizer, strategy.optimizer(optimizer)
 
     def compute_loss(params: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -201,7 +201,7 @@ def make_step(
                 gradient = accumulate(gradient, microbatches)
 
         def gradients(state: TrainState, batch: Any) -> tuple[Any, dict[str, Tensor]]:
-            if differentiate is not None and norm is tree.global_norm:
+            if differentiate is not None and is_local:
                 _check_whole(state.params, gradient)
             batch = prepare(batch)
             check_loss(state.params, batch)
@@ -220,41 +220,35 @@ def make_step(
             _check_divides(strategy.evaluate(compute_loss), params, batch, microbatches)
             is_checked.append(True)
 
-    def clipped(grads: Any, found: Tensor) -> Any:
-        return grads if max_norm is None else clip(grads, max_norm, norm=lambda _: found)[0]
+    def measured(found: tuple[Any, dict[str, Tensor]]) -> tuple[Any, dict[str, Tensor]]:
+        """Clipped gradients, and their norm before among the metrics."""
+        grads, metrics = found
+        size = norm(grads)
+        if max_norm is not None:
+            grads, _ = clip(grads, max_norm, norm=lambda _: size)
+        return grads, {**metrics, "grad_norm": size}
 
     def reduced(state: TrainState, found: tuple[Any, dict[str, Tensor]]) -> tuple[Any, dict[str, Tensor]]:
         grads, metrics = found
         grads = reduce(grads)
         if not is_tried:
-            if norm is tree.global_norm:
+            if is_local:
                 _check_whole(state.params)
             else:
                 advice = "give make_step max_norm instead"
                 check_sees_all(given, state.params, norm, "make_step", advice)
             is_tried.append(True)
-        # The plain norm is compiled with the update; another one may talk to other processes.
-        if norm is tree.global_norm:
-            return grads, metrics
-        size = norm(grads)
-        return clipped(grads, size), {**metrics, "grad_norm": size}
-
-    def prepared(found: tuple[Any, dict[str, Tensor]]) -> tuple[Any, dict[str, Tensor]]:
-        grads, metrics = found
-        if norm is not tree.global_norm:
-            return grads, metrics
-        size = norm(grads)
-        return clipped(grads, size), {**metrics, "grad_norm": size}
+        return (grads, metrics) if is_local else measured((grads, metrics))
 
     def update(state: TrainState, found: tuple[Any, dict[str, Tensor]]) -> tuple[TrainState, dict[str, Tensor]]:
-        grads, metrics = prepared(found)
+        grads, metrics = measured(found) if is_local else found
         lr = schedule(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, lr)
         return TrainState(apply_updates(state.params, updates), opt_state, state.step + 1), {**metrics, "lr": lr}
 
     def update_(state: TrainState, found: tuple[Any, dict[str, Tensor]]) -> tuple[TrainState, dict[str, Tensor]]:
         """`update`, written over the state."""
-        grads, metrics = prepared(found)
+        grads, metrics = measured(found) if is_local else found
         lr = schedule(state.step)
         assert write_over is not None
         params, opt_state = write_over(grads, state.opt_state, state.params, lr)
@@ -271,7 +265,7 @@ def make_step(
     if write_over is not None:
         jitted_as(update, lambda donate, options: consuming(update, update_) if donate else None)
     # What talks to other processes runs between the two, as it is.
-    if is_plain:
+    if is_local and reduce is identity:
         return in_stages(gradients, update)
     return in_stages(gradients, not_traced(reduced), update)
 
@@ -287,6 +281,8 @@ def _check_divides(loss: Loss, params: Any, batch: Any, microbatches: int) -> No
     if not isinstance(batch, Mapping) or len(sizes) != 1:
         return
     n = sizes.pop() // microbatches
+    if not n:  # too few rows, which is said where they are divided
+        return
     some = tree.map(lambda x: x[:n] if isinstance(x, Tensor) and x.ndim > 0 else x, batch)
     # Shapes, and gradients that could be asked for, as in the step that follows: compiled blocks are compiled for it.
     params = tree.map(lambda x: x.detach().requires_grad_() if tree.is_floating(x) else x, params)
