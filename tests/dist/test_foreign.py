@@ -65,7 +65,7 @@ def means(ops=REFERENCE, wrap_block=lambda f: f):
         return ops.log_probs(hidden(params, batch["tokens"]), params["head"], batch["targets"])
 
     def absent(*args, **kwargs):
-        raise NotImplementedError
+        raise NotImplementedError("this model is not for decoding")
 
     return Model(
         partial(init_leaves, leaves=leaves), leaves, hidden, lambda params: params["head"], absent, loss, log_probs,
