@@ -1,8 +1,7 @@
-"""Embedding and cross-entropy over a vocabulary whose rows lie on N ranks; the logits are never gathered.
+"""Embedding and cross-entropy over a vocabulary whose rows are sharded over N ranks; logits are never gathered.
 
-Rank r has rows r M to (r + 1) M of the (V, D) matrix, M = ceil(V / N), filled up with zeros behind row V. The rows
-filled up take no part: their logits count as -inf. Legend: N tokens (in suffixes), D d_model, V vocabulary, M rows of
-one rank.
+Rank r has rows r M to (r + 1) M of the (V, D) matrix, M = ceil(V / N), padded with zeros after row V. Padding takes no
+part: its logits count as -inf. Legend: N tokens (in suffixes), D d_model, V vocabulary, M rows of one rank.
 
 For one token with logits x = cap(W h), target t, weight w, and Z = sum_j exp x_j over the rows of all ranks:
 
@@ -27,7 +26,7 @@ from purelm.dist.conjugates import enter, leave
 from purelm.dist.world import Group, rank_of, size_of
 from purelm.ops import REFERENCE
 from purelm.ops.chunks import by_chunks
-from purelm.ops.cross_entropy import check_z_loss, reduce_tokens
+from purelm.ops.cross_entropy import check_z_loss, reduce_tokens, token_weights
 from purelm.ops.linear import linear
 from purelm.ops.precision import accumulator
 from purelm.ops.softcap import check_positive, check_softcap, soft_cap
@@ -44,7 +43,7 @@ def embedding(
 ) -> Float[Tensor, "*batch d"]:
     """W[id] on the rank that has this row, zeros on the others: the sum over ranks is W[ids]. No message.
 
-    An id outside of 0..V-1 is refused by `lookup` on every rank.
+    For an id outside of 0..V-1 `lookup` raises on every rank.
     """
     row, mine = _local_rows(ids, part_MD.shape[0], vocab_size, group)
     return torch.where(mine.unsqueeze(-1), lookup(row, part_MD), 0.0)
@@ -63,23 +62,30 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     chunk: int | None = None,
+    ignore_index: int | None = None,
 ) -> tuple[Float[Tensor, "*out"], Float[Tensor, "*out"]]:
-    """`purelm.ops.linear_cross_entropy` of all ranks' rows: the same two results, on every rank.
+    """`purelm.ops.linear_cross_entropy` over all ranks' rows: its arguments and its two results, on every rank.
 
-    hidden, targets and weights are the same on all ranks. The gradient of part_MD is complete; that of hidden is this
-    rank's share, to be summed over ranks (`conjugates.enter` does).
+    hidden, targets and weights are the same on all ranks, and so is the denominator of "mean", which therefore needs no
+    message. The gradient of part_MD is complete; that of hidden is this rank's share, to be summed over ranks
+    (`conjugates.enter` does).
 
-    Two messages in forward, none in backward: all_reduce of one fp32 number a token (max), and of two (sum).
-    A target that is no index: ValueError on every rank on a CPU; elsewhere its loss and its gradient are NaN.
+    Two messages in forward, none in backward: an all_reduce (max) of one fp32 number a token, and one (sum) of two.
+    A target outside of 0..V-1, where the weight is not 0, is a ValueError on every rank if targets are on a CPU;
+    elsewhere the loss and the gradient are NaN.
 
     Args:
-        chunk: tokens whose logits are held at a time, and formed again in backward; None holds all N x M until then.
-            The number of messages does not depend on it.
+        chunk: tokens whose logits are held at a time, and recomputed in backward; None keeps all N x M logits for
+            backward. The number of messages does not depend on it.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 token or None, got {chunk}")
     check_softcap(softcap)
     check_z_loss(z_loss)
+    if ignore_index is not None or reduction not in ("none", "sum"):
+        weights, denominator, reduction = token_weights(
+            targets, weights, denominator, reduction, ignore_index, accumulator(hidden.dtype)
+        )
     if weights is not None:
         targets = torch.where(weights == 0, 0, targets)
     M = part_MD.shape[0]
@@ -107,11 +113,11 @@ def log_probs(
     chunk: int | None = None,
     ignore_index: int | None = None,
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """`purelm.ops.log_probs` of all ranks' rows: the same two results, on every rank.
+    """`purelm.ops.log_probs` over all ranks' rows: its arguments and its two results, on every rank.
 
     With log p_j = cap(x_j) / temperature - log Z, H = -sum_j p_j log p_j is a sum over ranks. hidden is the same on all
-    ranks, and its gradient this rank's share, as for `linear_cross_entropy`. A message of one fp32 number a token (max)
-    and two of one or two (sums) for each chunk; in backward, one of one.
+    ranks, and its gradient this rank's share, as for `linear_cross_entropy`. Messages for each chunk, all_reduces of
+    fp32 numbers a token: in forward one (max), one and two (sums); in backward one (sum).
     """
     check_positive("temperature", temperature)
     check_softcap(softcap)
@@ -126,7 +132,7 @@ def log_probs(
         l_NM = soft_cap(x_NM.to(accumulator(x_NM.dtype)), softcap) / temperature
         most_N = _largest(l_NM.detach(), group)
         log_z_N = most_N + torch.log(leave(torch.exp(l_NM - most_N[:, None]).sum(-1), group))
-        # log p of this rank's own rows: what they send back to log Z is a share of its gradient.
+        # enter: this rank's rows give log Z a share of its gradient only.
         log_p_NM = l_NM - enter(log_z_N, group)[:, None]
         sums = leave(torch.stack([_at(log_p_NM, row_N, mine_N), -(log_p_NM.exp() * log_p_NM).sum(-1)]), group)
         return sums[0], sums[1]
@@ -141,7 +147,7 @@ def log_probs(
 
 
 def _largest(x_NM: Tensor, group: Group) -> Tensor:
-    """Of each token over all ranks; -inf counts for a rank whose rows are all filled up."""
+    """The largest logit of each token over all ranks; a rank that has only padding counts as -inf."""
     most = x_NM.amax(-1) if x_NM.shape[1] else x_NM.new_full((len(x_NM),), -torch.inf)
     if size_of(group) > 1:
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
@@ -149,9 +155,9 @@ def _largest(x_NM: Tensor, group: Group) -> Tensor:
 
 
 def _real_targets(targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """(targets, 1) where they are indices; elsewhere ValueError on a CPU, (0, NaN) where to look would mean to wait.
+    """(targets, 1) for targets in 0..V-1; for others a ValueError on a CPU, and (0, NaN) where a check would wait.
 
-    The same on every rank: one that raised alone would leave the others waiting for its message.
+    All ranks do the same: one that raised alone would leave the others waiting for its message.
     """
     real = (targets >= 0) & (targets < vocab_size)
     if at_hand(targets) and not bool(real.all()):
@@ -161,7 +167,7 @@ def _real_targets(targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _local_rows(ids: Tensor, M: int, vocab_size: int, group: Group) -> tuple[Tensor, Tensor]:
-    """(row here, whether it is here): 0 for rows of other ranks, M, which no rank has, for ids that are none."""
+    """(row, whether this rank has it); row is 0 for ids of other ranks, and M, out of range, for ids outside 0..V-1."""
     row = ids - rank_of(group) * M
     real = (ids >= 0) & (ids < vocab_size)
     mine = real & (row >= 0) & (row < M)
@@ -169,7 +175,7 @@ def _local_rows(ids: Tensor, M: int, vocab_size: int, group: Group) -> tuple[Ten
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Per token (loss, nll), and what backward needs: log Z, and the logits unless they are formed again."""
+    """Per token (loss, nll), and what backward needs: log Z, and the logits unless chunks are recomputed."""
 
     @staticmethod
     def forward(
@@ -181,7 +187,7 @@ class _TokenLosses(torch.autograd.Function):
             x_NM = linear(h_ND, part_MD)
             kept = x_NM if chunk is None else kept
             wide_NM = soft_cap(x_NM.to(accumulator(x_NM.dtype)), softcap)
-            log_z.append(torch.logsumexp(wide_NM, -1))  # -inf on a rank whose rows are all filled up
+            log_z.append(torch.logsumexp(wide_NM, -1))  # -inf on a rank that has only padding
             at_target.append(_at(wide_NM, row, mine))
         log_z_N, at_target_N = _over_ranks(torch.cat(log_z), torch.cat(at_target), group)
         nll = log_z_N - at_target_N
@@ -222,12 +228,12 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _chunks(chunk: int | None, *per_token: Tensor) -> Any:
-    """Each tensor's parts of `chunk` tokens, side by side."""
+    """The tensors' chunks of `chunk` tokens, zipped."""
     return zip(*(x.split(chunk or max(1, len(x))) for x in per_token), strict=True)
 
 
 def _at(x_NM: Tensor, row_N: Tensor, mine_N: Tensor) -> Tensor:
-    """x[row], 0 where the row is another rank's."""
+    """x[row], 0 where another rank has the row."""
     if x_NM.shape[1] == 0:
         return x_NM.new_zeros(len(x_NM))
     return torch.where(mine_N, x_NM.gather(-1, row_N[:, None]).squeeze(-1), 0.0)
