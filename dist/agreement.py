@@ -1,4 +1,4 @@
-"""Whether the ranks of a group hold the same thing, found out without hanging, and named where not."""
+"""Checks that the ranks of a group agree: on a difference all of them raise and name it, and none hangs."""
 
 import hashlib
 from typing import Any
@@ -31,8 +31,8 @@ def kinds(values: Any) -> dict[str, str]:
 def check_same_kind(values: Any, group: Group = None, what: str = "tree") -> None:
     """ValueError on every rank, naming the leaf and the ranks, unless all hold trees of equal paths, shapes and dtypes.
 
-    One message of 32 bytes from each rank, and reading it waits for the device. Where kinds differ, the descriptions
-    follow. A collective on trees that differ would hang or mix up leaves, so the first call on a tree checks.
+    A collective on trees that differ would hang or mix up leaves. Each rank sends a digest of 32 bytes, and reading
+    them waits for the device; the descriptions themselves are sent only if digests differ.
     """
     if size_of(group) == 1:
         return
@@ -49,8 +49,8 @@ def check_same(values: dict[str, str], *, group: Group = None) -> None:
     """ValueError on every rank, naming each field that differs and the ranks, unless all ranks give equal values.
 
     For what a program was started with (seed, settings, hashes of data), once, before anything is computed: ranks that
-    differ in these compute something that no one asked for, without a word. Values are text; hash what is long. Sent:
-    32 bytes by each rank, and the values only where they differ.
+    differ in these compute wrong results without an error. Values are strings; pass a hash of a long one. Each rank
+    sends 32 bytes, and the values only if digests differ.
 
     >>> check_same({"seed": "0", "data": "5f1d"})
     """
@@ -74,7 +74,7 @@ def check_same(values: dict[str, str], *, group: Group = None) -> None:
 
 
 def _shown(value: str) -> str:
-    """The value, or the beginning of a long one and a hash: two that begin alike must not look equal."""
+    """The value; of a long one its beginning and a hash, so that two with the same beginning look different."""
     if len(value) <= _LONGEST:
         return repr(value)
     return f"{value[:_LONGEST]!r}... (SHA-256 {_digest(value.encode()).hex()[:8]})"
@@ -115,7 +115,8 @@ def fingerprint(values: Any) -> str:
 def check_equal(values: Any, group: Group = None, what: str = "tree") -> None:
     """ValueError on every rank, naming the first leaf that differs, unless all ranks hold the same bits.
 
-    Each rank hashes its leaves; 32 bytes a leaf are sent. For parameters after a broadcast or a restart, not for steps.
+    Each rank hashes its leaves and sends 32 bytes a leaf. For parameters after a broadcast or a restart; too slow for
+    every step.
     """
     check_same_kind(values, group, what)
     if size_of(group) == 1:
@@ -132,7 +133,7 @@ def check_equal(values: Any, group: Group = None, what: str = "tree") -> None:
 
 
 def non_finite_ranks(values: Any, group: Group = None) -> list[int]:
-    """Ranks that hold an inf or a nan; one byte from each, and waits for the device."""
+    """The ranks that hold an inf or a nan. Each sends one byte; waits for the device."""
     finite = bool(tree.all_finite(values))
     return [rank for rank, one in enumerate(_gather_bytes(bytes([finite]), group)) if one == b"\x00"]
 
@@ -142,7 +143,7 @@ def _digest(data: bytes) -> bytes:
 
 
 def _gather_bytes(data: bytes, group: Group) -> list[bytes]:
-    """As many bytes from each rank, in order."""
+    """The data of each rank, in order of rank; all must be of one length."""
     if size_of(group) == 1:
         return [data]
     mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device_of(group))

@@ -1,18 +1,18 @@
-"""Checkpoints of trees that lie on several ranks, saved on N of them and loaded on any M.
+"""Checkpoints of trees whose leaves are spread over ranks: saved on N ranks, loaded on any M.
 
     save(root, step, {"params": parts, "opt_state": state}, like=wholes)      # on every rank
-    trees, meta = load(root, like=wholes)                                     # on every rank, of another world too
+    trees, meta = load(root, like=wholes)                                     # on every rank, of any number
 
 `like` has the shapes and dtypes of the whole leaves (meta tensors will do). A leaf is cut along axis 0 as in
-`purelm.dist.sharding`, or replicated, or one rank's, and None on the others (`zero.whole_tensors`). Each rank writes
-one file: its rows of what is cut, without the zeros that fill up the last part, what it alone has, and its share of
-what is replicated, each leaf once. Nothing is gathered. Rank 0 writes the manifest when all files are
-flushed, and renames the folder, with the promises of `purelm.checkpoint`: a kill of any rank at any instant leaves the
-previous checkpoint loadable. steps, latest, read_manifest and load of that module are for these folders too.
+`purelm.dist.sharding`, or replicated, or on one rank alone and None on the others (`zero.whole_tensors`). Each rank
+writes one file: its rows of the leaves that are cut (without padding), the leaves that it alone has, and its share of
+the replicated leaves, each of which is written once. Nothing is gathered. Rank 0 writes the manifest when all files are
+flushed, and renames the folder, with the guarantee of `purelm.checkpoint`: a kill of any rank at any instant leaves the
+previous checkpoint loadable. `steps`, `latest`, `read_manifest` and `load` of that module work on these folders too.
 
-All ranks must see one file system. Messages are of a few hundred bytes (the paths of errors, the checksums of files),
-and a rank that fails makes all raise. Where one dies, the others' next message fails: at once over Gloo; over NCCL
-when the group's timeout is over, which is also the time that ranks may lie apart in writing.
+All ranks must see one file system. Messages are of a few hundred bytes (texts of errors, checksums of files), and if
+one rank fails, all raise. If a rank dies, the others' next message fails: over Gloo at once, over NCCL after the
+group's timeout. So the slowest rank may take no longer than that to write than the fastest.
 """
 
 import shutil
@@ -34,15 +34,15 @@ from purelm.dist.world import Group, rank_of, size_of
 
 __all__ = ["has_axes", "load", "save"]
 
-# What is cut: f(path, whole leaf) -> bool, paths beginning with the tree's name; or a tree of bools, each of which may
-# stand for the whole tree below it: {"params": True, "opt_state": {"step": False, "mu": True}}.
+# Which leaves are cut: f(path, whole leaf) -> bool, where paths begin with the tree's name; or a tree of bools, one of
+# which may stand for a whole subtree: {"params": True, "opt_state": {"step": False, "mu": True}}.
 Layout = Callable[[str, Tensor], bool] | Mapping[str, Any] | bool
 
 
 def has_axes(path: str, x: Tensor) -> bool:
-    """Every leaf is cut but those of no axis, such as an optimizer's count of steps.
+    """True for all leaves but 0-d ones, such as an optimizer's count of steps.
 
-    (`sharding.shard` cuts a 0-d parameter too, to a part of one number: say so by a tree, or True for all.)
+    `sharding.shard` cuts 0-d parameters too, into parts of one element: for these give `sharded` as a tree, or True.
 
     >>> has_axes("params.w", torch.zeros(2, 3)), has_axes("opt_state.step", torch.tensor(0))
     (True, False)
@@ -51,11 +51,13 @@ def has_axes(path: str, x: Tensor) -> bool:
 
 
 class _Placed(NamedTuple):
+    """A leaf, and who writes it."""
+
     name: str  # of the tree
     path: str
-    like: Tensor  # the whole's shape and dtype
-    local: Tensor | None  # None: another rank's
-    shard: int | None  # the rank that writes all of it; None: each writes its rows
+    like: Tensor  # shape and dtype of the whole leaf
+    local: Tensor | None  # None: another rank has it
+    shard: int | None  # the rank that writes all of it; None: each rank writes its rows
 
     @property
     def full_name(self) -> str:
@@ -74,17 +76,17 @@ def save(
     keep_last: int | None = None,
     finite: bool | None = None,
 ) -> Path:
-    """Write `root/step-XXXXXXXX/` together, and return its path on every rank when it is complete.
+    """Write `root/step-XXXXXXXX/` with all ranks of the group; returns its path, on every rank, once it is complete.
 
     Args:
-        trees: name -> tree of this rank's parts, of replicated tensors, and of None where one other rank has the leaf.
-        like: name -> tree of the same form with the whole leaves' shapes and dtypes.
-        sharded: which leaves are parts. None: those that have a part's shape. That cannot mislead: a part looks like
-            the whole only where axis 0 has one row or none (or N is 1), and there rank 0's is the whole.
-        meta, keep_last: as in `purelm.checkpoint.save`; rank 0's count.
-        finite: as there, of this rank's leaves: the manifest says whether those of all ranks are.
+        trees: name -> tree of this rank's parts and of replicated tensors; None where one other rank has the leaf.
+        like: name -> tree of the same structure with the whole leaves' shapes and dtypes.
+        sharded: which leaves are parts. None: those with the shape of a part. This is not ambiguous: part and whole
+            have one shape only if axis 0 has at most one row (or N is 1), and then rank 0's part is the whole.
+        meta, keep_last: as in `purelm.checkpoint.save`; those of rank 0 are used.
+        finite: as there, for this rank's leaves; the manifest says whether those of all ranks are finite.
 
-    Raises on every rank, naming the ranks that failed, if any did; then nothing is left but what was there before.
+    If any rank fails, all raise an error that names it, and `root` is as it was before.
     """
     rank, N, what = rank_of(group), size_of(group), f"save of step {step}"
     begun: list[Path] = []
@@ -139,24 +141,24 @@ def load(
     group: Group = None,
     device: str | torch.device = "cpu",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the newest (or the given) checkpoint of either kind -> ({name: tree}, meta): this rank's parts.
+    """Read the newest (or the given) checkpoint, of one process or several: ({name: tree of this rank's parts}, meta).
 
     Args:
         root: the folder of checkpoints, or one checkpoint's folder.
-        like: name -> tree with the structure, and the whole leaves' shapes and dtypes; these names are read.
-            ValueError names the first leaf that is stored otherwise.
-        sharded: which leaves come back as this rank's part, zeros filled up as `sharding.part_of` does; the others
-            come back whole. What was cut or replicated when it was saved need not be now.
-        absent: which leaves are not read, and come back as None: those that another rank is to have.
-        whole: all leaves whole, whatever `sharded` says.
-        device: where the tensors go; the host holds one leaf's rows from one file at a time.
+        like: name -> tree with the structure and the whole leaves' shapes and dtypes; only these names are read.
+            ValueError names the first leaf that is stored with another shape or dtype.
+        sharded: which leaves are returned as this rank's part, padded with zeros as by `sharding.part_of`; the others
+            are returned whole. It need not be what was cut when the checkpoint was saved.
+        absent: which leaves are not read and are returned as None, because another rank has them.
+        whole: return all leaves whole, whatever `sharded` says.
+        device: of the tensors; the host's memory holds one leaf's rows from one file at a time.
 
-    Each file's checksum is computed by one rank; then each rank reads the rows that it needs. Raises on every rank if
-    any fails.
+    Each file's checksum is computed by one rank; then each rank reads the rows that it needs. If any rank fails, all
+    raise.
     """
     rank, N, what = rank_of(group), size_of(group), "load"
 
-    def locate() -> tuple[None, Path | None]:  # rank 0 decides: the newest may change meanwhile
+    def locate() -> tuple[None, Path | None]:  # rank 0 decides, since a newer checkpoint may appear meanwhile
         return None, one_process.locate(Path(root), step).relative_to(root) if rank == 0 else None
 
     folder = Path(root) / _together(locate, group, what)[1][0]
@@ -217,7 +219,7 @@ def _read(
 
 
 def _cut(like: Mapping[str, Any], sharded: Layout) -> Any:
-    """A tree of bools of the form of `like`."""
+    """A tree of bools with the structure of `like`."""
     if callable(sharded):
         return tree.map_with_path(lambda path, x: bool(sharded(path, x)), dict(like))
     if isinstance(sharded, bool):
@@ -229,10 +231,10 @@ def _cut(like: Mapping[str, Any], sharded: Layout) -> Any:
 
 
 def _plan(trees: Mapping[str, Any], like: Mapping[str, Any], sharded: Layout | None, n_ranks: int) -> list[_Placed]:
-    """Every leaf of all trees, and whether ranks have rows of it; ValueError names a leaf that does not fit `like`.
+    """All leaves of all trees, those that are cut with shard None; ValueError names a leaf that does not fit `like`.
 
-    Leaves that all have whole are rank 0's so far, and so are those of one row or of none: there a part and the whole
-    look the same, and rank 0's is right in both.
+    Whole leaves are given to rank 0 here, and spread by `_placed`. So are leaves of at most one row: their part and
+    whole have one shape, and rank 0's is right in either case.
     """
     if odd := sorted(trees.keys() ^ like.keys()):
         raise ValueError(f"save: trees and like differ in {odd[0]}")
@@ -270,10 +272,10 @@ def _plan(trees: Mapping[str, Any], like: Mapping[str, Any], sharded: Layout | N
 
 
 def _placed(plan: list[_Placed], absent: Sequence[Sequence[str]]) -> tuple[list[_Placed], dict[str, Tensor]]:
-    """Who writes what, alike on all ranks, and the leaves that all have; absent: names of the leaves that ranks lack.
+    """(the plan with the rank that writes each leaf, the leaves that all ranks have); the same on all ranks.
 
-    A leaf that one rank has is written by it. Those that all have whole are spread, largest first, each to the rank
-    that has the least to write so far.
+    A leaf that one rank alone has is written by that rank. Replicated leaves are spread, largest first, each to the
+    rank with the fewest bytes to write so far. absent: for each rank, the names of the leaves that it does not have.
     """
     lacking = [set(names) for names in absent]
     out, written = list(plan), [0] * len(absent)
@@ -298,7 +300,7 @@ def _placed(plan: list[_Placed], absent: Sequence[Sequence[str]]) -> tuple[list[
 
 
 def _own(plan: list[_Placed], rank: int, n_ranks: int) -> dict[str, Tensor]:
-    """What this rank writes: views, no copies."""
+    """The tensors that this rank writes, as views."""
     out = {}
     for p in plan:
         if p.local is None:
@@ -327,9 +329,10 @@ def _describe(like: Mapping[str, Any], plan: list[_Placed]) -> dict[str, Any]:
 
 
 def _together(f: Callable[[], tuple[Any, Any]], group: Group, what: str) -> tuple[Any, list[Any]]:
-    """f() -> (kept, sent): (kept, what each rank sent). An error of any rank's is raised on all, with the ranks' names.
+    """Call f() -> (kept, sent) on all ranks; returns (kept, what each rank sent).
 
-    ValueError if only that kind was raised, else RuntimeError. One message of pickled bytes, and so a barrier.
+    An error on any rank is raised on all, naming the ranks: as a ValueError if all errors are, else as a RuntimeError.
+    One message of pickled bytes, and so a barrier.
     """
     N = size_of(group)
     if N == 1:

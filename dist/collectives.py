@@ -1,13 +1,13 @@
-"""Collectives over trees of tensors, as functions: nothing is written to, results are new trees.
+"""Collectives over trees of tensors, as pure functions: arguments are not written to, results are new trees.
 
-Each is linear, and each has an adjoint: with <x, y> the sum over ranks and leaves of the products, and A* the adjoint,
-<A x, y> = <x, A* y>. They are differentiable by it, so a loss summed over ranks has the gradient that the maths says:
+Each is a linear map A with an adjoint A*: <A x, y> = <x, A* y>, where <x, y> is a sum over all ranks and leaves. The
+backward pass applies the adjoint, which gives the gradient of a loss that is summed over ranks:
 
     broadcast   <->  reduce         all_reduce  <->  all_reduce         all_gather  <->  reduce_scatter
 
-A message a leaf; bytes are what one rank sends, for a tree of n bytes over N ranks in a ring. In a world of one all are
-the identity. Groups are arguments; None is the world. A rank whose tree is of another kind is an error on all ranks
-(`agreement.check_same_kind`, which costs a message of 32 bytes; check=False leaves it out).
+Each leaf is one message. "Bytes" is what one rank sends, for a tree of n bytes over N ranks in a ring. In a group of
+one rank all are the identity. group=None is all processes. ValueError on all ranks if their trees differ in paths,
+shapes or dtypes (`agreement.check_same_kind`, a message of 32 bytes; check=False skips it).
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ __all__ = ["Linear", "alike", "all_gather", "all_reduce", "broadcast", "reduce",
 def broadcast(values: Any, src: int = 0, group: Group = None, *, check: bool = True) -> Any:
     """The tree of the group's rank `src`, on every rank. Adjoint: `reduce` to src. Bytes: n.
 
-    Other ranks' trees say only what kind of leaves to expect.
+    Of the other ranks' trees only shapes and dtypes are used.
     """
     return _on_leaves(lambda x: _Broadcast.apply(x, src, group), values, group, check, "broadcast")
 
@@ -45,7 +45,7 @@ def all_reduce(values: Any, group: Group = None, *, op: Literal["sum", "mean"] =
 
 
 def all_gather(values: Any, group: Group = None, *, check: bool = True) -> Any:
-    """Leaves (m, ...) to (N m, ...): those of all ranks one after another, in order of rank, on axis 0.
+    """Leaves (m, ...) to (N m, ...): those of all ranks, concatenated along axis 0 in order of rank.
 
     Adjoint: `reduce_scatter`. Bytes: n (N - 1), n being the bytes of one rank's tree.
     """
@@ -54,9 +54,10 @@ def all_gather(values: Any, group: Group = None, *, check: bool = True) -> Any:
 
 
 def alike(values: Any, group: Group = None) -> Any:
-    """The tree as it is, the same on all ranks: its gradient is summed over them. No message; `all_reduce` backward.
+    """The identity on a tree that is the same on all ranks; its gradient is summed over them.
 
-    (The gradient of a loss summed over ranks. `conjugates.enter` is for one loss that all ranks compute alike.)
+    No message in forward, `all_reduce` in backward. For a loss that is summed over ranks; `conjugates.enter` is for one
+    loss that every rank computes.
     """
     return values if size_of(group) == 1 else tree.map(lambda x: _Alike.apply(x, group), values)
 
@@ -91,14 +92,14 @@ def _with_axis(x: Tensor, what: str) -> Tensor:
 
 
 def total(x: Tensor, group: Group) -> Tensor:
-    """The sum over ranks, by one message, in new memory; no gradient."""
+    """The sum over ranks as a new tensor, by one all_reduce; not differentiable."""
     y = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(y, group=group)
     return y
 
 
 class Linear(torch.autograd.Function):
-    """A linear map forward(x, *rest) whose backward is another such map of the gradient and the same rest."""
+    """Base of linear maps forward(x, *rest), whose backward is another such map, the adjoint, with the same rest."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -106,10 +107,11 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def differentiated(adjoint: Any, ctx: Any, dy: Tensor) -> Any:
+        """What backward returns: the adjoint of dy, and None for each argument of `rest`."""
         return adjoint.apply(dy, *ctx.rest), *[None for _ in ctx.rest]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Forward mode, the map of the tangent; and vmap, by one more axis at the end."""
+        """Adds jvp, which maps the tangent, and vmap, which moves the batch axis to the end."""
         super().__init_subclass__(**kwargs)
 
         def jvp(ctx: Any, dx: Tensor, *rest: Any) -> Tensor:
@@ -139,7 +141,7 @@ class _Reduce(Linear):
     def forward(x: Tensor, dst: int, group: Group) -> Tensor:
         y = x.contiguous().clone()
         dist.reduce(y, group=group, group_dst=dst)
-        return y if rank_of(group) == dst else torch.zeros_like(y)  # others' buffers hold anything
+        return y if rank_of(group) == dst else torch.zeros_like(y)  # undefined on the others
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

@@ -1,12 +1,12 @@
-"""Pairs of functions between what all ranks hold alike and what each holds a share of; each is the other's backward.
+"""Pairs of functions between replicated tensors and those of which each rank has a share; each is the other's backward.
 
     enter        identity    <->  leave         all_reduce        Shoeybi et al. 2019 (arXiv:1909.08053): f and g
     gather_time  all_gather  <->  scatter_time  reduce_scatter    Korthikanti et al. 2022 (arXiv:2205.05198): g, g-bar
-    whole        all_gather   ->  the own part
+    whole        all_gather   ->  this rank's part
 
-Unlike `collectives`, whose adjoints are those of a loss summed over ranks, the first pair is for one loss that all
-ranks compute alike: the gradient that reaches `leave` is whole on every rank, and is not summed again. The second pair
-is that of `collectives`, on axis 1.
+The first pair is for one loss that every rank computes: the gradient that reaches `leave` is then complete on every
+rank, and is not summed again. (`collectives.all_reduce` does sum it, as a loss that is summed over ranks needs.) The
+second pair is that of `collectives`, on axis 1.
 Legend: B batch, T positions, t = T / N of them, D d_model, N ranks; n bytes of the argument.
 """
 
@@ -22,7 +22,7 @@ __all__ = ["enter", "gather_time", "leave", "scatter_time", "whole"]
 
 
 def enter(x: Tensor, group: Group = None) -> Tensor:
-    """x, whose gradient is summed over ranks: what all ranks have goes into work that differs. Backward: `leave`."""
+    """x; its gradient is summed over ranks. For a replicated input of work that ranks divide. Backward: `leave`."""
     return x if size_of(group) == 1 else _Enter.apply(x, group)
 
 
@@ -32,7 +32,7 @@ def leave(x: Tensor, group: Group = None) -> Tensor:
 
 
 def gather_time(x_BtD: Float[Tensor, "b t d"], group: Group = None) -> Float[Tensor, "b T d"]:
-    """All ranks' positions one after another. One all_gather, n (N - 1) bytes. Backward: `scatter_time`."""
+    """The positions of all ranks, concatenated. One all_gather, n (N - 1) bytes. Backward: `scatter_time`."""
     if size_of(group) == 1:
         return x_BtD
     return all_gather(x_BtD.transpose(0, 1), group, check=False).transpose(0, 1).contiguous()
@@ -49,9 +49,9 @@ def scatter_time(x_BTD: Float[Tensor, "b T d"], group: Group = None) -> Float[Te
 
 
 def whole(x: Tensor, axis: int, group: Group = None) -> Tensor:
-    """All ranks' parts of `axis` one after another, the same on every rank, for work that is the same on every rank.
+    """All ranks' parts, concatenated along `axis`, for work that every rank does in full.
 
-    One all_gather, n (N - 1) bytes. Backward: the rank's own part of the gradient, no message.
+    One all_gather, n (N - 1) bytes. Backward: this rank's part of the gradient, no message.
     """
     return x if size_of(group) == 1 else _Whole.apply(x.movedim(axis, 0), group).movedim(0, axis).contiguous()
 

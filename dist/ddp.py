@@ -1,14 +1,13 @@
-"""Data parallelism: a gradient tree goes through a function.
+"""Data parallelism: gradients are summed or averaged over ranks by functions of gradient trees.
 
     state = init_state(params, optimizer, strategy=ddp.strategy())
     step = make_step(loss, optimizer, schedule, strategy=ddp.strategy())
 
-`strategy` sums gradients, while backward still runs, of losses that are divided by a denominator of all ranks, which it
-puts into the batch; so padding and weights may differ from rank to rank. Beneath it lie functions for programs of one's
-own: `all_reduce_mean` averages gradients of losses that are means over each rank's batch
-(`strategy=train.reducing(all_reduce_mean)`), `differentiate` sums those of losses that are divided by a denominator of
-all ranks. Of losses that are means over each rank's batch it would give N times the gradient: a batch whose denominator
-is of one rank is refused.
+`strategy` puts the number of all ranks' targets into the batch, by which the loss is divided, and sums gradients over
+ranks while backward still runs; so padding and weights may differ between ranks. It is made of functions that other
+training loops may call. `differentiate` sums the gradients of such a loss; that of a mean over one rank's batch would
+come out N times too large, so a batch with the denominator of one rank is refused. `all_reduce_mean` averages the
+gradients of losses that are means over each rank's batch (`strategy=train.reducing(all_reduce_mean)`).
 """
 
 import math
@@ -46,10 +45,10 @@ Messages = Literal["per_leaf", "flat", "bucketed"]
 def strategy(
     group: Group = None, *, bucket_bytes: int | None = None, wire: torch.dtype | None = None
 ) -> Strategy:
-    """Every rank holds all parameters, and sees its own part of the batch.
+    """Every rank holds all parameters and is given its own part of the batch.
 
     Parameters begin as rank 0's. Loss, metrics and gradients are those of one process with the whole batch. A step
-    sends what `all_reduce_mean` does, bucket by bucket while backward runs (`overlapped_value_and_grad`).
+    sends the messages of `all_reduce_mean`, bucket by bucket while backward runs (`overlapped_value_and_grad`).
     """
     return Strategy(
         prepare=partial(with_global_denominator, group=group),
@@ -72,11 +71,12 @@ def all_reduce_mean(
     """The mean (or sum) of a gradient tree over the ranks, on every rank, as new tensors of the same dtypes.
 
     Messages: one a leaf with "per_leaf"; one a dtype with "flat", which holds a second copy of all gradients; with
-    "bucketed" one for each stretch of leaves that holds bucket_bytes, last leaves first (by default
-    `messages.default_bucket_bytes`). All are under way at once.
-    Bytes a rank sends: 2 (N - 1) / N of the tree's, in `wire` if given: gradients are rounded to it, and added in it.
+    "bucketed" one for each run of leaves of bucket_bytes, last leaves first (by default
+    `messages.default_bucket_bytes`). All are started before the first is waited for.
+    Bytes a rank sends: 2 (N - 1) / N of the tree's. wire: the dtype in which gradients are sent and added; by default
+    their own.
 
-    >>> all_reduce_mean({"w": torch.ones(2)})  # alone
+    >>> all_reduce_mean({"w": torch.ones(2)})  # in a group of one
     {'w': tensor([1., 1.])}
     """
     if strategy not in ("per_leaf", "flat", "bucketed"):
@@ -113,23 +113,25 @@ def overlapped_value_and_grad(
 ) -> Callable[..., tuple[Any, Any]]:
     """`value_and_grad` whose gradients are averaged (or summed) over ranks while backward still runs.
 
-    Value and aux are this rank's own. The first call learns in which order gradients come (rank 0 tells all) and sends
-    them at its end. From then on a bucket is sent as soon as its last gradient is there; buckets always go in the same
-    order, so that ranks may use different parameters: what a rank does not use counts as zeros and is sent at the end.
-    With microbatches, f(params, batch) is evaluated on each as by `accumulate`, and only the last one's backward sends.
+    Value and aux are this rank's own. The first call records the order in which gradients become ready (rank 0's order
+    is used by all) and sends them at its end. Later calls send a bucket as soon as its last gradient is ready. All
+    ranks send buckets in one order, even if they use different parameters: the gradient of an unused one is zeros, sent
+    at the end. With microbatches, f(params, batch) is evaluated on each as by `accumulate`, and gradients are sent
+    during the last one's backward.
 
-    parts: of each gradient this rank gets its own part only (`sharding.part_of`), in a group of one the whole. It takes
-    a reduce_scatter, half of what an all_reduce sends, and 1/N of the memory: for `zero.sharded(reduce="parts")`.
+    parts: return only this rank's part of each gradient (`sharding.part_of`; in a group of one the whole), for
+    `zero.sharded(reduce="parts")`. A reduce_scatter sends half of what an all_reduce does, and results take 1/N of the
+    memory.
 
-    The overlap needs a backward pass that ends leaf by leaf: eager, rematerialised or compiled block by block. That of
-    a model compiled as a whole hands over all gradients at its end. So does one that begins with a cast of all
-    parameters, since autograd runs first what was made last: give the dtype as `compute` instead. f then sees
-    parameters of that dtype, and gradients become the parameters' own as they arrive, before they are added or sent.
+    The overlap needs a backward pass that yields gradients one by one: eager, rematerialised or compiled block by
+    block. A model compiled as a whole yields them all at the end. So does an f that begins with a cast of all
+    parameters, since autograd runs the casts' backward last: give the dtype as `compute` instead. f then gets
+    parameters of that dtype, and each gradient is cast back to its parameter's as it is added or sent.
     """
     check_options(op, bucket_bytes)
     if microbatches < 1 or (microbatches > 1 and argnums != 0):
         raise ValueError(f"microbatches is {microbatches} and argnums {argnums}: several microbatches need argnums 0")
-    known: dict[Any, list[list[int]]] = {}  # by the kind of what is differentiated: numbers of leaves, in buckets
+    known: dict[Any, list[list[int]]] = {}  # structure, shapes and dtypes -> buckets of leaf indices
     local = value_and_grad(f, argnums, has_aux)
     send = partial(scatter_bucket if parts else send_bucket, group=group, op=op, wire=wire)
 
@@ -173,7 +175,7 @@ def overlapped_value_and_grad(
 
 
 def _in_parts(local: Any, sending: Any, microbatches: int, params: Any, batch: Any) -> tuple[Any, Any]:
-    """The sums over microbatches; the last one's gradients are added to those before it as they are sent."""
+    """Sums over microbatches; those of the earlier gradients are added to the last one's as these are sent."""
     count = 0
     value: Any = None
     before: Any = None
@@ -190,7 +192,7 @@ def _in_parts(local: Any, sending: Any, microbatches: int, params: Any, batch: A
         before = grads
         return torch.zeros(())
 
-    accumulate(one, microbatches)(params, batch)  # which cuts the batch
+    accumulate(one, microbatches)(params, batch)  # used only to cut the batch; `one` adds up
     return value, before
 
 
@@ -210,13 +212,12 @@ def differentiate(
     compute: torch.dtype | None = None,
     parts: bool = False,
 ) -> Callable[[Any, Any], tuple[tuple[Tensor, dict[str, Tensor]], Any]]:
-    """(params, batch) -> ((loss, metrics), grads) over all ranks' batches: what `strategy` differentiates with.
+    """The function (params, batch) -> ((loss, metrics), grads), summed over all ranks; `Strategy.differentiate` here.
 
-    loss_fn divides by batch["denominator"], which `with_global_denominator` puts there. Loss, metrics and gradients are
-    then sums over ranks, as they would come from one process with the whole batch. ValueError for a batch with
-    "targets" that has no denominator, or this rank's own (`train.with_denominator`). The metric non_finite_rank is the
-    first rank whose own loss is inf or nan, -1 if none is. compute: the dtype that parameters are cast to, before the
-    first block, or gradients would all come at the end. parts: gradients are this rank's parts of them.
+    loss_fn must divide by batch["denominator"], which `with_global_denominator` puts there: sums over ranks are then
+    what one process gets from the whole batch. ValueError for a batch with "targets" that has no denominator, or that
+    of one rank (`train.with_denominator`). The metric non_finite_rank is the first rank whose own loss is inf or nan,
+    -1 if none is. The other arguments are those of `overlapped_value_and_grad`.
     """
     options: dict[str, Any] = {"bucket_bytes": bucket_bytes, "wire": wire, "compute": compute, "parts": parts}
     both = overlapped_value_and_grad(loss_fn, group, has_aux=True, microbatches=microbatches, op="sum", **options)
@@ -232,7 +233,7 @@ def differentiate(
 
 
 def evaluate(loss_fn: Loss, group: Group = None) -> Loss:
-    """loss_fn, summed over ranks, and its metrics."""
+    """loss_fn with its loss and metrics summed over ranks; the gradient is that of this rank's loss."""
 
     def summed(params: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         check_denominator(batch, group, "ddp.evaluate")
@@ -244,7 +245,7 @@ def evaluate(loss_fn: Loss, group: Group = None) -> Loss:
 
 
 class OneTerm(torch.autograd.Function):
-    """The sum over ranks; backward, the identity: each rank differentiates its own term of it."""
+    """(own, total) -> total, the sum of `own` over ranks; backward, the identity on `own`, this rank's term."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, total: Tensor) -> Tensor:
@@ -269,9 +270,9 @@ def check_denominator(batch: Any, group: Group, who: str) -> None:
 
 
 def sum_metrics(metrics: Mapping[str, Tensor], group: Group = None) -> dict[str, Tensor]:
-    """0-d metrics, "loss" among them, summed over ranks in one message, in fp32 or fp64.
+    """0-d metrics, "loss" among them, summed over ranks by one message, in fp32 (fp64 if the loss is).
 
-    And "non_finite_rank": the first rank whose own loss is inf or nan, else -1.
+    Adds the metric "non_finite_rank": the first rank whose own loss is inf or nan, else -1.
     """
     names, N = list(metrics), size_of(group)
     loss = metrics["loss"]
@@ -288,10 +289,10 @@ def sum_metrics(metrics: Mapping[str, Tensor], group: Group = None) -> dict[str,
 
 
 def with_global_denominator(batch: Any, group: Group = None) -> Any:
-    """`with_denominator`, summed over the ranks; a batch that has one already is returned as it is.
+    """The batch with "denominator": the sum of all ranks' weights, or their number of targets (`train.n_targets`).
 
-    sum_i nll_i w_i / sum_i w_i over all ranks' i is then a plain sum of the ranks' losses. Ranks may have no targets;
-    where none has any it is 1, and the loss 0.
+    sum_i nll_i w_i / sum_i w_i over the tokens i of all ranks is then the sum of the ranks' losses. A rank may have no
+    targets; if none has any, the denominator is 1 and the loss 0. A batch that has a denominator is returned as it is.
     """
     total = n_targets(batch)
     if total is None or "denominator" in batch:
@@ -300,6 +301,7 @@ def with_global_denominator(batch: Any, group: Group = None) -> Any:
 
 
 def check_options(op: str, bucket_bytes: float | None) -> None:
+    """ValueError unless op is "sum" or "mean", and bucket_bytes None or at least 1."""
     if op not in ("sum", "mean"):
         raise ValueError(f'op must be "sum" or "mean", got {op!r}')
     if bucket_bytes is not None and bucket_bytes < 1:
@@ -307,10 +309,10 @@ def check_options(op: str, bucket_bytes: float | None) -> None:
 
 
 class _Reducer:
-    """Hooks on the leaves of one backward pass: gradients in, buckets out.
+    """Hooks on the leaves of one backward pass, which send gradients in buckets as they become ready.
 
-    The first pass learns in which order gradients come. From then on there is one hook a bucket, on the leaf that came
-    last: a hook is some 30 us of the thread that runs backward, a large part of what it has for a layer.
+    The first pass has a hook on each leaf and records their order. Later ones have one hook a bucket, on its last leaf:
+    a hook takes the thread that runs backward some 30 us, a large part of the time it has for a layer.
     """
 
     def __init__(
@@ -327,12 +329,13 @@ class _Reducer:
         self.buckets = buckets or []
         self.came: list[int] = []
         self.under_way: list[Pending] = []
-        # A hook that held this object, which holds the leaves, would keep them for ever where backward fails.
+        # Hooks hold this object weakly: it holds the leaves, whose hooks would otherwise never be freed if backward
+        # fails.
         me, came = weakref.ref(self), self.came
 
         def send_whole(x: Tensor) -> None:
             reducer = me()
-            assert reducer is not None  # finish() is still to come
+            assert reducer is not None  # the caller holds it until finish()
             reducer._send_whole()
 
         hooks: list[Any] = [(i, lambda x, i=i: came.append(i)) for i in range(len(inputs))] if buckets is None else []
@@ -340,7 +343,7 @@ class _Reducer:
         self.handles = [inputs[i].register_post_accumulate_grad_hook(hook) for i, hook in hooks]
 
     def _send_whole(self) -> None:
-        """In the order of buckets, whatever order gradients come in: every rank must send the same."""
+        """Send complete buckets, in their order and not that of gradients: all ranks must send in one order."""
         while len(self.under_way) < len(self.buckets):
             bucket = self.buckets[len(self.under_way)]
             grads = [self.inputs[i].grad for i in bucket]
@@ -351,10 +354,10 @@ class _Reducer:
                 grads = [g.to(d) + self.before[i] for g, d, i in zip(grads, dtypes, bucket, strict=True)]  # type: ignore
             self.under_way.append(self.send(grads, dtypes=dtypes))
             for i in bucket:
-                self.inputs[i].grad = None  # the message has it
+                self.inputs[i].grad = None  # copied into the message
 
     def finish(self, limit: float) -> tuple[list[Tensor], list[list[int]]]:
-        """Reduced gradients, and the buckets in which they go; limit: of buckets that are not known yet."""
+        """(reduced gradients, buckets). limit: bytes of a bucket, used where buckets are not known yet."""
         for handle in self.handles:
             handle.remove()
         sent = {i for bucket in self.buckets[: len(self.under_way)] for i in bucket}

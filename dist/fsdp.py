@@ -1,24 +1,24 @@
-"""Fully sharded parameters: each rank holds 1/N of every matrix, and a block's are whole only while it runs.
+"""Fully sharded parameters: each rank holds 1/N of every matrix, and a block's matrices are whole only while it runs.
 
     model = transformer.make(cfg, ops=fsdp.ops(FUSED), wrap_block=lambda f: fsdp.gathered(remat(f)))
     strategy = fsdp.strategy(model, group)
     state = init_state(params, optimizer, strategy=strategy)          # 1/N of the fp32 masters
     step = make_step(model.loss, optimizer, schedule, strategy=strategy, precision=MIXED)
 
-(ZeRO stage 3, Rajbhandari et al. 1910.02054.) Any loss will do, of any model: what it gets are `Part`s, tensors with
-the shape of the whole, which are gathered where they are used. `gathered` makes what a function is given one unit: its
-parameters are cast, gathered by one message, used and dropped. What autograd saves of them are notes of where they
-were; the first note that backward reads gathers the unit's parameters again. Their gradients are reduce-scattered when
-the unit's backward is done. While one unit runs, the next one's parameters are under way, in either direction: two
-units' at a time, never more. (In forward from the second evaluation on: the first one shows the order.)
+ZeRO stage 3 (Rajbhandari et al., arXiv:1910.02054). Any loss of any model will do. It is given `Part`s, tensors with
+the shape of the whole, which are gathered where they are used. `gathered(f)` makes the parameters of f one unit: they
+are cast, gathered by one message, used and dropped. Where autograd would save one for backward, it saves a reference
+to the unit instead; the first reference that backward reads gathers the unit again. Gradients are reduce-scattered at
+the end of the unit's backward. While one unit runs, the next is prefetched, in forward and in backward; at most two are
+whole at a time. (In forward prefetch begins with the second evaluation: the first records the order of units.)
 
-All of it is ordinary autograd: it goes with value_and_grad, accumulate, remat (inside: gathered(remat(block))),
-compiled blocks and gradients of gradients. Under torch.func's transforms (jvp, vmap, grad) parameters are gathered all
-the same, by `collectives.all_gather`, and nothing is dropped in between.
+This is ordinary autograd: it composes with value_and_grad, accumulate, remat (inside: gathered(remat(block))), compiled
+blocks and higher derivatives. Under torch.func's transforms (jvp, vmap, grad) parameters are gathered by
+`collectives.all_gather` and are not dropped before backward.
 
-Messages and bytes a step, of n bytes of parameters in `compute`: an all_gather a unit forward and one backward,
-(N - 1) / N n sent each; a reduce_scatter a unit, (N - 1) / N n in `reduce`; one all_reduce of what is replicated.
-Every rank must run the same units in the same order.
+A step of a model with n bytes of parameters in `compute` sends: an all_gather for each unit in forward and in backward,
+n (N - 1) / N bytes in each pass; a reduce_scatter for each unit, as many bytes if `reduce` has the same width; one
+all_reduce of the replicated gradients. Every rank must run the same units in the same order.
 """
 
 import functools
@@ -53,14 +53,15 @@ def strategy(
     replicated: Callable[[str, Tensor], bool] | None = None,
     check: bool = True,
 ) -> Strategy:
-    """Each rank holds its part of every matrix, of parameters, gradients and optimizer state.
+    """Each rank holds 1/N of every matrix: of parameters, gradients and optimizer state.
 
-    Loss, metrics and gradients are those of one process with the whole batch (`ddp.strategy`). Parameters travel in
-    make_step's `precision.compute`.
+    Loss, metrics and gradients are those of one process with the whole batch, as of `ddp.strategy`. Parameters are
+    gathered in make_step's `precision.compute`.
 
     Args:
-        model: a Model, or any tree like the whole parameters (meta tensors will do): one with a head of one's own, say.
-        reduce, replicated, check: of `plan`.
+        model: a Model; or, of one with an added head for example, a tree with the shapes of the whole parameters (meta
+            tensors will do).
+        reduce, replicated, check: as in `plan`.
     """
     like = _like(model)
     made = plan(like, group, reduce=reduce, replicated=vectors if replicated is None else replicated, check=check)
@@ -82,9 +83,9 @@ def _like(model: Any) -> Any:
 
 
 def gathered(f: Callable[..., Any]) -> Callable[..., Any]:
-    """f(params, ...) with parameters of one unit: gathered together, whole while f runs, and dropped.
+    """f(params, ...), whose `Part`s are one unit: gathered by one message, whole while f runs, then dropped.
 
-    For `wrap_block`. Parameters that are whole already pass through.
+    For `wrap_block`. Parameters that are whole already are passed on as they are.
     """
 
     @functools.wraps(f, updated=())
@@ -96,9 +97,10 @@ def gathered(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def ops(base: Ops) -> Ops:
-    """base, where each op gathers the matrices that it is given: one unit, for all that the op does with them.
+    """The ops of `base`, each of which gathers the `Part`s that it is given, as one unit for the whole call.
 
-    For what stands outside of blocks: a loss that goes through its unembedding chunk by chunk gathers it once.
+    For parameters used outside of blocks: a loss over chunks of tokens, say, gathers its unembedding once, not for each
+    chunk.
     """
     names = [name for name in base._fields if name not in ("enter", "final")]  # which take no parameters
     return base._replace(**{name: _on_parts(getattr(base, name)) for name in names})
@@ -123,13 +125,13 @@ def _on_parts(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def vectors(path: str, x: Tensor) -> bool:
-    """Norms, biases and numbers: too small to be worth a message."""
+    """True for norms, biases and scalars, which are too small to be worth a message."""
     return x.ndim < 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which leaves are cut, and in what dtypes they travel."""
+    """Which leaves are cut, and in which dtypes they are sent."""
 
     like: Any  # the whole tree, on the meta device
     replicated: Any  # a bool for each leaf
@@ -139,24 +141,24 @@ class Plan:
 
     @functools.cached_property
     def _leaves(self) -> list[tuple[bool, torch.Size, tuple[int, ...]]]:
-        """Of each leaf: whether it is replicated, its shape, and that of a rank's."""
+        """For each leaf: whether it is replicated, its shape, and the shape that a rank holds."""
         N = size_of(self.group)
         both = zip(tree.leaves(self.replicated), [x.shape for x in tree.leaves(self.like)], strict=True)
         return [(r, shape, tuple(shape) if r else part_shape(shape, N)) for r, shape in both]
 
     def shard(self, params: Any) -> Any:
-        """This rank's tree: parts of matrices, cut along axis 0, and whole replicated leaves; memory of its own."""
+        """This rank's tree, copied: parts of matrices, cut along axis 0, and replicated leaves."""
         rank, N = rank_of(self.group), size_of(self.group)
 
         def own(x: Tensor, replicated: bool) -> Tensor:
             local = x.clone() if replicated else part_of(x, rank, N)
-            local.is_part = N > 1 and not replicated  # type: ignore[attr-defined]  # make_step asks for a norm of all
+            local.is_part = N > 1 and not replicated  # type: ignore[attr-defined]  # make_step then needs self.norm
             return local
 
         return tree.map(own, params, self.replicated)
 
     def unshard(self, local: Any) -> Any:
-        """The whole tree, on every rank; None where a leaf is None, on all ranks, as gradients of integers are."""
+        """The whole tree, on every rank. A leaf that is None on all ranks (an integer's gradient) stays None."""
         (likes, flags, leaves), treedef = tree.flatten_up_to(self.like, self.replicated, local)
         cut = [i for i, r in enumerate(flags) if not r and leaves[i] is not None]
         wholes = unshard([leaves[i] for i in cut], [likes[i] for i in cut], self.group)
@@ -167,7 +169,7 @@ class Plan:
     def norm(self, grads: Any) -> Tensor:
         """The global norm of a local gradient tree: parts summed over ranks, replicated leaves counted once.
 
-        Leaves may be absent, the same ones on every rank.
+        Leaves may be None, the same ones on every rank.
         """
         cut = tree.map(lambda r, g: None if r else g, self.replicated, grads)
         once = tree.map(lambda r, g: g if r else None, self.replicated, grads)
@@ -175,15 +177,18 @@ class Plan:
         return torch.hypot(over_ranks, tree.global_norm(once).to(over_ranks.device))
 
     def bind(self, local: Any, order: Sequence[Any] = (), deliver: Deliver | None = None) -> Bound:
-        """For one evaluation. order: subtrees of `local` in the order in which they will be gathered.
+        """The plan with the tensors of one evaluation.
 
-        deliver: takes parts and their gradients under way, in place of autograd, for which the parts then have none.
+        Args:
+            order: subtrees of `local`, in the order in which they will be gathered.
+            deliver: called with a unit's parts and their gradients, under way. These parts get no gradient from
+                autograd.
         """
         return Bound(self, local, [tree.leaves(subtree) for subtree in order], deliver)
 
     def bound(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        """f(params, ...) as a function of this rank's tree: params are `Part`s, whole where they are used."""
-        order: list[list[int]] = []  # numbers of the leaves that were gathered together, as the last evaluation had it
+        """f(params, ...) as a function of this rank's tree: f is given `Part`s, gathered where it uses them."""
+        order: list[list[int]] = []  # units of the last evaluation, as indices of leaves
 
         def call(local: Any, *args: Any, **kwargs: Any) -> Any:
             leaves = tree.leaves(local)
@@ -204,13 +209,13 @@ def plan(
     replicated: Callable[[str, Tensor], bool] = vectors,
     check: bool = True,
 ) -> Plan:
-    """How to shard a tree like `params` (shapes and dtypes are looked at, meta tensors will do).
+    """How to shard a tree like `params`, of which only shapes and dtypes are read (meta tensors will do).
 
-    All ranks of the group call it: ValueError on each, naming the leaf, where their trees differ, or what they say of
-    them (check=False leaves that out, and its two messages of 32 bytes).
+    All ranks of the group call it: ValueError on each, naming the leaf, if their trees or other arguments differ. That
+    takes two messages of 32 bytes; check=False skips it.
 
     replicated: (path, leaf) -> whether every rank keeps the whole leaf; by default all but matrices. Leaves that are
-        not floating all do.
+        not floating are always replicated.
     """
     like = tree.map(lambda x: torch.empty_like(x, device="meta"), params)
     flags = tree.map_with_path(lambda path, x: replicated(path, x) or not tree.is_floating(x), params)
@@ -223,11 +228,11 @@ def plan(
 def differentiate(
     loss_fn: Loss, plan: Plan, *, microbatches: int = 1, compute: torch.dtype | None = None
 ) -> Callable[[Any, Any], Any]:
-    """(local, batch) -> ((loss, metrics), local gradients): what `strategy` differentiates with.
+    """The function (local, batch) -> ((loss, metrics), local gradients); `Strategy.differentiate` here.
 
-    loss_fn divides by batch["denominator"], that of all ranks (`ddp.with_global_denominator`). Loss, metrics and
+    loss_fn must divide by batch["denominator"], that of all ranks (`ddp.with_global_denominator`). Loss, metrics and
     gradients are sums over ranks and microbatches; the metric non_finite_rank is the first rank whose own loss is inf
-    or nan, -1 if none is. compute: in place of the plan's.
+    or nan, -1 if none is. compute: replaces the plan's.
     """
     casting = plan if compute is None else replace(plan, compute=compute)
     gradient = value_and_grad(casting.bound(loss_fn), has_aux=True)
@@ -250,7 +255,7 @@ def differentiate(
 
 
 def evaluate(loss_fn: Loss, plan: Plan) -> Loss:
-    """(local, batch) -> (loss, metrics), sums over ranks."""
+    """The function (local, batch) -> (loss, metrics), summed over ranks."""
     bound = plan.bound(loss_fn)
 
     def summed(local: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -263,5 +268,5 @@ def evaluate(loss_fn: Loss, plan: Plan) -> Loss:
 
 
 def _first_of(ranks: Tensor) -> Tensor:
-    """The first that is not -1, else -1."""
+    """The first rank that is not -1; -1 if there is none."""
     return ranks[(ranks >= 0).to(torch.int8).argmax()]

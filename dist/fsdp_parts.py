@@ -1,4 +1,4 @@
-"""What a loss gets of fully sharded parameters: tensors that look whole, and what gathers them in one evaluation."""
+"""Fully sharded parameters as a loss sees them: tensors that look whole, and what gathers them in one evaluation."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -21,10 +21,10 @@ __all__ = ["Bound", "Part"]
 
 
 class Part(Tensor):
-    """A matrix of which this rank has some rows; it looks like the whole one, and is gathered where it is used.
+    """A matrix of which this rank has some rows. It has the shape of the whole, and is gathered where it is used.
 
-    Each use in a function of torch is a unit of its own, with a message of its own; what `gathered` is given is one
-    unit. Functions that write to their argument are refused.
+    Each torch function that is given Parts gathers them as a unit of its own, by a message of its own; under `gathered`
+    all of a function's Parts are one unit. Functions that write to their argument are refused.
     """
 
     bound: "Bound"
@@ -33,6 +33,7 @@ class Part(Tensor):
 
     @staticmethod
     def of(bound: "Bound", local: Tensor, shape: Sequence[int], dtype: torch.dtype) -> "Part":
+        """A Part of this shape and dtype, of which `local` has this rank's rows."""
         part = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             Part, shape, dtype=dtype, device=local.device, requires_grad=local.requires_grad
         )
@@ -41,6 +42,7 @@ class Part(Tensor):
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
+        """Of the whole matrix."""
         return self._shape
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -80,7 +82,7 @@ class Part(Tensor):
 
 @functools.cache
 def _asks() -> frozenset[Any]:
-    """What can be said of a part without gathering it."""
+    """Attributes and functions of a tensor that a Part answers without being gathered."""
     attributes = "dtype device layout ndim requires_grad is_leaf is_cuda is_cpu is_meta grad".split()
     methods = "dim numel nelement size is_floating_point is_complex element_size get_device".split()
     asked = [getattr(Tensor, name).__get__ for name in attributes] + [getattr(Tensor, name) for name in methods]
@@ -88,7 +90,7 @@ def _asks() -> frozenset[Any]:
 
 
 class Bound:
-    """A plan and the tensors of one evaluation: `params`, and functions that gather what they are given of them."""
+    """A plan with the tensors of one evaluation: makes `params` of them, and functions that gather these."""
 
     def __init__(
         self, plan: "Plan", local: Any, order: Sequence[Sequence[Tensor]] = (), deliver: Deliver | None = None
@@ -97,7 +99,7 @@ class Bound:
         leaves, treedef = tree.flatten(local)
         if len(leaves) != len(plan._leaves):
             raise ValueError(f"the plan is for {len(plan._leaves)} leaves, got {len(leaves)}")
-        self.shapes: dict[int, torch.Size] = {}  # of whole leaves, by the id of their part
+        self.shapes: dict[int, torch.Size] = {}  # id of a part -> shape of the whole leaf
         self.numbers = {id(x): i for i, x in enumerate(leaves)}
         whole = []
         for i, (x, (replicated, shape, expected)) in enumerate(zip(leaves, plan._leaves, strict=True)):
@@ -108,8 +110,8 @@ class Bound:
                 self.shapes[id(x)] = shape
             elif tree.is_floating(x):
                 whole.append(i)
-        self.leaves = list(leaves)  # ids stay theirs
-        self.inputs: dict[int, Tensor] = {}  # of Gather, by the id of the part, where it is not the part itself
+        self.leaves = list(leaves)  # held, so that no other tensor gets their ids
+        self.inputs: dict[int, Tensor] = {}  # id of a part -> the tensor that Gather takes in its place
         cut = [x for x in self.leaves if id(x) in self.shapes and x.requires_grad]
         is_waited_for = deliver is None and not self.is_transformed and torch.is_grad_enabled()
         if cut and is_waited_for and size_of(plan.group) > 1:
@@ -120,24 +122,24 @@ class Bound:
         self.units: list[Unit] = []
         for parts in order:
             self._add([x for x in parts if id(x) in self.shapes])
-        self.position = 0  # of the unit that is expected next
-        self.used: list[list[int]] = []  # numbers of the leaves of each unit that was gathered
+        self.position = 0  # index of the unit that is expected next
+        self.used: list[list[int]] = []  # indices of the leaves of each unit that was gathered
 
     @property
     def params(self) -> Any:
-        """The tree with a `Part` for each leaf that is cut, made anew: they hold this object, and it holds none."""
+        """The tree with a new `Part` for each leaf that is cut. Parts hold this object, which holds none: no cycle."""
         leaves = [self.part(x, self.shapes[id(x)]) if id(x) in self.shapes else x for x in self.seen]
         return tree.unflatten(self.treedef, leaves)
 
     @property
     def is_transformed(self) -> bool:
-        """Whether a transform of torch.func differentiates, which has no hooks on what is saved."""
+        """Whether a torch.func transform or forward mode is active: these have no hooks on saved tensors."""
         is_forward = torch.autograd.forward_ad._current_level >= 0  # type: ignore[attr-defined]
         return is_forward or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
 
     def part(self, local: Tensor, shape: torch.Size) -> Part:
-        """The part as a tensor that looks like the whole."""
-        if id(local) not in self.shapes:  # derived from a leaf
+        """`local` as a Part of this shape."""
+        if id(local) not in self.shapes:  # no leaf of the tree, but derived from one (detached, say)
             self.shapes[id(local)] = shape
             self.leaves.append(local)
         return Part.of(self, local, shape, self.plan.compute or local.dtype)
@@ -156,7 +158,7 @@ class Bound:
         return unit
 
     def _unit(self, parts: list[Tensor]) -> "Unit":
-        """The next unit of these parts (tied embeddings are two); one that was not announced comes last."""
+        """The next unused unit of these parts (tied embeddings have two), or a new one, put last in the order."""
         n = len(self.units)
         for i in [*range(self.position, n), *range(self.position)]:
             unit = self.units[i]
@@ -170,7 +172,7 @@ class Bound:
         return unit
 
     def gathered(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        """f(params, ...) as a function of a subtree of `self.params`, or of the parts themselves."""
+        """f(params, ...), which gathers params first: a subtree of `self.params`, or of the local tensors."""
 
         def whole(params: Any, *args: Any, **kwargs: Any) -> Any:
             leaves, treedef = tree.flatten(params)

@@ -1,8 +1,9 @@
-"""What fsdp gathers together: units of parameters, when they are sent and dropped, and what autograd sees of them.
+"""Units: the parameters that fsdp gathers together, when they are gathered and dropped, and how autograd sees them.
 
-A unit's parameters are whole while its block runs. What autograd saves of them are notes of where they were (`pack`);
-the first note that backward reads gathers them again (`unpack`), and the unit before it is sent on its way. Gradients
-leave through `Gather`, and `Arrive`, to which autograd comes last, waits for them.
+A unit's parameters are whole while its block runs. Where autograd would save one of them, `pack` saves a reference to
+its place in the unit. The first reference that backward reads (`unpack`) gathers the unit again, and prefetches the
+unit before it. Gradients are sent by the backward of `Gather`; that of `Arrive`, which autograd runs last, waits for
+them.
 """
 
 import functools
@@ -21,14 +22,14 @@ from purelm.dist.world import Group
 
 __all__ = ["Arrive", "Deliver", "Gather", "Replicated", "Schedule", "Unit", "unpack"]
 
-Deliver = Callable[[list[Tensor], Pending], None]
+Deliver = Callable[[list[Tensor], Pending], None]  # (parts of a unit, their gradients, under way)
 
 
 class Schedule:
-    """What the units of an evaluation share.
+    """What the units of one evaluation share.
 
-    It holds none of them, nor do they hold each other: a cycle would keep the parameters of each step until Python's
-    garbage collector comes by. In forward `Bound` holds them, then the graph.
+    It refers to units weakly, and they do not refer to each other: a reference cycle would keep each step's parameters
+    until Python's garbage collector runs. Units are held by `Bound` in forward, and then by the autograd graph.
     """
 
     def __init__(
@@ -36,26 +37,27 @@ class Schedule:
     ):
         self.group, self.compute, self.reduce, self.deliver = group, compute, reduce, deliver
         self.units: list[weakref.ref[Unit]] = []
-        self.uses: Counter[int] = Counter()  # of each part, by its id
+        self.uses: Counter[int] = Counter()  # id of a part -> number of units that have it
         self.scatters: list[Pending] = []
-        self.n_arrived = 0  # of them
+        self.n_arrived = 0  # scatters that were waited for
 
     def scatter(self, unit: "Unit", grads: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Gradients of the unit's parts: sent now, and there when `arrived` returns."""
+        """Start the reduce-scatter of a unit's gradients; returns its parts', which are complete after `arrived`."""
         parts, wire = unit.parts, unit.travel.wire
-        while self.n_arrived < len(self.scatters) - 1:  # lets go of a message: two at a time, with the one that comes
+        while self.n_arrived < len(self.scatters) - 1:  # frees messages: at most two are held, with the one below
             self.scatters[self.n_arrived].wait()
             self.n_arrived += 1
         pending = scatter_sums(grads, self.group, wire)
         if self.deliver is not None:
             self.deliver(parts, pending)
             return [None] * len(parts)
-        if any(p.dtype != wire or self.uses[id(p)] > 1 for p in parts):  # autograd itself will read them
+        if any(p.dtype != wire or self.uses[id(p)] > 1 for p in parts):  # must be cast here, or added up by autograd
             return [g.to(p.dtype) for g, p in zip(pending.wait(), parts, strict=True)]
         self.scatters.append(pending)
-        return pending.early()  # for Arrive, which reads none of them
+        return pending.early()  # nothing reads them before Arrive, which waits
 
     def arrived(self) -> None:
+        """Wait for all gradients that were sent."""
         for pending in self.scatters:
             pending.wait()
         self.scatters, self.n_arrived = [], 0
@@ -72,21 +74,23 @@ class Unit:
         self.wholes: list[Tensor] | None = None
         self.storages: dict[int, int] = {}
         self.used = False
-        self.noted = self.read = 0  # how often backward will ask for them, and has
+        self.noted = self.read = 0  # references that `pack` gave out, and reads of them by `unpack`
 
     @functools.cached_property
     def travel(self) -> "Travel":
+        """Group, shapes and dtypes of the unit's messages, without the parameters."""
         of, dtypes = self.schedule, [p.dtype for p in self.parts]
         wire = of.reduce or functools.reduce(torch.promote_types, dtypes)
         return Travel(of.group, self.shapes, dtypes, [of.compute or dtype for dtype in dtypes], wire)
 
     def start(self) -> None:
-        """Send the parts, if they are neither here nor under way."""
+        """Start the all_gather, unless the parameters are whole or under way."""
         if self.pending is None and self.wholes is None:
             with torch.no_grad():
                 self.pending = gather_parts(self.parts, self.shapes, self.schedule.group, self.schedule.compute)
 
     def get(self) -> list[Tensor]:
+        """The whole parameters, gathered if they are not yet."""
         if self.wholes is None:
             self.start()
             assert self.pending is not None
@@ -97,25 +101,28 @@ class Unit:
         return self.wholes
 
     def drop(self) -> None:
+        """Forget the whole parameters, so that their memory is free when the block's work is done."""
         self.wholes, self.pending, self.storages = None, None, {}
 
     def prefetch(self, step: int) -> None:
-        """Start the neighbour: at most this unit and that one are whole at a time."""
+        """Start the all_gather of the next (+1) or previous (-1) unit; at most that and this one are whole."""
         units, i = self.schedule.units, self.number + step
         other = units[i]() if 0 <= i < len(units) else None
         if other is not None and (step > 0 or other.noted):
             other.start()
 
     def pack(self, x: Tensor) -> Any:
+        """A saved-tensor hook: for a view of a whole parameter a reference to it, for other tensors the tensor."""
         i = self.storages.get(x.untyped_storage().data_ptr()) if type(x) is Tensor and x.numel() else None
         if i is None:
-            # An operator that saves its own result would hold itself, for ever where backward never comes.
+            # Detached: an operator that saves its own result would be in a cycle, never freed if backward does not run.
             return x.detach() if x.requires_grad else x
         self.noted += 1
         return self, i, x.size(), x.stride(), x.storage_offset()
 
 
 def unpack(packed: Any) -> Tensor:
+    """The tensor that `Unit.pack` was given; gathers its unit again if that was dropped."""
     if isinstance(packed, Tensor):
         return packed
     unit, i, size, stride, offset = packed
@@ -125,14 +132,14 @@ def unpack(packed: Any) -> Tensor:
         unit.prefetch(-1)
     unit.read += 1
     if unit.read % unit.noted == 0 and not any(p.requires_grad for p in unit.parts):
-        unit.drop()  # no parameter wants a gradient, so Gather.backward, which drops them else, will not run
+        unit.drop()  # frozen unit: Gather.backward, which drops the others, will not run
     return whole.as_strided(size, stride, offset)
 
 
 class Arrive(torch.autograd.Function):
-    """Parts as they are; backward, waits for their gradients.
+    """The identity on parts; backward waits for their gradients.
 
-    One for all parts of an evaluation, before all units: autograd comes to it when it is done with them, and nobody
+    One node for all parts of an evaluation, ahead of all units: its backward runs after that of all units, so nothing
     can read a gradient that is still under way.
     """
 
@@ -149,7 +156,7 @@ class Arrive(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """Parts to wholes; backward, sums over ranks of the wholes' gradients to parts."""
+    """All-gather: parts to whole parameters; backward, reduce-scatter of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, unit: Unit, *parts: Tensor) -> Any:
@@ -160,13 +167,13 @@ class Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         unit = ctx.unit
         unit.drop()
-        if torch.is_grad_enabled():  # create_graph: what is made of these gradients will be differentiated
+        if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
             return None, *_Sums.apply(unit.travel, *grads)
         return None, *unit.schedule.scatter(unit, grads)
 
 
 class Replicated(torch.autograd.Function):
-    """Whole leaves, cast to `compute`; backward, gradients are raised and summed over ranks, in one message."""
+    """Replicated leaves, cast to `compute`; backward casts gradients back and sums them over ranks, by one message."""
 
     @staticmethod
     def forward(ctx: Any, group: Group, compute: torch.dtype | None, *leaves: Tensor) -> Any:
@@ -184,23 +191,23 @@ class Replicated(torch.autograd.Function):
 
 
 class Travel(NamedTuple):
-    """How the leaves of a unit travel."""
+    """How the parameters of a unit are sent, and their gradients."""
 
     group: Group
-    shapes: list[torch.Size]  # of the wholes
+    shapes: list[torch.Size]  # of whole parameters
     dtypes: list[torch.dtype]  # of the parts
-    compute: list[torch.dtype]  # of the wholes
-    wire: torch.dtype  # of gradients
+    compute: list[torch.dtype]  # of whole parameters
+    wire: torch.dtype  # of gradients as they are sent
 
 
 class _Sums(torch.autograd.Function):
-    """Wholes to parts of their sums over ranks; backward, `_Wholes`."""
+    """Reduce-scatter, differentiable: whole tensors to this rank's parts of their sums. Backward: `_Wholes`."""
 
     @staticmethod
     def forward(ctx: Any, travel: Travel, *wholes: Tensor) -> Any:
         ctx.travel = travel
         parts = scatter_sums(wholes, travel.group, travel.wire).wait()
-        return tuple(x.to(dtype, copy=True) for x, dtype in zip(parts, travel.dtypes, strict=True))  # no views
+        return tuple(x.to(dtype, copy=True) for x, dtype in zip(parts, travel.dtypes, strict=True))  # not views
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -208,7 +215,7 @@ class _Sums(torch.autograd.Function):
 
 
 class _Wholes(torch.autograd.Function):
-    """Parts to wholes, which stay; backward, `_Sums`."""
+    """All-gather, differentiable: parts to whole tensors, which are not dropped. Backward: `_Sums`."""
 
     @staticmethod
     def forward(ctx: Any, travel: Travel, *parts: Tensor) -> Any:

@@ -1,7 +1,7 @@
-"""Messages that carry many leaves: which leaves go together, packed and sent by one launch and one collective each.
+"""Messages that carry many leaves: which leaves share one, and how it is packed, sent and unpacked.
 
-Packing, sending and unpacking leaf by leaf costs the host 0.1 ms and more a leaf, which for the ten leaves of a layer
-is more than a GPU takes to compute it.
+A message is packed by one kernel launch and sent by one collective. Leaf by leaf, packing, sending and unpacking would
+cost the host 0.1 ms or more a leaf: for the ten leaves of a layer, more than a GPU takes to compute the layer.
 """
 
 import math
@@ -33,17 +33,21 @@ __all__ = [
 ]
 
 Op = Literal["sum", "mean"]
-BUCKET_BYTES = 25 << 20  # of one message; as torch's DistributedDataParallel (bucket_cap_mb = 25)
-_IN_FLIGHT = 2  # messages at a time: while one travels, the next is packed
+BUCKET_BYTES = 25 << 20  # of one message; the default of torch's DistributedDataParallel (bucket_cap_mb=25)
+_IN_FLIGHT = 2  # messages under way: while one is sent, the next is packed
 
 
 def default_bucket_bytes(leaves: Iterable[Tensor]) -> int:
-    """25 MiB, or 1/64 of a larger model: messages cost the host 0.1 ms each, and the last of them cannot hide."""
+    """25 MiB, or 1/64 of all leaves if that is more.
+
+    Small messages would be many, at 0.1 ms of the host's time each; the last message overlaps with no compute, so it
+    should not be large.
+    """
     return max(BUCKET_BYTES, sum(x.nbytes for x in leaves) // 64)
 
 
 class Pending:
-    """Results of a collective that is under way: wait() gives them, again and again the same."""
+    """A collective under way; wait() returns its results, the same ones each time."""
 
     def __init__(self, work: Any, finish: Callable[[], list[Tensor]]):
         self._work, self._finish = work, finish
@@ -51,7 +55,7 @@ class Pending:
         self._early: list[Tensor] | None = None
 
     def early(self) -> list[Tensor]:
-        """Where the results of `scatter_sums` will be: not to be read before wait()."""
+        """The tensors that `scatter_sums` will write its results to; not to be read before wait()."""
         if self._results is not None:
             return self._results
         if self._early is None:
@@ -59,17 +63,17 @@ class Pending:
         return self._early
 
     def wait(self) -> list[Tensor]:
-        """On a GPU the stream waits, not the host."""
+        """The results. On a GPU the current stream waits for them, not the host."""
         if self._results is None:
             if self._work is not None:
                 self._work.wait()
             self._results = self._finish() if self._early is None else self._early
-            self._work, self._finish, self._early = None, list, None  # lets go of the message
+            self._work, self._finish, self._early = None, list, None  # frees the message
         return self._results
 
 
 def split_as(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The tensors of these shapes that lie one after another in flat, as views."""
+    """Views of consecutive pieces of flat, in these shapes."""
     return [y.view(tuple(shape)) for y, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes, strict=True)]
 
 
@@ -81,14 +85,14 @@ def buckets(
     *,
     at_least: bool = False,
 ) -> list[list[int]]:
-    """Numbers of leaves, in this order, cut in messages: one dtype, device and kind, at most `limit` bytes or one leaf.
+    """Indices of leaves, in this order, grouped into messages of one dtype, device and kind.
 
-    at_least: a message is full once it holds `limit` bytes, its last leaf included, as DistributedDataParallel has
-    it: a norm between two large matrices then goes with one of them.
-    Absent leaves are in none. Messages are in the order of their first leaves.
+    A message has at most `limit` bytes, or one larger leaf. at_least: it is closed once it has `limit` bytes or more,
+    as in DistributedDataParallel, so that a norm between two large matrices shares a message with one of them.
+    None leaves are in no message. Messages are in the order of their first leaves.
     """
     found: list[list[int]] = []
-    last: dict[Hashable, tuple[list[int], float]] = {}  # of each kind: the message that is being filled, and its room
+    last: dict[Hashable, tuple[list[int], float]] = {}  # by kind: the message that is being filled, and its room
     for i in order:
         x = leaves[i]
         if x is None:
@@ -104,18 +108,18 @@ def buckets(
 
 
 def cut(leaves: Sequence[Tensor], limit: float, order: Iterable[int]) -> list[list[int]]:
-    """`buckets` of at least `limit` bytes: those of gradients."""
+    """`buckets` of at least `limit` bytes, as gradients are sent."""
     return buckets(leaves, limit, order, at_least=True)
 
 
 def by_owner(values: Sequence[Tensor | None], limit: int, owners: Sequence[int] = ()) -> list[list[int]]:
-    """Numbers of the leaves of each message, of one owner each; what has no element is not sent."""
+    """Indices of the leaves of each message, which all have one owner; None and empty leaves are not sent."""
     filled = [i for i, x in enumerate(values) if x is not None and x.numel()]
     return buckets(values, limit, filled, lambda i: owners[i] if owners else None)
 
 
 def in_turn(messages: Iterable[Pending]) -> Iterator[list[Tensor]]:
-    """The results of each message; the next one is sent before the last is waited for."""
+    """The results of each message in turn; the next message is started before this one is waited for."""
     under_way: deque[Pending] = deque()
     for message in messages:
         under_way.append(message)
@@ -127,7 +131,7 @@ def in_turn(messages: Iterable[Pending]) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def cast_leaves(leaves: Sequence[Any], dtype: torch.dtype) -> list[Any]:
-    """Leaves as `tree.cast` gives them, by one launch."""
+    """`tree.cast` of a list of leaves, by one kernel launch; detached."""
     at = [i for i, x in enumerate(leaves) if tree.is_floating(x) and x.dtype != dtype]
     out = list(leaves)
     for i in at:
@@ -144,7 +148,10 @@ def send_bucket(
     wire: torch.dtype | None,
     dtypes: Sequence[torch.dtype] | None = None,
 ) -> Pending:
-    """Sums (means) of these tensors, in `dtypes`, by default their own; sent in `wire`, by default the first."""
+    """The all_reduce of these tensors as one message, started; results are sums (means) over ranks, in new memory.
+
+    dtypes: of the results, by default the tensors' own. wire: of the message, by default the first of `dtypes`.
+    """
     dtypes = dtypes or [x.dtype for x in tensors]
     wire = wire or dtypes[0]
     if len(tensors) == 1:
@@ -157,17 +164,17 @@ def send_bucket(
         torch._foreach_copy_(pieces, list(tensors))  # cast and packed in one pass
     how = dist.ReduceOp.AVG if op == "mean" else dist.ReduceOp.SUM
     work = dist.all_reduce(buffer, op=how, group=group, async_op=True)
-    # Not the gradients themselves, which are let go when they are sent.
+    # Does not hold the tensors: the caller may free them as soon as they are packed.
     return Pending(work, lambda: [x if x.dtype == d else x.to(d) for x, d in zip(pieces, dtypes, strict=True)])
 
 
 def from_owners(
     values: Sequence[Tensor], owners: Sequence[int], group: Group = None, bucket_bytes: int | None = None
 ) -> list[Tensor]:
-    """values[i] of rank owners[i], on every rank; what others hold there says only its shape, dtype and device.
+    """values[i] of rank owners[i], on every rank; of the others' values[i] only shape, dtype and device are used.
 
-    A broadcast for each owner, dtype and bucket; sent in a ring: the bytes of all values. Results are new:
-    views of the messages they came in.
+    One broadcast for each owner, dtype and bucket; in a ring each rank sends the bytes of all values. Results are views
+    of the messages that they came in.
     """
     rank = rank_of(group)
     if size_of(group) == 1:
@@ -189,5 +196,5 @@ def from_owners(
 
 
 def stand_in(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of x's shape in the memory of one number."""
+    """Zeros of x's shape, in the memory of one element."""
     return torch.zeros((), dtype=dtype, device=device).expand(x.shape)

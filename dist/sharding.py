@@ -1,9 +1,9 @@
-"""Trees cut along axis 0, gathered and summed into parts, with one message for many leaves.
+"""Trees sharded along axis 0: cutting, all-gather and reduce-scatter, with many leaves in a message.
 
-A leaf (n, ...) on N ranks is cut in parts of m = ceil(n / N) rows, the last ones filled up with zeros, so all ranks
-send equal numbers of bytes whatever n is. A part keeps the leaf's number of axes, so optimizers that ask for matrices,
-or for paths, see what they would see of the whole; a 0-d leaf becomes a part of one number. Zeros have zero gradients,
-and every element-wise optimizer leaves them zeros.
+A leaf (n, ...) on N ranks is cut into parts of m = ceil(n / N) rows, the last ones padded with zeros, so that all ranks
+send equal numbers of bytes for any n. A part has the leaf's path and number of axes (one for a 0-d leaf), so optimizers
+that select leaves by these select the same parts. Padding has zero gradients, and every element-wise optimizer leaves
+it zero.
 """
 
 import functools
@@ -43,7 +43,7 @@ def part_shape(shape: Sequence[int], n_ranks: int) -> tuple[int, ...]:
 
 
 def part_of(x: Tensor, rank: int, n_ranks: int) -> Tensor:
-    """This rank's rows, in memory of their own.
+    """The rows of rank `rank`, padded with zeros; a copy.
 
     >>> part_of(torch.arange(5), 1, 2)
     tensor([3, 4, 0])
@@ -59,7 +59,7 @@ def part_of(x: Tensor, rank: int, n_ranks: int) -> Tensor:
 
 
 def whole_of(parts: Tensor, shape: Sequence[int]) -> Tensor:
-    """The leaf of this shape from all ranks' parts one after another."""
+    """The leaf of this shape from all ranks' parts, concatenated."""
     if len(shape) and parts.shape[0] == shape[0]:
         return parts
     return parts[: shape[0]] if len(shape) else parts[0]
@@ -72,7 +72,7 @@ def shard(values: Any, group: Group = None) -> Any:
 
 
 def unshard(parts: Any, like: Any, group: Group = None) -> Any:
-    """The whole tree from all ranks' parts; `like` has its shapes (meta tensors will do). Messages of `gathered`."""
+    """The whole tree from all ranks' parts; `like` has its shapes (meta tensors will do). Sends as `gathered` does."""
     leaves, treedef = tree.flatten(parts)
     shapes = [x.shape for x in tree.leaves(like)]
     if len(shapes) != len(leaves):
@@ -83,7 +83,7 @@ def unshard(parts: Any, like: Any, group: Group = None) -> Any:
 def gather_leaves(
     parts: Sequence[Any], shapes: Sequence[Sequence[int]], group: Group = None, limit: int | None = None
 ) -> list[Any]:
-    """Whole leaves of these shapes, in the parts' dtypes; None where there is none. Messages of `gathered`."""
+    """Whole leaves of these shapes, in the parts' dtypes; None where a part is None. Sends as `gathered` does."""
     out = [x if x is None or x.numel() else x.new_empty(tuple(s)) for x, s in zip(parts, shapes, strict=True)]
     for at, found in gathered(parts, shapes, group, limit):
         for i, x in zip(at, found, strict=True):
@@ -97,9 +97,9 @@ def gathered(
     group: Group = None,
     limit: int | None = None,
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """(numbers of leaves, whole leaves), message by message: one for each dtype and `limit` bytes, two under way.
+    """(indices of leaves, whole leaves) of each message in turn: one for each dtype and `limit` bytes, two under way.
 
-    limit: of what is whole, by default `messages.default_bucket_bytes`.
+    limit: bytes of whole leaves in a message, by default N times `messages.default_bucket_bytes` of the parts.
     """
     N = size_of(group)
     limit = limit or default_bucket_bytes([x for x in parts if x is not None]) * N
@@ -117,15 +117,15 @@ def gather_parts(
 ) -> Pending:
     """Whole leaves of these shapes from every rank's parts, by one all_gather.
 
-    dtype: of the message and the results; by default the widest of the parts'. Bytes sent: (N - 1) times those of the
-    parts in it. The results are copied out of the message, each dense.
+    dtype: of the message and the results; by default the widest of the parts'. Bytes sent: N - 1 times those of the
+    parts in that dtype. Each result is a contiguous copy, not a view of the message.
     """
     dtype = dtype or functools.reduce(torch.promote_types, [p.dtype for p in parts])
     N = size_of(group)
     if N == 1:
         return Pending(None, lambda: [whole_of(p.to(dtype), s) for p, s in zip(parts, shapes, strict=True)])
-    # Of the parts themselves only shapes are kept, and one launch packs them, one more unpacks: with one a leaf the
-    # host has more to do than for the layer that they belong to.
+    # One launch packs all parts and one unpacks them: a launch for each leaf takes the host longer than the layer that
+    # the leaves belong to. `finish` holds shapes only, so the parts can be freed.
     sizes, shapes_of_parts = [p.numel() for p in parts], [p.shape for p in parts]
     flat = parts[0].new_empty(sum(sizes), dtype=dtype)
     torch._foreach_copy_(list(flat.split_with_sizes(sizes)), [p.reshape(-1) for p in parts])
@@ -144,8 +144,8 @@ def gather_parts(
 def scatter_sums(wholes: Sequence[Tensor], group: Group = None, dtype: torch.dtype | None = None) -> Pending:
     """This rank's parts of the sums over ranks of whole leaves, by one reduce_scatter.
 
-    The adjoint of `gather_parts`. dtype: of the message, the sums and the results; by default the leaves', which is
-    one. Bytes sent: (N - 1) / N of the message's.
+    The adjoint of `gather_parts`. dtype: of the message, the sums and the results; by default the first leaf's. Bytes
+    sent: (N - 1) / N of the message's.
     """
     dtype = dtype or wholes[0].dtype
     N = size_of(group)
@@ -157,12 +157,12 @@ def scatter_sums(wholes: Sequence[Tensor], group: Group = None, dtype: torch.dty
     filled = [x for x in wholes if x.numel()]
     if len({x.dtype for x in filled}) > 1:
         filled = [x.to(dtype) for x in filled]
-    if filled:  # cut, filled up with zeros, cast and packed by one launch
+    if filled:  # cut, padded and packed by one launch
         torch._chunk_cat(filled, 0, N, out=message)
     out = message.new_empty(message.shape[1])
     work = reduce_scatter_single(out, message.view(-1), group, async_op=True)
 
-    def finish(sent: Tensor = message) -> list[Tensor]:  # held until the work is done
+    def finish(sent: Tensor = message) -> list[Tensor]:  # the default keeps the message alive until the work is done
         return split_as(out, shapes)
 
     return Pending(work, finish)
@@ -171,7 +171,7 @@ def scatter_sums(wholes: Sequence[Tensor], group: Group = None, dtype: torch.dty
 def scatter_bucket(
     tensors: Sequence[Tensor], group: Group, op: Op, wire: torch.dtype | None, dtypes: Sequence[torch.dtype]
 ) -> Pending:
-    """This rank's parts of what `send_bucket` gives."""
+    """`messages.send_bucket` by reduce_scatter: results are this rank's parts of the sums (means)."""
     message = scatter_sums(tensors, group, wire or dtypes[0])
     divisor = size_of(group) if op == "mean" else 1
 

@@ -6,21 +6,22 @@
     state = init_state(params, optimizer, strategy=strategy)             # this rank's part of the whole params
     step = make_step(model.loss, optimizer, schedule, strategy=strategy)
 
-All ranks of the group see the same batch and get the same loss. Which leaf is cut along which axis the model's leaf
-table says (`Leaf.cut`): q, k, v, w1 and w3 by rows, output_proj and w2 by columns, the token embedding and lm_head by
-rows (`vocab_parallel`); everything else is on every rank. A model computes with the shapes of the parameters that it is
-given, so nothing else of it changes: messages stand where it calls `ops.enter`, `ops.linear_out`, `ops.embedding`,
+All ranks of the group are given the same batch and get the same loss. The model's leaf table says along which axis a
+leaf is cut (`Leaf.cut`): q, k, v, w1 and w3 by rows, output_proj and w2 by columns, the token embedding and lm_head by
+rows (`vocab_parallel`); all other leaves are replicated. A model takes its sizes from the parameters that it is given,
+so its code stays as it is: messages are sent where it calls `ops.enter`, `ops.linear_out`, `ops.embedding`,
 `ops.final`, `ops.unembed`, `ops.linear_cross_entropy` and `ops.log_probs`.
 
-A sublayer's input is the same on all ranks and its output is a sum over ranks; the pairs of `conjugates` stand there:
-`enter` and `leave`, or with sequence_parallel `gather_time` and `scatter_time`. Between sublayers a rank then has T / N
-of the T positions, so norms and residuals take 1 / N of the memory, and gradients of what norms hold are sums over
-ranks, which the strategy's `reduce` adds. What `model.hidden`, `model.apply` and `model.log_probs` return is whole, and
-the same on all ranks, for any loss that is made of it. A matrix that is cut must be used through ops.
+A sublayer's input is the same on all ranks, and its output is a sum over ranks. So it begins and ends with a pair of
+`conjugates`: `enter` and `leave`, or with sequence_parallel `gather_time` and `scatter_time`. In the second case a rank
+has T / N of the T positions between sublayers: activations of norms and residuals take 1 / N of the memory, and each
+rank has a share of the gradients of norm weights, which the strategy's `reduce` sums. `model.hidden`, `model.apply` and
+`model.log_probs` return whole tensors, the same on all ranks, so any loss can be computed from them. A matrix that is
+cut must be used through ops.
 
-Messages of one block, n bytes of x_BTD each: 2 all_reduce in forward and 2 in backward, or 2 all_gather and 2
-reduce_scatter in each. A rank sends 4 n (N - 1) / N in forward and as much in backward, either way. Under `remat`
-backward repeats those of forward, but for the block's last one.
+Messages of one block, each of the n bytes of x_BTD: 2 all_reduces in forward and 2 in backward; with sequence_parallel
+2 all_gathers and 2 reduce_scatters in each. Either way a rank sends 4 n (N - 1) / N bytes in forward, and as many in
+backward. Under `remat`, backward also repeats the messages of forward but for the block's last.
 
 Sources: Shoeybi et al. 2019 (arXiv:1909.08053), section 3; Korthikanti et al. 2022 (arXiv:2205.05198), section 4.2.
 Differences: there is no dropout; what `gather_time` returns is kept for backward and not gathered again.
@@ -60,12 +61,13 @@ class Layout:
     vocab_size: int  # of the whole model
     group: Group = None
     sequence_parallel: bool = False  # between sublayers a rank has T / N positions
-    calls: Counter[str] = field(default_factory=Counter, compare=False, repr=False)  # of ops, in eager code
+    calls: Counter[str] = field(default_factory=Counter, compare=False, repr=False)  # of each op, in eager code
 
     def ops(self, base: Ops) -> Ops:
-        """base, with messages where sublayers begin and end and where the vocabulary is read.
+        """The ops of `base`, with messages where sublayers begin and end and where the vocabulary is used.
 
-        attention and the like run on this rank's heads. Losses give way to `vocab_parallel`'s.
+        Attention, rope and gates run on this rank's heads and features. Losses are replaced by those of
+        `vocab_parallel`.
         """
         group, V = self.group, self.vocab_size
         if size_of(group) == 1:
@@ -125,12 +127,12 @@ class Layout:
 
 
 def strategy(model: Any, layout: Layout, data: Strategy = ALONE) -> Strategy:
-    """Each rank holds its part of the leaves that the table says may be cut; one loss, the same on all ranks.
+    """Each rank holds its part of the leaves that the leaf table cuts; the loss is the same on all ranks.
 
     Args:
-        model: a Model made with layout.ops, or a leaf table: of one with a head of one's own, say.
-        data: of another axis of a mesh, `ddp.strategy(data_group)` or `fsdp.strategy(like(model, layout), data_group)`:
-            it divides what this one has divided.
+        model: a Model made with layout.ops; or, of one with an added head for example, a leaf table.
+        data: the strategy of another axis of a mesh, `ddp.strategy(data_group)` or
+            `fsdp.strategy(like(model, layout), data_group)`: it divides this rank's part further.
     ValueError for a model that cannot be divided over the ranks.
     """
     leaves = _table(model)
@@ -147,7 +149,7 @@ def strategy(model: Any, layout: Layout, data: Strategy = ALONE) -> Strategy:
         return leaf.cut is None and (leaf.place == "sublayer" or has_some_positions)
 
     def reduce(grads: Params) -> Params:
-        """Gradients made complete: those summed over ranks of which each rank has a share. One all_reduce, or none."""
+        """Complete gradients: those of which each rank has a share are summed, by one all_reduce (none, no message)."""
         grads = data.reduce(grads)
         shares, complete = tree.partition(is_share, grads)
         if not tree.leaves(shares):
@@ -156,7 +158,7 @@ def strategy(model: Any, layout: Layout, data: Strategy = ALONE) -> Strategy:
         return tree.combine(unravel(all_reduce(flat, group, check=False)), complete)
 
     def norm(grads: Params) -> Tensor:
-        """Of the whole, each leaf counted once; one all_reduce of one number, and what data.norm sends."""
+        """The norm of the whole gradient, each leaf counted once; one all_reduce of one number, besides data.norm's."""
         cut, same = tree.partition(lambda path, x: _leaf(leaves, path).cut is not None, grads)
         over_ranks = global_norm(group)(data.norm(cut))
         return torch.hypot(over_ranks, data.norm(same).to(over_ranks.device))
@@ -189,7 +191,7 @@ def strategy(model: Any, layout: Layout, data: Strategy = ALONE) -> Strategy:
 
 
 def _check_calls(calls: Counter[str]) -> None:
-    """ValueError for a model that does not say where its sublayers begin and end."""
+    """ValueError unless the model was made with layout.ops, and calls `enter` and `linear_out` equally often."""
     if not calls["embedding"]:
         raise ValueError("tensor_parallel: the model was not made with layout.ops(...), and would use parts as wholes")
     if calls["enter"] != calls["linear_out"]:
@@ -222,7 +224,7 @@ def _check_cuts(leaves: Leaves, N: int) -> None:
 
 
 def like(model: Any, layout: Layout, dtype: torch.dtype = torch.float32) -> Params:
-    """A tree like one rank's, on the meta device: for the plan of what divides it further."""
+    """A tree on the meta device with the shapes of one rank's part, for a strategy that divides it further."""
     N = size_of(layout.group)
 
     def local(leaf: Any) -> Tensor:
@@ -235,10 +237,10 @@ def like(model: Any, layout: Layout, dtype: torch.dtype = torch.float32) -> Para
 
 
 def shard(params: Params, model: Any, group: Group = None) -> Params:
-    """This rank's part of the whole parameters, in memory of its own where cut; model: a Model or its leaf table.
+    """This rank's part of the whole parameters; leaves that are cut are copied. model: a Model or its leaf table.
 
-    A vocabulary that N does not divide is filled up with rows of zeros; these have gradients of 0. All ranks call it:
-    ValueError on each, naming what differs, where their trees do; a message of 32 bytes.
+    A vocabulary that N does not divide is padded with rows of zeros, whose gradients are 0. All ranks call it:
+    ValueError on each, naming the leaf, if their trees differ, for which each sends 32 bytes.
     """
     leaves, rank, N = _table(model), rank_of(group), size_of(group)
     if N == 1:
@@ -255,14 +257,14 @@ def shard(params: Params, model: Any, group: Group = None) -> Params:
             return x
         axis = leaf.cut.axis
         local = part_of(x.movedim(axis, 0), rank, N).movedim(0, axis).contiguous()
-        local.is_part = True  # type: ignore[attr-defined]  # make_step asks for a norm of all
+        local.is_part = True  # type: ignore[attr-defined]  # make_step then needs strategy.norm
         return local
 
     return tree.map_with_path(part, params)
 
 
 def unshard(local: Params, model: Any, group: Group = None) -> Params:
-    """The inverse of `shard`, on every rank. Also for (reduced) gradients. Messages of `sharding.gathered`."""
+    """The inverse of `shard`, on every rank; also for (reduced) gradients. Sends as `sharding.gathered` does."""
     leaves = _table(model)
     if size_of(group) == 1:
         return local

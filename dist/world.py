@@ -1,10 +1,10 @@
-"""Processes and groups of them: what torchrun started, as arguments.
+"""Processes and groups of them: join what torchrun started, and ask a group for ranks and sizes.
 
     with world.start() as w:            # torchrun ... -m program; one process without torchrun
         ... w.rank, w.size, w.device ...
 
-The engine is torch.distributed: NCCL where there are GPUs, Gloo where there are none. No function of purelm.dist asks
-for a global group behind your back: each takes a `group`, and None is the world.
+The engine is torch.distributed: NCCL where there are GPUs, Gloo where there are none. Every function of purelm.dist
+takes a `group`; None is all processes.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # before any group exists, which its default arguments would hold for ever
+import torch.distributed.nn.functional  # before any group exists: its default arguments would keep that alive
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
@@ -38,7 +38,7 @@ Group = dist.ProcessGroup | None  # None: all processes
 
 
 class World(NamedTuple):
-    """This process among all."""
+    """This process's rank and device, and the number of processes."""
 
     rank: int
     size: int
@@ -46,21 +46,21 @@ class World(NamedTuple):
 
 
 class PeerError(SystemExit, RuntimeError):
-    """Another process is not there, or no longer. A program that lets it pass prints one line, and ends with status 1.
+    """Another process did not come, or is gone. A program that does not catch it prints one line and exits with 1.
 
-    What torch and Gloo print in its place is a page of their own frames on each survivor, under which the message of
-    the process that failed is not found.
+    torch and Gloo would print a traceback of their own on every other process, and bury the message of the one that
+    failed.
     """
 
 
 @contextmanager
 def start(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
-    """Join the processes that torchrun started, and leave them at the end; alone, a world of one.
+    """Join the processes that torchrun started, and leave at the end; without torchrun, a world of one process.
 
-    device: "cuda", "cpu" or "auto"; with several GPUs each process takes the one of its LOCAL_RANK. timeout: seconds
-    after which a collective that not all ranks have entered fails instead of waiting on; an error in here ends this
-    process at once, and torchrun then ends the others. A group that exists already is used and left standing.
-    PeerError, in one line, where the port is taken, where not all processes come, and where one is lost later on.
+    device: "cuda", "cpu" or "auto"; with several GPUs each process takes number LOCAL_RANK. timeout: seconds after
+    which a collective fails that some rank has not entered. An exception in the body ends this process at once, and
+    torchrun then ends the others. A process group that exists already is used, and not destroyed at the end.
+    PeerError if the port is taken, if not all processes come, and if one is lost later.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device not in ("auto", "cpu", "cuda", f"cuda:{local}"):
@@ -77,7 +77,7 @@ def start(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
         return
     try:
         _join(here, timeout)
-    except RuntimeError as error:  # all that torch.distributed raises
+    except RuntimeError as error:  # the base of all errors of torch.distributed
         raise PeerError(_why_not_joined(error, timeout)) from None
     failed: BaseException | None = None
     try:
@@ -119,7 +119,7 @@ def _why_not_joined(error: RuntimeError, timeout: float) -> str:
 
 
 def _is_of_a_peer(error: RuntimeError) -> bool:
-    """Gloo's errors are plain RuntimeErrors, which name its source files."""
+    """Whether another process caused the error. Gloo's are plain RuntimeErrors that name its source files."""
     return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
@@ -138,35 +138,35 @@ def _line(error: Exception) -> str:
 
 
 def _leave() -> None:
-    # What still holds the group (handles of messages in reference cycles, say) keeps its threads running. One that lets
-    # go of its last message while the interpreter is going down takes the process with it: SIGABRT.
+    # Handles of collectives that are left in reference cycles keep the group and its threads alive, and a thread that
+    # frees the last handle during the interpreter's shutdown aborts the process (SIGABRT).
     gc.collect()
     dist.destroy_process_group()
 
 
 def _abandon(error: BaseException) -> None:
-    """Leave without waiting for messages under way, which processes that are elsewhere may never enter.
+    """Leave without waiting for collectives under way, which other processes may never enter.
 
-    The wait would be until the timeout, and the error on its way out would be seen only then.
+    To wait would take until the timeout, and hide the error until then.
     """
     if dist.get_backend() == "nccl":
         dist.distributed_c10d._abort_process_group()
         return
-    # Gloo cannot give a message up, and a group waits for its own when it goes: so these never go. Nor does the error,
-    # whose frames hold the messages: a thread of Gloo's that lets go of one as the last, while the interpreter is going
-    # down, takes the process with it (`_leave`).
+    # Gloo cannot abort a collective, and a group that is freed waits for its own. So the groups are leaked. The error
+    # is leaked too, since its frames hold handles of collectives: a thread of Gloo that frees the last one during the
+    # interpreter's shutdown aborts the process (`_leave`).
     for kept in (*dist.distributed_c10d._world.pg_map, error):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
     dist.destroy_process_group()
 
 
 def size_of(group: Group) -> int:
-    """Processes of the group; 1 where torch.distributed was not started. ValueError for one that is not a member."""
+    """Number of processes in the group; 1 if torch.distributed was not started. ValueError if this one is no member."""
     return _of_member(dist.get_world_size(group)) if dist.is_initialized() else 1
 
 
 def rank_of(group: Group) -> int:
-    """This process's number in the group; ValueError for one that is not a member."""
+    """This process's rank in the group, 0 if torch.distributed was not started. ValueError if it is no member."""
     return _of_member(dist.get_rank(group)) if dist.is_initialized() else 0
 
 
@@ -177,17 +177,17 @@ def _of_member(number: int) -> int:
 
 
 def device_of(group: Group) -> torch.device:
-    """Where the group's messages of a few bytes are put: the current GPU for NCCL, else the CPU."""
+    """The device for small messages to the group: the current GPU for NCCL, else the CPU."""
     if dist.is_initialized() and "nccl" in dist.get_backend(group):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-# torch 2.13 renamed two functions, and warns of the old names; 2.11 has only those.
+# torch 2.13 renamed two functions and warns of the old names, the only ones that 2.11 has.
 
 
 def all_gather_single(out: Tensor, x: Tensor, group: Group = None, async_op: bool = False) -> Any:
-    """torch.distributed's: x of all ranks, one after another, into out."""
+    """torch.distributed's: x of all ranks, concatenated, into out."""
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     return getattr(dist, name)(out, x, group=group, async_op=async_op)
 

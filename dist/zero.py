@@ -1,19 +1,20 @@
-"""ZeRO stage 1: every rank holds all parameters, and the optimizer's state of only a part of them.
+"""ZeRO stage 1: every rank holds all parameters, but the optimizer state of only a part of them.
 
 Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models" (1910.02054, section 5.1).
-With g_r the gradients of rank r of N, part_r a cut of each leaf along axis 0, and f an element-wise optimizer:
+With g_r the gradients of rank r of N, part_r its part of each leaf, cut along axis 0, and f an element-wise optimizer:
 
     g = part_r(mean over ranks of g_r)        reduce_scatter
-    u, state_r = f(g, state_r, part_r(p))     here and nowhere else
-    updates = u of all ranks put together     all_gather
+    u, state_r = f(g, state_r, part_r(p))     on rank r alone
+    updates = u of all ranks, concatenated    all_gather
 
-Equal to f(mean of g_r, state, p), because f treats every element alone. What does not (Muon wants whole matrices) goes
-into `whole_tensors`: leaves are not cut, each has one owner. Both are optimizers like any other: they chain, and
-`partitioned(hidden_matrix, whole_tensors(muon()), sharded(adamw()))` has both. `strategy` is what make_step takes.
+This equals f(mean of g_r, state, p), because f treats each element on its own. One that does not (Muon needs whole
+matrices) goes into `whole_tensors`, where leaves are not cut but each has one owner. Both return an ordinary Optimizer:
+they chain, and `partitioned(hidden_matrix, whole_tensors(muon()), sharded(adamw()))` has both. `strategy` is the form
+that make_step takes.
 
-An update must be called by all ranks of the group, with trees of one kind: check=True makes sure, at the cost of 32
-bytes and of a wait for the device (`agreement.check_same_kind`). Inside torch.compile an update ends a graph, and the
-optimizer that it wraps is compiled. In a world of one it is that optimizer, to the last bit.
+All ranks of the group must call an update, with trees of the same paths, shapes and dtypes: check=True verifies this,
+for a message of 32 bytes and a wait for the device (`agreement.check_same_kind`). Under torch.compile an update breaks
+the graph, and the optimizer that it wraps is compiled on its own. In a group of one it is that optimizer, bit for bit.
 """
 
 import functools
@@ -55,10 +56,10 @@ def strategy(
     wire: torch.dtype | None = None,
     check: bool = False,
 ) -> Strategy:
-    """`ddp.strategy`, where each rank holds 1/N of the optimizer's state, and of the reduced gradients.
+    """`ddp.strategy`, but each rank holds only 1/N of the optimizer state and of the reduced gradients.
 
-    The optimizer goes into `sharded(reduce="parts")`. whole: into `whole_tensors` instead, for those that want whole
-    matrices (Muon); then every rank gets all of the gradients. check: as for `sharded`.
+    The optimizer is wrapped by `sharded(reduce="parts")`; with whole=True by `whole_tensors`, for one that needs whole
+    matrices (Muon), and then every rank gets all gradients. check: as in `sharded`.
     """
     plain = ddp.strategy(group, bucket_bytes=bucket_bytes, wire=wire)
     if whole:
@@ -71,9 +72,10 @@ def strategy(
         optimizer=lambda optimizer: sharded(optimizer, group, reduce="parts", check=check),
     )
 
+
 Reduce = Literal["sum", "mean", "parts"] | None
 
-LARGE = 1 << 20  # bytes of a leaf that is worth a message of its own, if it then needs no copies
+LARGE = 1 << 20  # bytes from which a leaf is worth a message of its own, if that saves its copies
 
 
 def sharded(
@@ -85,26 +87,26 @@ def sharded(
     bucket_bytes: int | None = None,
     check: bool = True,
 ) -> Optimizer:
-    """An element-wise optimizer whose state is cut over the group's ranks; formula at the top of this file.
+    """An element-wise optimizer whose state is sharded over the group's ranks; formula at the top of this file.
 
-    State: 1/N of the optimizer's (rows rounded up: `sharding.part_shape`). Sent by each rank, n being the bytes of the
-    gradients and u those of the updates (fp32, fp64 of fp64 parameters): n (N - 1) / N by reduce_scatter and
-    u (N - 1) / N by all_gather, together what an all_reduce of the gradients sends; a message for each dtype and
-    bucket, two under way at a time. Beside the updates themselves, memory for two buckets and for 1/N of gradients,
-    parameters and updates is taken for the duration of the update.
+    State: 1/N of the optimizer's (rows rounded up: `sharding.part_shape`). For n bytes of gradients and u of updates
+    (fp32, or fp64 for fp64 parameters) each rank sends n (N - 1) / N by reduce_scatter and u (N - 1) / N by
+    all_gather, together as much as an all_reduce of the gradients; one message for each dtype and bucket, two under way
+    at a time. During an update it takes memory for the updates, for two buckets, and for 1/N of gradients, parameters
+    and updates.
 
-    Masks and partitions of `optimizer` see the paths of the whole tree, and parts with the leaves' number of axes (a
-    0-d leaf has one): they may ask for both, not for sizes or values. A norm over all gradients would be that of the
-    part: the first update refuses such an optimizer (`optim.parts`). Right is `global_norm(group)`:
+    Masks and partitions of `optimizer` see the paths of the whole tree, and parts with the leaves' number of axes (one
+    for a 0-d leaf): they may depend on these, not on sizes or values. A norm over all gradients would be that of this
+    rank's parts: the first update refuses an optimizer that takes one (`optim.parts`). Give it `global_norm(group)`:
     `sharded(chain(clip_by_global_norm(1.0, norm=global_norm()), adamw()))`.
-    The grad_norm of `make_step` is that of the gradients before they are reduced here.
+    The metric grad_norm of `make_step` is taken before gradients are reduced here.
 
     Args:
-        reduce: what becomes of the ranks' gradients: their "mean" or "sum"; None where they are reduced already, and
-            equal: no reduce_scatter then. "parts": what comes are this rank's parts of the reduced gradients, as
-            `ddp.differentiate(parts=True)` makes them while backward runs (ZeRO stage 2).
-        wire: dtype in which gradients are sent and summed; None is their own. The mean is divided in their own.
-        bucket_bytes: of a message, by default `messages.default_bucket_bytes`; a leaf above it has one of its own.
+        reduce: how the ranks' gradients are combined: "mean" or "sum"; None if they are reduced already and equal on
+            all ranks (no reduce_scatter); "parts" if they are this rank's parts of the reduced gradients, as
+            `ddp.differentiate(parts=True)` returns them (ZeRO stage 2).
+        wire: dtype in which gradients are sent and summed, by default their own; a mean is divided in their own.
+        bucket_bytes: of a message, by default `messages.default_bucket_bytes`; a larger leaf has one of its own.
     """
     _check_arguments("sharded", reduce, bucket_bytes)
     is_tried: list[bool] = []
@@ -147,16 +149,16 @@ def sharded_step(
     bucket_bytes: int | None = None,
     donate: bool = False,
 ) -> Callable[[Any, Any, Any, Tensor | float], tuple[Any, Any]]:
-    """(grads, state, params, lr) -> (params', state') from such a step of one process (`kernels.adamw.adamw_step`).
+    """A step (grads, state, params, lr) -> (params', state') over ranks, from one of a single process.
 
-    grads are this rank's parts (`ddp.differentiate(parts=True)`), the state is that of
-    `sharded(optimizer).init(params)`. Each rank's part of the parameters is stepped, in a copy, and what becomes of it
-    gathered: the bytes of the parameters, (N - 1) / N of them sent; `sharded` and `apply_updates` hold all updates
-    besides.
+    step: `kernels.adamw.adamw_step`, for example. grads are this rank's parts (`ddp.differentiate(parts=True)`), the
+    state is that of `sharded(optimizer).init(params)`. Each rank steps a copy of its part of the parameters, and the
+    results are gathered: a rank sends (N - 1) / N of the parameters' bytes. Unlike `sharded` with `apply_updates`, it
+    never holds all updates.
 
-    donate: params' are written over params, bucket by bucket, whose tensors are empty afterwards, as `jit` has it;
-    ValueError where they share memory or require grad. With step=adamw_step(..., donate=True) nothing is held twice but
-    1/N of the parameters and two buckets. In a group of one it is the step itself.
+    donate: params' are written over params, bucket by bucket; the tensors of params are empty afterwards, as under
+    `jit(donate=)`. ValueError if they share memory or require grad. With step=adamw_step(..., donate=True) only 1/N of
+    the parameters and two buckets are held twice. In a group of one it is `step` itself.
     """
     _check_arguments("sharded_step", None, bucket_bytes)
     donated = donated_type_of("sharded_step")
@@ -173,9 +175,9 @@ def sharded_step(
         parts: list[Any] = tree.leaves(stepped_parts)
         out: list[Any] = [x.data for x in leaves] if donate else [torch.empty_like(x) for x in leaves]
         limit = bucket_bytes or default_bucket_bytes(leaves)
-        # A large leaf that all ranks have an equal part of arrives where it belongs: nothing is packed or copied.
+        # A large leaf without padding is gathered straight into its place: nothing is packed or copied.
         large = [i for i, x in enumerate(out) if _lies_in_parts(x, parts[i], N) and x.nbytes >= min(limit, LARGE)]
-        # The same ones on every rank, whatever strides its tensors have.
+        # `large` must be the same on every rank, so it does not depend on strides.
         dense = [out[i] if out[i].is_contiguous() else out[i].contiguous() for i in large]
         ours = [parts[i].contiguous().view(-1) for i in large]
         under_way = [all_gather_single(x.view(-1), y, group, async_op=True) for x, y in zip(dense, ours, strict=True)]
@@ -202,7 +204,7 @@ def whole_tensors(
     bucket_bytes: int | None = None,
     check: bool = True,
 ) -> Optimizer:
-    """Any optimizer of single leaves, whose state is spread over the group's ranks leaf by leaf.
+    """An optimizer that treats each leaf on its own, with its state spread over the group's ranks leaf by leaf.
 
     Each leaf has one owner (`assign`, by number of elements), which holds its state and updates it:
 
@@ -210,12 +212,12 @@ def whole_tensors(
         u, state = optimizer(g, state, p)           on the owner
         updates = u of the owner                    broadcast
 
-    State: about 1/N of the optimizer's, and never less than that of the largest leaf on its owner. Sent in a ring by
-    each rank: n by reduce and u by broadcast, n and u as in `sharded`; a message for each owner, dtype and bucket, two
-    under way at a time. Updates are sent in fp32, or fp64 of fp64 parameters. One without a gradient is None.
+    State: about 1/N of the optimizer's; the owner of the largest leaf has at least that leaf's. With n and u as in
+    `sharded`, each rank sends n bytes by reduce and u by broadcast, in a ring; one message for each owner, dtype and
+    bucket, two under way at a time. Updates are fp32, or fp64 for fp64 parameters, and None where the gradient is None.
 
-    The optimizer sees whole leaves under their own paths and None for those of other owners, so masks and partitions
-    must be predicates, not trees. Arguments as of `sharded`, and so is what is said of norms.
+    The optimizer sees whole leaves under their own paths, and None for those of other owners, so masks and partitions
+    must be predicates, not trees. Arguments, and what to do about norms, are as in `sharded`.
     """
     _check_arguments("whole_tensors", reduce, bucket_bytes)
     is_tried: list[bool] = []
@@ -259,15 +261,15 @@ def whole_tensors(
 def global_norm(group: Group = None) -> Callable[[Any], Tensor]:
     """The function parts -> sqrt(sum of squares over the floating leaves of all ranks), the `norm` of `optim.clip`.
 
-    For `sharded` and `whole_tensors` alike: filled-up rows are zeros, and leaves of other owners None. Each rank's
-    own is `tree.global_norm`; one message of 8 bytes, an fp64 sum.
+    Right for both `sharded` and `whole_tensors`: padding is zeros, and leaves of other owners are None. The squares of
+    each rank's `tree.global_norm` are summed in fp64, by one message of 8 bytes.
     """
 
     def norm(parts: Any) -> Tensor:
         here = tree.global_norm(parts)
         if size_of(group) == 1:
             return here
-        if here.device.type == "cpu":  # also that of a rank without leaves
+        if here.device.type == "cpu":  # with NCCL, that of a rank without leaves
             here = here.to(device_of(group))
         return all_reduce(here.double().square(), group, check=False).sqrt().to(here.dtype)
 
@@ -275,10 +277,10 @@ def global_norm(group: Group = None) -> Callable[[Any], Tensor]:
 
 
 def assign(sizes: Sequence[int], n_ranks: int, loads: Sequence[int] = ()) -> list[int]:
-    """The owner of each leaf: largest first to the rank with the least so far (lower rank, earlier leaf at a tie).
+    """The owner of each leaf: largest first, each to the rank with the least so far (a tie: lower rank, earlier leaf).
 
-    Graham's rule (1969): the fullest rank has at most 4/3 of what the best assignment gives it. loads: what ranks
-    have already.
+    Graham's rule (1969): the largest load is at most 4/3 of that of the best assignment. loads: of the ranks, to begin
+    with.
 
     >>> assign([1, 6, 3, 2], 2)
     [1, 0, 1, 1]
@@ -295,7 +297,7 @@ def _try(who: str, optimizer: Optimizer, params: Any, group: Group) -> None:
     check_sees_all(optimizer, params, global_norm(group), who, advice)
 
 
-# Leaves in a list, None where the parameter has none; and messages of many leaves.
+# Helpers on lists of leaves, with None where a parameter has no gradient.
 
 
 def _check_parts(who: str, params: Any, grads: Sequence[Tensor | None], N: int) -> None:
@@ -308,7 +310,7 @@ def _check_parts(who: str, params: Any, grads: Sequence[Tensor | None], N: int) 
 
 
 def _lies_in_parts(whole: Tensor, part: Tensor, N: int) -> bool:
-    """Whether N parts one after another are the leaf, with no rows filled up."""
+    """Whether N parts, concatenated, are the leaf: there is no padding."""
     return whole.numel() == N * part.numel() > 0
 
 
@@ -338,7 +340,7 @@ def _scatter(
 def _to_owners(
     wholes: Sequence[Tensor | None], owners: Sequence[int], group: Group, divisor: int, limit: int
 ) -> list[Tensor | None]:
-    """The sums over ranks, over the divisor, of the leaves that this rank owns; others are of no meaning."""
+    """The sums over ranks, divided by `divisor`, of the leaves that this rank owns; other entries are undefined."""
     rank, out = rank_of(group), list(wholes)
     in_messages = by_owner(wholes, limit, owners)
 
@@ -359,7 +361,7 @@ def _divided(x: Tensor, divisor: int) -> Tensor:
 
 
 def _in_wide(update: Tensor | None, param: Tensor) -> Tensor:
-    """An update as it is sent: a dtype that all ranks know, zeros where the optimizer made none."""
+    """An update as it is sent: in a dtype that follows from the parameter's, zeros where it is None."""
     wide = torch.promote_types(param.dtype, torch.float32)
     return stand_in(param, wide, param.device) if update is None else update.to(wide)
 

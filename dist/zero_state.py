@@ -1,4 +1,4 @@
-"""State of optimizers that `zero` cuts, as one process would hold it, and back."""
+"""Optimizer state of `zero`: from the ranks' parts to the whole that one process would hold, and back."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ __all__ = ["cut_state", "gather_state"]
 
 
 def gather_state(state: Any, like: Any, group: Group = None) -> Any:
-    """The whole state from that of each rank: what one process would hold, for a checkpoint of any number of ranks.
+    """The whole optimizer state, from each rank's state of `sharded`, `whole_tensors` or a combination of both.
 
-    like: the whole state's shapes: `optimizer.init` of the wrapped optimizer, on meta tensors if you like. Leaves that
-    one rank holds come from it, 0-d ones that all hold are equal, and others that all hold are parts. Of `sharded`,
-    `whole_tensors` and what combines them.
+    For a checkpoint that any number of ranks can load. like: has the whole state's shapes, as `init` of the wrapped
+    optimizer returns it (meta tensors will do). A leaf that some rank lacks is taken from the first that has it; of
+    leaves that all ranks have, 0-d ones are taken to be equal, and others to be parts.
     """
     N = size_of(group)
     if N == 1:
@@ -38,7 +38,7 @@ def gather_state(state: Any, like: Any, group: Group = None) -> Any:
 
 
 def cut_state(whole: Any, like: Any, group: Group = None) -> Any:
-    """This rank's part of a whole state, the inverse of `gather_state`; no message but the ranks' lists of paths.
+    """This rank's part of a whole state, the inverse of `gather_state`; sends only each rank's list of paths.
 
     like: a state of this rank, as `sharded(optimizer, group).init(params)` gives it.
     """
@@ -62,7 +62,7 @@ def _by_path(values: Any) -> dict[str, Tensor]:
 
 
 def _holders(values: Any, group: Group) -> dict[str, list[int]]:
-    """Path -> the ranks that have it; a message of text."""
+    """Path -> the ranks that have it; sends each rank's list of paths."""
     everyone: list[Any] = [None] * size_of(group)
     dist.all_gather_object(everyone, list(tree.paths(values)), group=group)
     found: dict[str, list[int]] = {}
