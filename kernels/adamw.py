@@ -1,16 +1,16 @@
 """AdamW over a whole tree in one launch, for steps that are not compiled.
 
-The formulas, in the order of purelm.optim.adamw, for each number of each leaf, in fp32, at step t with gradient g:
+The formulas, in the order of purelm.optim.adamw, for each element of each leaf, in fp32, at step t with gradient g:
 
     m' = m + (1 - b1) (g - m),   v' = b2 v + (1 - b2) g^2
     eps "outside":      d = lr / (1 - b1^t) m' / (sqrt(v' / (1 - b2^t) + eps_root) + eps)
-    eps "uncorrected":  d = lr sqrt(1 - b2^t) / (1 - b1^t) m' / (sqrt(v' + eps_root (1 - b2^t)) + eps)
+    eps "uncorrected":  d = lr sqrt(1 - b2^t) / (1 - b1^t) m' / (sqrt(v' + eps_root) + eps)
     update = -d, and with decay  (p (1 - lr wd) - d) - p  ("before")  or  (p - d) (1 - lr wd) - p  ("after")
 
-What it costs: p, g, m and v are read once and update, m' and v' written once, 28 bytes a number in fp32, where the
-reference in eager mode passes over them about 15 times. `apply_updates` after it costs 12 bytes more; `adamw_step` has
-it inside, and needs 28 in all. Inside torch.compile both are the reference, which inductor fuses with what is around
-it (28 bytes, too), and which under jit writes into donated storage.
+Memory traffic: p, g, m and v are read once, and update, m' and v' written once: 28 bytes an element in fp32. The
+reference in eager mode passes over them about 15 times. `apply_updates` takes 12 bytes more; `adamw_step` includes it,
+and takes 28 in all. Inside torch.compile both are the reference, which inductor fuses with the ops around it (28 bytes,
+too), and which under jit writes to donated storage.
 
 CUDA graphs: the kernel finds its leaves by a table of addresses, which each call copies from the host's memory. A
 replay would repeat that copy after the memory was freed, so capture is refused with RuntimeError. purelm.optim.adamw
@@ -45,14 +45,13 @@ def adamw(
     decay_order: Literal["before", "after"] = "before",
     dtype: torch.dtype | None = None,
 ) -> Optimizer:
-    """`purelm.optim.adamw.adamw`, with its arguments, state and results, as one launch for each set of dtypes.
+    """`purelm.optim.adamw.adamw`, with its arguments, state and results, by one launch for each set of dtypes.
 
-    Leaves whose length is no multiple of 16, or that begin at an odd address, take a launch of their own.
+    Leaves whose length is no multiple of 16, or whose address is not aligned to 16 bytes, take a launch of their own.
 
-    Results agree with the reference's to the last bit or two of fp32 (on a CPU they are the same bits). They are new
-    contiguous tensors; nothing is written to (but a training step under `jit(donate=0)` writes over its state, by the
-    same launch). On a GPU parameters, gradients and moments may be fp32, bf16 or fp16, and anything else is a
-    ValueError.
+    Results agree with the reference's to the last bit or two of fp32 (on a CPU bit for bit). They are new contiguous
+    tensors; only a training step under `jit(donate=0)` writes them over its state, by the same launch. On a GPU
+    parameters, gradients and moments may be fp32, bf16 or fp16, and anything else is a ValueError.
 
     >>> optimizer = adamw(weight_decay=0.1)
     >>> params = {"w": torch.ones(2)}
@@ -85,13 +84,13 @@ def adamw_step(
     dtype: torch.dtype | None = None,
     donate: bool = False,
 ) -> Callable[[Tree, AdamWState, Tree, Tensor | float], tuple[Tree, AdamWState]]:
-    """The function (grads, state, params, lr) -> (params', state'): `adamw`'s update and `apply_updates` at once.
+    """The function (grads, state, params, lr) -> (params', state'): `adamw`'s update and `apply_updates` in one launch.
 
-    The same bits as one after the other, in fewer bytes. The state is that of `adamw(...).init(params)`.
+    Equal to these two bit for bit, with less memory traffic. The state is that of `adamw(...).init(params)`.
 
-    donate: params', m' and v' are written over params, m and v, whose tensors are empty afterwards, as `jit` has it:
-    one copy of a model's parameters and state is held and not two. ValueError where they share memory or require grad.
-    Inside torch.compile it means nothing: donate to jit.
+    donate: params', m' and v' are written over params, m and v, whose tensors are empty afterwards, as under
+    `jit(donate=)`: parameters and state are held once and not twice. ValueError if they share memory or require grad.
+    Without effect inside torch.compile: there use `jit(donate=)`.
 
     >>> params = {"w": torch.ones(2)}
     >>> step = adamw_step(weight_decay=0.1)
@@ -128,7 +127,7 @@ def _fused(
 ) -> tuple[Callable[[Tree], AdamWState], Callable[..., tuple[Tree, AdamWState]]]:
     """(init, run), where run(grads, state, params, lr, apply) gives updates, or with apply new parameters.
 
-    donated: all leaves, as `tree.flatten_up_to` gives them, where the results are to be written over them.
+    donated (an argument of run): the leaves as `tree.flatten_up_to` gives them, if results are written over them.
     """
     b1, b2 = betas
     plain = reference(
@@ -175,7 +174,7 @@ def _fused(
         first: list[Tensor | None] = list(ps) if apply else [None] * len(ps)
         for k, i in enumerate(at):
             first[i], ms[i], vs[i] = found[k], found[len(at) + k], found[2 * len(at) + k]
-        if donated:  # what has no gradient moves to the results as it is
+        if donated:  # leaves without a gradient are passed on as they are
             for i in set(range(len(ps))).difference(at):
                 first[i], ms[i], vs[i] = ps[i].data, ms[i].data, vs[i].data
         first, m, v = (tree.unflatten(treedef, column) for column in (first, ms, vs))
@@ -205,7 +204,7 @@ def _step(
     before: bool,
     apply: bool,
 ) -> list[Tensor]:
-    """Updates (new parameters with `apply`), then new m, then new v, a tensor for each leaf; see `scalars` above."""
+    """Updates (new parameters with `apply`), then new m, then new v, a tensor for each leaf; scalars as in `_fused`."""
     from purelm.kernels import adamw_triton
 
     _check(params, grads, m, v)
@@ -215,7 +214,7 @@ def _step(
 
 def _step_in_place(params: list[Tensor], grads: list[Tensor], m: list[Tensor], v: list[Tensor], *rest: Any) -> Any:
     """`_step` with `apply`, written over params, m and v. Eager only."""
-    to = [x.data for x in (*params, *m, *v)]  # the results: the same memory, also after the donated tensors are emptied
+    to = [x.data for x in (*params, *m, *v)]  # the results: they keep the memory when the donated tensors are emptied
     if params[0].device.type == "cuda" and all(x.is_contiguous() for x in to):
         from purelm.kernels import adamw_triton
 

@@ -17,7 +17,7 @@ from purelm.kernels.launch import device_of
 __all__ = ["step"]
 
 COLUMNS = 10  # first, numel, decays, and the addresses of p, g, m, v, update or new p, new m, new v
-BLOCK, BLOCKS_PER_PROGRAM, NUM_WARPS = 1024, 8, 4  # 8 numbers to a thread: two 16-byte loads of each fp32 tensor
+BLOCK, BLOCKS_PER_PROGRAM, NUM_WARPS = 1024, 8, 4  # 8 elements a thread: two 16-byte loads of each fp32 tensor
 CHUNK = BLOCK * BLOCKS_PER_PROGRAM
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -26,7 +26,7 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 def _pointer(row, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     address = tl.load(row + column)
     pointer = address.to(tl.pointer_type(dtype))
-    if ALIGNED:  # an address out of memory tells the compiler nothing; without this each number is a load of its own
+    if ALIGNED:  # of a loaded address the compiler knows nothing; without this hint each element is a load of its own
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
@@ -63,18 +63,18 @@ def _step(
         g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32)
         m = tl.load(m_ptr + at, mask=live, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + at, mask=live, other=0.0).to(tl.float32)
-        # Two forms of the same, as torch.lerp has them: each is exact at its own end.
+        # The two forms of torch.lerp, equal but for rounding: one is exact at weight 0, the other at weight 1.
         if ONE_MINUS_B1 < 0.5:
             m = m + ONE_MINUS_B1 * (g - m)
         else:
             m = g - (g - m) * (1.0 - ONE_MINUS_B1)
         v = v * B2 + ONE_MINUS_B2 * g * g
-        # Rounded to nearest, as torch does; the quicker forms of Triton are off by more than the last bit.
+        # Rounded to nearest, as in torch; Triton's faster forms are off by more than the last bit.
         root = tl.sqrt_rn(v + root_shift) if HAS_ROOT else tl.sqrt_rn(v)
         if OUTSIDE:
             root = tl.div_rn(root, root_scale)
         u = tl.div_rn(m * neg_step_size, root + EPS)
-        # Not read where nothing decays, if only the update is asked for.
+        # Read only where it is needed: for decay, or for new parameters.
         p = tl.load(p_ptr + at, mask=live & (decays | APPLY), other=0.0).to(tl.float32)
         whole = p if BEFORE else p + u
         whole = whole * keep if OUTSIDE else whole - lose * whole
@@ -123,12 +123,12 @@ def step(
 
     One launch for each device and set of dtypes.
 
-    Leaves that are no multiple of 16 long, or begin at an odd address, go in a launch of their own, or they would slow
-    down all the others.
+    Leaves whose length is no multiple of 16, or whose address is not aligned to 16 bytes, go in a launch of their own:
+    they would slow down all the others.
 
     hyper: 1 - b1, b2, 1 - b2, eps, whether there is eps_root, eps "outside", decay "before", apply.
-    in_place: the results are written over params, m and v, which must be contiguous. A program reads each number before
-    it writes it.
+    in_place: the results are written over params, m and v, which must be contiguous. A program reads each element
+    before it writes it.
     """
     apply = hyper[-1]
     if in_place:
@@ -136,8 +136,8 @@ def step(
     else:
         out_u = [x.new_empty(x.shape, dtype=x.dtype if apply else torch.float32) for x in params]
         out_m, out_v = [x.new_empty(x.shape) for x in m], [x.new_empty(x.shape) for x in v]
-    inputs = [[x.contiguous() for x in column] for column in (params, grads, m, v)]  # held until all is launched
-    tables: dict[tuple, tuple[list[int], int]] = {}  # of each launch: its rows, and its programs so far
+    inputs = [[x.contiguous() for x in column] for column in (params, grads, m, v)]  # kept alive until launched
+    tables: dict[tuple, tuple[list[int], int]] = {}  # by launch: its rows, and the number of its programs so far
     for i, (p, g, m_, v_) in enumerate(zip(*inputs, strict=True)):
         n = p.numel()
         to_p, to_g, to_m, to_v = p.data_ptr(), g.data_ptr(), m_.data_ptr(), v_.data_ptr()

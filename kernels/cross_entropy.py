@@ -1,4 +1,4 @@
-"""Cross-entropy of given logits, one read of them in forward, one read and one write in backward.
+"""Cross-entropy of given logits: forward reads them once, backward reads and writes them once.
 
 Legend: N tokens, V vocabulary. Per token, with l = softcap(x), c the cap:
 
@@ -6,8 +6,8 @@ Legend: N tokens, V vocabulary. Per token, with l = softcap(x), c the cap:
     y     = log Z - l_target + z (log Z)^2
     dx_j  = dy ((1 + 2 z log Z) p_j - [j = target]) (1 - (l_j / c)^2)   p_j = exp(l_j - log Z)
 
-Forward saves the logits and log Z (a number a token), nothing of size N x V. Weights, denominator and sum are plain
-torch on numbers per token, and so are their gradients.
+Forward saves the logits and log Z (one number a token), and nothing else of size N x V. Weights, denominator and sum,
+and their gradients, are plain torch on one number a token.
 
 Online normaliser: Milakov and Gimelshein, arXiv:1805.02867. z: PaLM, arXiv:2204.02311, section 5.
 """
@@ -30,9 +30,9 @@ __all__ = ["PLAIN", "Rows", "check_targets", "cross_entropy", "folded", "gradien
 
 
 class Rows(NamedTuple):
-    """What is done to a (N, V) block of logits; one set in Triton, one in plain torch.
+    """The functions of a (N, V) block of logits; there is one set in Triton and one in plain torch.
 
-    A token of weight 0 (a = b = e = 0 in `gradient`) is not looked at: its results are 0, whatever is there.
+    A token of weight 0 (a = b = e = 0 in `gradient`) is not read: its results are 0, whatever its logits and target.
     """
 
     # (logits, targets, weights | None, softcap, z_loss, temperature=1, entropy=False)
@@ -114,12 +114,13 @@ def gradient_again(
     e: Tensor | None = None,
     entropy: Tensor | None = None,
 ) -> Tensor:
-    """`Rows.gradient` to be differentiated itself: no writes, and no token left out because a and b happen to be 0.
+    """`Rows.gradient` in a form that can be differentiated: no writes, and tokens with a = b = 0 are not left out.
 
-    A token of weight 0 has log_z 0 and any target. Its derivatives end up in a product with 0, so they must be finite.
+    A token of weight 0 has log_z 0 and any target. Its derivatives are later multiplied by 0, so they must be finite.
     """
     l, capped = _scores(logits, softcap, temperature)
-    log_p = (l - log_z.unsqueeze(-1)).clamp(max=1.0)  # below 0 but for roundings, where the weight is not 0
+    # Clamps tokens of weight 0 only: log_p of the others is at most 0, but for rounding.
+    log_p = (l - log_z.unsqueeze(-1)).clamp(max=1.0)
     p = log_p.exp()
     d = a.unsqueeze(-1) * p
     if e is not None and entropy is not None:
@@ -145,7 +146,7 @@ PLAIN = Rows(_forward, _gradient, _loss_and_gradient_)
 
 
 def rows_for(x: Tensor) -> Rows:
-    """Triton's on a GPU, torch's elsewhere."""
+    """The `Rows` in Triton if x is on a GPU, else the ones in torch."""
     if not x.is_cuda:
         return PLAIN
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -156,7 +157,7 @@ def rows_for(x: Tensor) -> Rows:
 
 
 def check_targets(targets: Tensor, weights: Tensor | None, batch: Sequence[int], device: torch.device) -> None:
-    """ValueError unless both belong to a batch of this shape on this device."""
+    """ValueError unless both have the batch's shape and device, and targets are integers."""
     for name, x in (("targets", targets), ("weights", weights)):
         if x is None:
             continue
@@ -169,7 +170,7 @@ def check_targets(targets: Tensor, weights: Tensor | None, batch: Sequence[int],
 
 
 def folded(info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> list[Any]:
-    """The arguments of a call under vmap as those of one call on a larger batch: the mapped axis joins the first."""
+    """The arguments of a call under vmap, for one call on a larger batch: the mapped axis is folded into the first."""
 
     def fold(x: Any, d: int | None) -> Any:
         if not isinstance(x, Tensor):
@@ -223,7 +224,7 @@ _bwd = backward_function("cross_entropy", _bwd_op, _bwd_vmap, gradient_again)
 class _CrossEntropy(torch.autograd.Function):
     """(logits_NV, targets_N, weights_N, softcap, z_loss) -> loss_N, nll_N, log_z_N.
 
-    The loss is differentiable, and log_z as well, by which second derivatives come: backward is a function of it.
+    The loss is differentiable, and so is log_z: backward is a function of it, so second derivatives pass through it.
     """
 
     @staticmethod
@@ -273,8 +274,8 @@ def cross_entropy(
 
     Args:
         weights: 1 for each token when absent. Where the weight is 0 the token is not read, and its target may be
-            anything. Elsewhere a target that is no index raises on a CPU; on a GPU, where that would mean to wait for
-            the device, its loss and its gradient are NaN.
+            anything. Elsewhere a target outside of 0..V-1 raises on a CPU; on a GPU, where a check would wait for the
+            device, its loss and its gradient are NaN.
         reduction: "sum", "none" for the summands, or "mean": the sum divided by the sum of weights.
         ignore_index: tokens with this target get weight 0.
     Returns:

@@ -196,7 +196,7 @@ def _loss_and_gradient_kernel(
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """Elements of a row side by side, as the kernels read them; rows may lie anywhere, or on one another."""
+    """The logits if elements of a row are neighbours, as the kernels need, else a copy; rows may have any stride."""
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 

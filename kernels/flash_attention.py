@@ -11,8 +11,8 @@ Backward, from do and dlse, with delta = rowsum(o do) - dlse:
 
     ds = p (do v^T - delta),  dq = scale ds k,  dk = scale ds^T q,  dv = p^T do
 
-A bias is added to s, and its gradient is ds, summed over what it is broadcast over; a mask hides keys. p is formed
-again from lse, the only thing saved besides inputs and output. On CUDA these are the Triton kernels of
+A bias is added to s, and its gradient is ds, summed over the axes that it is broadcast along; a mask hides keys.
+Backward recomputes p from lse, the only tensor saved besides inputs and output. On CUDA these are the Triton kernels of
 flash_attention_triton.py, elsewhere the tiled torch code of flash_attention_reference.py. Both are deterministic.
 Legend: B batch, T query positions, S key positions, H query heads, G key/value heads, K and E head dims.
 """
@@ -63,17 +63,17 @@ def flash_attention(
     """o = softmax(scale q k^T) v over the keys that a query sees: `purelm.ops.attention.attention`, and more.
 
     Args:
-        causal, window, segment_ids, scale, softcap, bias, mask: as there. Tiles whose segment ids cannot meet (their
-            ranges from smallest to largest are apart) are skipped, so documents packed one after another cost what
-            they are. A mask skips none: what is hidden in whole tiles costs less as a window or as segments. A bias
-            that requires grad costs a third backward pass.
+        causal, window, segment_ids, scale, softcap, bias, mask: as there. A tile of queries skips the tiles of keys
+            whose range of segment ids, smallest to largest, does not overlap its own: packed documents cost about as
+            much as separate ones. A mask skips no tiles, so give windows and segments as such. A bias that requires
+            grad costs a third backward pass.
         cu_seqlens: instead of segment_ids: the ends of documents packed into one row, [0, n1, n1 + n2, ..., T], the
             same for queries and keys; B must be 1.
-        sinks: a learned score for each query head, which takes its share of the softmax and gives no value.
+        sinks: a learned score for each query head, which enters the softmax like one more key, without a value.
         return_lse: also return lse_BHT, as `flash_attention_with_lse` does.
         precision: of products of fp32 on a GPU: "ieee", "tf32x3" (near fp32, on the tensor cores) or "tf32".
 
-    On CUDA: fp32, bf16 or fp16, the same for q, k and v, and head dims up to 256; differentiable once, and backwards.
+    On CUDA: fp32, bf16 or fp16, the same for q, k and v, and head dims up to 256; differentiable once, in reverse mode.
     """
     if q_BTHK.ndim != 4:
         return over_leading_axes(
@@ -116,11 +116,11 @@ def flash_attention_with_lse(
     sinks: Float[Tensor, " h"] | None = None,
     precision: Precision = "tf32x3",
 ) -> tuple[Float[Tensor, "*batch t h e"], Float[Tensor, "*batch h t"]]:
-    """(o, lse): `flash_attention`, and the natural log of the sum of exp of each query's scores (its sink included).
+    """(o, lse): `flash_attention`, and the log-sum-exp of each query's scores (its sink included), in nats.
 
-    lse (B, H, T) is fp32 (fp64 for fp64, on a CPU), -inf for a query that sees nothing. Both are differentiable: a
-    gradient of lse goes into the backward pass as delta - dlse in place of delta, at no cost. So attention over parts
-    of the keys can be merged, as the reference `purelm.ops.attention.attention_with_lse` shows.
+    lse (B, H, T) is fp32 (fp64 for fp64, on a CPU), -inf for a query that sees nothing. Both are differentiable: the
+    gradient of lse only changes delta, by -dlse, and costs nothing. With lse, attention over parts of the keys can be
+    merged, as the reference `purelm.ops.attention.attention_with_lse` shows.
     """
     o, lse = flash_attention(
         q_BTHK, k_BSGK, v_BSGK, causal=causal, window=window, segment_ids=segment_ids, scale=scale, softcap=softcap,
@@ -144,7 +144,7 @@ def flash_attention_reference(
     sinks: Float[Tensor, " h"] | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """`flash_attention` by the tiled torch code, on any device and in any dtype: what to read, and to check by."""
+    """`flash_attention` by the tiled torch code, on any device and in any dtype: to read, and to test against."""
     if q_BTHK.ndim != 4:
         return over_leading_axes(
             flash_attention_reference, q_BTHK, k_BSGK, v_BSGK, segment_ids, causal=causal, window=window, scale=scale,
@@ -168,8 +168,8 @@ def bidirectional_flash_attention(
 ) -> Float[Tensor, "b t h e"]:
     """Every position sees every other: the attention of encoders, classifiers and regressors.
 
-    lengths: the number of true positions of each row, whose others are padding on the right: it is seen by none, and
-    its own outputs are zeros.
+    lengths: the number of real positions in each row. Those to the right of them are padding, which no query sees and
+    whose outputs are zeros.
     """
     segments: Segments = None
     if lengths is not None:
@@ -190,8 +190,8 @@ def bidirectional_flash_attention(
 def segment_ids_from_cu_seqlens(cu_seqlens: Int[Tensor, " n"], length: int) -> Int[Tensor, "1 t"]:
     """The number of the document at each position of a packed row.
 
-    ValueError unless cu_seqlens is [0, n1, n1 + n2, ..., length]; the numbers themselves are looked at on a CPU, since
-    on a GPU that would mean to wait for it (and neither while compiling, nor under torch.func).
+    ValueError unless cu_seqlens is [0, n1, n1 + n2, ..., length]. The values are checked only on a CPU, where that does
+    not wait for the device, and neither while compiling nor under torch.func.
 
     >>> segment_ids_from_cu_seqlens(torch.tensor([0, 2, 5]), 5)
     tensor([[0, 0, 1, 1, 1]])
@@ -220,7 +220,7 @@ def _arguments(
     softcap: float | None, sinks: Tensor | None, precision: str | None, bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Checked arguments of the ops after q, k and v."""
+    """The arguments of the custom ops after q, k and v, checked."""
     check_heads(q, k, v)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")

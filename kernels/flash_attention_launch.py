@@ -16,11 +16,11 @@ from purelm.kernels.recipe import interpreted
 __all__ = ["Request", "backward", "backward_of_bias", "forward"]
 
 LOG2E = math.log2(math.e)
-L2_BYTES = 32 << 20  # of keys and values that are to stay in the second-level cache at a time (H100: 50 MB)
+L2_BYTES = 32 << 20  # of keys and values that should stay in the L2 cache at a time (H100: 50 MB)
 
 
 class Request(NamedTuple):
-    """What is asked of the kernels besides tensors; window limits are of `purelm.ops.masks.span`."""
+    """The arguments of the kernels that are not tensors; left and right are those of `purelm.ops.masks.span`."""
 
     left: int | None
     right: int | None
@@ -41,7 +41,7 @@ def forward(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(o (B, T, H, E), lse (B, H, T) fp32). bias and mask have 4 axes, of B, H, T and S or 1 each."""
+    """(o (B, T, H, E), lse (B, H, T) fp32). bias and mask are (B, H, T, S), with 1 where an axis is broadcast."""
     B, T, H, _ = q_BTHK.shape
     S, G, E = v_BSGK.shape[1:]
     o = torch.empty(B, T, H, E, dtype=q_BTHK.dtype, device=q_BTHK.device)
@@ -94,7 +94,7 @@ def backward(
     bias: Any = None,
     mask: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, delta (B, H, T) fp32); delta is what the gradients of the sinks and of a bias are made of.
+    """(dq, dk, dv, delta (B, H, T) fp32); the gradients of sinks and of a bias need delta.
 
     only_q and only_kv launch one of the two passes, to time it; the results of the other are then uninitialised.
     """
@@ -211,7 +211,7 @@ def _common(q: Tensor, v: Tensor, request: Request) -> tuple[int, int, tuple, tu
         "LEFT": request.left is not None,
         "RIGHT": request.right is not None,
         "CAP": capped,
-        "PRECISION": request.precision if q.dtype == torch.float32 else "tf32",  # 16 bits do not look at it
+        "PRECISION": request.precision if q.dtype == torch.float32 else "tf32",  # unused for 16 bits
         "UPCAST": interpreted(),
     }
     scales = (request.scale / cap if capped else request.scale * LOG2E, cap * LOG2E)
@@ -221,8 +221,8 @@ def _common(q: Tensor, v: Tensor, request: Request) -> tuple[int, int, tuple, tu
 def _cut(
     which: str, blocks: Blocks | None, q: Tensor, v: Tensor, segments: tuple[Tensor, Tensor] | None, request: Request
 ) -> tuple[Blocks | None, Tensor | None, Tensor | None]:
-    """(blocks, lo, hi). With segments, lo and hi say which tiles of keys each tile of queries meets (for "backward_kv"
-    which of queries each tile of keys); that depends on the tile sizes, which are then chosen here."""
+    """(blocks, lo, hi). With segments, lo..hi-1 are the tiles of keys that each tile of queries needs (for
+    "backward_kv", the tiles of queries for each tile of keys). They depend on tile sizes, so these are chosen here."""
     if segments is None:
         return blocks, None, None
     blocks = blocks or _chosen(which, q, v, request)
@@ -235,30 +235,30 @@ def _chosen(which: str, q: Tensor, v: Tensor, request: Request) -> Blocks:
 
 
 def _heads_at_once(k: Tensor, v: Tensor, n_shared: int) -> int:
-    """Query heads whose keys and values fit the cache together, in whole groups that share them."""
+    """Query heads to run at a time, so that their keys and values fit the cache; whole groups, which share these."""
     one = k[0, :, 0].numel() * k.element_size() + v[0, :, 0].numel() * v.element_size()
     return max(1, L2_BYTES // max(one, 1)) * n_shared
 
 
 def _padded(q: Tensor, v: Tensor) -> tuple[int, int]:
-    """Head dims as the kernels see them."""
+    """Head dims padded to powers of two, at least 16."""
     return max(16, triton.next_power_of_2(q.shape[-1])), max(16, triton.next_power_of_2(v.shape[-1]))
 
 
 def _layout(*tensors: Tensor) -> tuple[Any, ...]:
-    """All that a launch depends on but the addresses: shapes, strides, dtype and device."""
+    """All that a launch depends on except addresses: shapes, strides, dtype and device."""
     first = tensors[0]
     return (*((x.shape, x.stride()) for x in tensors), first.dtype, device_number(first))
 
 
 def _prepared(*tensors: Tensor) -> tuple[bool, tuple[Tensor, ...]]:
-    """(whether descriptors can read all of them, the tensors): if not, dense copies, which are read by pointers."""
+    """(whether TMA descriptors can read all of them, the tensors); if not, contiguous ones, for reads by pointers."""
     tma = all(map(_describable, tensors))
     return tma, tensors if tma else tuple(x.contiguous() for x in tensors)
 
 
 def _describable(x: Tensor) -> bool:
-    """Strides of whole 16 bytes, none of them 0, from an address of such; the last axis dense and of whole 16 bytes."""
+    """Whether TMA can read x: a dense last axis; its size, the address and strides (none 0) multiples of 16 bytes."""
     size = x.element_size()
     steps = [stride * size for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
     dense = x.stride(-1) == 1 and x.shape[-1] * size % 16 == 0
@@ -266,11 +266,11 @@ def _describable(x: Tensor) -> bool:
 
 
 def _tile(x: Tensor, rows: int, width: int, tma: bool) -> Any:
-    """A descriptor of tiles (1, 1, rows, width) of x as (B, heads, time, width), or x."""
+    """A descriptor of tiles (1, 1, rows, width) of x as (B, heads, time, width); x itself without TMA."""
     if not tma:
         return x
     y = x.transpose(1, 2)
-    # The stride of an axis of size 1 may be anything: put what the hardware accepts.
+    # The stride of an axis of size 1 is arbitrary: replace it by one that the hardware accepts.
     strides = [s if n > 1 else 16 * x.shape[-1] for n, s in zip(y.shape[:-1], y.stride()[:-1], strict=True)]
     return TensorDescriptor(x, list(y.shape), [*strides, 1], [1, 1, rows, width])
 
@@ -280,14 +280,14 @@ def _form(x: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def _stepped(x: Tensor | None, unused: Tensor) -> tuple[Any, ...]:
-    """A bias or mask and its 4 strides, 0 along an axis that it is broadcast over."""
+    """A bias or mask and its 4 strides, 0 along an axis that it is broadcast along."""
     if x is None:
         return unused, 0, 0, 0, 0
     return x, *(step if n > 1 else 0 for n, step in zip(x.shape, x.stride(), strict=True))
 
 
 def _or(x: Tensor | None, unused: Tensor) -> Tensor:
-    """x, or a tensor to fill the place of an argument that the kernel does not look at."""
+    """x, or a placeholder for an argument that the kernel does not read."""
     return unused if x is None else x
 
 
@@ -303,8 +303,8 @@ def _constants(constants: dict[str, Any], blocks: Blocks) -> tuple[dict[str, Any
 def _tile_ranges(
     segments: tuple[Tensor, Tensor] | None, BM: int, BN: int, *, of_keys: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """For each tile of queries (of_keys: of keys) the first and one past the last tile of the other side whose ids can
-    meet its own: between their smallest and largest. int32 (B, tiles); tiles that meet none get (0, 0)."""
+    """For each tile of queries (of_keys: of keys) the first and one past the last tile of the other side whose range of
+    ids, smallest to largest, overlaps its own. int32 (B, tiles); (0, 0) for a tile that overlaps none."""
     if segments is None:
         return None, None
     low_q, high_q = _extremes(segments[0], BM)

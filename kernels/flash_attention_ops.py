@@ -1,4 +1,4 @@
-"""The ops of flash attention, and how they meet autograd and vmap. The maths is in flash_attention.py."""
+"""The custom ops of flash attention, and their autograd and vmap rules. The maths is in flash_attention.py."""
 
 from typing import Any
 
@@ -97,7 +97,7 @@ def _fold(info: Any, dims: tuple[int | None, ...], tensors: tuple[Tensor | None,
 
 
 def _fold_scores(info: Any, dim: int | None, x: Tensor | None, B: int, own: bool = False) -> Tensor | None:
-    """The same for a bias or mask, whose first axis may be 1. One that all share stays one, unless `own`."""
+    """`_fold` of a bias or mask, whose first axis may be 1. One that samples share is not repeated, unless `own`."""
     if x is None or (dim is None and x.shape[0] == 1 and not own):
         return x
     x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
@@ -123,7 +123,7 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
 _backward = backward_function(
     "flash_attention", eager_or_op(_backward_op, _backward_cuda), _vmap_backward, _backward_plain
 )
-_NO_GRADS = (None,) * 6  # of the mask, of limits and numbers
+_NO_GRADS = (None,) * 6  # of the mask and of arguments that are not tensors
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -153,7 +153,7 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        if in_dims[5] is not None:  # sinks of each sample: their heads cannot share a launch
+        if in_dims[5] is not None:  # each sample has its own sinks, and a launch takes one set
             rows = [_sample(i, in_dims, args) for i in range(info.batch_size)]
             outs = [_FlashAttention.apply(*row) for row in rows]
             return tuple(torch.stack(x) for x in zip(*outs, strict=True)), (0, 0)
@@ -185,7 +185,7 @@ def plain_forward(q, k, v, q_ids, kv_ids, sinks, bias, mask, left, right, scale,
 
 
 class Tiled(torch.autograd.Function):
-    """The same with torch code on every device."""
+    """`_FlashAttention` by the tiled torch code, on every device."""
 
     generate_vmap_rule = True
 

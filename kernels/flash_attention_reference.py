@@ -1,8 +1,8 @@
 """Flash attention tile by tile in plain torch: the algorithm of the kernels, on any device and in any dtype.
 
 Dao 2023, "FlashAttention-2" (arXiv:2307.08691), algorithms 1 and 2: keys in tiles, a running maximum and sum for the
-softmax, and a backward pass that forms the probabilities again from the log-sum-exp. Memory grows with the length, not
-with its square. It is what the op runs on a CPU and the oracle of the Triton kernels.
+softmax, and a backward pass that recomputes the probabilities from the log-sum-exp. Memory grows with the length, not
+with its square. The op runs this on a CPU, and the Triton kernels are tested against it.
 
 Legend: B batch, T query positions, S key positions, H query heads, G key/value heads, R = H / G, K and E head dims,
 N keys of a tile.
@@ -35,7 +35,7 @@ def tiled_forward(
     mask: Tensor | None = None,
     tile: int = TILE,
 ) -> tuple[Tensor, Tensor]:
-    """(o (B, T, H, E) in q's dtype, lse (B, H, T) in fp32 or fp64); bias and mask of B, H, T and S or 1 each."""
+    """(o (B, T, H, E) in q's dtype, lse (B, H, T) in fp32 or fp64); bias and mask (B, H, T, S), or 1 for an axis."""
     q = _grouped(q_BTHK, k_BSGK.shape[2])
     B, G, R, T, _ = q.shape
     m = q.new_full((B, G, R, T), -torch.inf)
@@ -85,12 +85,13 @@ def tiled_backward(
 
     ds = p (dp - delta),  dq = scale ds k,  dk = scale ds^T q,  dv = p^T do;
 
-    dbias is ds, summed over what shares a number of it (an empty tensor unless need_bias). A softcap then multiplies
-    ds by 1 - (s / c)^2. The share of a sink is exp(sink - lse), its gradient -share delta.
+    dbias is ds, summed over the axes that the bias is broadcast along (an empty tensor unless need_bias). A softcap
+    then multiplies ds by 1 - (s / c)^2. The share of a sink is exp(sink - lse), its gradient -share delta.
     """
     G = k_BSGK.shape[2]
     q, do, o = (_grouped(x, G) for x in (q_BTHK, do_BTHE, o_BTHE))
-    # A query that sees nothing has -inf, which would make NaN of second derivatives. All its scores are -inf as well.
+    # lse is -inf for a query that sees nothing, which would make second derivatives NaN. Its scores are -inf as well,
+    # so its p is 0 with any lse.
     lse = torch.where(lse_BHT == -torch.inf, 0.0, lse_BHT).unflatten(1, (G, -1)).unsqueeze(-1)
     delta = (do * o).sum(-1, keepdim=True)
     if dlse_BHT is not None:
@@ -130,13 +131,13 @@ def _per_group(x_BHTS: Tensor | None, G: int) -> Any:
 
 
 def _summed_to(ds_BGRTN: Tensor, bias_BGRTS: Tensor) -> Tensor:
-    """The sum over all that the bias is broadcast over, of one tile of keys."""
+    """ds of one tile of keys, summed over the axes that the bias is broadcast along."""
     over = [i for i in range(5) if bias_BGRTS.shape[i] == 1]
     return ds_BGRTN.sum(over, keepdim=True) if over else ds_BGRTN
 
 
 def _grouped(x_BTHK: Tensor, G: int) -> Tensor:
-    """(B, G, R, T, K) in the dtype of sums."""
+    """(B, G, R, T, K) in the accumulator's dtype."""
     return x_BTHK.to(accumulator(x_BTHK.dtype)).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)
 
 

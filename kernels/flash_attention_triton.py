@@ -2,13 +2,15 @@
 flash_attention_launch.py.
 
 Three kernels: forward (o, lse); backward for dq, which also writes delta = rowsum(o do) - dlse; backward for dk and dv,
-which reads delta. Two backward passes cost 7 matrix products instead of 5, and need no atomics: every number is the
+which reads delta. Two backward passes cost 7 matrix products instead of 5, and need no atomics: every element is the
 sum of the same terms in the same order in each run. A bias that has a gradient takes a third pass, in which a program
-owns a tile of that gradient and walks over all that shares it. With a bias or a mask each tile takes the masked way.
+owns a tile of that gradient and loops over all that is summed into it. With a bias or a mask every tile takes the
+masked path.
 
-Names: M a tile of queries, N a tile of keys, D head dim of q and k, E of v, both padded to powers of two. Tiles come
-through tensor descriptors (TMA), which read zeros beyond the edges and write nothing there, or, where strides are no
-multiples of 16 bytes, through pointers and masks. Scores are in units of log 2, because exp2 is what the chip has.
+Names: M a tile of queries, N a tile of keys, D head dim of q and k, E of v, both padded to powers of two. Tiles are
+read and written through tensor descriptors (TMA), which read zeros beyond the edges and write nothing there; or, where
+strides are no multiples of 16 bytes, through pointers and masks. Scores are in units of log 2, because the hardware has
+exp2.
 """
 
 import triton
@@ -90,20 +92,20 @@ def _seen(q_at, k_at, left, right, q_seg, kv_seg, n_keys, LEFT: tl.constexpr, RI
 
 @triton.jit
 def _bias(BIAS, rows, cols, step_t, step_s, T, S):
-    """Bias in units of log 2 at rows and cols, which broadcast against each other; BIAS points at a head's first."""
+    """Bias in units of log 2 at rows and cols, which broadcast together; BIAS points at a head's first element."""
     at = rows.to(tl.int64) * step_t + cols.to(tl.int64) * step_s
     return tl.load(BIAS + at, mask=(rows < T) & (cols < S), other=0.0).to(tl.float32) * 1.4426950408889634
 
 
 @triton.jit
 def _never(lse):
-    """lse, inf in place of -inf: where biases of -inf hide all keys of a query, exp(s - lse) is to be 0."""
+    """lse, with inf in place of -inf: where biases of -inf hide all keys of a query, exp(s - lse) must be 0."""
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
 def _visible(VIS, rows, cols, step_t, step_s, T, S):
-    """The mask at rows and cols, likewise."""
+    """The mask at rows and cols, which broadcast together; VIS points at a head's first element."""
     at = rows.to(tl.int64) * step_t + cols.to(tl.int64) * step_s
     return tl.load(VIS + at, mask=(rows < T) & (cols < S), other=0) != 0
 
@@ -111,7 +113,7 @@ def _visible(VIS, rows, cols, step_t, step_s, T, S):
 @triton.jit
 def _key_range(m0, T, S, left, right, LO, HI, at, BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr,
                RIGHT: tl.constexpr, SEG: tl.constexpr):  # fmt: skip
-    """Which tiles of keys a tile of queries meets: lo..hi-1. Those in [lo, a) and [b, hi) need masks; those in [a, b)
+    """The tiles of keys that a tile of queries sees: lo..hi-1. Those in [lo, a) and [b, hi) need masks; those in [a, b)
     are seen in full by all queries of the tile."""
     shift = S - T
     lo = 0
@@ -137,12 +139,12 @@ def _key_range(m0, T, S, left, right, LO, HI, at, BM: tl.constexpr, BN: tl.const
 @triton.jit
 def _query_range(n0, T, S, left, right, LO, HI, at, BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr,
                  RIGHT: tl.constexpr, SEG: tl.constexpr):  # fmt: skip
-    """The same for the tiles of queries of a tile of keys."""
+    """The tiles of queries that see a tile of keys, in the form of `_key_range`."""
     shift = S - T
     lo = 0
     hi = tl.cdiv(T, BM)
     a = 0
-    b = hi  # queries beyond T have lse = inf, so they count nothing and need no mask
+    b = hi  # queries beyond T have lse = inf and so p = 0: they need no mask
     if RIGHT:
         lo = tl.maximum(n0 - right - shift, 0) // BM
         a = tl.cdiv(tl.maximum(n0 + BN - 1 - right - shift, 0), BM)
@@ -219,7 +221,7 @@ def forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, BIAS, bias_b, bias_h,
     n_tiles = tl.cdiv(T, BM)
     tile, head = _place(tl.program_id(0), n_tiles, B * H, heads_at_once)
     if RIGHT:
-        tile = n_tiles - 1 - tile  # the longest rows first: the end of the grid is then short ones
+        tile = n_tiles - 1 - tile  # tiles with the most keys first, so that short ones fill the end of the grid
     b = head // H
     h = head % H
     G = H // R
@@ -492,10 +494,10 @@ def backward_bias(Q, K, V, DO, LSE, DELTA, DBIAS, Q_SEG, KV_SEG, BIAS, bias_b, b
                    E: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr,
                    ONE_T: tl.constexpr, ONE_S: tl.constexpr, HAS_VIS: tl.constexpr, TMA: tl.constexpr,
                    PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """dbias = the sum of p (do v^T - delta) over all that shares a number: a program owns a tile of dbias.
+    """dbias = p (do v^T - delta), summed over the axes that the bias is broadcast along: a program owns a tile of it.
 
     own_heads, own_t, own_s: the bias's own sizes, 1 where it is broadcast. shared_b, .._h, .._i, .._j: how many batch
-    entries, heads, tiles of queries and tiles of keys one program adds up.
+    entries, heads, tiles of queries and tiles of keys one program sums.
     """
     n_j = tl.cdiv(own_s, BN)
     n_i = tl.cdiv(own_t, BM)

@@ -1,6 +1,6 @@
-"""Tile sizes of flash attention: the measured ones of flash_attention_table.py, or safe ones for what is not in it.
+"""Tile sizes of flash attention: the measured ones of flash_attention_table.py, or safe ones where it has none.
 
-The table is part of the library, so no first call has to tune.
+The table is part of the library, so a first call need not tune.
 """
 
 import warnings
@@ -14,7 +14,7 @@ from purelm.kernels.flash_attention_table import TABLE
 __all__ = ["LENGTHS", "PASSES", "Blocks", "choose", "fallback"]
 
 PASSES = ("forward", "backward_q", "backward_kv")
-LENGTHS = (1024, 4096)  # measured ones: short sequences want more and smaller programs
+LENGTHS = (1024, 4096)  # that were measured: short sequences need more and smaller programs
 
 
 class Blocks(NamedTuple):
@@ -23,7 +23,7 @@ class Blocks(NamedTuple):
     m: int  # queries of a tile
     n: int  # keys of a tile
     n_warps: int
-    n_stages: int  # tiles that are loaded ahead, and the one in use
+    n_stages: int  # tiles in flight: the one in use, and those loaded ahead
 
 
 def choose(
@@ -31,8 +31,8 @@ def choose(
 ) -> Blocks:
     """Tiles for one of PASSES.
 
-    D and E: head dims padded to a power of two; causal: whether the right is cut off; length: of the axis along which
-    a program walks.
+    D and E: head dims padded to a power of two; causal: whether keys to the right are hidden; length: of the axis along
+    which a program loops.
     """
     if device.type != "cuda":  # the interpreter
         return Blocks(16, 16, 4, 1)
@@ -59,7 +59,7 @@ def fallback(which: str, width: int, size: int) -> Blocks:
 
 @cache
 def architecture(device: torch.device) -> str:
-    """sm90 and the like: hopper, compute capability 9.0."""
+    """The name of a compute capability: "sm90" for 9.0 (Hopper)."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
 

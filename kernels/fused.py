@@ -36,7 +36,7 @@ def unless_compiling(kernel: Op, reference: Op) -> Op:
     return cast(Op, op)
 
 
-# Under names of their own in here, by which a bundle that holds them is pickled.
+# Names of this module, so that a bundle that holds them can be pickled.
 eager_rms_norm: protocols.RMSNorm = unless_compiling(rms_norm, REFERENCE.rms_norm)
 eager_rope: protocols.Rope = unless_compiling(rope, REFERENCE.rope)
 eager_swiglu: protocols.Gate = unless_compiling(swiglu, REFERENCE.swiglu)

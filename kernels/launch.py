@@ -1,9 +1,9 @@
 """Cheap repeated launches of Triton kernels.
 
-A launch through triton.jit looks at each argument's type and value anew: for the arguments of flash attention 100 us
-and more, several times what a short kernel runs. Here the caller gives a key, made of everything that decides about a
-launch except the tensors' addresses. For a key that was seen before, the compiled kernel is called with the arguments
-of that time, in which only the tensors are replaced:
+A launch through triton.jit inspects each argument's type and value: for those of flash attention this takes 100 us or
+more, several times as long as a short kernel runs. Here the caller gives a key, made of everything that a launch
+depends on except the tensors' addresses. For a key that was seen before, the compiled kernel is called with the
+arguments of that earlier launch, in which only the tensors are replaced:
 
     if not relaunch(kernel, key, tensors):
         ... make descriptors, constants ...
@@ -22,9 +22,9 @@ from purelm.kernels.recipe import interpreted
 
 __all__ = ["all_aligned", "device_number", "device_of", "launch", "relaunch"]
 
-MOST_PLANS = 4096  # then all are forgotten: shapes that change forever must not fill the memory
+MOST_PLANS = 4096  # at which all are dropped, so that ever new shapes do not fill the memory
 _plans: dict[Hashable, "_Plan"] = {}
-_ready = threading.local()  # .devices: those that this thread has used
+_ready = threading.local()  # .devices: numbers of those that this thread has used
 _HERE = nullcontext()
 
 
@@ -35,7 +35,7 @@ class _Plan:
         self.run = kernel[grid]
         self.args = args
         self.holes: list[tuple[int, int]] = []  # place, number of the tensor
-        self.descriptors: list[tuple[int, int, type, dict[str, Any]]] = []  # and class and attributes
+        self.descriptors: list[tuple[int, int, type, dict[str, Any]]] = []  # the same, class, attributes
         numbers = {id(x): i for i, x in enumerate(tensors)}
         for place, x in enumerate(args):
             if isinstance(x, Tensor):
@@ -50,7 +50,7 @@ class _Plan:
         for place, number in self.holes:
             args[place] = tensors[number]
         for place, number, kind, attributes in self.descriptors:
-            # Without the checks of the constructor, which this shape has passed before.
+            # Skips the checks of the constructor, which this shape has passed before.
             descriptor: Any = object.__new__(kind)
             args[place] = descriptor
             descriptor.__dict__.update(attributes)
@@ -59,7 +59,7 @@ class _Plan:
 
 
 def relaunch(kernel: Any, key: Hashable, tensors: Sequence[Tensor]) -> bool:
-    """Launch the kernel on the current device as under `key` before, with these tensors; False if it never was."""
+    """Repeat the launch that is remembered under `key`, with these tensors; False if there is none."""
     plan = _plans.get((id(kernel), key))
     if plan is None:
         return False
@@ -76,11 +76,11 @@ def launch(
     constants: dict[str, Any],
     options: dict[str, int],
 ) -> None:
-    """Launch `kernel` on the current device and remember it, if it was made of `tensors` as they are.
+    """Launch `kernel` on the current device, and remember the launch if it can be repeated with other tensors.
 
     Args:
-        key: of two launches of one kernel with equal keys only the addresses of `tensors` differ; `all_aligned` is
-            part of it.
+        key: launches of one kernel with equal keys must differ in the addresses of `tensors` only; `all_aligned` must
+            be part of it.
         args: in the order of the kernel; tensors, descriptors of them, numbers.
         constants: by name. options: num_warps, num_stages.
     """
@@ -88,12 +88,12 @@ def launch(
     if interpreted() or not hasattr(type(compiled), "__getitem__"):
         return
     known = {id(x) for x in tensors}
-    # Not remembered: one tensor in two roles, since the next call may have two; and an address that is not aligned,
-    # since the kernel was compiled for this very one.
+    # Not remembered: one tensor in two places, since the next call may have two; and addresses that are not aligned,
+    # since the kernel was compiled for just these.
     if len(known) < len(tensors) or not all_aligned(tensors):
         return
     used = (x if isinstance(x, Tensor) else getattr(x, "base", None) for x in args)
-    if any(x is not None and id(x) not in known for x in used):  # a copy was made on the way
+    if any(x is not None and id(x) not in known for x in used):  # args have a copy of a tensor
         return
     if len(_plans) >= MOST_PLANS:
         _plans.clear()
@@ -121,8 +121,8 @@ def device_of(x: Tensor) -> AbstractContextManager:
         return _HERE
     devices = _ready.__dict__.setdefault("devices", set())
     if number not in devices:
-        # The driver's functions that make descriptors ask for a current context, which a thread (autograd's, say)
-        # has only after a first call of the runtime.
+        # Descriptors are made by functions of the driver that need a current context, which a new thread (autograd's,
+        # say) has only after its first call of the CUDA runtime.
         torch.zeros((), device=x.device)
         devices.add(number)
     return _HERE if number == torch.cuda.current_device() else torch.cuda.device(number)

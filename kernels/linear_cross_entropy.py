@@ -8,19 +8,20 @@ W, and y_i and dx_i of kernels.cross_entropy:
 
 Three ways, by what is asked for:
 - "sum" and "mean", differentiated: gradients in forward. Each chunk's logits are overwritten by dx, and dh and dW are
-  formed at once; backward multiplies them by the upstream scalar. 6 N V D FLOPs, what the materialised logits take.
+  formed at once; backward multiplies them by the upstream scalar. 6 N V D FLOPs, as with materialised logits.
   Under `remat` all of it is done twice, so leave the loss out of it.
 - nothing differentiated (no_grad, or neither h nor W requires it): losses alone, 2 N V D FLOPs.
 - "none" and `log_probs_and_entropy`, where the upstream gradient is a vector: log Z of each token is saved, and
-  backward forms the logits again, 8 N V D FLOPs.
+  backward recomputes the logits, 8 N V D FLOPs.
 
 Per token, with l = cap(x) / T, p = softmax(l), t the target:
 
     log p_t        d/dl_j = [j = t] - p_j
     H = -sum p log p     d/dl_j = -p_j (log p_j + H)
 
-Beyond inputs and gradients it takes a chunk's logits (512 MiB or 2048 tokens, see `chunk`), and half of dW in fp32.
-fp16 gradients are kept in fp32 (dW) and not yet divided (dh) until the upstream scalar, a loss scale say, is known.
+Memory besides inputs and gradients: a chunk's logits (512 MiB or 2048 tokens, see `chunk`), and half of dW in fp32. For
+fp16, whose range is small, dW is kept in fp32 until backward multiplies dh and dW by the upstream scalar (with the
+denominator and a loss scale in it).
 
 Gradients in forward: Liger-Kernel, arXiv:2410.10989, section 3.2. Recomputation: Cut Cross-Entropy, arXiv:2411.09009.
 """
@@ -42,7 +43,7 @@ __all__ = ["linear_cross_entropy", "linear_cross_entropy_value_and_grad", "log_p
 
 
 def _anchor(hidden_ND: Tensor, unembedding: Tensor) -> Tensor:
-    """An empty tensor that autograd takes for a result of both. cat copies, so it keeps neither's memory alive."""
+    """An empty tensor that depends on both in autograd's graph; a copy, so it keeps neither's memory alive."""
     return torch.cat([hidden_ND[:0], unembedding[:0]])
 
 
@@ -100,14 +101,14 @@ def linear_cross_entropy(
     chunk: int | None = None,
     ignore_index: int | None = None,
 ) -> tuple[Float[Tensor, "*out"], Float[Tensor, "*out"]]:
-    """`purelm.ops.linear_cross_entropy`, and `purelm.kernels.cross_entropy(hidden @ unembedding^T, ...)`.
+    """`purelm.ops.linear_cross_entropy`: equal to `purelm.kernels.cross_entropy(hidden @ unembedding^T, ...)`.
 
-    The same arguments and the same two results (loss, nll); see the top of the file for what is computed when. Under
-    no_grad, and where neither hidden nor unembedding is differentiated, the loss alone.
+    The same arguments and the same two results (loss, nll). Gradients are computed in forward where they are needed
+    (top of this file); not under no_grad, and not if neither hidden nor unembedding is differentiated.
 
     Args:
         chunk: tokens whose logits are held at a time; None for 512 MiB of logits, but no less than 2048 tokens.
-        reduction, ignore_index, targets that are no index: as `purelm.kernels.cross_entropy`.
+        reduction, ignore_index, and targets outside of 0..V-1: as in `purelm.kernels.cross_entropy`.
 
     >>> loss, nll = linear_cross_entropy(torch.zeros(3, 4), torch.ones(8, 4), torch.tensor([1, 2, 3]), denominator=3.0)
     >>> loss  # log 8
@@ -193,8 +194,8 @@ def log_probs_and_entropy(
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """`purelm.ops.log_probs.log_probs`: (log p_i[target_i], H(p_i)) per token; nats, fp32.
 
-    p = softmax(cap(hidden @ unembedding^T) / temperature). Both are differentiable; backward forms the logits again.
-    A token whose target is ignore_index has 0 and 0.
+    p = softmax(cap(hidden @ unembedding^T) / temperature). Both are differentiable; backward recomputes the logits.
+    Both are 0 for a token whose target is ignore_index.
 
     Args:
         chunk: tokens whose logits are held at a time; None for 512 MiB of logits, but no less than 2048 tokens.
@@ -212,6 +213,6 @@ def log_probs_and_entropy(
         hidden_ND, unembedding_VD, targets_N, live, softcap, 0.0, temperature, True, n
     )
     log_prob = -loss
-    if live is not None:  # so that no gradient arrives there either
+    if live is not None:  # these tokens get no gradient either
         log_prob, entropy = (torch.where(live == 0, 0.0, x) for x in (log_prob, entropy))
     return log_prob.reshape(targets.shape), entropy.reshape(targets.shape)

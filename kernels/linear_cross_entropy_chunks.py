@@ -1,12 +1,12 @@
-"""Passes over chunks of tokens, in which the logits of one chunk exist at a time. Legend: N tokens, D d_model, V vocab.
+"""Passes over chunks of tokens, with the logits of one chunk at a time. Legend: N tokens, D d_model, V vocabulary.
 
-Plain functions of tensors, without autograd. Matrix products are torch's (cuBLAS) in the dtype of the inputs; what is
-done to a chunk's logits is a `Rows` of kernels.cross_entropy. One buffer of logits serves all chunks.
+Plain functions of tensors, without autograd. Matrix products are torch's (cuBLAS) in the dtype of the inputs; a chunk's
+logits are processed by a `Rows` of kernels.cross_entropy. One buffer of logits serves all chunks.
 
-The gradient of the unembedding is a sum over chunks, held in fp32: 4 V D bytes, read and written once a chunk by
-the matrix product itself (addmm with out_dtype, which torch has on CUDA alone), so chunks should be few. Its 16-bit
-result takes half of that. Half the accumulator therefore lies in the result's own storage, and is rounded in place at
-the end: 2 V D bytes beside the result instead of 4.
+The gradient of the unembedding is a sum over chunks in an fp32 accumulator of 4 V D bytes, which the matrix product
+itself (addmm with out_dtype, only on CUDA) reads and writes once a chunk; so chunks should be few. A 16-bit result has
+half as many bytes: half of the accumulator lies in the result's own storage, and is rounded in place at the end. So the
+accumulator takes 2 V D bytes besides the result, not 4.
 """
 
 import functools
@@ -59,7 +59,7 @@ def _adds_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class _Sum(NamedTuple):
-    """A (V, D) sum in the making: the result, and fp32 accumulators of some of its rows each."""
+    """A (V, D) sum under way: the result, and fp32 accumulators, each of a range of rows."""
 
     out: Tensor
     parts: list[tuple[slice, Tensor]]
@@ -125,7 +125,7 @@ def losses(
     entropy: bool,
     chunk: int | None,
 ) -> tuple[Tensor, ...]:
-    """(loss, nll, log_z, entropy or nothing) of each token: 2 N V D FLOPs."""
+    """(loss, nll, log_z, entropy) of each token, the last one empty unless asked for: 2 N V D FLOPs."""
     found = [
         rows.forward(logits, targets[n], None if weights is None else weights[n], softcap, z_loss, temperature, entropy)
         for n, _, logits in _chunks(hidden, unembedding, chunk)
@@ -184,7 +184,7 @@ def gradients_again(
     need_hidden: bool,
     need_unembedding: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of per-token results (`Rows.gradient`), from logits formed again: 6 N V D FLOPs."""
+    """Gradients of per-token results (`Rows.gradient`), from recomputed logits: 6 N V D FLOPs."""
     d_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     total = _start_sum(unembedding, unembedding.dtype) if need_unembedding else None
     for n, x_ND, logits in _chunks(hidden, unembedding, chunk):

@@ -1,4 +1,4 @@
-"""The ops of linear_cross_entropy, where the maths is, and how they meet autograd and vmap."""
+"""The custom ops of linear_cross_entropy.py, which has the maths, and their autograd and vmap rules."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -120,7 +120,7 @@ def _(hidden, unembedding, targets, log_z, a, b, e, entropy, softcap, t, chunk, 
     return d_hidden, unembedding.new_empty(unembedding.shape if need_unembedding else (0,))
 
 
-# How they meet autograd and vmap.
+# Autograd and vmap.
 
 
 def _one_by_one(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
@@ -169,13 +169,13 @@ _tokens_bwd = backward_function("linear_cross_entropy", _tokens_bwd_op, _tokens_
 
 
 class _Sum(torch.autograd.Function):
-    """Anchor, arguments of the op -> sum_i w_i y_i, and the op's results, which backward needs (but for nll).
+    """(anchor, arguments of the op) -> sum_i w_i y_i, and the op's results, which backward needs (except nll).
 
     Backward uses neither hidden nor unembedding, so autograd would not know that its results depend on them, and would
-    silently leave out a second derivative. Therefore backward is given the anchor, an empty tensor that autograd takes
-    for a result of both; saving the two themselves would keep hidden's memory alive. On a CPU, which has second
-    derivatives, they are saved: there the loss of each token and the two gradients are differentiable outputs, whose
-    own gradients `_second` gives.
+    silently leave out a second derivative. So backward is given the anchor, an empty tensor that depends on both in
+    autograd's graph; saving the two themselves would keep hidden's memory alive. On a CPU, where second derivatives
+    exist, the two are saved: there the loss of each token and the two gradients are differentiable outputs, which
+    `_second` differentiates.
     """
 
     @staticmethod
@@ -218,7 +218,7 @@ class _Sum(torch.autograd.Function):
         none = (None,) * 10
         d_hidden, d_unembedding, loss, anchor, *inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        found: list[Any] = [None, None, None]  # by hidden, unembedding, weights
+        found: list[Any] = [None, None, None]  # gradients of hidden, unembedding, weights
         if g is not None:
             found = [
                 scaled(d_hidden, g, ctx.dtypes[0], anchor) if needs[1] else None,
@@ -238,7 +238,7 @@ class _Sum(torch.autograd.Function):
 def _second(
     inputs: Sequence[Any], numbers: Sequence[Any], grads: Sequence[Tensor | None], outputs: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Gradients by hidden, unembedding and weights of (loss of each token, d_hidden, d_unembedding), given theirs."""
+    """Gradients of hidden, unembedding and weights, from those of (loss of each token, d_hidden, d_unembedding)."""
     hidden, unembedding, targets, weights = inputs
     softcap, z_loss, _, need_hidden, need_unembedding = numbers
     dead = torch.zeros_like(targets, dtype=torch.bool) if weights is None else weights == 0
@@ -250,7 +250,7 @@ def _second(
             return (loss if s is None else s * loss).sum(), loss
 
         (d_h, d_w), loss = torch.func.grad(total, (0, 1), has_aux=True)(h, w)
-        # What nobody asked for came out of the op as an empty tensor.
+        # The op returns an empty tensor for a gradient that is not needed.
         d_h, d_w = d_h if need_hidden else h.new_empty(0), d_w if need_unembedding else w.new_empty(0)
         return loss, d_h.to(outputs[1].dtype), d_w.to(outputs[2].dtype)
 
@@ -262,11 +262,11 @@ def _second(
 class _Tokens(torch.autograd.Function):
     """Arguments of the op -> its results, of which the loss and the entropy (where asked for) are differentiable.
 
-    log_z is differentiable too, by which second derivatives come: backward is a function of it.
+    log_z is differentiable too: backward is a function of it, so second derivatives pass through it.
     """
 
     @staticmethod
-    def forward(  # dynamo (2.13) tells the two forms of Function by the number of parameters: no *rest here
+    def forward(  # no *rest: dynamo (2.13) tells the two forms of Function apart by the number of parameters
         hidden: Tensor,
         unembedding: Tensor,
         targets: Tensor,

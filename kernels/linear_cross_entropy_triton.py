@@ -1,4 +1,4 @@
-"""The kernel that linear_cross_entropy has beyond those of the rows: a gradient times the upstream scalar."""
+"""The Triton kernel of linear_cross_entropy, beside those of cross_entropy: a gradient times the upstream scalar."""
 
 import torch
 import triton

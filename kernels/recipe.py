@@ -1,4 +1,4 @@
-"""What every kernel here shares: how its op meets autograd, vmap and compile, and how it is launched.
+"""What all kernels here share: how their ops work under autograd, vmap and compile.
 
 An op of this package is made of, in order:
 
@@ -8,9 +8,10 @@ An op of this package is made of, in order:
 2. A `torch.autograd.Function` with `setup_context` and `vmap`, called through `applier`, whose backward calls
    `backward_function(...)`.
 
-Why two layers. A custom op's own autograd registration has no `setup_context`, which torch.func needs; and dynamo drops
-a Function's backward inside torch.func.grad, silently, unless what it calls has an Autograd key, as custom ops do: then
-it fails loudly. So never torch.compile(torch.func.grad(f)): compile f, or use purelm.transforms.
+Why two layers. The Function that torch makes of a custom op's own autograd registration has no `setup_context`, which
+torch.func needs. And inside torch.func.grad dynamo silently drops the backward of a Function, unless its forward calls
+something that has an Autograd key, as custom ops do: then it raises. So never torch.compile(torch.func.grad(f)):
+compile f, or use purelm.transforms.
 
 Second derivatives and forward mode (jvp) are for the CPU, where an op is plain torch code anyway: `backward_function`
 differentiates that code, and public functions call their reference in forward mode (`purelm.ops.derivatives`). On a
@@ -33,14 +34,14 @@ def interpreted() -> bool:
 
 
 def _transformed() -> bool:
-    """Inside torch.func's transforms, or while compiling: where a Function must have the new form."""
+    """Whether a torch.func transform or torch.compile is active: both need a Function with `setup_context`."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
 
 
 def applier(function: Any) -> Callable[..., Any]:
-    """`function.apply`, for a Function with `setup_context`; in plain eager code in the old form.
+    """`function.apply` of a Function with `setup_context`; in plain eager code, of the same Function without it.
 
-    torch binds the arguments of the new form by their signature at each call: 30 us, as much as a short kernel.
+    With it, torch binds the arguments to the signature of forward at each call: 30 us, as much as a short kernel runs.
     """
 
     class Plain(torch.autograd.Function):
@@ -61,10 +62,10 @@ def applier(function: Any) -> Callable[..., Any]:
 
 
 def eager_or_op(op: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
-    """`launch(*args)`, what the op does on CUDA, where nobody is watching; elsewhere `op(*args)`.
+    """The op, without torch's dispatcher where that is not needed: then `launch`, what the op does on CUDA, is called.
 
-    torch's dispatcher takes 30 us for a custom op, as much as a short kernel runs. It is needed on other devices,
-    while compiling, under torch.func, in a dispatch mode (selective checkpoint, fake tensors) and for subclasses.
+    The dispatcher takes 30 us for a custom op, as much as a short kernel runs. It is needed on other devices, while
+    compiling, under torch.func, in a dispatch mode (selective checkpoint, fake tensors) and for subclasses.
     """
 
     def call(x: Tensor, *args: Any) -> Any:
@@ -76,18 +77,18 @@ def eager_or_op(op: Callable[..., Any], launch: Callable[..., Any]) -> Callable[
     return call
 
 
-_HOLE = object()  # where a tensor was
+_HOLE = object()  # in place of a tensor that is saved for backward
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def backward_function(
     name: str, op: Callable[..., Any], vmap: Callable[..., Any], plain: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The backward op as a Function that can be differentiated on a CPU, and on a GPU says that it cannot.
+    """The backward op as a Function that can be differentiated on a CPU, and raises RuntimeError on a GPU.
 
     `vmap(info, in_dims, *args) -> (outputs, out_dims)` is its batching rule. `plain` is the op in differentiable torch
-    code, of which second derivatives are made. While compiling, and where no graph is recorded, the result is the op
-    itself, which dynamo can trace (compiled code refuses double backward on its own).
+    code, which second derivatives are computed from. While compiling, and where no graph is recorded, the op itself is
+    called, which dynamo can trace (compiled code refuses double backward on its own).
     """
 
     class Backward(torch.autograd.Function):

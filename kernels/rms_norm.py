@@ -1,6 +1,6 @@
 """Root-mean-square normalisation in one pass over the rows, alone or with the residual sum before it.
 
-Legend: R rows, D width, G groups of rows that have weights of their own (one group; vmap puts its batch there).
+Legend: R rows, D width, G groups of rows that have weights of their own (one, unless vmap folds its batch in).
 
     rstd_r  = 1 / sqrt(mean_d x_rd^2 + eps)                   one fp32 number a row, kept for the backward pass
     n_rd    = x_rd rstd_r
@@ -36,10 +36,10 @@ def rms_norm(
     """y = w * x / sqrt(mean(x^2) + eps) over the last axis; computed in fp32, returned in x's dtype.
 
     The kernel of `purelm.ops.rms_norm.rms_norm`, with its signature and dtypes; on the CPU it is that function.
-    Differentiable in x and weight; on a GPU once, and backwards. Rows may lie apart (a slice of a wider tensor);
-    otherwise x is copied.
+    Differentiable in x and weight; on a GPU once, in reverse mode. Rows may have any stride (a slice of a wider
+    tensor); for other layouts x is copied.
 
-    Raises ValueError for a weight that is not (D,), tensors of two devices, and, on a GPU, other dtypes than fp32,
+    Raises ValueError for a weight that is not (D,), tensors on two devices, and, on a GPU, dtypes other than fp32,
     bf16 and fp16.
     """
     _check("rms_norm", x, weight_D, eps)
@@ -57,8 +57,8 @@ def add_rms_norm(
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d"]]:
     """(rms_norm(x + residual), x + residual): a block's residual sum and the next norm in one pass.
 
-    The sum is rounded to x's dtype before it is normalised, as the two steps apart would do. Errors as `rms_norm`'s;
-    and residual must have the shape and dtype of x.
+    The sum is rounded to x's dtype before it is normalised, as in two separate steps. Raises as `rms_norm` does, and
+    for a residual that has not the shape, dtype and device of x.
     """
     _check("add_rms_norm", x, weight_D, eps)
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
@@ -112,7 +112,7 @@ def _fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
 def _(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.to(accumulator(x.dtype))
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    # One group at a time is the public reference; with several, its weight axis stands before the rows.
+    # The public reference for each group: the weight gets an axis for the rows.
     y = reference(x, None if weight is None else weight.unsqueeze(1), eps)
     return y.contiguous(), rstd
 
@@ -145,7 +145,7 @@ def _(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[T
 def _bwd(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx (plus dsum, the gradient that reaches x beside the norm) and dw; what is not needed has no elements."""
+    """dx (plus dsum, the gradient of the sum x + residual itself) and dw; what is not needed is an empty tensor."""
     from purelm.kernels import rms_norm_triton
 
     return rms_norm_triton.backward(dy, dsum, x, weight, rstd, need_dx, need_dw)
@@ -176,7 +176,7 @@ def _(
     return dx, weight.new_empty(weight.shape if need_dw else (0,))
 
 
-# Autograd and vmap. A batch of vmap becomes groups: each has its own weight's gradient, so none may be added up.
+# Autograd and vmap. A batch of vmap becomes groups: each sample has its own gradient of the weight.
 
 
 def _fold(x: Tensor | None, dim: int | None, n: int) -> Tensor | None:
@@ -203,7 +203,7 @@ def _bwd_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 def _bwd_again(dy: Tensor, dsum: Any, x: Tensor, weight: Any, rstd: Tensor, need_dx: bool, need_dw: bool) -> Any:
-    """The same with rstd as a function of x, to be differentiated; eps is what rstd and x tell."""
+    """`_bwd_plain` with rstd as a function of x, to be differentiated; eps is recovered from rstd and x."""
     mean = x.to(rstd.dtype).square().mean(-1)
     eps = (rstd**-2 - mean).detach()
     return _bwd_plain(dy, dsum, x, weight, torch.rsqrt(mean + eps), need_dx, need_dw)

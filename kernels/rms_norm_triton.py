@@ -17,7 +17,7 @@ __all__ = ["backward", "forward"]
 
 ONE_BLOCK = 16384  # widest row that one program holds
 LONG_BLOCK = 8192
-SHARED_BYTES = 192 << 10  # of a processor, for tiles on their way
+SHARED_BYTES = 192 << 10  # of shared memory of an SM, for tiles that are being loaded
 SUM_PARTS, SUM_BLOCK, SUM_STAGES = 128, 8, 5  # a tile of the sum over parts, and how many are loaded ahead
 
 
@@ -27,7 +27,7 @@ class Config(NamedTuple):
     rows: int  # of a tile
     block: int  # elements of a row that a tile holds: D rounded up to a power of two
     num_warps: int
-    num_stages: int = 1  # of the backward pass: tiles that are loaded ahead, and the one in use
+    num_stages: int = 1  # of the backward pass: tiles in flight, the one in use included
     programs_per_sm: int = 0  # of the backward pass, which loops over tiles
 
 
@@ -67,7 +67,7 @@ def _forward(
     if HAS_RESIDUAL:
         at = (g * residual_g + r * residual_r)[:, None] + d[None, :]
         x += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        # What is kept for the backward pass, rounded, is what is normalised.
+        # Normalises the sum as rounded, which is what the backward pass reads.
         kept = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + out, kept, mask=mask)
         x = kept.to(tl.float32)
@@ -206,7 +206,7 @@ def _sum_parts(
     part_ptr, dw_ptr, n_parts, n_columns, D: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dw_gd = sum_p part_gpd, always in the same order; later parts are on their way while earlier ones are added."""
+    """dw_gd = sum_p part_gpd, always in the same order; later parts are loaded while earlier ones are added."""
     pid = tl.program_id(0)
     g = (pid // n_columns).to(tl.int64)
     d = (pid % n_columns) * BLOCK + tl.arange(0, BLOCK)
@@ -224,7 +224,7 @@ def _rows_of(x: Tensor) -> Tensor:
 
 
 def _n_sm(x: Tensor) -> int:
-    """Processors to fill; a few in the interpreter, so that programs loop there, too."""
+    """Number of SMs; 2 in the interpreter, so that programs loop there, too."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
 
 

@@ -6,7 +6,7 @@ Legend: B batch, T positions, H heads, G key heads, K head dim, J = K / 2 pairs.
     (da, db) = (da' cos + db' sin, -da' sin + db' cos)
 
 The gradient of a rotation is the rotation by the opposite angle: the backward pass is the same kernel with -sin, and
-needs the tables alone. Su et al. 2021 (arXiv:2104.09864), equation 34.
+needs only the tables. Su et al. 2021 (arXiv:2104.09864), equation 34.
 
 The tables have no gradient here, since positions are not trained: tables that require one are a ValueError (use
 purelm.ops.rope for them).
@@ -36,18 +36,18 @@ def rope(
     *,
     heads: bool = True,
 ) -> Float[Tensor, "*axes k"]:
-    """Turns each pair of a head by its angle, in fp32; the kernel of `purelm.ops.rope.rope`, with its signature.
+    """Rotates each pair of a head by its angle, in fp32; the kernel of `purelm.ops.rope.rope`, with its signature.
 
     x may be any view whose last axis is dense, such as the q part of a joint projection; the result is contiguous.
-    Differentiable in x alone; on a GPU once, and backwards. On the CPU it is the reference.
+    Differentiable in x alone; on a GPU once, in reverse mode. On the CPU it is the reference.
 
     Args:
         cos, sin: (T, K/2) or (B, T, K/2), from `purelm.ops.rope.rope_tables`.
         layout: "interleaved" pairs 2j with 2j+1, "half" pairs j with j + K/2.
         heads: x is (..., T, H, K); False: (..., T, K).
 
-    Raises ValueError for an odd K, tables of another shape or device or that require a gradient, another layout,
-    and, on a GPU, other dtypes than fp32, bf16 and fp16.
+    Raises ValueError for an odd K, tables that have another shape or device or require a gradient, another layout,
+    and, on a GPU, dtypes other than fp32, bf16 and fp16.
     """
     if not heads or x_BTHK.ndim != 4:
         check_tables(x_BTHK, cos, sin, heads)
@@ -69,7 +69,7 @@ def rope_qk(
     sin: Float[Tensor, "*bt j"],
     layout: Layout = "interleaved",
 ) -> tuple[Float[Tensor, "b t h k"], Float[Tensor, "b t g k"]]:
-    """(rope(q), rope(k)) in one launch; q and k may differ in their number of heads alone. Errors as `rope`'s."""
+    """(rope(q), rope(k)) in one launch; q and k may differ only in their number of heads. Raises as `rope` does."""
     cos, sin = _check("rope_qk", [("q", q_BTHK), ("k", k_BTGK)], cos, sin, layout)
     if k_BTGK.shape[:2] != q_BTHK.shape[:2] or k_BTGK.shape[3] != q_BTHK.shape[3]:
         raise ValueError(
@@ -77,7 +77,7 @@ def rope_qk(
         )
     if in_forward_mode(q_BTHK):
         return reference(q_BTHK, cos, sin, layout), reference(k_BTGK, cos, sin, layout)
-    # Dynamo cannot trace a Function that is given one tensor twice (2.13) or errs (2.11): a view is another tensor.
+    # With one tensor as two arguments dynamo cannot trace a Function (2.13), or its gradients are wrong (2.11).
     k = k_BTGK.view_as(k_BTGK) if k_BTGK is q_BTHK else k_BTGK
     return _turn_both(q_BTHK, k, cos, sin, layout == "interleaved")
 
@@ -114,7 +114,7 @@ def _check(
     return cos if cos.ndim == 3 else cos.unsqueeze(0), sin if sin.ndim == 3 else sin.unsqueeze(0)
 
 
-# The ops. Tables are (1 or B, T, J); inverse turns the other way.
+# The ops. Tables are (1 or B, T, J); inverse rotates by the opposite angle.
 
 
 @torch.library.custom_op("purelm::rope", mutates_args=(), device_types="cuda")
@@ -155,7 +155,7 @@ def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-# Autograd and vmap. A batch of vmap goes to the batch axis of x.
+# Autograd and vmap. A batch of vmap is folded into the batch axis of x.
 
 
 def _fold(x: Tensor, dim: int | None, n: int) -> Tensor:
@@ -163,7 +163,7 @@ def _fold(x: Tensor, dim: int | None, n: int) -> Tensor:
 
 
 def _fold_table(table: Tensor, dim: int | None, n: int, B: int) -> Tensor:
-    """One table for all stays one; otherwise each row of the folded batch gets its own."""
+    """A table that all rows share is not repeated; otherwise each row of the folded batch gets its own."""
     if dim is None and table.shape[0] == 1:
         return table
     table = table.expand(n, *table.shape) if dim is None else table.movedim(dim, 0)

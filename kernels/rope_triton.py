@@ -1,6 +1,6 @@
 """The Triton kernel of rope. Legend: B batch, T positions, H heads of q, G heads of k, K head dim, J = K / 2 pairs.
 
-A program turns TOKENS positions of all heads, first of q and then of k, so it reads its rows of the tables once.
+A program rotates all heads at TOKENS positions, first of q and then of k, so it reads its rows of the tables once.
 """
 
 import triton
@@ -33,7 +33,7 @@ def _turn_heads(
         at_y = y_ptr + start_y[:, None, None] + (h * (2 * J))[None, :, None]
         heads = live[:, None, None] & (h < H)[None, :, None]
         if INTERLEAVED:
-            # Whole heads are read and written in order; the pairs are parted in registers.
+            # Whole heads are read and written in order; the pairs are split in registers.
             k = tl.arange(0, 2 * BLOCK_J)[None, None, :]
             mask = heads & (k < 2 * J)
             x = tl.load(at_x + k, mask=mask, other=0.0).to(tl.float32)
@@ -84,14 +84,14 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _table_strides(table: Tensor) -> tuple[int, int]:
-    """Of batch and position; one table serves all rows of a batch."""
+    """Strides of batch and position; that of batch is 0 for a table that all rows share."""
     return 0 if table.shape[0] == 1 else table.stride(0), table.stride(1)
 
 
 def turn(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """q and k turned (an empty tensor for no k); tables (1 or B, T, J)."""
+    """q and k rotated (an empty tensor if k is None); tables (1 or B, T, J)."""
     B, T, H, K = q.shape
     G = 0 if k is None else k.shape[2]
     q_out, k_out = q.new_empty(q.shape), q.new_empty(0) if k is None else k.new_empty(k.shape)

@@ -28,10 +28,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels; the r
 def swiglu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """y = silu(gate) * up; the layer is W2 swiglu(W1 x, W3 x). The kernel of `purelm.ops.glu.swiglu`.
 
-    On a GPU differentiable once, and backwards. Tensors that are not contiguous are copied first: project to gate and
-    up apart, not to both side by side. On the CPU it is the reference.
+    On a GPU differentiable once, in reverse mode. Tensors that are not contiguous are copied first, so compute gate and
+    up by two projections, and not as slices of one. On the CPU it is the reference.
 
-    Raises ValueError where gate and up differ in shape, dtype or device, and, on a GPU, for other dtypes than fp32,
+    Raises ValueError where gate and up differ in shape, dtype or device, and, on a GPU, for dtypes other than fp32,
     bf16 and fp16.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
@@ -48,7 +48,7 @@ def swiglu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[
         )
     if in_forward_mode(gate):
         return reference(gate, up)
-    # Dynamo cannot trace a Function that is given one tensor twice (2.13) or errs (2.11): a view is another tensor.
+    # With one tensor as two arguments dynamo cannot trace a Function (2.13), or its gradients are wrong (2.11).
     return _swiglu(gate, up.view_as(up) if up is gate else up)
 
 
@@ -91,7 +91,7 @@ def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _batched(xs: Any, in_dims: Any, n: int) -> list[Tensor]:
-    """Each with the batch axis in front, which is all that an elementwise op needs."""
+    """The tensors with the batch axis in front, which is all that an element-wise op needs."""
     return [
         x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(xs, in_dims, strict=True)
     ]
@@ -115,7 +115,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        # Both in one launch, also where one is not needed: it would read the same three tensors for the other.
+        # Both in one launch, even if only one is needed: that one takes the same three reads.
         dgate, dup = _backward(grads[0], *ctx.saved_tensors)
         return dgate if ctx.needs_input_grad[0] else None, dup if ctx.needs_input_grad[1] else None
 

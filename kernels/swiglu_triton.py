@@ -13,7 +13,7 @@ __all__ = ["backward", "forward"]
 
 
 def config(n: int) -> tuple[int, int]:
-    """Elements of a program, and its warps: 4 elements to a thread, so that many threads wait for memory at a time."""
+    """Elements of a program, and its warps: 4 elements a thread, so that many threads have loads in flight."""
     block = min(1024, max(64, triton.next_power_of_2(n)))
     return block, max(1, block // 128)
 
@@ -40,7 +40,7 @@ def _backward(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl.constex
 
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...]) -> None:
-    """The kernel over tensors of one shape and dtype, contiguous."""
+    """Launch the kernel on contiguous tensors of one shape and dtype."""
     x = tensors[0]
     n = x.numel()
     if n == 0:

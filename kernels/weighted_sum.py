@@ -1,6 +1,6 @@
 """A weighted sum over the last axis: the smallest kernel that has every part, to learn from (see README.md).
 
-Legend: R rows, D width, G groups of rows that have weights of their own (one group; vmap puts its batch there).
+Legend: R rows, D width, G groups of rows that have weights of their own (one, unless vmap folds its batch in).
 
     y_r   = sum_d x_rd w_d
     dx_rd = dy_r w_d
@@ -34,15 +34,15 @@ def reference(x: Float[Tensor, "*batch d"], weight_D: Float[Tensor, " d"]) -> Fl
 def weighted_sum(x: Float[Tensor, "*batch d"], weight_D: Float[Tensor, " d"]) -> Float[Tensor, "*batch"]:
     """y = sum_d x_d w_d over the last axis; summed in fp32, returned in x's dtype.
 
-    On a GPU differentiable once, and backwards.
+    On a GPU differentiable once, in reverse mode.
 
-    Raises ValueError for a weight that is not (D,), tensors of two devices, and, on a GPU, other dtypes than fp32,
+    Raises ValueError for a weight that is not (D,), tensors on two devices, and, on a GPU, dtypes other than fp32,
     bf16 and fp16.
 
     >>> weighted_sum(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([10.0, 1.0]))
     tensor([12., 34.])
     """
-    # Checks are here, in the public function: the op below may rely on them, and the message names the caller's words.
+    # Checks are here, in the public function: the op below relies on them, and errors name the caller's arguments.
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"weighted_sum: x must be floating with at least one axis, got {x.dtype} {tuple(x.shape)}")
     if weight_D.shape != x.shape[-1:] or weight_D.device != x.device:
@@ -58,12 +58,12 @@ def weighted_sum(x: Float[Tensor, "*batch d"], weight_D: Float[Tensor, " d"]) ->
             )
     if in_forward_mode(x):
         return reference(x, weight_D)
-    # The op knows one form only, (G, R, D). Reshaping is torch's business, and torch differentiates and batches it.
+    # The op takes one form only, (G, R, D). Reshaping is left to torch, which can differentiate and batch it.
     x_GRD = x.reshape(1, x.shape[:-1].numel(), x.shape[-1])
     return _weighted_sum(x_GRD, weight_D.unsqueeze(0)).reshape(x.shape[:-1])
 
 
-# 1. The custom op of the forward pass. To torch.compile it is a box with the shape that register_fake states.
+# 1. The custom op of the forward pass. torch.compile does not look inside; it knows what register_fake says.
 
 
 @torch.library.custom_op("purelm::weighted_sum_fwd", mutates_args=(), device_types="cuda")
@@ -85,7 +85,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[:-1])
 
 
-# 2. The same for the backward pass. An op may not return None, so what is not asked for is a tensor of no elements.
+# 2. The same for the backward pass. An op may not return None, so what is not needed is an empty tensor.
 
 
 @torch.library.custom_op("purelm::weighted_sum_bwd", mutates_args=(), device_types="cuda")
@@ -124,7 +124,7 @@ def _unfold(x: Tensor, n: int) -> Tensor:
 def _bwd_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     n = info.batch_size
     tensors = [_fold(x, dim, n) for x, dim in zip(args[:3], in_dims[:3], strict=True)]
-    outs = _backward(*tensors, *args[3:])  # by way of the Function again: there may be another vmap or grad around
+    outs = _backward(*tensors, *args[3:])  # through the Function again, since another vmap or grad may be active
     return tuple(_unfold(x, n) if need else x for x, need in zip(outs, args[3:], strict=True)), tuple(
         0 if need else None for need in args[3:]
     )
@@ -142,7 +142,7 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        # Apart from forward, which torch.func needs. What is saved must be an input or an output.
+        # Separate from forward, as torch.func requires. What is saved must be an input or an output.
         ctx.save_for_backward(*inputs)
 
     @staticmethod

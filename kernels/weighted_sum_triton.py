@@ -29,7 +29,7 @@ def config(D: int) -> tuple[int, int, int]:
 def _forward(
     x_ptr, w_ptr, y_ptr,  # a tensor arrives as a pointer to its first element
     R, D, n_tiles,  # numbers: 1 and multiples of 16 are compiled for specially
-    x_g, x_r, w_g,  # strides in elements: views are read where they lie, not copied
+    x_g, x_r, w_g,  # strides in elements: views are read in place, not copied
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # known when compiling: shapes of blocks
 ):  # fmt: skip
     """One program: ROWS numbers of y, of one group."""
@@ -58,8 +58,8 @@ def _backward(
 ):  # fmt: skip
     """One program: one column of tiles, rows p, p + n_programs, ...: dx of these tiles, and its part of dw.
 
-    dw is a sum over all rows, hence over programs, which run in no order. Atomic additions would give other bits each
-    time. So each program writes the sum of its own rows, and the parts are added up afterwards.
+    dw is a sum over all rows, hence over programs, which run in no order. Atomic additions would give different
+    bits in each run. So each program writes the sum of its own rows, and these are added up afterwards.
     """
     pid = tl.program_id(0)
     d = (pid % n_columns) * COLUMNS + tl.arange(0, COLUMNS)
@@ -126,5 +126,5 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool
             dy, x, weight, dx, parts, R, D, n_programs, n_columns, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
             weight.stride(0), NEED_DX=need_dx, NEED_DW=need_dw, ROWS=rows, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
-    # torch.sum adds in an order that shapes alone decide: the same bits each time.
+    # torch.sum adds in an order that depends on shapes alone: the same bits in each run.
     return dx, parts.sum(1).to(weight.dtype) if need_dw else dw
