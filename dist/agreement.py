@@ -70,7 +70,7 @@ def check_same(values: dict[str, str], *, group: Group = None) -> None:
         found = [_shown(one[name]) if name in one else "absent" for one in everyone]
         if len({one.get(name) for one in everyone}) > 1:
             problems.append(f"{name} is {_by_rank(found)}")
-    raise ValueError(f"ranks differ: {'. '.join(problems)}. All must be started alike")
+    raise ValueError(f"ranks differ: {'. '.join(problems)}. Start all ranks with the same settings")
 
 
 def _shown(value: str) -> str:
@@ -129,7 +129,7 @@ def check_equal(values: Any, group: Group = None, what: str = "tree") -> None:
         others = [rank for rank, part in enumerate(parts) if part != parts[0]]
         if others:
             ranks = f"rank{'s' * (len(others) > 1)} {_list(others)}"
-            raise ValueError(f"{what}: {path} has other values on {ranks} than on rank 0")
+            raise ValueError(f"{what}: {path} differs on {ranks} from rank 0")
 
 
 def non_finite_ranks(values: Any, group: Group = None) -> list[int]:

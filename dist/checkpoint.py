@@ -12,7 +12,7 @@ previous checkpoint loadable. `steps`, `latest`, `read_manifest` and `load` of t
 
 All ranks must see one file system. Messages are of a few hundred bytes (texts of errors, checksums of files), and if
 one rank fails, all raise. If a rank dies, the others' next message fails: over Gloo at once, over NCCL after the
-group's timeout. So the slowest rank may take no longer than that to write than the fastest.
+group's timeout. The times that ranks take to write must not differ by more than that.
 """
 
 import shutil
@@ -289,7 +289,7 @@ def _placed(plan: list[_Placed], absent: Sequence[Sequence[str]]) -> tuple[list[
             written[holders[0]] += p.like.nbytes
         else:
             who = f"ranks {', '.join(map(str, holders))} have" if holders else "no rank has"
-            raise ValueError(f"save: {who} {p.full_name}, the others None: it must be one rank's, or on all")
+            raise ValueError(f"save: {who} {p.full_name}, the others None: it must be on one rank, or on all")
     whole = [i for i, p in enumerate(plan) if p.full_name in common and p.shard is not None and len(p.like.shape[:1])]
     for i in sorted(whole, key=lambda i: -plan[i].like.nbytes):
         if plan[i].like.shape[0] > 1:

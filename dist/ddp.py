@@ -126,7 +126,7 @@ def overlapped_value_and_grad(
     The overlap needs a backward pass that yields gradients one by one: eager, rematerialised or compiled block by
     block. A model compiled as a whole yields them all at the end. So does an f that begins with a cast of all
     parameters, since autograd runs the casts' backward last: give the dtype as `compute` instead. f then gets
-    parameters of that dtype, and each gradient is cast back to its parameter's as it is added or sent.
+    parameters of that dtype, and each gradient is cast to its parameter's own as it is added or sent.
     """
     check_options(op, bucket_bytes)
     if microbatches < 1 or (microbatches > 1 and argnums != 0):
@@ -212,7 +212,7 @@ def differentiate(
     compute: torch.dtype | None = None,
     parts: bool = False,
 ) -> Callable[[Any, Any], tuple[tuple[Tensor, dict[str, Tensor]], Any]]:
-    """The function (params, batch) -> ((loss, metrics), grads), summed over all ranks; `Strategy.differentiate` here.
+    """The function (params, batch) -> ((loss, metrics), grads), summed over ranks, by which `strategy` differentiates.
 
     loss_fn must divide by batch["denominator"], which `with_global_denominator` puts there: sums over ranks are then
     what one process gets from the whole batch. ValueError for a batch with "targets" that has no denominator, or that
@@ -264,8 +264,8 @@ def check_denominator(batch: Any, group: Group, who: str) -> None:
     if denominator is None or getattr(denominator, "of_one_process", False):
         has = "no denominator" if denominator is None else "the denominator of one rank's targets"
         raise ValueError(
-            f"{who}: the batch has {has}, and the sum over {size_of(group)} ranks would be as many times too large: "
-            "put that of all ranks there (ddp.with_global_denominator), or train with ddp.strategy(group)"
+            f"{who}: the batch has {has}, so the sum over N = {size_of(group)} ranks would be N times too large: "
+            "give it that of all ranks (ddp.with_global_denominator), or train with ddp.strategy(group)"
         )
 
 

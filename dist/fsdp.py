@@ -5,12 +5,13 @@
     state = init_state(params, optimizer, strategy=strategy)          # 1/N of the fp32 masters
     step = make_step(model.loss, optimizer, schedule, strategy=strategy, precision=MIXED)
 
-ZeRO stage 3 (Rajbhandari et al., arXiv:1910.02054). Any loss of any model will do. It is given `Part`s, tensors with
-the shape of the whole, which are gathered where they are used. `gathered(f)` makes the parameters of f one unit: they
-are cast, gathered by one message, used and dropped. Where autograd would save one for backward, it saves a reference
-to the unit instead; the first reference that backward reads gathers the unit again. Gradients are reduce-scattered at
-the end of the unit's backward. While one unit runs, the next is prefetched, in forward and in backward; at most two are
-whole at a time. (In forward prefetch begins with the second evaluation: the first records the order of units.)
+ZeRO stage 3 (Rajbhandari et al., arXiv:1910.02054). Any loss of any model will do. The loss is given `Part`s, tensors
+with the shape of the whole, which are gathered where they are used. `gathered(f)` makes the parameters of f one unit:
+they are cast, gathered by one message, used and dropped. Where autograd would save such a parameter for backward, it
+saves a reference to the unit instead; the first reference that backward reads gathers the unit again. Gradients are
+reduce-scattered at the end of the unit's backward. While one unit runs, the next is prefetched, in forward and in
+backward; at most two are whole at a time. (In forward, prefetch begins with the second evaluation: the first records
+the order of units.)
 
 This is ordinary autograd: it composes with value_and_grad, accumulate, remat (inside: gathered(remat(block))), compiled
 blocks and higher derivatives. Under torch.func's transforms (jvp, vmap, grad) parameters are gathered by
@@ -228,7 +229,7 @@ def plan(
 def differentiate(
     loss_fn: Loss, plan: Plan, *, microbatches: int = 1, compute: torch.dtype | None = None
 ) -> Callable[[Any, Any], Any]:
-    """The function (local, batch) -> ((loss, metrics), local gradients); `Strategy.differentiate` here.
+    """The function (local, batch) -> ((loss, metrics), local gradients), by which `strategy` differentiates.
 
     loss_fn must divide by batch["denominator"], that of all ranks (`ddp.with_global_denominator`). Loss, metrics and
     gradients are sums over ranks and microbatches; the metric non_finite_rank is the first rank whose own loss is inf

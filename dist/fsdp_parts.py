@@ -60,7 +60,7 @@ class Part(Tensor):
         if name == "to" and not kwargs and args[1:] in ((args[0].dtype,), (args[0].device,)):
             return args[0]
         if name.endswith("_") and not name.endswith("__"):
-            raise ValueError(f"fsdp: {name} writes to a parameter of which this rank has a part")
+            raise ValueError(f"fsdp: {name} writes to a parameter of which this rank has only a part")
         leaves, treedef = tree.flatten((list(args), kwargs))
         at = [i for i, x in enumerate(leaves) if isinstance(x, Part)]
 
@@ -75,8 +75,8 @@ class Part(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
         raise ValueError(
-            f"fsdp: {func} got a parameter of which this rank has a part: make the model with ops=fsdp.ops(...), or "
-            "use the parameter inside of fsdp.gathered(f)"
+            f"fsdp: {func} got a parameter of which this rank has only a part: make the model with ops=fsdp.ops(...), "
+            "or use the parameter inside of fsdp.gathered(f)"
         )
 
 

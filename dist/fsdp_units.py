@@ -207,7 +207,7 @@ class _Sums(torch.autograd.Function):
     def forward(ctx: Any, travel: Travel, *wholes: Tensor) -> Any:
         ctx.travel = travel
         parts = scatter_sums(wholes, travel.group, travel.wire).wait()
-        return tuple(x.to(dtype, copy=True) for x, dtype in zip(parts, travel.dtypes, strict=True))  # not views
+        return tuple(x.to(dtype, copy=True) for x, dtype in zip(parts, travel.dtypes, strict=True))  # no views
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -193,7 +193,7 @@ def strategy(model: Any, layout: Layout, data: Strategy = ALONE) -> Strategy:
 def _check_calls(calls: Counter[str]) -> None:
     """ValueError unless the model was made with layout.ops, and calls `enter` and `linear_out` equally often."""
     if not calls["embedding"]:
-        raise ValueError("tensor_parallel: the model was not made with layout.ops(...), and would use parts as wholes")
+        raise ValueError("tensor_parallel: the model was not made with layout.ops(...), and takes parts for wholes")
     if calls["enter"] != calls["linear_out"]:
         raise ValueError(
             f"tensor_parallel: ops.enter was called {calls['enter']} times and ops.linear_out {calls['linear_out']} "

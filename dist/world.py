@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # before any group exists: its default arguments would keep that alive
+import torch.distributed.nn.functional  # before any group exists: its default arguments would keep one alive
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
@@ -58,7 +58,7 @@ def start(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     """Join the processes that torchrun started, and leave at the end; without torchrun, a world of one process.
 
     device: "cuda", "cpu" or "auto"; with several GPUs each process takes number LOCAL_RANK. timeout: seconds after
-    which a collective fails that some rank has not entered. An exception in the body ends this process at once, and
+    which a collective that some rank has not entered fails. An exception in the body ends this process at once, and
     torchrun then ends the others. A process group that exists already is used, and not destroyed at the end.
     PeerError if the port is taken, if not all processes come, and if one is lost later.
     """
@@ -113,7 +113,7 @@ def _why_not_joined(error: RuntimeError, timeout: float) -> str:
     if "EADDRINUSE" in str(error):
         return f"{who}: port {port} is in use, by another run perhaps: give another one (torchrun --master-port)"
     return (
-        f"{who}: not all of the {size} processes came together at {address}:{port} within {timeout:.0f} s; were all "
+        f"{who}: not all of the {size} processes joined at {address}:{port} within {timeout:.0f} s; were all "
         f"started, with one MASTER_ADDR, MASTER_PORT and WORLD_SIZE? ({_line(error)})"
     )
 
@@ -127,8 +127,8 @@ def _where_lost(error: RuntimeError) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in f.filename]
     at = f" in {frames[-1].name} ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return (
-        f"rank {dist.get_rank()} of {dist.get_world_size()}: another process is gone, or did not come to a message"
-        f"{at}: what it printed says why ({_line(error)})"
+        f"rank {dist.get_rank()} of {dist.get_world_size()}: another process is gone, or did not join a collective"
+        f"{at}: its own output says why ({_line(error)})"
     )
 
 

@@ -149,7 +149,7 @@ def sharded_step(
     bucket_bytes: int | None = None,
     donate: bool = False,
 ) -> Callable[[Any, Any, Any, Tensor | float], tuple[Any, Any]]:
-    """A step (grads, state, params, lr) -> (params', state') over ranks, from one of a single process.
+    """A step (grads, state, params, lr) -> (params', state') over ranks, made of `step`, one of a single process.
 
     step: `kernels.adamw.adamw_step`, for example. grads are this rank's parts (`ddp.differentiate(parts=True)`), the
     state is that of `sharded(optimizer).init(params)`. Each rank steps a copy of its part of the parameters, and the

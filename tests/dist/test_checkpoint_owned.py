@@ -105,8 +105,8 @@ def on_rank_wrong(root, kind):
 @pytest.mark.parametrize(
     ("kind", "size", "message"),
     [
-        ("nobody", 2, r"save: no rank has t\.a, the others None: it must be one rank's, or on all"),
-        ("several", 3, r"save: ranks 0, 2 have t\.a, the others None: it must be one rank's, or on all"),
+        ("nobody", 2, r"save: no rank has t\.a, the others None: it must be on one rank, or on all"),
+        ("several", 3, r"save: ranks 0, 2 have t\.a, the others None: it must be on one rank, or on all"),
         ("part", 2, r"rank 1: ValueError: save: t\.a is \(2, 3\); no other rank has it, so it must be whole, \(4, 3\)"),
         ("tree", 2, r"save: t\.a is dict; like says .*\(4, 3\) torch\.float32"),
     ],

@@ -174,7 +174,7 @@ def test_equal_to_the_bit():
     assert first == second
     with pytest.raises(RankError) as error:
         run(on_rank_equal, True)
-    message = "ValueError: parameters: b.1 has other values on rank 1 than on rank 0"
+    message = "ValueError: parameters: b.1 differs on rank 1 from rank 0"
     assert error.value.errors == {0: message, 1: message}
 
 
@@ -198,11 +198,11 @@ def on_rank_started(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": "1"}, "ranks differ: seed is '0' on rank 0; '1' on rank 1. All must be started alike"),
+        ({"seed": "1"}, "ranks differ: seed is '0' on rank 0; '1' on rank 1. Start all ranks with the same settings"),
         (
             {"data": "", "lr": "1e-3"},
             "ranks differ: data is '5f1d' on rank 0; '' on rank 1. lr is absent on rank 0; '1e-3' on rank 1. "
-            "All must be started alike",
+            "Start all ranks with the same settings",
         ),
     ],
 )

@@ -112,7 +112,7 @@ def test_what_keeps_processes_apart_is_said_in_one_line(case, monkeypatch):
         assert line.startswith(f"rank 0 of 2: port {port} is in use, by another run perhaps: give another one")
     else:
         who, where = f"rank {os.environ['RANK']} of 2", f"at 127.0.0.1:{port} within 1 s"
-        assert line.startswith(f"{who}: not all of the 2 processes came together {where}")
+        assert line.startswith(f"{who}: not all of the 2 processes joined {where}")
 
 
 LOSES = """
@@ -140,4 +140,4 @@ def test_survivors_say_one_line():
     assert [p.returncode for p in ranks] == [1, 9]
     lines = [line for line in said[0].splitlines() if not re.match(r"(\[rank\d\]:)?\[[WE]", line)]  # torch's own log
     assert "Traceback" not in said[0] and len(lines) == 1, said[0]
-    assert lines[0].startswith("rank 0 of 2: another process is gone, or did not come to a message in ")
+    assert lines[0].startswith("rank 0 of 2: another process is gone, or did not join a collective in ")
