@@ -19,7 +19,7 @@ __all__ = ["TRITON"]
 
 
 def config(V: int) -> tuple[int, int]:
-    """(elements a block, warps) for rows of V logits."""
+    """(elements of a block, warps) for rows of V logits."""
     block = min(triton.next_power_of_2(max(V, 16)), 8192)
     return block, 16 if block >= 8192 else 8 if block >= 2048 else 4
 
@@ -76,7 +76,7 @@ def _log_normaliser(
 
 @triton.jit
 def _target_score(row, target, softcap, inv_temperature, V: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """l of the target; NaN when it is no index, without touching memory there."""
+    """l of the target; NaN, without a memory access, for a target outside of 0..V-1."""
     valid = (target >= 0) & (target < V)
     x = tl.load(row + target, mask=valid, other=0.0).to(tl.float32)
     l, _ = _scores(x, softcap, inv_temperature, HAS_SOFTCAP)

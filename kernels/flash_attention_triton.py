@@ -68,8 +68,8 @@ def _tanh(x):
 
 @triton.jit
 def _place(pid, n_tiles, n_heads, heads_at_once):
-    """(tile, head) of a program: programs go through the tiles of a few heads, whose keys fit the cache, and then
-    through those of the next few."""
+    """(tile, head) of a program. Programs take all tiles of heads_at_once heads, whose keys fit the cache, and then
+    those of the next heads."""
     per = heads_at_once * n_tiles
     first = (pid // per) * heads_at_once
     n = tl.minimum(heads_at_once, n_heads - first)

@@ -1,7 +1,7 @@
 """Triton kernels of rms_norm. Legend: G groups, R rows, D width; tensors (G, R, D), weights (G, D), rstd (G, R).
 
-A tile is ROWS whole rows of up to ONE_BLOCK elements, held in registers, so each number is read once. Longer rows are
-walked in pieces of LONG_BLOCK elements, twice; the second time they come from the L2 cache.
+A tile is ROWS whole rows of up to ONE_BLOCK elements, held in registers, so each element is read once. Longer rows are
+read in blocks of LONG_BLOCK elements, twice; the second time from the L2 cache.
 """
 
 from typing import NamedTuple
@@ -39,9 +39,10 @@ def config(D: int, R: int) -> Config:
 
 
 def config_backward(D: int, R: int, itemsize: int, n_tensors: int) -> Config:
-    """Backward: whole rows one after another, since dw in registers is as large as a tile; 16 warps a processor.
+    """Backward: tiles of 1024 elements, or one longer row, since dw takes as many registers again; 16 warps an SM.
 
-    Measured on an H100 at D 768 to 8192. Tiles ahead are in shared memory, which all programs of a processor share.
+    Measured on an H100 at D 768 to 8192. Tiles that are loaded ahead take shared memory, which the programs of an SM
+    divide.
     """
     block = min(triton.next_power_of_2(D), ONE_BLOCK)
     rows = min(max(1, 1024 // block), triton.next_power_of_2(max(R, 1)))

@@ -13,7 +13,7 @@ __all__ = ["turn"]
 
 
 def config(H: int, G: int, K: int) -> tuple[int, int, int, int]:
-    """Positions of a program, heads of q and of k in a tile, warps: one position if it has 1024 elements or more."""
+    """(positions of a program, heads of q in a tile, heads of k, warps): 1024 elements, or one larger position."""
     width = triton.next_power_of_2(K)
     heads_q, heads_k = (max(1, min(triton.next_power_of_2(n), 4096 // width)) for n in (H, G))
     tokens = max(1, min(16, 1024 // (heads_q * width)))
@@ -26,7 +26,7 @@ def _turn_heads(
     H: tl.constexpr, J: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_J: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """All heads of the positions that begin at start_x and, in the result, at start_y."""
+    """Rotate all heads of TOKENS positions, which begin at start_x in x and at start_y in the result."""
     for first in range(0, H, HEADS):
         h = (first + tl.arange(0, HEADS)).to(tl.int64)
         at_x = x_ptr + start_x[:, None, None] + (h * x_h)[None, :, None]
