@@ -171,11 +171,11 @@ def make_step(
 
     Args:
         loss_fn: (params, batch) -> (scalar, metrics). Scalars and metrics are summed over microbatches and processes,
-            so they must be sums divided by batch["denominator"] (set by the strategy if the batch has none). With more
-            than one microbatch or process the first step refuses (ValueError) a loss that is a mean over its own
-            microbatch, whatever the denominator.
+            so the scalar, and any metric that is a mean, must be a sum divided by batch["denominator"] (set by the
+            strategy if the batch has none). With more than one microbatch or process the first step refuses
+            (ValueError) a loss that is a mean over its own microbatch, whatever the denominator.
         schedule: 0-d step -> 0-d learning rate; the first update gets step 0.
-        strategy: the one that made the state, by `init_state`.
+        strategy: how this works on several processes; the same one as for `init_state`.
         max_norm: gradients are scaled down to this global norm, over all processes, if theirs is larger; None: no
             clipping. The first step refuses an optimizer that clips by the norm of one process's part.
         microbatches: number of equal parts that the batch axis is cut into. The result is that of the whole batch, and

@@ -1,12 +1,13 @@
-"""What parallel training costs: bytes that a rank sends in a step, the time beside that of compute, and memory.
+"""What parallel training costs a rank: bytes sent in a step, time of compute and of communication, and memory.
 
 Plain arithmetic as in `accounting`. A step has a forward and a backward phase. In each, compute takes c B and
-communication d + t B seconds for a batch of B on a rank (d: parameters and gradients, t B: activations). Perfectly
-overlapped, the phase takes the longer of the two.
+communication d + t B seconds for a batch of B on a rank; d is for parameters and gradients, and t B for activations,
+which only tensor parallelism sends. If the two overlap perfectly, the phase takes the longer of them.
+
 Bytes are those that one rank sends in a ring: n (N - 1)/N for an all_gather or a reduce_scatter of n bytes, twice that
 for an all_reduce. So `bandwidth` is the bus bandwidth of nccl-tests: bytes/s that one rank sends.
 
-    scheme   forward phase                    backward phase                                sum for N -> infinity
+    scheme   forward phase                    backward phase                                elements sent, N -> infinity
     ddp                                       all_reduce of gradients                       2 P
     zero1    all_gather of updated parameters reduce_scatter of gradients                   2 P
     fsdp     all_gather of parameters         all_gather again, reduce_scatter of gradients 3 P
@@ -17,7 +18,7 @@ Sources: ZeRO (1910.02054), sections 5 and 7; Megatron-LM (1909.08053), section 
 (2205.05198), section 4.2; "How to Scale Your Model" (Austin et al., 2025), part 5; CS336, assignment 2.
 
 Neglected: messages of the embedding and the head under tensor parallelism, gradients of norms, latency.
-Legend: B batch of a rank in sequences, T positions, D d_model, L layers, P parameters.
+Legend: N ranks, B batch of a rank in sequences, T positions, D d_model, L layers, P parameters.
 """
 
 import math
@@ -141,8 +142,8 @@ def critical_tokens(n_ranks: int, peak: float, bandwidth: float, bytes_per_eleme
     """Tokens a rank above which compute can hide data parallelism's messages: (N - 1)/N b/2 C/W, whatever the scheme.
 
     For n tokens, compute is 2 n P FLOPs forward and 4 n P backward; with b bytes an element, ddp sends 2 b P bytes
-    backward, fsdp b P forward and 2 b P backward. For bf16 b/2 is 1, which gives the book's B/N > C/W (part 5), with
-    peak C FLOP/s and bandwidth W bytes/s.
+    backward, zero1 b P in each phase, fsdp b P forward and 2 b P backward; the limit is the same for all. For bf16 b/2
+    is 1, which gives B/N > C/W of "How to Scale Your Model" (part 5), with peak C FLOP/s and bandwidth W bytes/s.
 
     >>> critical_tokens(10**9, 4.59e14, 1.8e11)  # TPU v5p, one axis
     2549.9...

@@ -17,7 +17,8 @@ class Stop:
     """What ends a row before max_new_tokens."""
 
     ids: Sequence[int] = ()  # a row ends with the first of these ids, which is kept
-    # A row ends when the text of its new tokens contains one of these, which may span tokens but not the prompt's end.
+    # A row ends when the text of its new tokens contains one of these strings, also one that spans several tokens; the
+    # prompt is not searched.
     strings: Sequence[str] = ()
     min_new_tokens: int = 0  # before a row has this many new tokens, ids are forbidden and strings are not looked for
 

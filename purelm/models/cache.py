@@ -28,7 +28,7 @@ from purelm.ops import REFERENCE, Ops
 
 __all__ = ["Cache", "CachedBlockFn", "cached_blocks", "decode", "decode_", "init_cache", "prefill"]
 
-Write = Callable[[Tensor, int, Tensor, Tensor], Tensor]
+Write = Callable[[Tensor, int, Tensor, Tensor], Tensor]  # as `Slots.write`
 # (one layer's params, x_BTD, ctx, state, what its mixer's `reads` returned) -> (x_BTD, state)
 CachedBlockFn = Callable[[Params, Tensor, Context, Any, Any], tuple[Tensor, Any]]
 

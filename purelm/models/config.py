@@ -191,6 +191,8 @@ def config_from_dict(fields: Mapping[str, Any]) -> Config:
     if isinstance(given.get("rope_scaling"), Mapping):
         scaling, names = given["rope_scaling"], [f.name for f in dataclasses.fields(RopeScaling)]
         if odd := sorted(set(scaling) - set(names)) or [n for n in names[:2] if n not in scaling]:
-            raise ValueError(f"Config.rope_scaling has or lacks {', '.join(odd)}; it has {', '.join(names)}")
+            raise ValueError(
+                f"Config.rope_scaling: unknown or missing fields {', '.join(odd)}; the fields are {', '.join(names)}"
+            )
         given["rope_scaling"] = RopeScaling(**scaling)
     return Config(**given)

@@ -41,7 +41,8 @@ __all__ = [
 Params = dict[str, Any]
 # embedding: a vector for each token or position. head: from states to logits. matrix: a linear layer's weight.
 Kind = Literal["embedding", "head", "matrix", "norm", "bias"]
-# What a leaf is applied to; with tensor parallelism this decides whether its gradient is summed over processes.
+# What a leaf is applied to. With tensor parallelism this decides if the gradient of an uncut leaf is summed over
+# processes.
 # sublayer: values between `ops.enter` and `ops.linear_out`, of which each process has some features or heads.
 # stream: the residual stream, of which each process has some positions under sequence parallelism, else all.
 # outside: values that are the same on all processes, such as the input of a classifier.
@@ -163,7 +164,7 @@ def check_params(params: Any, leaves: Leaves) -> None:
     if len(found) != len(leaves) or any(path not in leaves for path in paths):
         missing, unknown = sorted(set(leaves) - set(paths)), sorted(set(paths) - set(leaves))
         what = [f"lack {', '.join(missing[:3])}"] if missing else []
-        what += [f"have {', '.join(unknown[:3])}, which the model does not"] if unknown else []
+        what += [f"have {', '.join(unknown[:3])}, unknown to the model"] if unknown else []
         raise ValueError(f"params {' and '.join(what)}: they are of a model with another configuration")
     for path, x in zip(paths, found, strict=True):
         if x.shape != leaves[path].shape:

@@ -96,8 +96,8 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
 
     ValueError, with all arguments intact, for a donated tensor that matches no result, requires grad, or shares memory
     with another leaf of the arguments. Tensors in f's closure are not checked.
-    Pass values that change from call to call as tensors: each new Python number may compile f again. Called in a
-    function that is itself being compiled, the result is f.
+    Pass values that change from call to call as tensors: each new Python number may compile f again. Inside a function
+    that is itself being compiled, the jitted f is f.
 
     >>> step = jit(lambda state, x: ({"w": state["w"] + x}, x.sum()), donate=0)
     >>> state, total = step(state, x)  # doctest: +SKIP
@@ -166,6 +166,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _alias(x: Any) -> Any:
+    """An alias of x that shares its memory; for 0-d fp64 one of shape (1,), which dynamo does not turn into a float."""
     return x.data.view(1) if _is_number(x) else x.data if isinstance(x, Tensor) else x
 
 
@@ -205,7 +206,7 @@ def consume(leaves: list[Any], donated_type: type[Tensor]) -> None:
 
 def _donated(args: tuple, donate: tuple[int, ...]) -> tuple:
     if max(donate) >= len(args):
-        raise ValueError(f"jit: donate is {donate}, but {len(args)} positional arguments came")
+        raise ValueError(f"jit: donate is {donate}, but {len(args)} positional arguments were given")
     return tuple(args[i] for i in donate)
 
 
@@ -250,7 +251,8 @@ def _store(
         left = set(free)
         where = iter(range(len(old)))
         return [traced.map(lambda x: next(where) in left, args[i]) for i in donate], None
-    # A result may be a view of a donated tensor that is about to be overwritten: read all results before writing any.
+    # A result may be a view of a donated tensor, or a clone of one that Inductor removes, and that tensor is about to
+    # be overwritten: read all results before writing any.
     for k, x in enumerate(new):
         slot = slots[k]
         if isinstance(x, Tensor) and (slot is None or x is not old[slot]):

@@ -46,9 +46,9 @@ def value_and_grad(
     """The function that returns f's value and its gradient with respect to the arguments `argnums`.
 
     f returns a 0-d floating value, or (value, aux) if has_aux; the result is (value, grads), or ((value, aux), grads).
-    grads has the structure of the argument (for a tuple of argnums: is a tuple of such trees), with zeros at a floating
-    leaf that the value does not depend on and None at a leaf that is not floating. f is called with detached leaves (no
-    data is copied), so the arguments' own requires_grad and .grad stay unchanged, and a tensor at two places of the
+    grads has the structure of the argument, with zeros at a floating leaf that the value does not depend on and None at
+    a leaf that is not floating; for a tuple of argnums it is a tuple of such trees. f is called with detached leaves
+    (no data is copied), so the arguments' own requires_grad and .grad stay unchanged, and a tensor at two places of the
     argument gets a gradient for each place. Value, aux and gradients are detached.
 
     Inside a torch.func transform (vmap, jvp, grad, jacrev, ...) torch.func.grad_and_value computes the same, and the
@@ -218,7 +218,7 @@ def _argument_numbers(argnums: int | tuple[int, ...]) -> tuple[int, ...]:
 def _differentiated(args: tuple, numbers: tuple[int, ...]) -> tuple:
     """The arguments to differentiate; ValueError if one of them has no floating leaf."""
     if max(numbers) >= len(args):
-        raise ValueError(f"value_and_grad: argnums has {max(numbers)}, but {len(args)} positional arguments came")
+        raise ValueError(f"value_and_grad: argnums has {max(numbers)}, but {len(args)} positional arguments were given")
     for i in numbers:
         if not any(tree.is_floating(x) for x in optree.tree_leaves(args[i])):
             raise ValueError(f"value_and_grad: argument {i} has no floating tensor to differentiate")

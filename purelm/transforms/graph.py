@@ -55,7 +55,7 @@ def cuda_graph(f: Callable[..., Any], donate: int | tuple[int, ...] = (), *, n_w
         if torch.compiler.is_compiling():
             return f(*args, **kwargs)
         if donate and max(donate) >= len(args):
-            raise ValueError(f"cuda_graph: donate is {donate}, but {len(args)} positional arguments came")
+            raise ValueError(f"cuda_graph: donate is {donate}, but {len(args)} positional arguments were given")
         leaves, treedef = optree.tree_flatten((args, kwargs))
         if not any(isinstance(x, Tensor) and x.is_cuda for x in leaves):
             return f(*args, **kwargs)
@@ -108,7 +108,7 @@ class _Record:
         device = next(x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda)
         for x in leaves:
             if isinstance(x, Tensor) and x.device != device:
-                raise ValueError(f"cuda_graph: a tensor on {x.device} beside those on {device}: move it there first")
+                raise ValueError(f"cuda_graph: a tensor is on {x.device} and another on {device}: move it there first")
         aliases = _aliases(leaves, donated)
         inputs = [x.clone() if isinstance(x, Tensor) and not d else x for x, d in zip(aliases, donated, strict=True)]
         new_args, new_kwargs = treedef.unflatten([x.data if isinstance(x, Tensor) else x for x in inputs])

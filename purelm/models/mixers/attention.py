@@ -184,7 +184,7 @@ def _apply_cached(
     state = KV(*[slots.write(x, 1, slots.new_T, new.to(x.dtype)) for x, new in zip(state, (k, v), strict=True)])
     keys, values = (x[:, reads.read].to(q.dtype) for x in state)
     if slots.one:
-        # The query comes after all keys that were read, and `reads` applied the window: no mask but segment_ids.
+        # The query comes after all keys that were read, and `reads` applied the window: segment_ids is the only mask.
         o = ops.attention(
             q, keys, values, causal=False, segment_ids=reads.segment_ids, scale=c.scale, softcap=c.softcap
         )
