@@ -4,9 +4,9 @@
     step = make_step(loss_fn, optimizer, schedule, max_norm=1.0)
     state, metrics = step(state, batch)
 
-`loss_fn(params, batch) -> (scalar, metrics)`; nothing else is known of the model. `jit(step, donate=0)` compiles it
-so that one copy of parameters and optimizer state is held. On several processes both functions get one more argument,
-the same `Strategy`: how parameters lie on them, and how gradients come about.
+The model enters as `loss_fn(params, batch) -> (scalar, metrics)` alone. `jit(step, donate=0)` is the compiled step,
+which holds one copy of parameters and optimizer state. For several processes give `init_state` and `make_step` the same
+`Strategy`, which says how parameters are divided over processes and how gradients are computed.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,15 +45,15 @@ Loss = Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]]  # (params, batch)
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes."""
+    """The state of training: everything that a step replaces."""
 
     params: Any  # tree of master weights
-    opt_state: Any  # the optimizer's own state
+    opt_state: Any  # as returned by Optimizer.init and update
     step: Tensor  # 0-d int64: updates done so far
 
 
 class Precision(NamedTuple):
-    """Number formats: masters in `param`, forward and backward in `compute`, gradients reduced in `reduce`."""
+    """Dtypes: master weights in `param`, forward and backward in `compute`, gradients reduced in `reduce`."""
 
     param: torch.dtype = torch.float32
     compute: torch.dtype = torch.float32
@@ -65,28 +65,30 @@ MIXED = Precision(compute=torch.bfloat16)
 
 
 def identity(x: Any) -> Any:
+    """x itself: what a `Strategy` does in place of a function that it does not need."""
     return x
 
 
 def with_denominator(batch: Any) -> Any:
-    """The batch with "denominator" = sum of weights (or number of targets), so that a mean survives any split.
+    """The batch with "denominator" added: the sum of its weights w, or its number of targets if it has no weights.
 
-    A loss that divides by this number, and not by what its own microbatch holds, can be added over microbatches:
-    sum_i nll_i w_i / sum_i w_i does not depend on how i is divided. It is 1 where the sum is 0: the loss of a batch
-    without targets is 0. A batch that has the key, or is no mapping with "targets", is returned as it is.
+    A loss that divides by this number instead of its own microbatch's sum of weights can be added over microbatches:
+    their losses sum to sum_i w_i nll_i / sum_i w_i, over the targets i of the whole batch, however it is split. The
+    denominator is 1 where the weights sum to 0, so that a batch without targets has loss 0. A batch that has a
+    "denominator" already, or is not a mapping with "targets", is returned unchanged.
     """
     total = n_targets(batch)
     if total is None or "denominator" in batch:
         return batch
     total = torch.where(total == 0, 1.0, total)
     if not torch.compiler.is_compiling():
-        # What sums losses over processes (purelm.dist) refuses a denominator of one of them.
+        # purelm.dist refuses this denominator where it sums losses over processes: it needs that of all batches.
         total.of_one_process = True  # type: ignore[attr-defined]
     return {**batch, "denominator": total}
 
 
 def n_targets(batch: Any) -> Tensor | None:
-    """The sum of the batch's weights, or its number of targets, 0-d; None where it is no mapping with "targets"."""
+    """0-d sum of the batch's weights, or its number of targets if it has none; None if it has no "targets"."""
     if not isinstance(batch, Mapping) or "targets" not in batch:
         return None
     targets, weights = batch["targets"], batch.get("weights")
@@ -96,9 +98,10 @@ def n_targets(batch: Any) -> Tensor | None:
 
 
 class Differentiate(Protocol):
-    """The function (local params, batch) -> ((loss, metrics), gradients) of what all processes have.
+    """loss -> function (local params, local batch) -> ((loss, metrics), gradients), over all processes' batches.
 
-    microbatches: parts in which each process's batch is computed. compute: the dtype of parameters in the loss.
+    microbatches: parts in which each process computes its batch. compute: the dtype that parameters are cast to for the
+    loss.
     """
 
     def __call__(
@@ -107,32 +110,32 @@ class Differentiate(Protocol):
 
 
 class Strategy(NamedTuple):
-    """What several processes do differently, as one value: its functions agree with each other.
+    """How a training step works on several processes: functions that belong together, as one value.
 
-    From `ddp.strategy`, `zero.strategy`, `fsdp.strategy`, `tensor_parallel.strategy` of purelm.dist. Each function is
-    called by all processes alike.
+    Made by `ddp.strategy`, `zero.strategy`, `fsdp.strategy` and `tensor_parallel.strategy` of purelm.dist. The
+    functions may communicate, so all processes must call them in the same order.
     """
 
-    # batch -> batch, before it is cut into microbatches: where a denominator of all processes' batches enters
+    # batch -> batch, before it is cut into microbatches: sets "denominator", to that of all processes' batches
     prepare: Callable[[Any], Any] = with_denominator
-    # Never compiled as a whole. None: value_and_grad and accumulate, of this process's batch.
+    # Loss -> function that also gives gradients; not compiled as a whole. None: value_and_grad and accumulate.
     differentiate: Differentiate | None = None
-    reduce: Callable[[Any], Any] = identity  # gradients -> gradients of what all processes have
-    norm: Callable[[Any], Tensor] = tree.global_norm  # of reduced gradients: of all of them, not of one process's parts
-    optimizer: Callable[[Optimizer], Optimizer] = identity  # to the one that takes these gradients
-    shard: Callable[[Any], Any] = identity  # whole params -> what this process holds
-    unshard: Callable[[Any], Any] = identity  # the inverse, on every process; of gradients, too
-    evaluate: Callable[[Loss], Loss] = identity  # to the loss of local params, summed over processes
+    reduce: Callable[[Any], Any] = identity  # a process's gradients -> gradients of the loss of all processes
+    norm: Callable[[Any], Tensor] = tree.global_norm  # reduced gradients -> norm of the whole, not of local parts
+    optimizer: Callable[[Optimizer], Optimizer] = identity  # -> the one that takes reduced gradients and local params
+    shard: Callable[[Any], Any] = identity  # whole params -> the params that this process holds
+    unshard: Callable[[Any], Any] = identity  # the inverse, on every process; also takes gradients
+    evaluate: Callable[[Loss], Loss] = identity  # loss of whole params -> loss of local params, summed over processes
 
 
 ALONE = Strategy()
 
 
 def reducing(reduce: Callable[[Any], Any]) -> Strategy:
-    """The strategy of a function gradient tree -> gradient tree, such as `ddp.all_reduce_mean`, and nothing else.
+    """`ALONE` with another `reduce`: a function gradient tree -> gradient tree, such as `ddp.all_reduce_mean`.
 
-    Each process divides by the denominator of its own batch; where these differ, `ddp.strategy` gives the mean over all
-    targets, and this one the mean of means.
+    Each process's loss is divided by the denominator of its own batch, so reducing by a mean gives the mean of the
+    processes' means. `ddp.strategy` gives the mean over all targets, which differs where denominators do.
     """
     return Strategy(reduce=reduce)
 
@@ -140,15 +143,15 @@ def reducing(reduce: Callable[[Any], Any]) -> Strategy:
 def init_state(
     params: Any, optimizer: Optimizer, precision: Precision = FULL, strategy: Strategy = ALONE
 ) -> TrainState:
-    """State before the first update: masters cast to `precision.param`, fresh optimizer state, step 0.
+    """State before the first update: master weights cast to `precision.param`, fresh optimizer state, step 0.
 
-    params are whole; each process keeps what the strategy says.
+    params are the whole parameters, on every process; the state has the part that `strategy.shard` keeps.
     """
     return state_of(strategy.shard(tree.cast(params, precision.param)), optimizer, strategy)
 
 
 def state_of(local: Any, optimizer: Optimizer, strategy: Strategy = ALONE) -> TrainState:
-    """The same, of masters that were sharded already."""
+    """`init_state` for `local`, this process's part of the master weights, in the dtype that they have."""
     device = next((x.device for x in tree.leaves(local)), torch.device("cpu"))
     step = torch.zeros((), dtype=torch.int64, device=device)
     return TrainState(local, strategy.optimizer(optimizer).init(local), step)
@@ -167,26 +170,28 @@ def make_step(
     """One update: g = clip(reduce(grad loss(cast(params), batch))); params + optimizer.update(g, lr = schedule(step)).
 
     Args:
-        loss_fn: (params, batch) -> (scalar, metrics); over microbatches and processes both are added up, as every loss
-            here can be that divides by batch["denominator"] (put there by the strategy where it is missing). The first
-            step refuses (ValueError) a loss that is a mean whatever the denominator.
-        schedule: 0-d step -> 0-d learning rate; the first update sees step 0.
-        strategy: of several processes; the state comes from `init_state` with the same one.
-        max_norm: largest global norm of the gradients, of all processes' together; None: they are not clipped. The
-            first step refuses an optimizer that clips by the norm of one process's parts.
-        microbatches: the batch axis is cut in this many equal parts; same result, activations of one part at a time.
-        precision: parameters are cast to `compute` inside the differentiated function, so gradients arrive in the
-            masters' dtype; they are cast to `reduce` before the strategy's `reduce` sees them.
+        loss_fn: (params, batch) -> (scalar, metrics). Scalars and metrics are summed over microbatches and processes,
+            so the scalar, and any metric that is a mean, must be a sum divided by batch["denominator"] (set by the
+            strategy if the batch has none). With more than one microbatch or process the first step refuses
+            (ValueError) a loss that is a mean over its own microbatch, whatever the denominator.
+        schedule: 0-d step -> 0-d learning rate; the first update gets step 0.
+        strategy: how this works on several processes; the same one as for `init_state`.
+        max_norm: gradients are scaled down to this global norm, over all processes, if theirs is larger; None: no
+            clipping. The first step refuses an optimizer that clips by the norm of one process's part.
+        microbatches: number of equal parts that the batch axis is cut into. The result is that of the whole batch, and
+            activations of one part are alive at a time.
+        precision: parameters are cast to `compute` inside the differentiated function, so gradients have the dtype of
+            the master weights; these gradients are cast to `reduce` before `strategy.reduce`.
     Returns:
-        step(state, batch) -> (state, metrics): metrics are detached 0-d tensors: loss, lr, grad_norm (before any
-        clipping) and what loss_fn reports. Read them one step late: reading waits for the device.
+        step(state, batch) -> (state, metrics). metrics are detached 0-d tensors: loss, lr, grad_norm (before clipping)
+        and those of loss_fn. Read them one step late, since reading waits for the device.
     """
     if not isinstance(microbatches, int) or microbatches < 1:
         raise ValueError(f"microbatches must be at least 1, got {microbatches!r}")
     if max_norm is not None:
         check_range("max_norm", max_norm, 0.0, float("inf"))
     prepare, differentiate, reduce, norm = strategy[:4]
-    is_local = norm is tree.global_norm  # then it is compiled with the update; another one may talk to other processes
+    is_local = norm is tree.global_norm  # compiled with the update; another norm may communicate and stays uncompiled
     given, optimizer = optimizer, strategy.optimizer(optimizer)
 
     def compute_loss(params: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -221,7 +226,7 @@ def make_step(
             is_checked.append(True)
 
     def measured(found: tuple[Any, dict[str, Tensor]]) -> tuple[Any, dict[str, Tensor]]:
-        """Clipped gradients, and their norm before among the metrics."""
+        """Clipped gradients, and the metrics with grad_norm, the norm before clipping."""
         grads, metrics = found
         size = norm(grads)
         if max_norm is not None:
@@ -247,15 +252,15 @@ def make_step(
         return TrainState(apply_updates(state.params, updates), opt_state, state.step + 1), {**metrics, "lr": lr}
 
     def update_(state: TrainState, found: tuple[Any, dict[str, Tensor]]) -> tuple[TrainState, dict[str, Tensor]]:
-        """`update`, written over the state."""
+        """`update` that writes into the memory of the state."""
         grads, metrics = measured(found) if is_local else found
         lr = schedule(state.step)
         assert write_over is not None
         params, opt_state = write_over(grads, state.opt_state, state.params, lr)
         return TrainState(params, opt_state, state.step.add_(1)), {**metrics, "lr": lr}
 
-    # What is compiled: the loss, forward and backward, and the optimizer's function of one leaf. Walks of trees are
-    # not: they would take longer to trace and compile than the model.
+    # jit compiles the loss (forward and backward) and the optimizer's update of one leaf. Walks over trees stay plain
+    # Python, since tracing and compiling them would take longer than the model.
     gradients = gradients_of(compute_loss)
     if differentiate is None:
         gradients = jitted_as(gradients, lambda donate, options: gradients_of(jit(compute_loss, **options)))
@@ -264,27 +269,27 @@ def make_step(
     write_over = step_of(optimizer)
     if write_over is not None:
         jitted_as(update, lambda donate, options: consuming(update, update_) if donate else None)
-    # What talks to other processes runs between the two, as it is.
+    # `reduced`, which may communicate, runs uncompiled between the two compiled stages.
     if is_local and reduce is identity:
         return in_stages(gradients, update)
     return in_stages(gradients, not_traced(reduced), update)
 
 
 def _check_divides(loss: Loss, params: Any, batch: Any, microbatches: int) -> None:
-    """ValueError for a loss that is a mean over what it is given, whatever batch["denominator"] says.
+    """ValueError for a loss that is a mean over its own microbatch, whatever batch["denominator"] says.
 
-    Summed over n microbatches or processes it would be n times too large. Two evaluations of the first microbatch; and
-    for a loss that does not depend on the denominator (or has none) one more, of that microbatch twice, which of a sum
-    is twice as much.
+    Summed over n microbatches or processes it would be n times too large. The loss of the first microbatch is evaluated
+    with the denominator and with twice that: if they differ, the loss divides by it. Otherwise, or without a
+    denominator, the loss is evaluated on that microbatch concatenated with itself: a sum doubles, a mean does not.
     """
     sizes = {x.shape[0] for x in tree.leaves(batch) if isinstance(x, Tensor) and x.ndim > 0}
     if not isinstance(batch, Mapping) or len(sizes) != 1:
         return
     n = sizes.pop() // microbatches
-    if not n:  # too few rows, which is said where they are divided
+    if not n:  # fewer rows than microbatches: `accumulate` raises the error
         return
     some = tree.map(lambda x: x[:n] if isinstance(x, Tensor) and x.ndim > 0 else x, batch)
-    # Shapes, and gradients that could be asked for, as in the step that follows: compiled blocks are compiled for it.
+    # Same shapes and requires_grad as in the step that follows, so that compiled blocks need not be compiled again.
     params = tree.map(lambda x: x.detach().requires_grad_() if tree.is_floating(x) else x, params)
     value = loss(params, some)[0].detach()
     if "denominator" in batch:
@@ -296,17 +301,17 @@ def _check_divides(loss: Loss, params: Any, batch: Any, microbatches: int) -> No
     if not bool(value.abs() > 0) or bool((doubled - 2 * value).abs() < (doubled - value).abs()):
         return
     raise ValueError(
-        'make_step: the loss is a mean over what it is given and does not divide by batch["denominator"]: its sum over '
-        "microbatches or processes would be as many times too large. Divide the sum over targets by it, a number that "
-        "is of the whole batch; the strategy puts it there for a batch with targets"
+        'make_step: the loss is a mean over its own microbatch and does not divide by batch["denominator"]: summed '
+        "over n microbatches or processes it would be n times too large. Divide the sum over targets by "
+        'batch["denominator"], their number in the whole batch, which the strategy sets for any batch with "targets"'
     )
 
 
 def _check_whole(params: Any, gradient: Any = None) -> None:
-    """ValueError where purelm.dist says that a process holds parts, of parameters or of their gradients."""
+    """ValueError where purelm.dist has marked parameters or gradients as one process's parts of the whole."""
     gives_parts = getattr(gradient, "gives_parts", None)
     if (gives_parts is not None and gives_parts()) or any(getattr(x, "is_part", False) for x in tree.leaves(params)):
         raise ValueError(
-            "make_step: each process has a part of the gradients, and grad_norm would be of that alone: give make_step "
-            "the strategy that divided the parameters, from fsdp, tensor_parallel or zero, as it is"
+            "make_step: each process has a part of the gradients, and grad_norm would be the norm of that part: give "
+            "make_step the strategy that divided the parameters, from fsdp, tensor_parallel or zero, unchanged"
         )

@@ -53,5 +53,5 @@ def test_wrong_options(options, message):
 
 
 def test_donated_position_without_an_argument():
-    with pytest.raises(ValueError, match=r"donate is \(1,\), but 1 positional arguments came"):
+    with pytest.raises(ValueError, match=r"donate is \(1,\), but 1 positional arguments were given"):
         cuda_graph(lambda x: x, donate=1)(torch.ones(2))

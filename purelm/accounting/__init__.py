@@ -1,8 +1,8 @@
 """What a model costs: parameters, FLOPs and bytes by part, and the share of a device's peak that a run reaches.
 
-Plain arithmetic on a `transformer.Config` (or anything with its properties); no tensor is made. Every function that
-returns a dict returns the parts; their sum is the whole. FLOPs are those of matrix products, 2 m n k for (m, k) times
-(k, n); norms, softmax and other element-wise work are left out, as in the course (they are less than a percent).
+Plain arithmetic on a `transformer.Config`; no tensor is made. A function that returns a dict returns the parts, which
+sum to the whole. FLOPs are those of matrix products, 2 m n k for (m, k) times (k, n); norms, softmax and other
+element-wise work are left out, as in CS336 (they are less than a percent).
 
 Legend: B batch, T positions, D d_model, H query heads, G key/value heads, K head dim, F ffn width, V vocabulary,
 L layers, N parameters.

@@ -46,12 +46,12 @@ def params_by_part(table: Leaves) -> dict[str, int]:
 
 
 def n_params(cfg: Config) -> int:
-    """N, all parameters."""
+    """N, the number of all parameters."""
     return sum(params(cfg).values())
 
 
 def n_params_without_embeddings(cfg: Config) -> int:
-    """N less token embeddings, position embeddings and output head (Kaplan et al., 2001.08361, section 1.3)."""
+    """N minus token embeddings, position embeddings and output head (Kaplan et al., 2001.08361, section 1.3)."""
     outside = ("token_embeddings", "position_embeddings", "lm_head")
     return sum(n for part, n in params(cfg).items() if part not in outside)
 
@@ -62,8 +62,8 @@ def forward_flops(
     """FLOPs of a forward pass over batch_size sequences of `length` (context_length when None), by part.
 
     Args:
-        skip_masked: count attention only over pairs that see each other, about what a flash kernel computes; else over
-            all T^2 pairs, as the course does and as MFU is usually stated.
+        skip_masked: count attention only over the (query, key) pairs that the mask allows, about what a flash kernel
+            computes; else over all T^2 pairs, as CS336 does and as is usual for MFU.
 
     >>> cfg = Config(vocab_size=50257, context_length=1024, d_model=1600, n_layers=48, n_heads=25, d_ff=4288)
     >>> sum(forward_flops(cfg).values()) / 1e12
@@ -80,7 +80,7 @@ def train_flops(
 ) -> int:
     """FLOPs of forward and backward: 3 times the forward pass, since backward has two products for each one in forward.
 
-    remat: 4 times, since forward runs twice. For MFU leave it False: recomputation is not useful work.
+    remat: 4 times, since forward runs twice. For MFU leave remat False, since recomputation does not count as useful.
     """
     return (4 if remat else 3) * sum(forward_flops(cfg, batch_size, length, skip_masked=skip_masked).values())
 
@@ -93,8 +93,8 @@ def six_n_d(n_params: int, n_tokens: int) -> int:
 def adamw_flops(n_params: int) -> int:
     """Element-wise FLOPs of one AdamW step: 14 a parameter.
 
-    m: 3 (two products, a sum). v: 4 (three products, a sum). Decay: 2. Root, + eps, quotient, times alpha_t,
-    difference: 5.
+    First moment m: 3 (two products, a sum). Second moment v: 4 (three products, a sum). Weight decay: 2. Update: 5
+    (square root, + eps, quotient, times the learning rate alpha_t, difference).
     """
     return 14 * n_params
 
@@ -108,16 +108,16 @@ def activation_bytes(
     flash: bool = False,
     remat: bool = False,
 ) -> dict[str, int]:
-    """Bytes that backward needs from forward, by part: the course's list, one tensor for each operation's result.
+    """Bytes of activations that backward needs, by part, if one tensor is kept for the result of each operation.
 
-    These are norms, q k v, scores, softmax, weighted values, output projection, ffn (W1, activation, W3, product, W2),
-    final norm, logits, cross-entropy. An estimate: compiled code keeps less, eager code more (fp32 copies, masks,
-    rotary products).
+    The operations are those that CS336 lists: norms, q k v, scores, softmax, weighted values, output projection, ffn
+    (W1, activation, W3, product, W2), final norm, logits, cross-entropy. This is an estimate: compiled code keeps less,
+    eager code more (fp32 copies, masks, rotary products).
 
     Args:
         bytes_per_element: 4 for fp32, 2 for bf16.
         flash: instead of scores and softmax, one fp32 log-sum-exp for each query and head is kept.
-        remat: only each block's input is kept, and all activations of the one block that is being recomputed.
+        remat: kept are the input of each block, and all activations of the one block that is being recomputed.
     """
     T = cfg.context_length if length is None else length
     N, D, e = batch_size * T, cfg.d_model, bytes_per_element
@@ -138,7 +138,7 @@ def activation_bytes(
 def _costs(
     cfg: Config, batch_size: int, length: int, *, bytes_per_element: int = 4, **options: Any
 ) -> list[tuple[Cost, int]]:
-    """Of each distinct layer, its mixer's and its feed-forward layer's; and how many there are of it."""
+    """For each distinct layer, (cost of its mixer and feed-forward layer together, how many of it the model has)."""
     out = []
     for layer, n in counted_layers(cfg):
         mixer, ffn = layer.mixer, layer.feed_forward
@@ -161,7 +161,7 @@ def _sum(*parts: dict[str, int]) -> dict[str, int]:
 
 
 def optimizer_bytes(n_params: int, *, n_moments: int = 2, bytes_per_element: int = 4) -> int:
-    """Bytes of optimizer state: two moments for AdamW, one for Muon, Lion and SGD with momentum."""
+    """Bytes of optimizer state. n_moments: 2 for AdamW; 1 for Muon, Lion and SGD with momentum."""
     return n_moments * bytes_per_element * n_params
 
 
@@ -179,12 +179,13 @@ def train_bytes(
     flash: bool = False,
     remat: bool = False,
 ) -> dict[str, int]:
-    """Bytes of a training step by kind; the defaults are the course's, AdamW with everything in fp32.
+    """Bytes of a training step by kind; the defaults are those of CS336, AdamW with everything in fp32.
 
     Args:
-        param_bytes, grad_bytes, moment_bytes: of one element. copy_bytes: of the cast copy that computes (2 for bf16
-            beside fp32 masters).
-        bytes_per_element, flash, remat: of `activation_bytes`.
+        param_bytes, grad_bytes, moment_bytes: bytes of one element of parameters, gradients and moments.
+        copy_bytes: bytes of one element of the cast copy of parameters for forward and backward (2 for bf16 with fp32
+            master weights); 0: no copy.
+        bytes_per_element, flash, remat: as for `activation_bytes`.
     """
     N = n_params(cfg)
     activations = activation_bytes(
@@ -199,7 +200,9 @@ def train_bytes(
 
 
 def max_batch_size(cfg: Config, memory_bytes: float, length: int | None = None, **kinds: Any) -> int:
-    """The largest batch whose `train_bytes` (keywords as there) fit into memory_bytes; 0 when one sequence does not.
+    """The largest batch (sequences) whose `train_bytes` fit into memory_bytes; 0 if one sequence does not fit.
+
+    kinds: keywords of `train_bytes`.
 
     >>> cfg = Config(vocab_size=50257, context_length=1024, d_model=1600, n_layers=48, n_heads=25, d_ff=4288)
     >>> max_batch_size(cfg, 80e9)
@@ -211,6 +214,6 @@ def max_batch_size(cfg: Config, memory_bytes: float, length: int | None = None, 
 
 
 def kv_cache_bytes(cfg: Config, batch_size: int = 1, length: int | None = None, *, bytes_per_element: int = 2) -> int:
-    """Bytes of the mixers' states after `length` positions (context_length when None): keys and values of attention."""
+    """Bytes of a decoding cache after `length` positions (context_length when None): attention's keys and values."""
     T = cfg.context_length if length is None else length
     return bytes_per_element * sum(n * cost.cache_elements for cost, n in _costs(cfg, batch_size, T))

@@ -1,22 +1,24 @@
-"""What parallel training costs: bytes that a rank sends in a step, the time beside that of compute, and memory.
+"""What parallel training costs a rank: bytes sent in a step, time of compute and of communication, and memory.
 
 Plain arithmetic as in `accounting`. A step has a forward and a backward phase. In each, compute takes c B and
-communication d + t B seconds for a batch of B on a rank; perfectly overlapped, the phase takes the longer of the two.
+communication d + t B seconds for a batch of B on a rank; d is for parameters and gradients, and t B for activations,
+which only tensor parallelism sends. If the two overlap perfectly, the phase takes the longer of them.
+
 Bytes are those that one rank sends in a ring: n (N - 1)/N for an all_gather or a reduce_scatter of n bytes, twice that
 for an all_reduce. So `bandwidth` is the bus bandwidth of nccl-tests: bytes/s that one rank sends.
 
-    scheme   forward phase                    backward phase                                sum for N -> infinity
+    scheme   forward phase                    backward phase                                elements sent, N -> infinity
     ddp                                       all_reduce of gradients                       2 P
     zero1    all_gather of updated parameters reduce_scatter of gradients                   2 P
     fsdp     all_gather of parameters         all_gather again, reduce_scatter of gradients 3 P
     tensor   2 all_reduces of (B, T, D) for each block, and as many backward; with sequence parallelism each is a
-             reduce_scatter and an all_gather, of the same bytes
+             reduce_scatter and an all_gather, which together send as many bytes
 
 Sources: ZeRO (1910.02054), sections 5 and 7; Megatron-LM (1909.08053), section 3, and its sequence parallelism
 (2205.05198), section 4.2; "How to Scale Your Model" (Austin et al., 2025), part 5; CS336, assignment 2.
 
-Left out, as small: the parallel embedding's and head's messages under tensor parallelism, gradients of norms, latency.
-Legend: B batch of a rank in sequences, T positions, D d_model, L layers, P parameters.
+Neglected: messages of the embedding and the head under tensor parallelism, gradients of norms, latency.
+Legend: N ranks, B batch of a rank in sequences, T positions, D d_model, L layers, P parameters.
 """
 
 import math
@@ -59,14 +61,16 @@ def communication_bytes(
     grad_bytes: int = 4,
     hidden_bytes: int = 2,
 ) -> dict[str, float]:
-    """Bytes that one rank sends in a step, by part and phase; n_data times n_tensor ranks (2-D when both are above 1).
+    """Bytes that one of n_data * n_tensor ranks sends in a step, by phase and part.
 
     Args:
-        batch_size, length: sequences of a group of n_tensor ranks, and their positions.
-        scheme: how parameters lie on the n_data ranks that see different data.
-        n_tensor: ranks that share each matrix. Each sends its share of what the scheme sends, except norms, which all
-            of them hold whole.
-        param_bytes, grad_bytes, hidden_bytes: of an element as it is sent (2 if it is cast to bf16 first).
+        batch_size: sequences of one group of n_tensor ranks, which compute on the same data.
+        length: positions of a sequence; context_length when None.
+        scheme: how parameters are held by the n_data groups of ranks with different data.
+        n_tensor: ranks over which each matrix is cut. A rank sends, by the scheme, 1/n_tensor of the matrices, and the
+            norms whole.
+        param_bytes, grad_bytes, hidden_bytes: bytes of one element as it is sent (2 if cast to bf16 first) of
+            parameters, gradients and activations.
 
     >>> cfg = Config(vocab_size=10_000, context_length=512, d_model=2560, n_layers=32, n_heads=32, d_ff=10_240)
     >>> communication_bytes(cfg, n_data=2)["backward_gradients"] / 1e9
@@ -97,11 +101,12 @@ def phases(
     tensor_bandwidth: float | None = None,
     **layout: Any,
 ) -> dict[str, Phase]:
-    """Seconds of compute and of communication in the forward and in the backward phase.
+    """Seconds of compute and of communication in the phases "forward" and "backward".
 
     Args:
-        peak: FLOP/s that a rank reaches. bandwidth, tensor_bandwidth: bytes/s that a rank sends to ranks with other
-            data, and within its n_tensor ranks (the same when None).
+        peak: FLOP/s that a rank reaches.
+        bandwidth: bytes/s that a rank sends to ranks with other data.
+        tensor_bandwidth: bytes/s that a rank sends within its group of n_tensor ranks; `bandwidth` when None.
         layout: keywords of `communication_bytes`.
     """
     sent = communication_bytes(cfg, batch_size, length, **layout)
@@ -115,10 +120,11 @@ def phases(
 
 
 def smallest_batch(cfg: Config, length: int | None = None, **kinds: Any) -> int | None:
-    """The smallest batch of a rank (sequences) at which compute takes as long as communication in both phases.
+    """The smallest batch of a rank (sequences) at which compute takes at least as long as communication in both phases.
 
-    B = ceil(d / (c - t)), at least 1; keywords of `phases`. None where t >= c: then messages of activations take longer
-    than compute at every batch, and only fewer tensor ranks help (`max_tensor_ranks`).
+    B = ceil(d / (c - t)), at least 1, with c, d, t of the module's docstring. None if t >= c: then sending activations
+    takes longer than compute at every batch, and only fewer tensor ranks help (`max_tensor_ranks`). kinds: keywords of
+    `phases`.
     """
     needed = 1
     zero, one = (phases(cfg, B, length, **kinds) for B in (0, 1))
@@ -133,11 +139,11 @@ def smallest_batch(cfg: Config, length: int | None = None, **kinds: Any) -> int 
 
 
 def critical_tokens(n_ranks: int, peak: float, bandwidth: float, bytes_per_element: int = 2) -> float:
-    """Tokens of a rank above which data parallelism hides its messages: (N - 1)/N b/2 C/W, for every model and scheme.
+    """Tokens a rank above which compute can hide data parallelism's messages: (N - 1)/N b/2 C/W, whatever the scheme.
 
     For n tokens, compute is 2 n P FLOPs forward and 4 n P backward; with b bytes an element, ddp sends 2 b P bytes
-    backward, fsdp b P forward and 2 b P backward. For bf16 b/2 is 1, which gives the book's B/N > C/W (part 5), with
-    peak C FLOP/s and bandwidth W bytes/s.
+    backward, zero1 b P in each phase, fsdp b P forward and 2 b P backward; the limit is the same for all. For bf16 b/2
+    is 1, which gives B/N > C/W of "How to Scale Your Model" (part 5), with peak C FLOP/s and bandwidth W bytes/s.
 
     >>> critical_tokens(10**9, 4.59e14, 1.8e11)  # TPU v5p, one axis
     2549.9...
@@ -148,11 +154,11 @@ def critical_tokens(n_ranks: int, peak: float, bandwidth: float, bytes_per_eleme
 def max_tensor_ranks(
     cfg: Config, length: int | None = None, *, peak: float, bandwidth: float, hidden_bytes: int = 2
 ) -> int:
-    """The most tensor-parallel ranks whose messages compute could hide, whatever the batch.
+    """The most tensor-parallel ranks whose messages compute can hide; it does not depend on the batch.
 
     With Y ranks, peak C, bandwidth W, F FLOPs for a sequence's forward and b bytes an element: F/(Y C) must be at least
-    4 L T D b (Y - 1)/(Y W), so Y <= 1 + F W/(4 L T D b C). (Backward has twice the compute for as many bytes.) A block
-    waits for its messages unless tensor parallelism is asynchronous, so this is a bound, not what is reached.
+    4 L T D b (Y - 1)/(Y W), so Y <= 1 + F W/(4 L T D b C). (Backward has twice the compute for as many bytes.) This is
+    an upper bound: unless tensor parallelism is asynchronous, a block waits for its messages instead of hiding them.
     """
     T = cfg.context_length if length is None else length
     flops = sum(accounting.forward_flops(cfg, 1, T).values())
@@ -174,11 +180,11 @@ def rank_bytes(
     moment_bytes: int = 4,
     **activations: Any,
 ) -> dict[str, int]:
-    """Bytes that one rank holds in a step, by kind; ZeRO's table 1 with the activations of its own batch.
+    """Bytes that one rank holds in a step, by kind: table 1 of the ZeRO paper, plus the activations of its own batch.
 
     zero1 divides the optimizer state by n_data. fsdp divides parameters and gradients too, and holds `gathered_blocks`
-    whole blocks in the copy's dtype: the one that computes, and those gathered ahead. Sizes are rounded up once for all
-    leaves, while `purelm.dist.sharding` rounds up the rows of each.
+    whole blocks in the dtype of the cast copy: the one being computed, and those gathered ahead. Sizes are rounded up
+    once for all leaves, while `purelm.dist.sharding` rounds up the rows of each leaf.
 
     Args:
         param_bytes, grad_bytes, copy_bytes, n_moments, moment_bytes, activations: keywords of `accounting.train_bytes`.
@@ -210,10 +216,11 @@ def table(
     grad_bytes: int = 4,
     hidden_bytes: int = 2,
 ) -> str:
-    """A Markdown table: for each scheme on n_ranks, bytes sent, seconds, what limits the step, memory of the states.
+    """A Markdown table of all schemes on n_ranks: bytes sent, times, `smallest_batch`, memory without activations.
 
-    `tensor` takes the batch of all n_ranks, so every row is the same work. "overlapped" is the time of a step whose
-    communication is hidden as far as possible, "exposed" the communication that is not hidden then.
+    Row `tensor` has batch_size * n_ranks sequences on its one group of ranks, so that every row is the same work.
+    "overlapped" is the time of a step whose communication is hidden as far as possible, "exposed" the time of the
+    communication that remains.
     """
     wire = {"param_bytes": param_bytes, "grad_bytes": grad_bytes, "hidden_bytes": hidden_bytes}
     lines = [

@@ -15,11 +15,11 @@ __all__ = ["Score", "bits_per_byte", "score"]
 
 
 class Score(NamedTuple):
-    """What was measured over a stream."""
+    """The loss of a model over a token stream, and the sizes by which it is divided."""
 
     nats: float  # sum of -log p(token | context)
     n_tokens: float  # targets scored (sum of their weights)
-    n_bytes: int  # UTF-8 bytes of the text that the tokens stand for
+    n_bytes: int  # UTF-8 bytes of the text, without special tokens
 
     @property
     def nats_per_token(self) -> float:
@@ -28,7 +28,7 @@ class Score(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per token); inf where that is too large for a float."""
+        """exp(nats per token); inf above e^700, near the largest float."""
         return math.exp(self.nats_per_token) if not self.nats_per_token > 700.0 else math.inf
 
     @property
@@ -52,11 +52,15 @@ def score(
     *,
     device: str | torch.device | None = None,
 ) -> Score:
-    """Sum the loss over batches that cover each target once (`purelm.data.eval_windows`).
+    """Sum of the loss over batches in which each target occurs once (`purelm.data.eval_windows` makes them).
 
-    loss_fn is given each batch with "denominator" 1, so its scalar is the batch's sum of weighted nats. Sums are kept
-    in float64, because a float32 running sum over millions of tokens drifts. ValueError where no batch has a target of
-    weight above 0.
+    loss_fn, (params, batch) -> (scalar, metrics), is called with batch["denominator"] = 1, so that the scalar is the
+    batch's sum of weighted nats. Sums are fp64, because rounding errors of an fp32 sum over millions of tokens add up.
+    ValueError if no batch has a target of weight above 0.
+
+    Args:
+        n_bytes: UTF-8 bytes of the text that all targets together stand for.
+        device: where the sums are kept; None: on the CPU, waiting for each batch.
     """
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""Batched sampling with a cache, one key a row; laws at the top of the package."""
+"""Batched sampling with a KV cache; the docstring of `purelm.generate` says what a row's sample depends on."""
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,20 +20,20 @@ Prompts = Iterable[Sequence[int] | Tensor] | Tensor
 
 
 class Step(NamedTuple):
-    """One token of each row; None for rows that had finished before."""
+    """One new token of each row; entries are None for rows that finished in an earlier step."""
 
     tokens: list[int | None]
-    logprobs: list[float | None]  # under the distribution that was sampled from
-    finish_reasons: list[str | None]  # of rows that finish with this token, else None
+    logprobs: list[float | None]  # log-probabilities under the distribution sampled from (after temperature, filters)
+    finish_reasons: list[str | None]  # stop_id, stop_string or length if the row ends with this token, else None
 
 
 class Generation(NamedTuple):
     """What was generated, without the prompts."""
 
-    tokens: list[Tensor]  # one (n,) int64 a row, with the stop id, or the token that completed the stop string
-    logprobs: list[Tensor]  # one (n,) fp32 a row: log-probabilities under the distribution that was sampled from
+    tokens: list[Tensor]  # one (n,) int64 a row, including the stop id or the token that completes the stop string
+    logprobs: list[Tensor]  # one (n,) fp32 a row: as in `Step`
     finish_reasons: list[str]  # stop_id, stop_string or length
-    texts: list[str] | None  # decoded, without the stop id, and cut after the stop string; None without decode_fn
+    texts: list[str] | None  # decoded without the stop id, up to the end of the stop string; None without decode_fn
 
 
 def stream(
@@ -49,7 +49,8 @@ def stream(
 ) -> Iterator[Step]:
     """Yields a Step for each new position until every row has finished; arguments as for `generate`.
 
-    Nothing is yielded for rows without room for a token. Arguments are checked at the call, not at the first token.
+    A row whose prompt fills the context, or any row if max_new_tokens is 0, has only None. Arguments are checked when
+    `stream` is called, and not when the first Step is taken.
     """
     rows = _rows(prompts, model)
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
@@ -120,14 +121,14 @@ def generate(
     """Continues each prompt until a stop id, a stop string, max_new_tokens or the end of the model's context.
 
     Args:
-        prompts: token ids of each row, of any lengths from 1 to context_length; any iterable of rows.
-        key: one key, of which row i takes fold_in(key, i); or a key for each row, (B, 2).
+        prompts: an iterable of rows of token ids, each 1 to context_length long.
+        key: one key, from which row i gets fold_in(key, i); or a key for each row, (B, 2).
         sampling: temperature and filters.
         stop: ids and strings that end a row.
-        decode_fn: ids -> text.
+        decode_fn: list of ids -> text; needed for stop.strings and for `Generation.texts`.
 
-    ValueError names what is wrong with an argument, and rows whose logits are NaN or inf: the model has diverged, or
-    overflowed in 16 bits.
+    ValueError for a wrong argument, and for rows whose logits are NaN or inf: the parameters have diverged, or a 16-bit
+    dtype overflows.
 
     >>> from purelm.models import transformer
     >>> model = transformer.make(transformer.Config(vocab_size=8, context_length=16, d_model=4, n_layers=1, n_heads=2))
@@ -136,7 +137,7 @@ def generate(
     >>> [len(t) for t in out.tokens], out.finish_reasons
     ([3, 3], ['length', 'length'])
     """
-    prompts = _prompts(prompts)  # more than one look at each
+    prompts = _prompts(prompts)  # a list, since an iterator could be read only once
     steps = stream(
         model,
         params,
@@ -174,8 +175,9 @@ def _prompts(prompts: Prompts) -> list[Any]:
 
 
 def _finite(logits_BV: Tensor, open_rows: list[bool], n: int) -> Tensor:
-    """ValueError that names open rows without a distribution; finished ones, which nobody reads, get an even one."""
-    # The largest is NaN where any is, and -inf where nothing is possible. The host waits for this step's token anyway.
+    """The logits, with 0 in finished rows that are not finite; ValueError naming unfinished rows that are not."""
+    # A row's maximum is NaN if any logit is, and -inf if all are. Waiting for it here costs little: the host waits for
+    # this step's token anyway.
     finite_B = torch.isfinite(logits_BV.amax(-1))
     is_finite = finite_B.tolist()
     bad = [i for i, (good, is_open) in enumerate(zip(is_finite, open_rows, strict=True)) if is_open and not good]
@@ -208,7 +210,7 @@ def _rows(prompts: Prompts, model: Model) -> list[Tensor]:
 
 
 def _uniforms(key: Tensor, lengths: list[int], n: int) -> Tensor:
-    """(B, n) fp64: column j of row b is number (lengths[b] + j) of the row's key, the position that it decides."""
+    """(B, n) fp64: entry (b, j) is random number lengths[b] + j of row b's key, for the token at that position."""
     keys = [random.fold_in(key, i) for i in range(len(lengths))] if key.ndim == 1 else list(key)
     draws = [
         random.uniform(k, (n,), dtype=torch.float64, index=start) for k, start in zip(keys, lengths, strict=True)
@@ -219,14 +221,14 @@ def _uniforms(key: Tensor, lengths: list[int], n: int) -> Tensor:
 def _logits(
     model: Model, params: Any, rows: list[Tensor], n_new: int
 ) -> Generator[Tensor, tuple[Tensor, list[bool]] | None, None]:
-    """Coroutine: send None for the logits after the prompts, then (next (B,), rows still open) for those after it."""
-    weight = model.unembedding(params)  # for its device and dtype
+    """Generator of logits: send None for those after the prompts, then (tokens (B,), which rows are unfinished)."""
+    weight = model.unembedding(params)  # only its device and dtype are used
     longest = max(len(row) for row in rows)
     ragged = any(len(row) != longest for row in rows)
     lengths_B = torch.tensor([len(row) for row in rows], device=weight.device) if ragged else None
     padded = [torch.cat([row.new_zeros(longest - len(row)), row]) for row in rows]
     tokens = torch.stack(padded).to(weight.device)
-    size = longest + max(n_new - 1, 0)  # the last token that is generated is never read
+    size = longest + max(n_new - 1, 0)  # the last token needs no slot, since nothing is generated after it
     with torch.no_grad():
         cache = model.init_cache(len(rows), size, weight.dtype, weight.device)
         logits_BV, cache = model.prefill(
@@ -238,7 +240,7 @@ def _logits(
             return
         next_B, open_rows = request
         if cache.start is not None and not all(open_rows):
-            # A finished row goes on as a row of one token, so that its position never leaves the context.
+            # A finished row goes on as if it began at the current slot, so that its position stays in the context.
             is_open = torch.tensor(open_rows, device=weight.device)
             cache = cache._replace(start=torch.where(is_open, cache.start, cache.length))
         logits_BV, cache = model.decode_(params, next_B, cache, used=used, n_positions=model.context_length)

@@ -1,4 +1,4 @@
-"""From logits to a distribution and a draw: pure functions of logits (B, V); what is excluded becomes -inf.
+"""From logits to a distribution and a draw: pure functions of logits (B, V). Excluded tokens get -inf.
 
 Legend: B rows, V vocabulary.
 """
@@ -17,11 +17,11 @@ from purelm.ops.softmax import log_softmax
 __all__ = ["Sampling", "distribution", "forbid", "keep_min_p", "keep_top_k", "keep_top_p", "pick", "temper"]
 
 Logits = Float[Tensor, "b v"]
-SMALLEST = 1e-37  # temperature: the least normal number of fp32 is 1.2e-38
+SMALLEST = 1e-37  # least temperature above 0; the least normal number of fp32 is 1.2e-38
 
 
 def forbid(logits_BV: Logits, ids: Sequence[int], rows: Tensor | None = None) -> Logits:
-    """-inf for these ids, in the rows where `rows` (B,) is True (all when None)."""
+    """The logits with -inf at these ids, in the rows where `rows` (B,) is True (None: in all rows)."""
     ids, V = list(ids), logits_BV.shape[-1]
     if not ids:
         return logits_BV
@@ -34,9 +34,9 @@ def forbid(logits_BV: Logits, ids: Sequence[int], rows: Tensor | None = None) ->
 
 
 def temper(logits_BV: Logits, temperature: float) -> Logits:
-    """logits / temperature; at 0 all but the largest (the first of equals) is -inf: greedy.
+    """logits / temperature, up to a constant a row; at temperature 0 (greedy) -inf except at the first largest logit.
 
-    ValueError for one below 1e-37 that is not 0: fp32, in which this is computed, has no such numbers.
+    ValueError for a temperature between 0 and 1e-37, too close to the least normal number of fp32.
 
     >>> temper(torch.tensor([[1.0, 3.0, 3.0]]), 0.0)
     tensor([[-inf, 3., -inf]])
@@ -49,12 +49,12 @@ def temper(logits_BV: Logits, temperature: float) -> Logits:
         return torch.where(best, logits_BV, -torch.inf)
     if temperature == 1.0:
         return logits_BV
-    # Without the maximum, a small temperature would overflow to inf.
+    # The maximum is subtracted so that division by a small temperature does not overflow to inf.
     return (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
 
 
 def keep_top_k(logits_BV: Logits, k: int) -> Logits:
-    """Keeps the k largest, and what equals the last of them.
+    """Keeps the k largest logits, and any others equal to the k-th.
 
     >>> keep_top_k(torch.tensor([[1.0, 4.0, 3.0, 2.0]]), 2)
     tensor([[-inf, 4., 3., -inf]])
@@ -66,7 +66,7 @@ def keep_top_k(logits_BV: Logits, k: int) -> Logits:
 
 
 def keep_top_p(logits_BV: Logits, p: float) -> Logits:
-    """Keeps the fewest most probable tokens whose probabilities sum to at least p; of equals, the first ones.
+    """Keeps the smallest set of most probable tokens whose probabilities sum to at least p; ties go to lower ids.
 
     Source: nucleus sampling, Holtzman et al. 2019 (arXiv:1904.09751), equation 2.
     """
@@ -77,14 +77,14 @@ def keep_top_p(logits_BV: Logits, p: float) -> Logits:
     ordered, order = torch.sort(logits_BV, stable=True, dim=-1, descending=True)
     probability = torch.softmax(ordered.double(), -1)
     before = probability.cumsum(-1) - probability
-    # The first is kept whatever rounding says.
+    # The most probable token is always kept, also if p is so small that rounding would exclude it.
     keep = torch.cat([torch.ones_like(before[..., :1], dtype=torch.bool), before[..., 1:] < p], -1)
     keep = torch.zeros_like(keep).scatter(-1, order, keep)
     return torch.where(keep, logits_BV, -torch.inf)
 
 
 def keep_min_p(logits_BV: Logits, p: float) -> Logits:
-    """Keeps tokens of at least p times the largest probability (Nguyen et al. 2024, arXiv:2407.01082)."""
+    """Keeps tokens whose probability is at least p times the largest one (Nguyen et al. 2024, arXiv:2407.01082)."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"min_p must be in 0..1, got {p}")
     if p == 0.0:
@@ -96,7 +96,7 @@ def keep_min_p(logits_BV: Logits, p: float) -> Logits:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits; checked when it is made."""
+    """How a token is drawn from logits: the keywords of `distribution`. ValueError for values out of range."""
 
     temperature: float = 1.0  # 0: greedy
     top_k: int | None = None
@@ -115,7 +115,10 @@ def distribution(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Logits:
-    """Log-probabilities that are sampled from: temperature, then top_k, top_p and min_p, each on what is left."""
+    """Log-probabilities to sample from, in fp32 or fp64: temperature first, then the filters top_k, top_p and min_p.
+
+    Each filter applies to what the ones before it keep; None: not applied. The result is normalised.
+    """
     x = temper(logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)), temperature)
     if top_k is not None:
         x = keep_top_k(x, top_k)
@@ -127,11 +130,11 @@ def distribution(
 
 
 def pick(log_probs_BV: Logits, uniform_B: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
-    """The token where the cumulative probability passes uniform in [0, 1); never one of probability 0.
+    """The first token at which the cumulative probability exceeds uniform_B in [0, 1); never one of probability 0.
 
-    One number a row and not one for each token, as Gumbel noise would need; sums are fp64. A row that is no
-    distribution (NaN, inf, or nothing possible) is a ValueError on a CPU, and V, which is no token, on a GPU, where to
-    look would mean to wait.
+    This takes one random number a row, where Gumbel noise takes one for each token. Sums are fp64. A row that is not a
+    distribution (NaN, inf, or all -inf) raises ValueError on a CPU. On a GPU, where checking would wait for the device,
+    its result is V, which is not a token.
     """
     cumulative_BV = torch.exp(log_probs_BV.double()).cumsum(-1)
     if at_hand(cumulative_BV):

@@ -1,4 +1,4 @@
-"""When a row of generated tokens ends: at a token, or where its text has a string."""
+"""When a row of generated tokens ends: at a stop id, or when its text contains a stop string."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,18 +8,19 @@ from torch import Tensor
 
 __all__ = ["LENGTH", "STOP_ID", "STOP_STRING", "Decode", "Stop", "stop_end", "stopped", "text_of"]
 
-Decode = Callable[[list[int]], str]
-STOP_ID, STOP_STRING, LENGTH = "stop_id", "stop_string", "length"  # reasons for which a row finishes
+Decode = Callable[[list[int]], str]  # ids -> text
+STOP_ID, STOP_STRING, LENGTH = "stop_id", "stop_string", "length"  # finish reasons
 
 
 @dataclass(frozen=True)
 class Stop:
-    """What ends a row before its limit of tokens."""
+    """What ends a row before max_new_tokens."""
 
-    ids: Sequence[int] = ()  # a row ends with any of them (and keeps it)
-    # A row ends when the text of its new tokens has any of them, also one that spans tokens; the prompt does not count.
+    ids: Sequence[int] = ()  # a row ends with the first of these ids, which is kept
+    # A row ends when the text of its new tokens contains one of these strings, also one that spans several tokens; the
+    # prompt is not searched.
     strings: Sequence[str] = ()
-    min_new_tokens: int = 0  # until these are there, ids are forbidden and strings are not looked for
+    min_new_tokens: int = 0  # before a row has this many new tokens, ids are forbidden and strings are not looked for
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", _checked_ids(self.ids))
@@ -38,7 +39,7 @@ def _checked_ids(ids: Iterable[int]) -> tuple[int, ...]:
 
 
 def _checked_strings(strings: Iterable[str]) -> tuple[str, ...]:
-    """A string is itself a sequence of strings, of one character each: never what is meant."""
+    """The strings as a tuple; ValueError for a single str, which would be taken for a sequence of characters."""
     if isinstance(strings, str | bytes):
         raise ValueError(f"stop.strings must be a sequence of strings, got {strings!r}: give [{strings!r}]")
     strings = tuple(strings)
@@ -48,19 +49,20 @@ def _checked_strings(strings: Iterable[str]) -> tuple[str, ...]:
 
 
 def stop_end(decode_fn: Decode, ids: list[int], stop_strings: Sequence[str]) -> int | None:
-    """Where, in the text of `ids`, the first stop string ends that the last token completes; None if it does not."""
+    """The end, in the text of `ids`, of the first stop string that the last token completes; None if there is none."""
     before, text = decode_fn(ids[:-1]), decode_fn(ids)
-    # Not len(before): the last token may complete a character whose first bytes were decoded as U+FFFD.
+    # `old` is the length of the common prefix of both texts. It may be less than len(before), since the last token may
+    # complete a character whose first bytes were decoded as U+FFFD.
     old = next((i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), min(len(before), len(text)))
     ends = [at + len(s) for s in stop_strings if (at := text.find(s, max(0, old - len(s) + 1))) >= 0]
     return min(ends) if ends else None
 
 
 def stopped(decode_fn: Decode, ids: list[int], stop_strings: Sequence[str]) -> bool:
-    """Whether the last token completes a stop string; decodes only as many tokens as that can depend on."""
+    """Whether the last token completes a stop string; decodes only the tokens at the end that can be part of one."""
     if not stop_strings:
         return False
-    reach = max(len(s) for s in stop_strings) + 3  # 3: U+FFFD for bytes of a character that the window cuts
+    reach = max(len(s) for s in stop_strings) + 3  # + 3: U+FFFD for up to 3 bytes of a character cut by the window
     window = 8
     while window < len(ids) and len(decode_fn(ids[-window:-1])) < reach:
         window *= 2
@@ -68,6 +70,7 @@ def stopped(decode_fn: Decode, ids: list[int], stop_strings: Sequence[str]) -> b
 
 
 def text_of(decode_fn: Decode, ids: list[int], reason: str, stop_strings: Sequence[str]) -> str:
+    """Text of a finished row: without its stop id if reason is stop_id, up to the stop string's end if stop_string."""
     if reason == STOP_ID:
         return decode_fn(ids[:-1])
     end = stop_end(decode_fn, ids, stop_strings) if reason == STOP_STRING else None

@@ -25,16 +25,17 @@ __all__ = ["Layer", "apply_norm", "block", "block_cached", "layer_leaves"]
 
 
 class Layer(NamedTuple):
-    """What a block is made of."""
+    """The parts of a block, and where its norms stand."""
 
     mixer: Mixer
     feed_forward: FeedForward
     norm: Norm | None
-    norm_position: NormPlace = "pre"  # x + f(n(x)) pre, n(x + f(x)) post, x + n(f(x)) output, x + n'(f(n(x))) sandwich
+    # pre: x + f(n(x)); post: n(x + f(x)); output: x + n(f(x)); sandwich: x + n'(f(n(x)))
+    norm_position: NormPlace = "pre"
 
 
 def layer_leaves(layer: Layer, d_model: int, d_ff: int, *, biases: bool = False) -> dict[str, Leaf]:
-    """The block's leaf table. Norms are ln1 and ln2, and in a sandwich ln1_post and ln2_post."""
+    """The block's leaf table: attn (the mixer), ffn, norms ln1 and ln2, and for "sandwich" ln1_post and ln2_post."""
     leaves = with_prefix("attn", layer.mixer.leaves(layer.mixer.config))
     ffn = layer.feed_forward
     leaves |= with_prefix("ffn", ffn.leaves(ffn.config, d_model, d_ff, biases))
@@ -48,7 +49,7 @@ def layer_leaves(layer: Layer, d_model: int, d_ff: int, *, biases: bool = False)
 def block(
     layer: Layer, params: Params, x_BTD: Float[Tensor, "b t d"], ctx: Context, ops: Ops
 ) -> Float[Tensor, "b t d"]:
-    """The stream behind the block."""
+    """The residual stream after the block, from the stream x_BTD before it."""
     mixer = layer.mixer
 
     def mix(h_BTD: Tensor) -> Tensor:
@@ -61,7 +62,10 @@ def block(
 def block_cached(
     layer: Layer, params: Params, x_BTD: Float[Tensor, "b t d"], ctx: Context, ops: Ops, state: Any, reads: Any
 ) -> tuple[Float[Tensor, "b t d"], Any]:
-    """The stream behind the block, and the mixer's state with these positions in it."""
+    """The residual stream after the block, and the mixer's state extended by the T positions of x_BTD.
+
+    state: this layer's entry of the cache. reads: what `mixer.reads` returned for this pass.
+    """
     mixer, new = layer.mixer, state
 
     def mix(h_BTD: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ def block_cached(
 
 
 def apply_norm(norm: Norm | None, params: Params, name: str, x: Tensor, ops: Ops) -> Tensor:
-    """The norm of x by params[name]; x itself where there is none."""
+    """norm(x) with the weights params[name]; x itself if norm is None."""
     return x if norm is None else norm.apply(norm.config, params[name], x, ops)
 
 
@@ -86,7 +90,7 @@ def _feed_forward(layer: Layer, params: Params, x_BTD: Tensor, ops: Ops) -> Tens
 def _residual(
     layer: Layer, f: Callable[[Tensor], Tensor], params: Params, name: str, x: Tensor, ops: Ops
 ) -> Tensor:
-    """x + f(x), with the norm(s) called `name` where the layer has them."""
+    """x + f(x), with the norm `name` (and `name`_post for "sandwich") where layer.norm_position puts it."""
     if layer.norm_position == "post":
         return apply_norm(layer.norm, params, name, x + f(x), ops)
     if layer.norm_position == "output":

@@ -1,11 +1,12 @@
-"""Decoding with a cache: what the mixers of all layers keep of the tokens that were read.
+"""Decoding with a cache: the states that the mixers of all layers keep of the tokens processed so far.
 
     cache = init_cache(cfg, batch=2, max_len=100)
     logits_BV, cache = prefill(params, prompts_BT, cache, cfg, lengths=lengths_B)
     logits_BV, cache = decode(params, tokens_B, cache, cfg)
 
-Prompts of different lengths are padded on the left, so that all rows write to the same slot; `start` says where each
-row begins. Legend: B batch, T positions, S slots, V vocabulary.
+A slot holds one token of each row. Prompts of different lengths are padded on the left, so that the next token of every
+row goes into the same slot; `Cache.start` is the first slot of each row that is not padding.
+Legend: B batch, T positions, S slots, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,18 +28,18 @@ from purelm.ops import REFERENCE, Ops
 
 __all__ = ["Cache", "CachedBlockFn", "cached_blocks", "decode", "decode_", "init_cache", "prefill"]
 
-Write = Callable[[Tensor, int, Tensor, Tensor], Tensor]
+Write = Callable[[Tensor, int, Tensor, Tensor], Tensor]  # as `Slots.write`
 # (one layer's params, x_BTD, ctx, state, what its mixer's `reads` returned) -> (x_BTD, state)
 CachedBlockFn = Callable[[Params, Tensor, Context, Any, Any], tuple[Tensor, Any]]
 
 
 class Cache(NamedTuple):
-    """What a model has read."""
+    """The state of a model between decoding steps."""
 
     layers: tuple[Any, ...]  # the state of each layer's mixer, a tree of tensors whose first axis is the batch
-    slots: Tensor  # (S,) int64: 0 .. S-1, the places for tokens
-    length: Tensor  # 0-d int64: slots in use, the padding's too
-    start: Tensor | None  # (B,) int64: first slot of each row; None when no row is padded
+    slots: Tensor  # (S,) int64: the slot indices 0 .. S-1
+    length: Tensor  # 0-d int64: slots in use, including those of padding
+    start: Tensor | None  # (B,) int64: first slot of each row that is not padding; None when no row is padded
 
 
 def init_cache(
@@ -61,7 +62,7 @@ def init_cache(
 def cached_blocks(
     cfg: Config, ops: Ops, wrap_block: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> list[CachedBlockFn]:
-    """The wrapped function of each kind of layer (`layers.kinds_of`)."""
+    """The cached block function of each kind of layer (`layers.kinds_of`), wrapped by wrap_block."""
 
     def cached(layer: Layer) -> CachedBlockFn:
         def run(params: Params, x_BTD: Tensor, ctx: Context, state: Any, reads: Any) -> tuple[Tensor, Any]:
@@ -84,19 +85,19 @@ def prefill(
     last_only: bool = True,
     n_positions: int | None = None,
 ) -> tuple[Tensor, Cache]:
-    """Reads T tokens at once, after what the cache holds; a long prompt may come in several chunks.
+    """Processes T tokens a row at once and appends them to the cache; a long prompt may come in several chunks.
 
-    Reads cache.length on the host.
+    Waits for the device, since the host needs the value of cache.length.
 
     Args:
-        blocks: of `cached_blocks`, where these are wrapped.
-        lengths: tokens that count in each row, the last ones; what stands before them is padding (any valid id).
-            Only for the first chunk, which must hold all padding.
-        last_only: logits (B, V) of the last position; else (B, T, V), where padding's are of no meaning.
-        n_positions: what dynamic_ntk takes for the length of each row, here and in `decode`; the cache's size when
-            None, which is a matter of the longest row.
+        blocks: from `cached_blocks`; None: the blocks of cfg and ops without a wrapper.
+        lengths: row b's prompt is its last lengths[b] tokens, and the tokens before those are padding (any valid ids).
+            Allowed for the first chunk only, which must hold all of the padding.
+        last_only: logits of the last position, (B, V); else of all, (B, T, V), meaningless at padding.
+        n_positions: the sequence length that dynamic_ntk scales by, the same for all rows; give `decode` the same
+            number. None: the number of slots, which depends on the longest row of the batch.
     Returns:
-        (logits, cache); the cache that was given is unchanged. ValueError when the tokens do not fit.
+        (logits, cache); the given cache is unchanged. ValueError when the tokens do not fit.
     """
     T = tokens_BT.shape[1]
     used, size = int(cache.length), cache.slots.shape[0]
@@ -126,17 +127,16 @@ def decode(
     used: int | None = None,
     n_positions: int | None = None,
 ) -> tuple[Float[Tensor, "b v"], Cache]:
-    """Reads one token a row; logits of the next.
-
-    Under torch.compile all slots are attended to, with a mask, so that one graph serves every length.
+    """Processes one token a row and appends it to the cache; returns the logits of the next token.
 
     Args:
-        used: cache.length, for a caller who knows it: only those slots are read then, with no wait for the device.
-            In eager mode on a CPU it is looked up when None.
+        used: cache.length as an int, if the caller knows it; attention then reads only the slots in use. None: in eager
+            mode on a CPU the value is taken from cache.length; on a GPU and under torch.compile attention reads all
+            slots under a mask, so that the host does not wait and one graph serves every length.
         blocks, n_positions: as for `prefill`.
     Returns:
-        (logits_BV, cache); the cache that was given is unchanged (`decode_` writes into it and saves the copy).
-        A full cache is a ValueError; where its length is not known, it is an index error of the write.
+        (logits_BV, cache); the given cache is unchanged (`decode_` writes into its memory and saves the copy).
+        A full cache raises ValueError if its length is known on the host, else an index error from the write.
     """
     return _decode(params, tokens_B, cache, cfg, ops, blocks, used, n_positions, torch.Tensor.index_copy)
 
@@ -152,9 +152,9 @@ def decode_(
     used: int | None = None,
     n_positions: int | None = None,
 ) -> tuple[Float[Tensor, "b v"], Cache]:
-    """`decode`, writing into the cache's memory; without gradients.
+    """`decode` that writes into the memory of the given cache; without gradients.
 
-    The cache that was given keeps its length, beyond which the new keys lie.
+    The given cache stays valid: its `length` is unchanged, and the new entries lie in the slots after it.
     """
     with torch.no_grad():
         return _decode(params, tokens_B, cache, cfg, ops, blocks, used, n_positions, torch.Tensor.index_copy_)
@@ -187,13 +187,13 @@ def _decode(
 
 
 def _check_positions(n_slots: int, start: Tensor | None, cfg: Config) -> None:
-    """Learned positions end: ValueError where a row in `n_slots` slots is longer than the context."""
+    """ValueError where positions are learned and the longest row in `n_slots` slots exceeds context_length."""
     if cfg.position == "learned" and (start is None or start.device.type == "cpu"):
         longest = n_slots - (0 if start is None else int(start.min()))
         if longest > cfg.context_length:
             raise ValueError(
-                f"cache: a row of {longest} tokens is longer than context_length {cfg.context_length}, where learned "
-                "positions end"
+                f"cache: a row of {longest} tokens is longer than context_length {cfg.context_length}, the number of "
+                "learned positions"
             )
 
 
@@ -209,7 +209,10 @@ def _run(
     one: bool,
     write: Write,
 ) -> tuple[Tensor, Cache]:
-    """Final states of new tokens, and the cache with them. one: each row has one, and sees all that is there."""
+    """Final states of the new tokens, and the cache extended by them.
+
+    one: T is 1, and the token sees every earlier one (within its window), so that no causal mask is needed.
+    """
     n_rows, T = tokens_BT.shape
     if (states := tree.leaves(cache.layers)) and states[0].shape[0] != n_rows:
         raise ValueError(f"tokens must have the {states[0].shape[0]} rows of the cache, got {n_rows}")

@@ -1,4 +1,4 @@
-"""What a Transformer is: every choice that shapes its parameters or its maths."""
+"""The configuration of a Transformer: every choice that shapes its parameters or its maths."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     NormChoice: TypeAlias = NormName | Norm
     FfnChoice: TypeAlias = FfnName | FeedForward
     MixerChoice: TypeAlias = MixerName | Mixer | tuple[MixerName | Mixer, ...]
-else:  # what a command line or a JSON file can say; values of one's own come from Python
+else:  # at run time the types name only what a command line or a JSON file can give: strings
     NormChoice, FfnChoice = NormName, FfnName
     MixerChoice = MixerName | tuple[MixerName, ...]
 
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 GATED = ("swiglu", "geglu")
-# The names that a field may have; the types above are the one place that lists them.
+# Fields whose values are names, and the names allowed, taken from the Literal types above.
 AXES: dict[str, tuple[str, ...]] = {
     "norm": get_args(NormName),
     "norm_position": get_args(NormPlace),
@@ -53,44 +53,46 @@ AXES: dict[str, tuple[str, ...]] = {
     "biases": get_args(Biases),
     "mixer": get_args(MixerName),
 }
-OWN = ("norm", "ffn", "mixer")  # which may also be values from elsewhere
+OWN = ("norm", "ffn", "mixer")  # fields that also accept a user's own Norm, FeedForward or Mixer
 
 
 @dataclass(frozen=True)
 class Config:
-    """A decoder-only (or, with causal=False, encoder-only) Transformer; the defaults are the course's.
+    """A decoder-only (or, with causal=False, encoder-only) Transformer; the defaults are those of CS336.
 
-    Sizes that are None follow from others; the resolved ones are `kv_heads`, `head_width` and `ff_width`.
+    n_kv_heads, head_dim and d_ff may be None; the sizes that then apply are `kv_heads`, `head_width` and `ff_width`.
     """
 
     vocab_size: int
-    context_length: int  # positions trained on; a hard limit only for learned positions and for generation
+    context_length: int  # positions in training; longer inputs are errors with learned positions and in generation
     d_model: int
     n_layers: int
     n_heads: int
-    n_kv_heads: int | None = None  # n_heads when None; fewer is grouped-query attention
+    n_kv_heads: int | None = None  # n_heads when None; fewer than n_heads: grouped-query attention
     head_dim: int | None = None  # d_model / n_heads when None
-    d_ff: int | None = None  # None: 8/3 d_model up to a multiple of 64 for gated ffn, 4 d_model otherwise
+    d_ff: int | None = None  # None: 8/3 d_model rounded up to a multiple of 64 for a gated ffn, else 4 d_model
     norm: NormChoice = "rms"  # rms, layer or none; or a `models.norms.Norm`
-    norm_position: NormPlace = "pre"  # x + f(n(x)) pre, n(x + f(x)) post, x + n(f(x)) output, x + n'(f(n(x))) sandwich
+    # pre: x + f(n(x)); post: n(x + f(x)); output: x + n(f(x)); sandwich: x + n'(f(n(x)))
+    norm_position: NormPlace = "pre"
     norm_eps: float = 1e-5
-    position: Position = "rope"  # rope, learned (one vector a position, added to the embedding) or none
+    position: Position = "rope"  # rope, learned (a vector for each position, added to the token's) or none
     rope_theta: float = 10000.0
     rope_layout: Layout = "interleaved"  # interleaved or half
     rope_scaling: RopeScaling | None = None
-    # W2 (act(W1 x) * W3 x) for swiglu and geglu, W2 act(W1 x) for silu, gelu and relu2; or a `feed_forward.FeedForward`
+    # swiglu and geglu: W2 (act(W1 x) * W3 x); silu, gelu and relu2: W2 act(W1 x); or a `feed_forward.FeedForward`
     ffn: FfnChoice = "swiglu"
-    gelu_tanh: bool = False  # the tanh approximation in gelu and geglu (GPT-2, Gemma)
-    qk_norm: QKNorm = "none"  # RMS norm of q and k: over each head's width (head) or over all heads together (full)
-    biases: Biases = "none"  # none, qkv (those three projections) or all (linear layers, and shifts of layer norms)
-    # keys seen before the own one (and after it if not causal); None: all; a tuple repeats over the layers
+    gelu_tanh: bool = False  # gelu and geglu use the tanh approximation (GPT-2, Gemma)
+    qk_norm: QKNorm = "none"  # RMS norm of q and k over each head's features (head) or over all heads' together (full)
+    biases: Biases = "none"  # none, qkv (q, k and v projections) or all (every linear layer in a block, layer norms)
+    # A position sees this many keys before its own (and after it if not causal); None: all. Layer i has entry
+    # i mod len of a tuple.
     window: int | tuple[int | None, ...] | None = None
     causal: bool = True
     attention_scale: float | None = None  # 1 / sqrt(head_dim) when None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
-    tie_embeddings: bool = False  # logits = h E^T: no lm_head
-    # what mixes positions: attention, or a `models.mixers.Mixer`; a tuple repeats over the layers
+    tie_embeddings: bool = False  # logits = h E^T with the token embeddings E; there is no lm_head
+    # "attention" or a `models.mixers.Mixer`; layer i has entry i mod len of a tuple.
     mixer: MixerChoice = "attention"
 
     def __post_init__(self) -> None:
@@ -149,17 +151,17 @@ class Config:
 
     @property
     def gated(self) -> bool:
-        """Whether the feed-forward layer has the third matrix."""
+        """Whether the feed-forward layer is gated: W2 (act(W1 x) * W3 x) instead of W2 act(W1 x)."""
         return self.ffn in GATED if isinstance(self.ffn, str) else self.ffn.is_gated
 
     @property
     def mixers(self) -> tuple[Any, ...]:
-        """The pattern of mixers, which repeats over the layers."""
-        # A Mixer is a NamedTuple, and so a tuple itself.
+        """Mixers as a tuple: layer i has entry i mod len."""
+        # A Mixer is a NamedTuple, so isinstance(mixer, tuple) alone does not tell it from a tuple of mixers.
         return self.mixer if isinstance(self.mixer, tuple) and not hasattr(self.mixer, "_fields") else (self.mixer,)
 
     def window_of(self, layer: int) -> int | None:
-        """Window of this layer."""
+        """The window of layer number `layer`; None: unlimited."""
         return self.window[layer % len(self.window)] if isinstance(self.window, tuple) else self.window
 
 
@@ -169,7 +171,9 @@ def _check_size(name: str, value: Any) -> None:
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> Config:
-    """The inverse of dataclasses.asdict, also after JSON; ValueError names fields that Config does not have.
+    """The Config of dataclasses.asdict(cfg), also after a round trip through JSON.
+
+    ValueError names fields that Config does not have, and fields without a default that are missing.
 
     >>> cfg = Config(vocab_size=8, context_length=4, d_model=4, n_layers=1, n_heads=2)
     >>> config_from_dict(dataclasses.asdict(cfg)) == cfg
@@ -182,11 +186,13 @@ def config_from_dict(fields: Mapping[str, Any]) -> Config:
     absent = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
     if absent:
         raise ValueError(f"Config needs fields {', '.join(absent)}, got only {', '.join(sorted(fields))}")
-    # JSON makes lists of tuples.
+    # JSON turns tuples into lists.
     given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
     if isinstance(given.get("rope_scaling"), Mapping):
         scaling, names = given["rope_scaling"], [f.name for f in dataclasses.fields(RopeScaling)]
         if odd := sorted(set(scaling) - set(names)) or [n for n in names[:2] if n not in scaling]:
-            raise ValueError(f"Config.rope_scaling has or lacks {', '.join(odd)}; it has {', '.join(names)}")
+            raise ValueError(
+                f"Config.rope_scaling: unknown or missing fields {', '.join(odd)}; the fields are {', '.join(names)}"
+            )
         given["rope_scaling"] = RopeScaling(**scaling)
     return Config(**given)

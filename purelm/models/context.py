@@ -1,4 +1,4 @@
-"""What all blocks of a forward pass share: rotary tables, and which positions are of one document.
+"""What all blocks of a forward pass share: rotary tables, and which document each position belongs to.
 
 Legend: B batch, T positions, K head dim.
 """
@@ -17,15 +17,15 @@ __all__ = ["Context", "context", "segment_lengths", "segment_positions"]
 
 
 class Context(NamedTuple):
-    """What every block of one forward pass shares; None where the model or the batch has no such thing."""
+    """What every block of a forward pass gets; the tables are None without rope, the ids where rows are not packed."""
 
     cos: Tensor | None  # (T, K/2) or (B, T, K/2): rotary tables
     sin: Tensor | None
-    segment_ids: Segments  # (B, T), or a pair for queries and keys
+    segment_ids: Segments  # (B, T), or a pair (ids of queries, ids of keys)
 
 
 def segment_positions(segment_ids: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
-    """Position within the run of equal ids: 0 where an id begins.
+    """Position of each token in its document (a run of equal ids): 0 at the document's first token.
 
     >>> segment_positions(torch.tensor([[1, 1, 2, 2, 2, 0]]))
     tensor([[0, 1, 0, 1, 2, 0]])
@@ -37,7 +37,7 @@ def segment_positions(segment_ids: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
 
 
 def segment_lengths(segment_ids: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
-    """Number of positions of the row that have the same id.
+    """For each position, how many positions of its row have its id: the length of its document.
 
     >>> segment_lengths(torch.tensor([[1, 1, 2, 2, 2, 0]]))
     tensor([[2, 2, 3, 3, 3, 1]])
@@ -48,14 +48,14 @@ def segment_lengths(segment_ids: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
 
 
 def context(positions: Tensor, segment_ids: Segments, cfg: Config, *, length: int, dtype: torch.dtype) -> Context:
-    """Tables for these positions, (T,) or (B, T); `length` positions are in play (dynamic_ntk looks at it)."""
+    """The Context of these positions, (T,) or (B, T); length: the sequence length, which only dynamic_ntk needs."""
     if cfg.position != "rope":
         return Context(None, None, segment_ids)
     n: int | Tensor = length
     if segment_ids is not None and cfg.rope_scaling is not None and cfg.rope_scaling.kind == "dynamic_ntk":
-        # Of the document, or what it shares a row with would change it.
+        # The document's length: by the row's, a document's result would depend on the others packed with it.
         n = segment_lengths(segment_ids[0] if isinstance(segment_ids, tuple) else segment_ids)
-    # fp32 whatever the compute dtype: a bf16 cosine is off by 0.2 %. fp64 where a test asks for it.
+    # At least fp32: rounded to bf16, cosines would be off by up to 0.2 %. fp64 for models in fp64, as in tests.
     dtype = torch.promote_types(dtype, torch.float32)
     cos, sin = rope_tables(
         positions, cfg.head_width, cfg.rope_theta, cfg.rope_scaling, length=n, dtype=dtype

@@ -1,6 +1,6 @@
-"""Feed-forward layers: W2 (act(W1 x) * W3 x), gated, or W2 act(W1 x); as values: `Config(ffn=mine)` takes any.
+"""Feed-forward layers as values: W2 (act(W1 x) * W3 x) if gated, else W2 act(W1 x). Config(ffn=...) takes any.
 
-    ffn = gated(torch.relu)               # an activation of one's own
+    ffn = gated(torch.relu)               # any activation
     cfg = Config(..., ffn=ffn)
 
 Legend: B batch, T positions, D d_model, F ffn width.
@@ -18,12 +18,15 @@ from purelm.ops import Ops
 
 __all__ = ["CostOfFeedForward", "FeedForward", "Inner", "built_in", "gated", "plain"]
 
-# (ops, W1 x, W3 x or None) -> what W2 is applied to
+# (ops, W1 x, W3 x or None without a gate) -> the input of W2
 Inner = Callable[[Ops, Tensor, Tensor | None], Tensor]
 
 
 class CostOfFeedForward(Protocol):
-    """The cost for `batch` sequences of `length` positions."""
+    """The function (config, d_model, width, batch, length) -> Cost of one layer for `batch` sequences of `length`.
+
+    bytes_per_element: of activations.
+    """
 
     def __call__(
         self, config: Any, d_model: int, width: int, batch: int, length: int, /, *, bytes_per_element: int = 4
@@ -31,27 +34,30 @@ class CostOfFeedForward(Protocol):
 
 
 class FeedForward(NamedTuple):
-    """A layer that treats every position alone; functions and their `config`, which is the first argument of each."""
+    """A layer applied to every position separately: functions, and the `config` that each takes as first argument."""
 
     config: Hashable
-    is_gated: bool  # whether its default width is 8/3 d_model, as three matrices take, or 4 d_model
+    is_gated: bool  # default width (d_ff None) is 8/3 d_model, else 4 d_model: three matrices then cost as much as two
     leaves: Callable[[Any, int, int, bool], dict[str, Leaf]]  # (config, d_model, width, biases) -> table
     apply: Callable[[Any, Params, Tensor, Ops], Tensor]  # (config, params, x_BTD, ops) -> y_BTD
     cost: CostOfFeedForward
 
 
 def gated(activation: Callable[[Tensor], Tensor]) -> FeedForward:
-    """W2 (activation(W1 x) * W3 x)."""
+    """The layer W2 (activation(W1 x) * W3 x); W1, W3 (F, D), W2 (D, F)."""
     return FeedForward(_Gated(activation), True, _leaves, _apply, _cost)
 
 
 def plain(activation: Callable[[Tensor], Tensor]) -> FeedForward:
-    """W2 activation(W1 x)."""
+    """The layer W2 activation(W1 x); W1 (F, D), W2 (D, F)."""
     return FeedForward(_Plain(activation), False, _leaves, _apply, _cost)
 
 
 def built_in(name: str, *, gelu_tanh: bool = False) -> FeedForward:
-    """swiglu and geglu (gated), silu, gelu and relu2, each computed by the op of its name."""
+    """The layer `name`: swiglu or geglu (gated), silu, gelu or relu2, computed by the op of that name in `Ops`.
+
+    gelu_tanh: gelu and geglu by their tanh approximation.
+    """
     is_gated = name in GATED
     return FeedForward(_BuiltIn(name, is_gated, gelu_tanh), is_gated, _leaves, _apply, _cost)
 

@@ -1,4 +1,4 @@
-"""Rules for the standard deviation of a matrix's first values: (path, leaf) -> std, before they are cut at 3 std."""
+"""Initial standard deviations of matrices: rules (path, leaf) -> std of a normal distribution truncated at 3 std."""
 
 import math
 
@@ -18,9 +18,9 @@ def gpt2_init(path: str, leaf: Leaf) -> float:
 
 
 def scaled_residual(std: Std, n_layers: int) -> Std:
-    """`std`, with what writes to the residual stream divided by sqrt(2 n_layers) (GPT-2, section 2.3).
+    """The rule `std`, divided by sqrt(2 n_layers) for matrices that write to the residual stream (GPT-2, section 2.3).
 
-    The 2 n_layers sublayers then add up to a stream whose spread does not grow with depth.
+    The stream is a sum over 2 n_layers sublayers; so scaled, the std of that sum does not grow with depth.
 
     >>> rule = scaled_residual(gpt2_init, n_layers=8)
     >>> rule("w1", Leaf((8, 4), "matrix", "ffn")), rule("w2", Leaf((4, 8), "matrix", "ffn", residual=True))

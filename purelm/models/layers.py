@@ -1,4 +1,4 @@
-"""The layers that a Config comes to, and its leaf table."""
+"""The layers that a Config describes, and its leaf table."""
 
 import functools
 import math
@@ -21,13 +21,13 @@ __all__ = ["Kinds", "counted_layers", "kinds_of", "layer_of", "leaves", "leaves_
 class Kinds(NamedTuple):
     """The distinct layers of a model, and which of them each layer is."""
 
-    layers: tuple[Layer, ...]
-    of: tuple[int, ...]
-    norm: Norm | None  # of the last states
+    layers: tuple[Layer, ...]  # the distinct ones
+    of: tuple[int, ...]  # layer i of the model is layers[of[i]]
+    norm: Norm | None  # the norm after the last block
 
 
 def norm_of(cfg: Config) -> Norm | None:
-    """The model's norm."""
+    """The norm that cfg.norm names or is; None for "none"."""
     if not isinstance(cfg.norm, str):
         return cfg.norm
     if cfg.norm == "none":
@@ -36,7 +36,7 @@ def norm_of(cfg: Config) -> Norm | None:
 
 
 def layer_of(cfg: Config, i: int) -> Layer:
-    """What layer i is made of."""
+    """Layer i as a value: its mixer, feed-forward layer and norms."""
     return Layer(_mixer_of(cfg, i), _feed_forward_of(cfg), norm_of(cfg), cfg.norm_position)
 
 
@@ -66,7 +66,7 @@ def _mixer_of(cfg: Config, i: int) -> Mixer:
 
 
 def kinds_of(cfg: Config) -> Kinds:
-    """Layers with the same entry of the mixers' pattern and the same window: what wraps blocks is applied once each."""
+    """The kinds of layers: those with one entry of cfg.mixers and one window are of one kind, and wrapped once."""
     return _kinds(cfg) if torch.compiler.is_compiling() else _kept_kinds(cfg)
 
 
@@ -81,16 +81,20 @@ _kept_kinds = functools.lru_cache(maxsize=64)(_kinds)
 
 
 def counted_layers(cfg: Config) -> list[tuple[Layer, int]]:
-    """Distinct layers, and how many of each the model has: no work for each layer of a deep one."""
+    """(layer, how many of it the model has) for each layer of one period of cfg.mixers and cfg.window.
+
+    The time taken does not grow with the number of layers.
+    """
     period = math.lcm(len(cfg.mixers), len(cfg.window) if isinstance(cfg.window, tuple) else 1)
     return [(layer_of(cfg, i), (cfg.n_layers - i - 1) // period + 1) for i in range(min(period, cfg.n_layers))]
 
 
 def leaves(cfg: Config, std: Std = course_init) -> dict[str, Leaf]:
-    """The leaf table, in the order in which a forward pass uses them.
+    """The leaf table: path -> Leaf, embeddings first, then layer by layer, then ln_final and lm_head.
 
-    Names are the course's state_dict: layers.0.attn.q_proj.weight. Absent from a model without them: ln1, ln2,
-    ln_final (no norm), ln1_post, ln2_post (not sandwich), w3 (not gated), lm_head (tied), position_embeddings.
+    Paths are the keys of CS336's state_dict, such as layers.0.attn.q_proj.weight. Only some models have ln1, ln2 and
+    ln_final (norm not "none"), ln1_post and ln2_post ("sandwich"), w3 (gated), lm_head (not tied), position_embeddings
+    ("learned").
 
     >>> cfg = Config(vocab_size=8, context_length=4, d_model=4, n_layers=1, n_heads=2)
     >>> leaves(cfg)["lm_head.weight"].kind
@@ -109,12 +113,12 @@ def _leaves(cfg: Config, std: Std) -> dict[str, Leaf]:
 
 
 def leaves_of_layer(cfg: Config, layer: Layer) -> dict[str, Leaf]:
-    """Those of one block."""
+    """The leaf table of one block, without initializers for matrices."""
     return layer_leaves(layer, cfg.d_model, cfg.ff_width, biases=cfg.biases == "all")
 
 
 def leaves_outside(cfg: Config) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
-    """Those before the blocks, and those behind them."""
+    """Leaf tables of what lies outside the blocks: (embeddings before them, final norm and head after them)."""
     vocabulary, D = Cut(0, None, "vocab_size"), cfg.d_model
     before = {"token_embeddings.weight": Leaf((cfg.vocab_size, D), "embedding", "token_embeddings", cut=vocabulary)}
     if cfg.position == "learned":

@@ -1,10 +1,10 @@
-"""The leaf table: what each parameter of a model is. Everything that asks for parameters by name reads it.
+"""The leaf table: shape, kind and initialisation of each parameter of a model, by path.
 
     leaves = transformer.leaves(cfg)             # path -> Leaf
     leaves["layers.0.attn.q_proj.weight"].cut    # Cut(axis=0, units=12, what="n_heads")
 
-init draws from it, accounting counts it, `purelm.optim` takes predicates made of it (`of_kind`), and what divides
-parameters over processes reads which axis of a leaf may be cut.
+It is the one place that names parameters: `init` draws them by it, accounting counts them, `of_kind` makes masks for
+optimizers of it, and tensor parallelism reads which axis of a leaf may be cut.
 """
 
 import math
@@ -41,15 +41,18 @@ __all__ = [
 Params = dict[str, Any]
 # embedding: a vector for each token or position. head: from states to logits. matrix: a linear layer's weight.
 Kind = Literal["embedding", "head", "matrix", "norm", "bias"]
-# Where it is used. sublayer: between its `ops.enter` and its `ops.linear_out`. stream: on the residual stream between
-# sublayers, of whose positions a process may have some. outside: on what is the same in all processes, as a classifier.
+# What a leaf is applied to. With tensor parallelism this decides if the gradient of an uncut leaf is summed over
+# processes.
+# sublayer: values between `ops.enter` and `ops.linear_out`, of which each process has some features or heads.
+# stream: the residual stream, of which each process has some positions under sequence parallelism, else all.
+# outside: values that are the same on all processes, such as the input of a classifier.
 Place = Literal["sublayer", "stream", "outside"]
-Initializer = Callable[[random.Key, tuple[int, ...], torch.dtype], Tensor]  # (key, shape, dtype) -> first values
+Initializer = Callable[[random.Key, tuple[int, ...], torch.dtype], Tensor]  # (key, shape, dtype) -> initial values
 
 
 @dataclass(frozen=True)
 class Fill:
-    """Every element `value`."""
+    """Initializer: every element is `value`."""
 
     value: float
 
@@ -59,7 +62,7 @@ class Fill:
 
 @dataclass(frozen=True)
 class Draw:
-    """std * N(0, 1) cut at 3 std; drawn in fp32 (fp64 for fp64) and cast."""
+    """Initializer: std * N(0, 1) truncated at 3 std; drawn in fp32 (in fp64 if dtype is fp64) and cast to dtype."""
 
     std: float
 
@@ -73,8 +76,9 @@ class Cut:
     """How tensor parallelism may divide a leaf: along `axis`, in whole units (heads, say)."""
 
     axis: int
-    units: int | None  # the number of processes must divide it; None: any number, rows of zeros fill up the last part
-    what: str = "rows"  # the units' name, for messages
+    # The number of processes must divide this; None: any number of processes, the last part padded by zero rows.
+    units: int | None
+    what: str = "rows"  # what a unit is, for error messages
 
 
 @dataclass(frozen=True)
@@ -83,34 +87,34 @@ class Leaf:
 
     shape: tuple[int, ...]
     kind: Kind
-    part: str  # of the model, by which accounting sums: "attention", "ffn", "norms", ...
-    init: Initializer | None = None  # None: drawn with the standard deviation that the model's rule says
+    part: str  # accounting sums leaves by part of the model: "attention", "ffn", "norms", ...
+    init: Initializer | None = None  # None: `with_std` sets Draw(std(path, leaf)), by the model's rule std
     cut: Cut | None = None  # None: every process has the whole leaf
     place: Place = "stream"
-    residual: bool = False  # its product is added to the residual stream
+    residual: bool = False  # the matrix's output is added to the residual stream (`scaled_residual` asks)
 
 
-Leaves = Mapping[str, Leaf]  # by path, as `tree.paths` has it: "layers.0.attn.q_proj.weight"
-Std = Callable[[str, Leaf], float]  # (path, leaf) -> standard deviation of its first values, before they are cut off
+Leaves = Mapping[str, Leaf]  # keys are paths as in `tree.paths`: "layers.0.attn.q_proj.weight"
+Std = Callable[[str, Leaf], float]  # (path, leaf) -> std of its initial values, before truncation
 
 
 def with_prefix(prefix: str, leaves: Leaves) -> dict[str, Leaf]:
-    """The same leaves, one node further down."""
+    """The same leaves, at the paths prefix.path."""
     return {f"{prefix}.{path}": leaf for path, leaf in leaves.items()}
 
 
 def with_std(leaves: Leaves, std: Std) -> dict[str, Leaf]:
-    """The table with an initializer for every leaf: `Draw(std(path, leaf))` where it has none of its own."""
+    """The table with an initializer for every leaf: `Draw(std(path, leaf))` for those without one."""
     return {p: x if x.init is not None else replace(x, init=Draw(std(p, x))) for p, x in leaves.items()}
 
 
 def leaf_key(key: random.Key, path: str) -> random.Key:
-    """The key of the leaf at `path`: fold_in(key, crc32(path)), so that a new leaf changes no other's values."""
+    """The key of the leaf at `path`: fold_in(key, crc32(path)). Adding a leaf so changes no other leaf's values."""
     return random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def init_leaves(key: random.Key, leaves: Leaves, dtype: torch.dtype = torch.float32) -> Params:
-    """Fresh parameters, on the key's device, each leaf drawn with its own key."""
+    """Fresh parameters, on the key's device, each leaf drawn with `leaf_key(key, path)`."""
 
     def draw(path: str, leaf: Leaf) -> Tensor:
         if leaf.init is None:
@@ -131,10 +135,10 @@ def n_params(leaves: Leaves) -> int:
 
 
 def of_kind(leaves: Leaves, *kinds: Kind) -> Callable[[str, Any], bool]:
-    """The predicate (path, x) -> whether the leaf is of one of these kinds: a mask for optimizers.
+    """A predicate for optimizers' masks: (path, x) -> whether the leaf at `path` is of one of these kinds.
 
-    `muon_adamw(predicate=of_kind(model.leaves, "matrix"))` gives Muon the hidden matrices alone.
-    ValueError for a path that is not in the table.
+    `muon_adamw(predicate=of_kind(model.leaves, "matrix"))` gives Muon the matrices inside the blocks and AdamW the
+    rest. The predicate raises ValueError for a path that is not in the table.
 
     >>> table = {"w": Leaf((4, 4), "matrix", "ffn"), "e": Leaf((9, 4), "embedding", "embeddings")}
     >>> is_hidden = of_kind(table, "matrix")
@@ -151,17 +155,16 @@ def of_kind(leaves: Leaves, *kinds: Kind) -> Callable[[str, Any], bool]:
 
 
 def check_params(params: Any, leaves: Leaves) -> None:
-    """ValueError that names the first parameter that the table does not have, or has in another shape, or that lacks.
+    """ValueError naming parameters that are missing, unknown to the table, or of another shape than it says.
 
-    A model computes with the parameters it is given: those of another Config (fewer layers, another vocabulary) would
-    give numbers, and wrong ones.
+    Without this check parameters of another Config (fewer layers, say) could give wrong numbers instead of an error.
     """
     found = tree.leaves(params)
     paths = tree.paths(params)
     if len(found) != len(leaves) or any(path not in leaves for path in paths):
         missing, unknown = sorted(set(leaves) - set(paths)), sorted(set(paths) - set(leaves))
         what = [f"lack {', '.join(missing[:3])}"] if missing else []
-        what += [f"have {', '.join(unknown[:3])}, which the model does not"] if unknown else []
+        what += [f"have {', '.join(unknown[:3])}, unknown to the model"] if unknown else []
         raise ValueError(f"params {' and '.join(what)}: they are of a model with another configuration")
     for path, x in zip(paths, found, strict=True):
         if x.shape != leaves[path].shape:

@@ -1,6 +1,6 @@
 """Linear layers of a block: their leaves, and their application.
 
-Legend: D d_model, F features that a sublayer has of its own.
+Legend: D d_model, F features inside a sublayer (heads times head dim, or the ffn width).
 """
 
 from torch import Tensor
@@ -12,7 +12,10 @@ __all__ = ["apply_linear", "apply_linear_out", "linear_in", "linear_out"]
 
 
 def linear_in(name: str, F: int, D: int, part: str, cut: tuple[int, str], *, bias: bool) -> dict[str, Leaf]:
-    """Weight (F, D) and bias (F,) of a layer that reads the stream, cut by outputs; cut: (units, their name)."""
+    """Leaves of a layer from the residual stream into a sublayer: weight (F, D), bias (F,).
+
+    Tensor parallelism cuts both along F (Megatron's column parallel). cut: (units, what a unit is), as in `Cut`.
+    """
     by_rows = Cut(0, *cut)
     leaves = {"weight": Leaf((F, D), "matrix", part, cut=by_rows, place="sublayer")}
     if bias:
@@ -21,7 +24,11 @@ def linear_in(name: str, F: int, D: int, part: str, cut: tuple[int, str], *, bia
 
 
 def linear_out(name: str, D: int, F: int, part: str, cut: tuple[int, str], *, bias: bool) -> dict[str, Leaf]:
-    """Weight (D, F) and bias (D,) of the layer that a sublayer ends with, cut by inputs; the bias is added once."""
+    """Leaves of the last layer of a sublayer: weight (D, F), bias (D,).
+
+    Tensor parallelism cuts the weight along F (Megatron's row parallel). Every process has the whole bias; it is added
+    once, after the sum over processes. cut: (units, what a unit is), as in `Cut`.
+    """
     leaves = {"weight": Leaf((D, F), "matrix", part, cut=Cut(1, *cut), place="sublayer", residual=True)}
     if bias:
         leaves["bias"] = Leaf((D,), "bias", part, Fill(0.0))
@@ -29,10 +36,10 @@ def linear_out(name: str, D: int, F: int, part: str, cut: tuple[int, str], *, bi
 
 
 def apply_linear(params: Params, x: Tensor, ops: Ops) -> Tensor:
-    """x W^T + b, of {"weight", and perhaps "bias"}."""
+    """x W^T + b by `ops.linear`, with params {"weight": W} or {"weight": W, "bias": b}."""
     return ops.linear(x, params["weight"], params.get("bias"))
 
 
 def apply_linear_out(params: Params, x: Tensor, ops: Ops) -> Tensor:
-    """The same at the end of a sublayer."""
+    """x W^T + b by `ops.linear_out`, for the last linear layer of a sublayer; params as for `apply_linear`."""
     return ops.linear_out(x, params["weight"], params.get("bias"))

@@ -1,11 +1,10 @@
-"""Model: what a language model is to everything that trains, evaluates, samples or divides it.
+"""Model: a language model as a value, all that training, evaluation, generation and parallelism know of it.
 
     model = transformer.make(cfg, ops=FUSED, wrap_block=remat)
     params = model.init(random.key(0))
     loss, metrics = model.loss(params, batch)
 
-A model of one's own is any such tuple of pure functions: nothing asks where they come from. Their signatures are in
-`purelm.models.protocols`.
+Your own model is a Model of your own pure functions, with the signatures of `purelm.models.protocols`.
 Legend: B batch, T positions, D d_model, V vocabulary.
 """
 
@@ -21,19 +20,19 @@ __all__ = ["Model"]
 
 
 class Model(NamedTuple):
-    """Pure functions of parameters, and the table that says what these are."""
+    """Pure functions of parameters, and the leaf table that describes the parameters."""
 
     init: protocols.Init
-    leaves: Mapping[str, Leaf]  # path -> shape, kind, first values, how it may be cut: the one place that names them
-    hidden: protocols.Forward  # states_BTD, behind the final norm
-    unembedding: Callable[[Params], Tensor]  # (params) -> weight_VD: from states to logits
+    leaves: Mapping[str, Leaf]  # path -> shape, kind, initialisation and cut of each parameter
+    hidden: protocols.Forward  # states_BTD after the final norm
+    unembedding: Callable[[Params], Tensor]  # (params) -> weight_VD, with logits = states weight^T
     apply: protocols.Forward  # logits_BTV
     loss: protocols.Loss
     log_probs: protocols.LogProbs
     init_cache: protocols.InitCache
     prefill: protocols.Prefill
     decode: protocols.Decode
-    decode_: protocols.Decode  # the same, written over the cache's memory
+    decode_: protocols.Decode  # `decode` that writes into the memory of the given cache
     vocab_size: int
-    context_length: int  # positions that it was made for
-    config: Any  # what it was made of
+    context_length: int  # the most positions in training; `generate` stops there
+    config: Any  # what the model was made from, a `transformer.Config` for a Transformer

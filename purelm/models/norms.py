@@ -1,4 +1,4 @@
-"""Norms of the residual stream, as values: `Config(norm=mine)` takes any `Norm`."""
+"""Norms of the residual stream as values: Config(norm=...) takes any `Norm`."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ __all__ = ["Norm", "layer_norm", "rms_norm"]
 
 
 class Norm(NamedTuple):
-    """A norm over the last axis; functions and their `config`, which is the first argument of each."""
+    """A norm over the last axis: functions, and the `config` that each takes as first argument."""
 
     config: Hashable
     leaves: Callable[[Any, int], dict[str, Leaf]]  # (config, width) -> table
@@ -20,12 +20,12 @@ class Norm(NamedTuple):
 
 
 def rms_norm(eps: float = 1e-5) -> Norm:
-    """x / sqrt(mean(x^2) + eps) * weight."""
+    """The norm x / sqrt(mean(x^2) + eps) * weight; computed by `ops.rms_norm`."""
     return Norm((eps,), _rms_leaves, _rms_apply)
 
 
 def layer_norm(eps: float = 1e-5, bias: bool = True) -> Norm:
-    """(x - mean) / sqrt(var + eps) * weight + bias."""
+    """The norm (x - mean(x)) / sqrt(var(x) + eps) * weight + bias; computed by `ops.layer_norm`."""
     return Norm((eps, bias), _layer_leaves, _layer_apply)
 
 

@@ -1,6 +1,6 @@
-"""What each function of a `Model` is called with, and what it returns.
+"""Signatures of the functions of a `Model`: one Protocol for each field.
 
-Arguments before `/` are given by position, so a model of one's own may name them as it likes.
+Arguments before `/` are passed by position, so your own functions may name them differently.
 Legend: B batch, T positions, D d_model, V vocabulary.
 """
 
@@ -24,7 +24,10 @@ class Init(Protocol):
 
 
 class Forward(Protocol):
-    """States (B, T, D) or logits (B, T, V) of tokens; segment_ids: documents of a packed row."""
+    """States (B, T, D) or logits (B, T, V) of tokens.
+
+    segment_ids: which document of a packed row each token belongs to; tokens see only those of their own document.
+    """
 
     def __call__(
         self, params: Params, tokens_BT: Int[Tensor, "b t"], /, *, segment_ids: Int[Tensor, "b t"] | None = None
@@ -32,7 +35,10 @@ class Forward(Protocol):
 
 
 class Loss(Protocol):
-    """(scalar, metrics) of a batch with "tokens" and "targets"; metrics are detached."""
+    """(loss, metrics) of a batch with "tokens" and "targets"; the loss is 0-d, in nats, and metrics are detached.
+
+    z_loss: coefficient of (log Z)^2. chunk: tokens whose logits are held at a time; None: all.
+    """
 
     def __call__(
         self, params: Params, batch: Mapping[str, Tensor], /, *, z_loss: float = 0.0, chunk: int | None = None
@@ -40,7 +46,7 @@ class Loss(Protocol):
 
 
 class LogProbs(Protocol):
-    """(log p of each target, entropy of its distribution)."""
+    """(log p(target), entropy of p) at each position, in nats, with p = softmax(logits / temperature)."""
 
     def __call__(
         self, params: Params, batch: Mapping[str, Tensor], /, *, temperature: float = 1.0, chunk: int | None = None
@@ -56,7 +62,11 @@ class InitCache(Protocol):
 
 
 class Prefill(Protocol):
-    """(logits, cache) after T more tokens. Logits of the last position (B, V), or of all without last_only."""
+    """(logits, cache) after T more tokens in each row: logits (B, V) of the last, or (B, T, V) if not last_only.
+
+    lengths: tokens of each row that are not padding, the last ones; None: all.
+    n_positions: the sequence length for positions that scale with it (dynamic_ntk); None: the cache's size.
+    """
 
     def __call__(
         self,
@@ -72,7 +82,10 @@ class Prefill(Protocol):
 
 
 class Decode(Protocol):
-    """(logits of the next token, cache) after one more token in each row; used: the cache's length, if known."""
+    """(logits of the next token, cache) after one more token in each row.
+
+    used: tokens in the cache before, if the host knows; None: unknown. n_positions: as for `Prefill`.
+    """
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""Validation of token ids where they enter."""
+"""Validation of token ids before a model sees them."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,14 @@ __all__ = ["check_tokens"]
 
 
 def check_tokens(tokens: Tensor, cfg: Config | Model, name: str = "tokens") -> None:
-    """ValueError that names the first id outside 0..vocab_size-1 and where it stands; reads values on the host.
+    """ValueError with the value and the position of the first id outside 0..vocab_size-1; waits for the device.
 
-    Models do not check: it would wait for the device at each call. On a GPU an id out of range ends in a device-side
-    assertion, after which the process is of no use.
+    Models do not call this, since waiting at every call would be slow. An id out of range on a GPU then fails a
+    device-side assertion, after which the process can no longer use the GPU.
     """
     if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
         raise ValueError(f"{name} must hold integers, got {tokens.dtype}")
-    tokens = tokens.to(torch.int64)  # comparisons of uint16 do not exist everywhere
+    tokens = tokens.to(torch.int64)  # torch does not compare uint16 on every device
     bad = (tokens < 0) | (tokens >= cfg.vocab_size)
     if not bool(bad.any()):
         return

@@ -1,11 +1,11 @@
-"""The Transformer: a Config, the Model that it makes, and the plain functions beneath.
+"""The Transformer: a Config, `make`, which turns it into a Model, and the same functions with cfg as an argument.
 
     cfg = Config(vocab_size=256, context_length=64, d_model=64, n_layers=2, n_heads=4)
     model = make(cfg)
     params = model.init(random.key(0))
     logits_BTV = model.apply(params, tokens_BT)         # or apply(params, tokens_BT, cfg)
 
-Parts lie beside this file: config, leaves (what the parameters are), block, mixers, feed_forward, norms, cache.
+The parts are modules beside this one: config, leaves (the parameters), block, mixers, feed_forward, norms, cache.
 Legend: B batch, T positions, D d_model, V vocabulary.
 """
 
@@ -68,7 +68,7 @@ WrapBlock = Callable[[BlockFn], BlockFn]
 
 
 def identity(f: BlockFn) -> BlockFn:
-    """f"""
+    """f itself: the default `wrap_block`."""
     return f
 
 
@@ -82,10 +82,10 @@ def make(
     """The Model of this Config, computed with these ops.
 
     Args:
-        wrap_block: maps the block function (params, x_BTD, ctx) -> x_BTD to one of the same signature; remat, regional
-            compilation and gathers of sharded parameters enter here. Called here, once for each kind of layer; and once
-            more for its cached form (params, x_BTD, ctx, state, reads) -> (x_BTD, state).
-        std: standard deviation of a matrix's first values, (path, leaf) -> std.
+        wrap_block: maps the block function (params, x_BTD, ctx) -> x_BTD to one of the same signature, to add remat,
+            compile each block by itself, or gather sharded parameters. `make` calls it twice for each kind of layer:
+            with this function, and with the cached one (params, x_BTD, ctx, state, reads) -> (x_BTD, state).
+        std: (path, leaf) -> standard deviation of a matrix's initial values.
 
     >>> model = make(Config(vocab_size=8, context_length=4, d_model=4, n_layers=1, n_heads=2))
     >>> params = model.init(random.key(0))
@@ -116,7 +116,7 @@ def make(
 def init(
     key: random.Key, cfg: Config, std: Std = course_init, dtype: torch.dtype = torch.float32
 ) -> Params:
-    """Fresh parameters: matrices std * N(0, 1) cut at 3 std, std = std(path, leaf); norms 1; biases 0.
+    """Fresh parameters: matrices std(path, leaf) * N(0, 1), truncated at 3 std; norm weights 1; biases 0.
 
     Drawn in fp32 and cast to `dtype`, on the key's device.
 
@@ -136,7 +136,7 @@ def hidden(
     wrap_block: WrapBlock = identity,
     segment_ids: Int[Tensor, "b t"] | None = None,
 ) -> Float[Tensor, "b t d"]:
-    """States after the final norm: what the unembedding is applied to. Arguments as for `apply`."""
+    """States after the final norm, to which the unembedding is applied. Arguments as for `apply`."""
     return _hidden(cfg, ops, _blocks(cfg, ops, wrap_block), params, tokens_BT, segment_ids=segment_ids)
 
 
@@ -153,10 +153,10 @@ def apply(
 
     Args:
         tokens_BT: ids in 0..vocab_size-1, not checked here (`check_tokens` does).
-        ops: the maths to compute with.
-        wrap_block: as for `make`, applied in every call: what compiles blocks belongs there.
-        segment_ids: documents of a packed row; tokens see only equal ids, so that a packed batch gives what separate
-            documents give. Learned positions restart where an id begins.
+        ops: the functions to compute with.
+        wrap_block: as for `make`, but called anew in every call: give a wrapper that compiles to `make` instead.
+        segment_ids: which document of a packed row each token belongs to. A token sees only tokens of its own document,
+            so that logits are those of the documents by themselves; learned positions restart at each document.
 
     >>> cfg = Config(vocab_size=8, context_length=4, d_model=4, n_layers=1, n_heads=2)
     >>> apply(init(random.key(0), cfg), torch.tensor([[1, 2, 3]]), cfg).shape
@@ -175,20 +175,19 @@ def loss(
     z_loss: float = 0.0,
     chunk: int | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """sum_i w_i (nll_i + z_loss (log Z_i)^2) / denominator over all targets of the batch; nats, fp32.
+    """sum_i w_i (nll_i + z_loss (log Z_i)^2) / denominator over all targets i of the batch; nats, fp32.
 
-    The denominator is batch["denominator"] if present, else the sum of the batch's weights (1 where that is 0, so a
-    batch of nothing but padding has loss 0). With the same denominator in each part, losses, gradients and metrics of
-    any split of a batch add up to the whole's.
+    w_i are the weights, 1 without batch["weights"]. The denominator is batch["denominator"] if present, else sum_i w_i
+    (or 1 if that is 0, so that a batch of padding has loss 0). If all parts of a batch get one denominator, the sums of
+    their losses, gradients and metrics are those of the whole batch, however it is divided.
 
     Args:
         batch: "tokens" and "targets" (B, T); optionally "weights" (B, T), "segment_ids" (B, T), "denominator" 0-d.
-            Where a weight is 0 the target may be anything.
-        z_loss: coefficient of (log Z)^2.
-        chunk: tokens whose logits are held at a time (`purelm.ops.linear_cross_entropy`); all of them when None.
+            A target of weight 0 may be any number.
+        z_loss: coefficient of (log Z)^2, Z being the sum of exp(logits).
+        chunk: tokens whose logits are held at a time (`purelm.ops.linear_cross_entropy`); None: all.
     Returns:
-        (loss, metrics): metrics are detached and additive: nll, the loss without the z term; n_targets, the sum of
-        weights.
+        (loss, metrics): detached metrics nll, the loss without the z term, and n_targets, the sum of the weights.
     """
     return _loss(cfg, ops, _blocks(cfg, ops, wrap_block), params, batch, z_loss=z_loss, chunk=chunk)
 
@@ -203,15 +202,18 @@ def log_probs(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t"]]:
-    """(log p of each target, entropy of its distribution), with p = softmax(logits / temperature); nats, fp32.
+    """(log p(target), entropy of p) at each position, with p = softmax(logits / temperature); nats, fp32.
 
-    Both are 0, without gradients, where batch["weights"] is 0. batch: as for `loss`, of which the denominator is not
-    read. chunk: tokens whose logits are held at a time (`purelm.ops.log_probs`).
+    Both are 0, with zero gradient, where batch["weights"] is 0.
+
+    Args:
+        batch: as for `loss`; "denominator" is ignored.
+        chunk: tokens whose logits are held at a time (`purelm.ops.log_probs`); None: all.
     """
     return _log_probs(cfg, ops, _blocks(cfg, ops, wrap_block), params, batch, temperature=temperature, chunk=chunk)
 
 
-# What both forms are made of: functions of (cfg, ops, one wrapped function for each kind of layer).
+# Both forms, Model's and the plain functions, call these: functions of (cfg, ops, wrapped block functions by kind).
 
 Blocks = Sequence[BlockFn]
 BATCH = ("tokens", "targets", "weights", "segment_ids", "denominator")
@@ -238,7 +240,8 @@ def _unembedding(cfg: Config, params: Params) -> Tensor:
 def _hidden(
     cfg: Config, ops: Ops, blocks: Blocks, params: Params, tokens_BT: Tensor, *, segment_ids: Tensor | None = None
 ) -> Tensor:
-    if not torch.compiler.is_compiling() and ops.enter is REFERENCE.enter:  # else a process has parts of parameters
+    # Not under tensor parallelism, which replaces ops.enter: a process then holds parts of parameters.
+    if not torch.compiler.is_compiling() and ops.enter is REFERENCE.enter:
         check_params(params, leaves(cfg))
     if tokens_BT.ndim != 2:
         raise ValueError(f"tokens_BT must have 2 axes, (batch, positions), got shape {tuple(tokens_BT.shape)}")
@@ -247,7 +250,7 @@ def _hidden(
         raise ValueError(f"tokens_BT must have at most context_length {cfg.context_length} positions, got {T}")
     positions = torch.arange(T, device=tokens_BT.device)
     if segment_ids is not None and cfg.position == "learned":
-        positions = segment_positions(segment_ids)  # rotary ones are relative: a common offset changes nothing
+        positions = segment_positions(segment_ids)  # not for rope: attention is unchanged by a document's offset
     x_BTD = embed(params, tokens_BT, positions, cfg, ops)
     ctx = context(positions, segment_ids, cfg, length=T, dtype=x_BTD.dtype)
     kinds = kinds_of(cfg)

@@ -116,6 +116,7 @@ def block_index(
 
 
 def check_key(name: str, key: Tensor) -> None:
+    """ValueError, beginning with `name`, unless key is one key: an int64 tensor of shape (2,)."""
     if not isinstance(key, Tensor) or key.shape != (2,) or key.dtype != torch.int64:
         given = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else f"{key!r:.80}"
         hint = f": random.key({key}) makes one" if isinstance(key, int) else " (vmap over several)"

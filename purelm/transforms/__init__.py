@@ -1,13 +1,10 @@
 """Transformations of pure functions: gradients, compilation with donation, rematerialisation, accumulation.
 
-Each takes a function of trees and returns one; none changes its arguments (`jit` consumes what it was told to).
-`value_and_grad` is first-order reverse mode through torch.autograd. For forward mode, per-sample gradients and
-higher derivatives apply torch.func to the same functions.
+Each takes a function of trees and returns one. None changes its arguments, except that `jit` and `cuda_graph` consume
+donated ones. `value_and_grad` is first-order reverse mode through torch.autograd. For forward mode, per-sample
+gradients and higher derivatives apply torch.func to the same functions.
 
-Inside torch.compile, `value_and_grad` and `accumulate` end a graph: the differentiated function becomes a forward
-and a backward graph, with torch's partitioner between them, and what follows another. Dynamo can trace
-torch.autograd.grad into one graph from torch 2.13 on, but that one has no partitioner: for a small Transformer it
-took 2.6 times as long to compile and ran 4 % slower.
+`value_and_grad` and `accumulate` break the graph of torch.compile: see `purelm.transforms.gradients`.
 """
 
 from purelm.transforms.donation import in_stages, jit

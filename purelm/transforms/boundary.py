@@ -1,4 +1,4 @@
-"""Functions that torch.compile leaves as they are, while it compiles the functions that they call."""
+"""Functions that torch.compile leaves as plain Python, while it compiles the functions that they call."""
 
 import functools
 import itertools
@@ -10,8 +10,8 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Private names of torch 2.11-2.13, all of which torch._dynamo.skip and torch._dynamo.disable use in the same way.
-# Importing those would take as long as importing torch itself, also for users who never compile.
+# Private names, used as torch._dynamo.skip and torch._dynamo.disable use them in torch 2.11 to 2.13. Importing
+# torch._dynamo would take as long as importing torch itself, also for users who never compile.
 _eval_frame: Any = torch._C._dynamo.eval_frame
 _SKIP = _eval_frame._FrameExecStrategy(_eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.DEFAULT)
 
@@ -19,7 +19,7 @@ _number = itertools.count()
 
 
 def not_traced(function: F) -> F:
-    """Mark a function: dynamo neither traces into it nor compiles its own frame."""
+    """The same function, marked so that dynamo neither traces into it nor compiles its own frame."""
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = "purelm.transforms works between compiled graphs"  # type: ignore[attr-defined]
     _eval_frame.set_code_exec_strategy(function.__code__, _SKIP)  # type: ignore[attr-defined]
@@ -28,10 +28,10 @@ def not_traced(function: F) -> F:
 
 @not_traced
 def between_graphs(body: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
-    """The function (*args, **kwargs) -> body(call, *args, **kwargs), documented as `like`.
+    """The function (*args, **kwargs) -> body(call, *args, **kwargs), with the name and docstring of `like`.
 
-    In a function that is being compiled, it ends a graph. body then runs as plain Python, helpers and all, except
-    for what it calls as call(f, *args, **kwargs): f is compiled as it would be outside.
+    When a function that is being compiled calls it, the graph breaks. body and its helpers then run as plain Python;
+    only a function f that body calls as call(f, *args, **kwargs) is compiled.
     """
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -49,20 +49,21 @@ def between_graphs(body: Callable[..., Any], like: Callable[..., Any]) -> Callab
         finally:
             _eval_frame.set_eval_frame(compiler)
 
-    # Not like's attributes: those of a compiled function would have dynamo look through the wrapper.
+    # like.__dict__ is not copied: the attributes of a compiled function would make dynamo trace through the wrapper.
     functools.update_wrapper(wrapper, like, assigned=("__module__", "__qualname__", "__doc__"), updated=())
     return not_traced(wrapper)
 
 
 @not_traced
 def own_cache(f: Callable[..., Any], name: str | None = None) -> Callable[..., Any]:
-    """f in a function with a code object of its own.
+    """f wrapped in a function with a code object that no other function has.
 
-    torch.compile keeps its compiled versions, their limit of 8 and what it learnt about dynamic shapes by code object
-    (the last even by file, line and name). Functions that are made by another, as every loss of a train step is,
-    share theirs: without this the ninth model of a process would run uncompiled.
+    Per code object, torch.compile keeps compiled versions, limits their number to 8, and records dynamic shapes (the
+    last by file, line and name). Closures made by one factory, as the losses of all train steps are, share a code
+    object, so that without this the ninth model of a process would run uncompiled.
 
-    Inside a compiled function f is returned as it is: there it is made anew in every call, and has to share.
+    Inside a compiled function f is returned unchanged: a new code object in every call would never find its compiled
+    version.
     """
     if _eval_frame.get_eval_frame_callback() is not None:
         return f
@@ -78,10 +79,11 @@ def own_cache(f: Callable[..., Any], name: str | None = None) -> Callable[..., A
 
 
 def own_code(f: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of Python's with a code object of its own; anything else as it is.
+    """A copy of a Python function f with a code object of its own; anything else unchanged.
 
-    Before torch 2.13 a graph that ends inside of f makes f a frame of its own, whose compiled versions go by f's code.
-    They do not look at default arguments: of two lambdas of one line, the second one's ran as the first one's.
+    Before torch 2.13, a graph break inside f makes dynamo compile f as a frame of its own and look up the result by f's
+    code object, without comparing default arguments: a second lambda made on the same line, with other defaults, ran
+    the code compiled for the first.
     """
     if not isinstance(f, types.FunctionType) or getattr(f, "_torchdynamo_disable", False):
         return f

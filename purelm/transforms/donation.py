@@ -1,9 +1,10 @@
-"""Compilation with donation: the storage of consumed arguments receives the results.
+"""Compilation with donation: the storage of donated arguments receives the results.
 
-A function whose graph breaks in a nested frame, as a train step's does around the gradient, must have its last graph
-reach to the store of the results, or a second copy of the state exists for a moment. `in_stages` says where to cut,
-and each stage is compiled by itself; that works on every version of torch. For other functions dynamo's nested graph
-breaks do it from torch 2.13 on (those of 2.11 resume with the wrong module's names).
+Results are written into donated memory without a second copy only if one graph both computes and stores them. If f's
+graph breaks inside of f, as a train step's does around the gradient, f's last graph returns the results first. There
+are two remedies. `in_stages` cuts f at the breaks, and each stage is compiled by itself, on every version of torch. For
+other functions dynamo's nested graph breaks help, from torch 2.13 on (in 2.11 they resume with the globals of the wrong
+module).
 """
 
 import functools
@@ -36,8 +37,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def in_stages(*stages: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     """The function (state, x) -> last(state, ...(second(state, first(state, x)))), which `jit` compiles stage by stage.
 
-    Every stage sees the same state; only the last may consume it. A stage marked with torch.compiler.disable stays
-    plain Python (a collective, say).
+    Every stage gets the same state; only the last one may consume it. A stage marked with torch.compiler.disable (for
+    collectives, say) stays plain Python.
 
     >>> f = in_stages(lambda state, x: x + 1, lambda state, y: state * y)
     >>> f(3, 4)
@@ -56,16 +57,19 @@ def in_stages(*stages: Callable[..., Any]) -> Callable[[Any, Any], Any]:
 
 
 def jitted_as(stage: F, make: Callable[[tuple[int, ...], dict[str, Any]], Callable[..., Any] | None]) -> F:
-    """`stage`, of which jit(stage, donate, **options) is make(donate, options), or as ever where that is None.
+    """`stage`, marked so that jit(stage, donate, **options) is make(donate, options), or the usual if that is None.
 
-    For stages that know better what to compile than the whole: one function of a leaf that is called for each, say.
+    For stages of which only a part is worth compiling: an optimizer's update of one leaf, say, called for every leaf.
     """
     stage.jitted_of_purelm = make  # type: ignore[attr-defined]
     return stage
 
 
 def consuming(f: Callable[..., Any], f_: Callable[..., Any]) -> Callable[..., Any]:
-    """jit(f, donate=0) by f_, which computes what f does and writes over its first argument; not compiled itself."""
+    """A substitute for jit(f, donate=0) that calls f_ and compiles nothing.
+
+    f_ returns what f does, but writes it into the memory of its first argument.
+    """
     donated_type = donated_type_of(f"jit({getattr(f, '__name__', type(f).__name__)})")
 
     @functools.wraps(f, updated=())
@@ -82,18 +86,18 @@ def consuming(f: Callable[..., Any], f_: Callable[..., Any]) -> Callable[..., An
 
 
 def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_options: Any) -> Callable[..., Any]:
-    """torch.compile(f, **compile_options), with jax's meaning of donation.
+    """torch.compile(f, **compile_options), with JAX's meaning of donation.
 
     The storage of the positional arguments `donate` (trees of tensors) receives the results: each donated tensor is
-    matched with a result of equal shape, dtype and device, first with itself if f returns it, else in order. The
-    compiled code writes the results in place, so that a train step holds one copy of parameters and optimizer
-    state. Afterwards the donated tensors are empty, and any use of them raises RuntimeError. Results that match
-    nothing are new tensors; arguments that are not donated stay as they are. f must be pure.
+    matched with a result of equal shape, dtype and device, with itself if f returns it, else in order. The compiled
+    code writes results into that storage, so that a train step holds one copy of parameters and optimizer state.
+    Afterwards the donated tensors are empty, and any use of them raises RuntimeError. Results without a match are new
+    tensors; arguments that are not donated are unchanged. f must be pure.
 
-    ValueError, with all arguments intact: a donated tensor that matches no result, requires grad, or shares memory
-    with another argument or another part of itself. Tensors that f reaches by closure are not checked.
-    Values that change each call must be tensors: another Python number is another compilation. Within a function
-    that is itself being compiled, jit does nothing.
+    ValueError, with all arguments intact, for a donated tensor that matches no result, requires grad, or shares memory
+    with another leaf of the arguments. Tensors in f's closure are not checked.
+    Pass values that change from call to call as tensors: each new Python number may compile f again. Inside a function
+    that is itself being compiled, the jitted f is f.
 
     >>> step = jit(lambda state, x: ({"w": state["w"] + x}, x.sum()), donate=0)
     >>> state, total = step(state, x)  # doctest: +SKIP
@@ -133,7 +137,8 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
                 return compiled(args, kwargs, [], ())[1]
         old, treedef = optree.tree_flatten(_donated(args, donate))
         check_memory("jit", old, args, kwargs, donate)
-        # Compiled code works on aliases and returns them where it stored a result. After it, the old ones go.
+        # Compiled code gets aliases of the donated tensors and returns those that it stored a result in. Then `consume`
+        # empties the caller's tensors, but not the aliases.
         aliases = treedef.unflatten([_alias(x) for x in old])
         are_numbers = [_is_number(x) for x in old]
         numbers = tuple(treedef.unflatten(are_numbers)) if any(are_numbers) else ()
@@ -156,20 +161,22 @@ def jit(f: Callable[..., Any], donate: int | tuple[int, ...] = (), **compile_opt
 
 
 def _is_number(x: Any) -> bool:
-    """0-d fp64, which dynamo takes for a Python float: what is written into such an argument is lost (torch 2.13)."""
+    """Whether x is 0-d fp64: dynamo turns such arguments into Python floats, and writes into them are lost (2.13)."""
     return isinstance(x, Tensor) and x.ndim == 0 and x.dtype == torch.float64
 
 
 def _alias(x: Any) -> Any:
+    """An alias of x that shares its memory; for 0-d fp64 one of shape (1,), which dynamo does not turn into a float."""
     return x.data.view(1) if _is_number(x) else x.data if isinstance(x, Tensor) else x
 
 
 def _as_numbers(
     args: tuple, donate: tuple[int, ...], numbers: tuple, views: list[Tensor], vectors: list[Tensor]
 ) -> tuple:
-    """The arguments with the numbers among donated leaves as f expects them: `views` of the `vectors` that came.
+    """The arguments, with 0-d views in place of the (1,) vectors that `_alias` made of 0-d fp64 leaves.
 
-    numbers: for each donated argument a tree of bools. Not leaves counted: orders of walks differ in a trace.
+    The vectors and their views are appended to `vectors` and `views`. numbers: for each donated argument a tree of
+    bools, true at these leaves. (Indices of leaves would not do: under dynamo trees are walked in another order.)
     """
 
     def restored(x: Any, is_number: bool) -> Any:
@@ -186,7 +193,7 @@ def _as_numbers(
 
 
 def consume(leaves: list[Any], donated_type: type[Tensor]) -> None:
-    """Empty the tensors among the leaves: their memory belongs to the results now."""
+    """Empty the tensors among the leaves, whose memory now belongs to the results, and make them of `donated_type`."""
     empty: dict[Any, Tensor] = {}
     for x in leaves:
         if isinstance(x, Tensor):
@@ -199,7 +206,7 @@ def consume(leaves: list[Any], donated_type: type[Tensor]) -> None:
 
 def _donated(args: tuple, donate: tuple[int, ...]) -> tuple:
     if max(donate) >= len(args):
-        raise ValueError(f"jit: donate is {donate}, but {len(args)} positional arguments came")
+        raise ValueError(f"jit: donate is {donate}, but {len(args)} positional arguments were given")
     return tuple(args[i] for i in donate)
 
 
@@ -211,12 +218,13 @@ def _store(
     views: list[Tensor],
     vectors: list[Tensor],
 ) -> tuple[list[Any], Any]:
-    """Write the results into the donated tensors; (trees of bools if some donated tensors match no result, results).
+    """Write the results into the donated tensors: ([], results), with the donated tensor in place of a matched result.
 
-    The results have the donated tensor itself where one was matched. True is at those without; nothing is written then.
-    Numbers are written by the vectors that they are views of: after a break in the graph the views are arguments of the
-    next graph, and writes into those would be lost.
-    Written for dynamo, which traces it: few operations a leaf, and linear when results come in the donated order.
+    If a donated tensor matches no result nothing is written, and the return value is (trees of bools, None): for each
+    donated argument a tree that is true at these tensors.
+    A 0-d fp64 result is written into the vector that its donated tensor is a view of: after a graph break the view is
+    an argument of the next graph, and a write into it would be lost (see `_is_number`).
+    Dynamo traces this function, so it takes few operations a leaf, and linear time if results come in donated order.
     """
     old: list[Any] = []
     new: list[Any] = []
@@ -227,7 +235,7 @@ def _store(
     for i, x in enumerate(old):
         if isinstance(x, Tensor):
             place[x] = i  # by identity
-    # A donated tensor that is a result stays where it is, wherever it comes in the results.
+    # A donated tensor that is itself a result needs no copy, at whatever position among the results.
     slots: list[int | None] = []
     for x in new:
         slots.append(place.pop(x, None) if isinstance(x, Tensor) else None)
@@ -243,7 +251,8 @@ def _store(
         left = set(free)
         where = iter(range(len(old)))
         return [traced.map(lambda x: next(where) in left, args[i]) for i in donate], None
-    # A result may be a view or a copy of a donated tensor that is about to be overwritten: read all before writing.
+    # A result may be a view of a donated tensor, or a clone of one that Inductor removes, and that tensor is about to
+    # be overwritten: read all results before writing any.
     for k, x in enumerate(new):
         slot = slots[k]
         if isinstance(x, Tensor) and (slot is None or x is not old[slot]):
@@ -258,30 +267,30 @@ def _store(
         if new[k] is not old[slot]:
             (old[slot] if vector is None else vector).copy_(new[k])
         new[k] = old[slot] if vector is None else vector.view(())
-    # partial(next, iterator)(leaf) is the iterator's next item; a lambda would be one more call to trace for each.
+    # partial(next, iterator)(leaf) is the iterator's next item; a lambda would be one more call to trace at each leaf.
     return [], traced.map(functools.partial(next, iter(new)), out)
 
 
 def _read(x: Tensor, always: list[Tensor]) -> Tensor:
-    """A copy of x that inductor really makes, fused with what makes x or reads it.
+    """A copy of x that Inductor does not remove, though it may fuse it with the code before and after.
 
-    It takes clone() for nothing, even where x is overwritten before the clone is read (2.11 and 2.13 compile
-    x, y = b.clone(), a.clone(); a.copy_(x); b.copy_(y) to a swap that loses a). A choice by a value that is true at
-    run time is not taken for nothing. `always` holds one for each device; it is an argument, since a constant may be
-    folded.
+    Inductor removes clone() as a no-op, even where x is overwritten before the clone is read: torch 2.11 and 2.13
+    compile x, y = b.clone(), a.clone(); a.copy_(x); b.copy_(y) to code that loses a. It does not remove
+    torch.where(true, x, 0) with a `true` that is known only at run time. `always` has one such tensor for each device;
+    they are arguments of the graph, since constants could be folded.
     """
     for true in always:
         if true.device == x.device:
             return torch.where(true, x, torch.zeros((), dtype=x.dtype, device=x.device))
-    return x.clone()  # no donated tensor is there: nothing is overwritten
+    return x.clone()  # no donated tensor is on this device, so nothing that x reads is overwritten
 
 
 def check_memory(
     who: str, old: list[Any], args: tuple, kwargs: dict, donate: tuple[int, ...], others: list[Any] | None = None
 ) -> None:
-    """ValueError unless nothing but one donated tensor lives in each donated tensor's memory.
+    """ValueError if a donated tensor requires grad, or overlaps in memory with another donated tensor or argument.
 
-    others: the leaves of all that is not donated, where they are known.
+    old: the donated leaves. others: the leaves that are not donated; None: they are found in args and kwargs.
     """
     donated, storages = [], []
     for x in old:
@@ -306,12 +315,12 @@ def check_memory(
 
 
 def _storage(x: Tensor) -> int:
-    """Address of the tensor's storage, 0 for one without memory."""
+    """Address of the tensor's storage; 0 if it has no elements or is not strided."""
     return x.untyped_storage().data_ptr() if x.layout == torch.strided and x.numel() else 0
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the stretches of memory from first to last element meet (so interleaved views count as meeting)."""
+    """Whether the address ranges from first to last element overlap; interleaved views count, though disjoint."""
     begin_a, begin_b = a.data_ptr(), b.data_ptr()
     return begin_a < begin_b + _extent(b) and begin_b < begin_a + _extent(a)
 
@@ -326,12 +335,13 @@ def _alias_message(who: str, args: tuple, kwargs: dict, a: Tensor, b: Tensor) ->
     names = []
     tree.map_with_path(lambda path, x: names.append(path) if x is a or x is b else None, everything)
     return (
-        f"{who}: arguments {' and '.join(names)} share memory (paths begin with the argument), and one is donated: "
-        "it would be overwritten under the other; clone it first"
+        f"{who}: arguments {' and '.join(names)} share memory (paths begin with the argument), and one of them is "
+        "donated: its results would overwrite the other; pass a clone of one"
     )
 
 
 def unmatched_message(who: str, args: tuple, donate: tuple[int, ...], unmatched: list[int]) -> str:
+    """The error message for donated leaves without a result; unmatched: their indices among all donated leaves."""
     found: list[str] = []
 
     def describe(path: str, x: Any) -> None:
@@ -344,11 +354,11 @@ def unmatched_message(who: str, args: tuple, donate: tuple[int, ...], unmatched:
 
 
 def donated_type_of(call: str) -> type[Tensor]:
-    """The class of tensors that were donated to `call`, as messages name it."""
-    message = f"this tensor was donated to {call} and holds nothing now: use the result of that call"
+    """The class that tensors get when they are donated to `call`, a name for messages such as "jit(step)"."""
+    message = f"this tensor was donated to {call} and is empty now: use the result of that call"
 
     class Donated(Tensor):
-        """What a donated tensor becomes: every use raises, only repr tells what it was."""
+        """A donated tensor: every use raises RuntimeError, except repr, str and format."""
 
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,19 +1,19 @@
 """Gradients, rematerialisation and accumulation, as functions of functions.
 
 `value_and_grad` is reverse mode through torch.autograd. It composes with torch.func: `torch.func.vmap(grad(f))` gives
-per-sample gradients, `torch.func.jvp` of `grad(f)` a Hessian times a vector, `torch.func.jacrev` of it the Hessian,
-and `torch.func.grad` of a function that calls `grad` a gradient through a gradient. torch.func itself takes None for a
-leaf and refuses it, while here None is the absence of one; give torch.func the leaves alone:
+per-sample gradients, `torch.func.jvp` of `grad(f)` a Hessian-vector product, `torch.func.jacrev` of `grad(f)` the
+Hessian, and `torch.func.grad` of a function that calls `grad` the gradient through that gradient. In a tree of purelm
+None is an absent leaf, while torch.func refuses None as an input, so pass the leaves as a flat list:
 
     trained, fixed = tree.partition(lambda path, x: path.startswith("lora"), params)   # None in the holes
     leaves, form = tree.flatten(trained)                                               # a list of tensors
     gradient = lambda *xs: tree.leaves(grad(lambda t: loss(tree.combine(t, fixed)))(tree.unflatten(form, list(xs))))
     _, product = torch.func.jvp(gradient, tuple(leaves), tuple(direction))
 
-Inside torch.compile, `value_and_grad` and `accumulate` end a graph: the differentiated function becomes a forward
-and a backward graph, with torch's partitioner between them, and what follows another. Dynamo can trace
-torch.autograd.grad into one graph from torch 2.13 on, but that one has no partitioner: for a small Transformer it
-took 2.6 times as long to compile and ran 4 % slower.
+Inside torch.compile, `value_and_grad` and `accumulate` break the graph. The differentiated function is compiled as a
+forward and a backward graph by AOTAutograd, whose partitioner chooses what is kept for backward, and the code after the
+gradient is a graph of its own. From torch 2.13 on dynamo could trace torch.autograd.grad into a single graph instead,
+but without a partitioner: for a small Transformer this took 2.6 times as long to compile and ran 4 % slower.
 """
 
 import functools
@@ -45,20 +45,22 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, Any]]:
     """The function that returns f's value and its gradient with respect to the arguments `argnums`.
 
-    f returns a 0-d floating tensor, or (that, aux) if has_aux; the result is (value, grads), or
-    ((value, aux), grads). grads has the structure of the argument (a tuple of such for a tuple of argnums): zeros
-    for a floating leaf that the value does not depend on, None for a leaf that is not floating. f sees detached
-    leaves (no data is copied): the arguments keep their own requires_grad and .grad, and a tensor that stands in
-    two places has a gradient for each. Value, aux and gradients are detached.
+    f returns a 0-d floating value, or (value, aux) if has_aux; the result is (value, grads), or ((value, aux), grads).
+    grads has the structure of the argument, with zeros at a floating leaf that the value does not depend on and None at
+    a leaf that is not floating; for a tuple of argnums it is a tuple of such trees. f is called with detached leaves
+    (no data is copied), so the arguments' own requires_grad and .grad stay unchanged, and a tensor at two places of the
+    argument gets a gradient for each place. Value, aux and gradients are detached.
 
-    Inside of a torch.func transform (vmap, jvp, grad, jacrev, ...) the same contract is kept by
-    torch.func.grad_and_value, and the results stay functions of whatever is differentiated further out. Without such a
-    transform around it a second derivative is an error: write `torch.func.grad` for the outer one.
+    Inside a torch.func transform (vmap, jvp, grad, jacrev, ...) torch.func.grad_and_value computes the same, and the
+    results are not detached from that transform. Elsewhere a second derivative is an error: take the outer one with
+    `torch.func.grad`.
 
-    watch: called before f with the detached floating leaves, in order; it may put hooks on them (data parallelism
-    sends gradients while backward runs). Backward leaves gradients in their .grad, None where the value does not
-    depend on a leaf, and the function that watch returned, called when backward is over, gives those of all leaves.
-    ValueError inside of a torch.func transform, where tensors have no hooks.
+    Args:
+        watch: called before f with the list of detached floating leaves; it may register hooks on them, as data
+            parallelism does to send gradients while backward runs. Backward accumulates gradients in the leaves' .grad
+            (None for a leaf that the value does not depend on). The function that `watch` returned is called after
+            backward and returns the gradients of all leaves. ValueError inside a torch.func transform, whose tensors
+            have no hooks.
 
     >>> loss = lambda params, x: ((params["w"] * x) ** 2).sum()
     >>> value_and_grad(loss)({"w": torch.tensor([1.0, 2.0])}, torch.tensor([3.0, 1.0]))
@@ -68,15 +70,15 @@ def value_and_grad(
     function = own_cache(f)
 
     def body(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if torch.is_inference_mode_enabled():  # no graph is recorded there, whatever enable_grad says
+        if torch.is_inference_mode_enabled():  # records no graph, not even under enable_grad
             raise ValueError(
-                "value_and_grad: under torch.inference_mode() there are no gradients; torch.no_grad() is no obstacle"
+                "value_and_grad: under torch.inference_mode() there are no gradients; use torch.no_grad() instead"
             )
         flat, treedef = optree.tree_flatten(_differentiated(args, numbers))
         at = [k for k, x in enumerate(flat) if tree.is_floating(x)]
 
         def arguments(inputs: list[Tensor]) -> list[Any]:
-            """All arguments of f, these tensors in the places of the floating leaves."""
+            """All arguments of f, with the floating leaves of the differentiated ones replaced by `inputs`."""
             for k, x in zip(at, inputs, strict=True):
                 flat[k] = x
             new_args = list(args)
@@ -124,7 +126,7 @@ def value_and_grad(
 
 @not_traced
 def grad(f: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable[..., Any]:
-    """The function that returns f's gradient, or (gradient, aux) if has_aux; otherwise as `value_and_grad`.
+    """The function that returns f's gradient, or (gradient, aux) if has_aux; arguments as for `value_and_grad`.
 
     >>> grad(lambda x: (x**3).sum())(torch.tensor([1.0, 2.0]))
     tensor([ 3., 12.])
@@ -139,12 +141,12 @@ def grad(f: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: boo
 
 
 def remat(f: Callable[..., Any], policy: Callable[[Any], bool] | None = None) -> Callable[..., Any]:
-    """f with the same values and gradients, whose intermediate results are computed again in the backward pass.
+    """f with the same values and gradients, whose intermediate results are not kept but computed again in backward.
 
-    Kept are f's arguments, and the results of operators for which policy(op) is true, op being an OpOverload such
-    as torch.ops.aten.mm.default (`save_matmuls` is a policy). f must be pure; the global generator's state is not
-    restored, since nothing here draws from it. Not under torch.func, which has no hooks for saved tensors: leave
-    remat out there. Chen et al., "Training deep nets with sublinear memory cost" (2016).
+    f's arguments are kept, and the results of operators for which policy(op) is true; op is an OpOverload such as
+    torch.ops.aten.mm.default (`save_matmuls` is a policy). f must be pure: the state of torch's global generator is not
+    restored for the second computation. Does not work under torch.func, which has no saved-tensor hooks; call f itself
+    there. Chen et al., "Training deep nets with sublinear memory cost" (2016).
 
     >>> block = remat(lambda w, x: torch.tanh(x @ w))
     """
@@ -155,8 +157,8 @@ def remat(f: Callable[..., Any], policy: Callable[[Any], bool] | None = None) ->
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if policy is not None:
             options["context_fn"] = functools.partial(_selective_contexts, policy)
-        # checkpoint gets the leaves one by one: it hands saved tensors to hooks, but only its direct arguments, not
-        # tensors inside of trees (FSDP's hooks drop gathered parameters, and gather them again).
+        # The leaves are direct arguments of checkpoint, since it passes only those through saved-tensor hooks, and not
+        # tensors inside trees. FSDP needs the hooks: they drop gathered parameters, and gather them again in backward.
         leaves, treedef = tree.flatten((args, kwargs))
 
         def call(*leaves: Any) -> Any:
@@ -169,7 +171,7 @@ def remat(f: Callable[..., Any], policy: Callable[[Any], bool] | None = None) ->
 
 
 def save_matmuls(op: Any) -> bool:
-    """A policy of `remat`: keep the results of matrix products and of attention, compute the rest again."""
+    """A policy for `remat`: keep the results of matrix products and of attention, compute the rest again."""
     return op in _matmuls() or str(op) == "purelm.flash_attention_fwd.default"
 
 
@@ -177,10 +179,10 @@ def save_matmuls(op: Any) -> bool:
 def accumulate(f: Callable[..., Any], n_microbatches: int) -> Callable[..., Any]:
     """The function (params, batch) -> sum of f(params, microbatch) over n_microbatches equal parts of the batch.
 
-    Leaves of the batch that have an axis are cut on axis 0, 0-d leaves are passed on whole. Everything that f
-    returns (a tree of tensors: value, metrics, gradients) is summed. That equals f(params, batch) when f divides by
-    a denominator of the whole batch, such as batch["denominator"]; means over each part would come out n times too
-    large. One microbatch's activations are alive at a time.
+    The batch's leaves are split along axis 0; 0-d leaves are passed whole to every call. All leaves of f's result (a
+    tree of tensors: value, metrics, gradients) are summed. The sum equals f(params, batch) if f divides by a
+    denominator of the whole batch, such as batch["denominator"]; if f is a mean over its microbatch, the sum is
+    n_microbatches times too large. One microbatch's activations are alive at a time.
 
     >>> double = accumulate(lambda params, batch: (params * batch["x"]).sum(), 2)
     >>> double(torch.tensor(2.0), {"x": torch.tensor([1.0, 2.0, 3.0, 4.0])})
@@ -198,7 +200,7 @@ def accumulate(f: Callable[..., Any], n_microbatches: int) -> Callable[..., Any]
             if other != treedef:
                 raise ValueError("accumulate: f's results differ in structure between microbatches")
             for i in range(len(total)):
-                # Leaf by leaf, and each part is dropped at once: two trees of gradients are held and not three.
+                # Leaf by leaf, dropping each summand at once, so that two trees of gradients are held and not three.
                 total[i] = total[i] + part[i]
                 part[i] = None
         return tree.unflatten(treedef, total)
@@ -214,9 +216,9 @@ def _argument_numbers(argnums: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _differentiated(args: tuple, numbers: tuple[int, ...]) -> tuple:
-    """The arguments to differentiate, each of which has a floating leaf."""
+    """The arguments to differentiate; ValueError if one of them has no floating leaf."""
     if max(numbers) >= len(args):
-        raise ValueError(f"value_and_grad: argnums has {max(numbers)}, but {len(args)} positional arguments came")
+        raise ValueError(f"value_and_grad: argnums has {max(numbers)}, but {len(args)} positional arguments were given")
     for i in numbers:
         if not any(tree.is_floating(x) for x in optree.tree_leaves(args[i])):
             raise ValueError(f"value_and_grad: argument {i} has no floating tensor to differentiate")
@@ -224,15 +226,16 @@ def _differentiated(args: tuple, numbers: tuple[int, ...]) -> tuple:
 
 
 def _fresh_leaf(x: Tensor) -> Tensor:
-    """A leaf of a new graph with x's data."""
+    """A leaf of a new autograd graph that shares x's data; ValueError if that would cut an outer graph."""
     inner = x.grad_fn is not None or getattr(x, _LEAF, False)
     if inner and torch.is_grad_enabled():
         raise ValueError(
-            "value_and_grad: a differentiated argument is itself the result of a differentiated computation, which "
-            "would be cut off; detach it, or make the outer derivative torch.func.grad's, which sees through this one"
+            "value_and_grad: an argument to differentiate is itself the result of a differentiated computation, which "
+            "would be cut off: detach it, or make the outer derivative torch.func.grad's, which differentiates through "
+            "this one"
         )
     leaf = x.detach().requires_grad_()
-    setattr(leaf, _LEAF, True)  # so that a nested call can tell it from a parameter of the user's
+    setattr(leaf, _LEAF, True)  # so that a nested call can tell it from the user's tensors that require grad
     return leaf
 
 
@@ -257,7 +260,10 @@ def _value_and_aux(out: Any, has_aux: bool) -> tuple[Tensor, Any]:
 def _under_torch_func(
     f: Callable[[list[Tensor]], Any], inputs: list[Tensor], has_aux: bool
 ) -> tuple[Tensor, Any, list[Tensor]]:
-    """(value, aux, gradients) of f by torch.func, whose own aux may hold tensors alone: the rest goes around it."""
+    """(value, aux, gradients) of f by torch.func.grad_and_value.
+
+    torch.func allows only tensors in aux, so other leaves are passed around it in a list.
+    """
     others: list[Any] = []
     form: Any = None
 

@@ -1,7 +1,7 @@
-"""A function as one CUDA graph: recorded once, then replayed by a single call, whatever it launches.
+"""A function as one CUDA graph: its kernels are recorded once, and then all launched by a single call.
 
 The training step of a small model is hundreds of kernels of some microseconds each, and Python takes longer to launch
-them than the GPU to run them. A replay needs no Python between the first kernel and the last.
+them than the GPU to run them. A replay runs no Python between the first kernel and the last.
 """
 
 import functools
@@ -17,26 +17,27 @@ from purelm.transforms.donation import check_memory, consume, donated_type_of, u
 
 __all__ = ["cuda_graph"]
 
-MOST_RECORDS = 4  # of one function: each holds the memory of its intermediate results
-MOST_COUNTS = 256  # kinds of arguments whose calls are counted
+MOST_RECORDS = 4  # recordings of one function; each holds memory for the function's intermediate results
+MOST_COUNTS = 256  # kinds of arguments for which warm-up calls are counted
 
 
 def cuda_graph(f: Callable[..., Any], donate: int | tuple[int, ...] = (), *, n_warmup: int = 3) -> Callable[..., Any]:
     """f, recorded as a CUDA graph at its (n_warmup + 1)th call with arguments of one kind, and replayed from then on.
 
-    `donate` means what it means for `jit`, and a step has both: cuda_graph(jit(step, donate=0), donate=0). The graph
-    works in the memory of the donated tensors, which receives the results; they are empty afterwards. Other
-    tensors are copied into memory of the graph's own before each replay, and other results out of it afterwards, so
-    that every result is the caller's. Results are those of f, to the bit.
+    `donate` means what it means for `jit`; a compiled step takes it twice: cuda_graph(jit(step, donate=0), donate=0).
+    The graph reads donated tensors where they are and writes matching results into their memory; the donated tensors
+    are empty afterwards. Other tensors are copied into the graph's own memory before each replay, and other results
+    copied out of it, so that no later replay overwrites a result. Results are bitwise those of f.
 
     f must be pure, launch all of its work on one GPU, and never wait for it (no .item(), no copy from or to the host).
-    Numbers are part of the kind of an argument, and so are shapes, strides and dtypes: for each kind f is first called
-    n_warmup times as it is, so that everything is compiled and allocated. Donated tensors at other addresses (another
-    model, a loaded checkpoint) are recorded anew. The last 4 recordings are kept, each with the memory of f's
-    intermediate results. Without a tensor on a GPU, or inside a function that is being compiled, f is called as it is.
+    The kind of the arguments is their tree with each tensor's shape, strides, dtype and device, and the value of every
+    other leaf. For each kind f is first called n_warmup times without a graph, to compile and allocate everything. A
+    recording is valid for donated tensors at the same addresses: another model or a loaded checkpoint is recorded anew.
+    The 4 most recent recordings are kept, each with memory for f's intermediate results. Without a tensor on a GPU, and
+    inside a function that is being compiled, f is called without a graph.
 
-    ValueError: a donated tensor that matches no result or shares memory with another argument; a tensor that requires
-    grad or is not on the GPU; a leaf that cannot be hashed. RuntimeError: f does what a graph cannot hold.
+    ValueError: a donated tensor matches no result or shares memory with another argument; a tensor requires grad or is
+    not on the GPU; a leaf cannot be hashed. RuntimeError: f does something that cannot be recorded.
 
     >>> step = cuda_graph(jit(make_step(loss, optimizer, schedule), donate=0), donate=0)  # doctest: +SKIP
     """
@@ -54,7 +55,7 @@ def cuda_graph(f: Callable[..., Any], donate: int | tuple[int, ...] = (), *, n_w
         if torch.compiler.is_compiling():
             return f(*args, **kwargs)
         if donate and max(donate) >= len(args):
-            raise ValueError(f"cuda_graph: donate is {donate}, but {len(args)} positional arguments came")
+            raise ValueError(f"cuda_graph: donate is {donate}, but {len(args)} positional arguments were given")
         leaves, treedef = optree.tree_flatten((args, kwargs))
         if not any(isinstance(x, Tensor) and x.is_cuda for x in leaves):
             return f(*args, **kwargs)
@@ -65,8 +66,8 @@ def cuda_graph(f: Callable[..., Any], donate: int | tuple[int, ...] = (), *, n_w
         for i, x in enumerate(leaves):
             if isinstance(x, Tensor) and not donated[i]:
                 if x.requires_grad:
-                    raise ValueError("cuda_graph: an argument requires grad, which ends at a graph; pass x.detach()")
-                leaves[i] = x.contiguous()  # as it will lie in the graph's own memory
+                    raise ValueError("cuda_graph: an argument requires grad, but a graph has none: pass x.detach()")
+                leaves[i] = x.contiguous()  # the strides that its copy in the graph's own memory has
         kind = treedef, *[_kind(x) for x in leaves]
         try:
             hash(kind)
@@ -93,7 +94,7 @@ def cuda_graph(f: Callable[..., Any], donate: int | tuple[int, ...] = (), *, n_w
 
 
 class _Record:
-    """A graph, the tensors that it reads the arguments from, and where its results are."""
+    """A recorded graph, the tensors from which it reads its arguments, and those into which it writes its results."""
 
     def __init__(
         self,
@@ -107,14 +108,14 @@ class _Record:
         device = next(x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda)
         for x in leaves:
             if isinstance(x, Tensor) and x.device != device:
-                raise ValueError(f"cuda_graph: a tensor on {x.device} beside those on {device}: move it there first")
+                raise ValueError(f"cuda_graph: a tensor is on {x.device} and another on {device}: move it there first")
         aliases = _aliases(leaves, donated)
         inputs = [x.clone() if isinstance(x, Tensor) and not d else x for x, d in zip(aliases, donated, strict=True)]
         new_args, new_kwargs = treedef.unflatten([x.data if isinstance(x, Tensor) else x for x in inputs])
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
             try:
-                # Other threads may allocate memory meanwhile; autograd's own are told of the recording by torch.
+                # thread_local: other threads may allocate memory meanwhile; torch tells autograd's own of the capture.
                 with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                     results, self.treedef = optree.tree_flatten(f(*new_args, **new_kwargs))
                     self.slots, unmatched = _store(inputs, donated, results)
@@ -122,13 +123,13 @@ class _Record:
                 raise
             except RuntimeError as error:
                 raise RuntimeError(
-                    "cuda_graph: the function does what a CUDA graph cannot hold, such as waiting for the device "
-                    f"(.item(), .cpu(), a copy from the host); call it without cuda_graph. {error}"
+                    "cuda_graph: the function does something that a CUDA graph cannot record, such as waiting for the "
+                    f"device (.item(), .cpu(), a copy from the host); call it without cuda_graph. {error}"
                 ) from error
         if unmatched:
             raise ValueError(unmatched_message("cuda_graph", args, donate, unmatched))
         self.inputs = [x if isinstance(x, Tensor) and not d else None for x, d in zip(inputs, donated, strict=True)]
-        # What lies in donated memory is the caller's: holding it here would keep a dropped model alive.
+        # Results in donated memory are not kept here: that would keep the memory of a model alive after its last use.
         self.results = [x if slot is None else None for x, slot in zip(results, self.slots, strict=True)]
 
     def replay(self, leaves: list[Any]) -> Any:
@@ -146,13 +147,14 @@ class _Record:
 
 
 def _store(inputs: list[Any], donated: list[bool], results: list[Any]) -> tuple[list[int | None], list[int]]:
-    """Copy results into the donated tensors that have none yet.
+    """Match results with donated tensors as `jit` does, and copy each into its tensor unless f has written it there.
 
-    For each result, the leaf in whose memory it is; and the numbers, among donated leaves, of those left without.
+    Returns for each result the index of the leaf in whose memory it is (None: no donated one), and for each donated
+    tensor without a result its index among the donated leaves.
     """
     places = {_place(x): i for i, x in enumerate(inputs) if donated[i] and isinstance(x, Tensor)}
     slots: list[int | None] = []
-    for x in results:  # those that f itself stored, or passed on
+    for x in results:  # results that are already in donated memory: f stored them there, or returned the argument
         slots.append(places.pop(_place(x), None) if isinstance(x, Tensor) else None)
     free = sorted(places.values())
     storages = {x.untyped_storage().data_ptr() for i, x in enumerate(inputs) if donated[i] and isinstance(x, Tensor)}
@@ -161,7 +163,7 @@ def _store(inputs: list[Any], donated: list[bool], results: list[Any]) -> tuple[
         if not isinstance(x, Tensor) or slots[k] is not None:
             continue
         if x.untyped_storage().data_ptr() in storages:
-            x = results[k] = x.clone()  # it is read before anything there is overwritten
+            x = results[k] = x.clone()  # before the copies below overwrite the memory that x is a view of
         for position, i in enumerate(free):
             if x.shape == inputs[i].shape and x.dtype == inputs[i].dtype:
                 slots[k] = free.pop(position)
@@ -174,7 +176,7 @@ def _store(inputs: list[Any], donated: list[bool], results: list[Any]) -> tuple[
 
 
 def _aliases(leaves: list[Any], donated: list[bool]) -> list[Any]:
-    """The leaves, with other tensor objects for those that are donated: f may empty them, and may also fail."""
+    """The leaves, with aliases of the donated ones: f may empty the aliases and fail, and the arguments are intact."""
     return [x.data if d and isinstance(x, Tensor) else x for x, d in zip(leaves, donated, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What `jit` needs done differently on some versions of torch."""
+"""Workarounds of `jit` for single versions of torch."""
 
 import contextlib
 import functools
@@ -15,15 +15,16 @@ def _torch_version() -> tuple[int, ...]:
 
 @functools.cache
 def keep_writes_behind_reads() -> None:
-    """Mend torch 2.11's inductor, which may overwrite a tensor before it has read it: once, with the fix of 2.12.
+    """Patch Inductor of torch 2.11, which may overwrite a tensor before reading it, with the fix of 2.12; runs once.
 
-    On a CPU, a write may get new loops in order to be fused with what makes its value. That dropped the reads that
-    it had to wait for (https://github.com/pytorch/pytorch/issues/177631): {"a": b.softmax(0), "b": a.softmax(1)} was
-    wrong. How f or _store is written cannot help, for there every order is right already.
+    On a CPU, Inductor may recompute a write's loops in order to fuse it with the computation of the value. In 2.11 this
+    dropped the write's dependencies on earlier reads (https://github.com/pytorch/pytorch/issues/177631), so that
+    {"a": b.softmax(0), "b": a.softmax(1)} with both donated was wrong. The order in f and in _store is correct, so the
+    scheduler itself has to be patched.
     """
     if _torch_version() >= (2, 12):
         return
-    from torch._inductor.dependencies import StarDep, WeakDep  # imported late: it takes as long as torch itself
+    from torch._inductor.dependencies import StarDep, WeakDep  # imported late: takes as long as importing torch
     from torch._inductor.scheduler import SchedulerNode
     from torch.compiler import config
     from torch.utils._ordered_set import OrderedSet
@@ -37,18 +38,18 @@ def keep_writes_behind_reads() -> None:
         node.set_read_writes(node.read_writes.with_read(order).rename(node.mutation_renames))
 
     SchedulerNode.recompute_size_and_body = recompute_and_keep_order  # type: ignore[method-assign, assignment]
-    config.cache_key_tag += "-pytorch177631"  # code that was compiled without the fix may lie on disk
+    config.cache_key_tag += "-pytorch177631"  # so that code compiled without the fix is not taken from the disk cache
 
 
-@functools.cache  # to enter it costs 5 us, to make it 8 more, in every call of a compiled block
+@functools.cache  # entering it takes 5 us in every call of a compiled block; making it would take 8 us more
 def nested_graph_breaks() -> Any:
-    """While compiling: a break inside f ends the graph there only, and the next one reaches to the end of `run`.
+    """Context manager: after a graph break inside f, the next graph continues past f's end to the end of jit's `run`.
 
-    Otherwise f's own last graph would return its results, and a second copy of the state would exist until `run`
-    had stored them. Before torch 2.13 that second copy is there, unless f is cut by `in_stages`.
+    Without it f's last graph returns f's results as new tensors, so that a second copy of the state exists until `run`
+    has stored them. Before torch 2.13 this does nothing, and only `in_stages` avoids the second copy.
     """
     if _torch_version() < (2, 13):
         return contextlib.nullcontext()
-    from torch._dynamo import config  # imported late: it takes as long as torch itself
+    from torch._dynamo import config  # imported late: takes as long as importing torch
 
     return config.patch(nested_graph_breaks=True)

@@ -32,6 +32,7 @@ class Structure:
 
 
 def flatten(tree: Any) -> tuple[list[Any], Structure]:
+    """`tree.flatten`, for dynamo to trace: the leaves in optree's order, and the form of the tree."""
     found: list[Any] = []
 
     def visit(path: str, leaf: Any) -> int:
@@ -43,12 +44,14 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
 
 
 def unflatten(structure: Structure, leaves: list[Any]) -> Any:
+    """The tree of this form with these leaves: the inverse of `flatten`. ValueError if their number differs."""
     if len(leaves) != structure.n_leaves:
         raise ValueError(f"unflatten: got {len(leaves)} leaves, the structure has {structure.n_leaves}")
     return map(lambda i: leaves[i], structure.index_tree)
 
 
 def leaves(tree: Any) -> list[Any]:
+    """`tree.leaves`, for dynamo to trace: the leaves in optree's order."""
     found: list[Any] = []
     _collect(tree, found)
     return found
@@ -151,6 +154,7 @@ def sorted_keys(node: dict) -> list[Any]:
 
 
 def is_dict(x: Any) -> bool:
+    """A dict, OrderedDict or defaultdict; not another subclass, which optree takes for a leaf."""
     return type(x) is dict or type(x) is OrderedDict or type(x) is defaultdict
 
 

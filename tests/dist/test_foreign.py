@@ -197,6 +197,6 @@ def on_rank_mean(way):
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_a_mean_over_a_batch_without_targets_is_refused(way):
-    with pytest.raises(RankError, match="the loss is a mean over what it is given") as error:
+    with pytest.raises(RankError, match="the loss is a mean over its own microbatch") as error:
         run(on_rank_mean, way)
     assert sorted(error.value.errors) == [0, 1]

@@ -122,8 +122,8 @@ def on_rank_clip(way):
         ("zero", "zero.sharded: the optimizer clips by a norm"),
         ("owners", "zero.whole_tensors: the optimizer clips by a norm"),
         ("parts", "make_step: the optimizer clips by a norm"),
-        ("fsdp without norm", "each process has a part of the gradients, and grad_norm would be of that alone"),
-        ("parts without norm", "each process has a part of the gradients, and grad_norm would be of that alone"),
+        ("fsdp without norm", "a part of the gradients, and grad_norm would be the norm of that part"),
+        ("parts without norm", "a part of the gradients, and grad_norm would be the norm of that part"),
     ],
 )
 def test_a_norm_of_one_rank_is_refused(way, message):

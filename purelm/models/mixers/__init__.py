@@ -1,8 +1,10 @@
-"""Mixers: what lets the positions of a sequence see each other. A value, one file for each kind.
+"""Mixers: the sublayers in which positions of a sequence see each other, as values. One file for each kind.
 
-A mixer of one's own needs no change here: `Config(mixer=mine)`, mine being a `Mixer` of functions from anywhere. Its
-functions take `config` first, whatever it is; so mixers with equal configurations are equal. Its last linear layer is
-`ops.linear_out`, and what it reads goes through `ops.enter`, once; then it can be cut over processes as its leaves say.
+Config(mixer=...) takes your own `Mixer`, made of functions from any module. Each takes `config` as first argument
+instead of closing over it, so that mixers made with equal configurations are equal.
+
+For tensor parallelism a mixer passes its input through `ops.enter` once and ends with `ops.linear_out`; its leaves say
+how they may be cut.
 
 Legend: B batch, T positions, S slots of a cache, D d_model.
 """
@@ -21,30 +23,31 @@ __all__ = ["Cost", "CostOfMixer", "Mixer", "Slots", "not_cached"]
 
 
 class Slots(NamedTuple):
-    """Where T new tokens stand in a cache."""
+    """The slots of a cache that T new tokens of each row go into, and those in use before them."""
 
-    new_T: Tensor  # (T,) int64: the slots that they are written to
-    every_S: Tensor  # (S,) int64: 0 .. S-1
-    length: Tensor  # 0-d int64: slots in use before
-    start: Tensor | None  # (B,) int64: first slot of each row; None when no row is padded
-    used: int | None  # `length` where the host knows it
+    new_T: Tensor  # (T,) int64: the slots of the new tokens
+    every_S: Tensor  # (S,) int64: all slots, 0 .. S-1
+    length: Tensor  # 0-d int64: slots in use before the new tokens
+    start: Tensor | None  # (B,) int64: first slot of each row that is not padding; None when no row is padded
+    used: int | None  # the value of `length` where the host knows it, else None
     n_rows: int  # B
-    one: bool  # whether this is the step of one token, which sees all that is there
+    one: bool  # True in `decode`: T is 1, and the new token sees every earlier one (within its window)
     write: Callable[[Tensor, int, Tensor, Tensor], Tensor]  # (x, axis, indices, values): index_copy or index_copy_
 
 
 class Cost(NamedTuple):
     """What a layer costs for B sequences of T positions."""
 
-    flops: dict[str, int]  # of matrix products in forward, by part
-    activation_bytes: dict[str, int]  # that backward needs from forward, by part
-    cache_elements: int  # of the state after T positions
+    flops: dict[str, int]  # FLOPs of matrix products in forward, by part
+    activation_bytes: dict[str, int]  # bytes that backward needs from forward, by part
+    cache_elements: int  # elements of the layer's state in a cache of T positions
 
 
 class CostOfMixer(Protocol):
-    """The cost for `batch` sequences of `length` positions.
+    """The function (config, batch, length) -> Cost of one layer for `batch` sequences of `length` positions.
 
-    flash: scores are not kept for backward. skip_masked: pairs that do not see each other cost nothing.
+    bytes_per_element: of activations. flash: attention scores are not kept for backward. skip_masked: only pairs of
+    positions that see each other count.
     """
 
     def __call__(
@@ -61,19 +64,20 @@ class CostOfMixer(Protocol):
 
 
 class Mixer(NamedTuple):
-    """One way of mixing positions; functions and their `config`, which is the first argument of each."""
+    """One way of mixing positions: functions, and the `config` that each takes as first argument."""
 
     config: Hashable
-    leaves: Callable[[Any], dict[str, Leaf]]  # (config) -> table of one layer's parameters
+    leaves: Callable[[Any], dict[str, Leaf]]  # (config) -> leaf table of one layer
     apply: Callable[[Any, Params, Tensor, Context, Ops], Tensor]  # (config, params, x_BTD, ctx, ops) -> y_BTD
     # (config, batch, n_slots, dtype, device) -> an empty state, a tree of tensors whose first axis is the batch
     init_state: Callable[[Any, int, int, torch.dtype, Any], Any]
-    reads: Callable[[Any, Slots], Any]  # (config, slots) -> what all layers of this kind need of them, formed once
-    # (config, params, x_BTD, ctx, ops, state, what reads returned) -> (y_BTD, state)
+    # (config, slots) -> masks and the like that apply_cached needs; called once a pass for all layers of this kind
+    reads: Callable[[Any, Slots], Any]
+    # (config, params, x_BTD, ctx, ops, state, the result of reads) -> (y_BTD, state)
     apply_cached: Callable[[Any, Params, Tensor, Context, Ops, Any, Any], tuple[Tensor, Any]]
     cost: CostOfMixer
 
 
 def not_cached(config: Any, *_: Any) -> Any:
-    """`init_state` of a mixer that cannot go on from a state."""
+    """An `init_state` for mixers that cannot decode with a cache: raises ValueError."""
     raise ValueError(f"mixer {config!r} has no cached form")

@@ -28,17 +28,17 @@ __all__ = ["KV", "Attention", "Reads", "attention", "reads", "visible_pairs"]
 
 @dataclass(frozen=True)
 class Attention:
-    """What an attention layer is."""
+    """The configuration of an attention layer."""
 
     d_model: int
     n_heads: int
     n_kv_heads: int
     head_dim: int
     causal: bool = True
-    window: int | None = None  # keys seen before the own one (and after it if not causal); None: all
+    window: int | None = None  # a query sees this many keys before its own (and after it if not causal); None: all
     scale: float | None = None  # 1 / sqrt(head_dim) when None
     softcap: float | None = None
-    qk_norm: QKNorm = "none"  # RMS norm of q and k: over each head's width (head) or over all heads together (full)
+    qk_norm: QKNorm = "none"  # RMS norm of q and k over each head's features (head) or over all heads' together (full)
     norm_eps: float = 1e-5
     qkv_bias: bool = False
     out_bias: bool = False
@@ -52,7 +52,7 @@ class Attention:
 
 
 class KV(NamedTuple):
-    """The state of a layer: keys (turned by their positions) and values of what was read."""
+    """The state of a layer in a cache: a key (after norm and rope) and a value for each slot."""
 
     k: Tensor  # (B, S, G, K)
     v: Tensor
@@ -61,7 +61,10 @@ class KV(NamedTuple):
 def attention(
     d_model: int, n_heads: int, n_kv_heads: int | None = None, head_dim: int | None = None, **options: Any
 ) -> Mixer:
-    """The mixer; options are further fields of `Attention`."""
+    """Attention as a `Mixer`. options: further fields of `Attention`.
+
+    n_kv_heads None: n_heads. head_dim None: d_model / n_heads.
+    """
     n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
     head_dim = d_model // n_heads if head_dim is None else head_dim
     config = Attention(d_model, n_heads, n_kv_heads, head_dim, **options)
@@ -80,10 +83,10 @@ def _leaves(c: Attention) -> dict[str, Leaf]:
     if c.qk_norm == "none":
         return leaves
     for name, width in (("q_norm", q_width), ("k_norm", kv_width)):
-        if c.qk_norm == "head":  # one for all heads, of which a process has some
+        if c.qk_norm == "head":  # (K,), shared by all heads: whole on every process, whatever heads it has
             norm = Leaf((c.head_dim,), "norm", part, Fill(1.0), place="sublayer")
         else:
-            never = Cut(0, 1, 'norm over all heads (qk_norm "full")')
+            never = Cut(0, 1, 'norm over all heads (qk_norm "full")')  # 1 unit: refused on more than one process
             norm = Leaf((width,), "norm", part, Fill(1.0), never, place="sublayer")
         leaves |= with_prefix(name, {"weight": norm})
     return leaves
@@ -96,7 +99,7 @@ def _apply(c: Attention, params: Params, x_BTD: Tensor, ctx: Context, ops: Ops) 
 
 
 def _attend(c: Attention, ops: Ops) -> Callable[..., Tensor]:
-    """Attention over the sequence itself; a bidirectional model sees `window` keys to each side."""
+    """ops.attention with the options of c; if not causal, the window reaches to both sides."""
     sides = c.window if c.causal or c.window is None else (c.window, c.window)
     return partial(ops.attention, causal=c.causal, window=sides, scale=c.scale, softcap=c.softcap)
 
@@ -104,9 +107,9 @@ def _attend(c: Attention, ops: Ops) -> Callable[..., Tensor]:
 def _project(
     c: Attention, params: Params, x_BTD: Tensor, ctx: Context, ops: Ops
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B,T,H,K), k and v (B,T,G,K): projected, normed where the configuration says so, and turned.
+    """q (B,T,H,K), k and v (B,T,G,K): projections of x, after the norm of q and k and rope, where the model has them.
 
-    The numbers of heads are those of the parameters: a process may have some of them.
+    H and G come from the shapes of params: with tensor parallelism a process has only some of the heads.
     """
     h_BTD = ops.enter(x_BTD)
     q, k, v = (apply_linear(params[name], h_BTD, ops) for name in ("q_proj", "k_proj", "v_proj"))
@@ -129,11 +132,11 @@ def _qk_norm(c: Attention, params: Params, q: Tensor, k: Tensor, ops: Ops) -> tu
 
 
 class Reads(NamedTuple):
-    """What every layer of attention reads in a pass over the cache."""
+    """Which slots of the cache every attention layer reads in one pass."""
 
     slots: Slots
-    read: slice  # of the cache
-    segment_ids: Any  # for ops.attention: which of these slots the new tokens may see; None: all of them
+    read: slice  # the slots whose keys and values are read
+    segment_ids: Any  # ids for ops.attention that hide some slots of `read`, such as padding; None: none is hidden
 
 
 def _init_state(c: Attention, batch: int, n_slots: int, dtype: torch.dtype, device: Any) -> KV:
@@ -144,7 +147,7 @@ def _init_state(c: Attention, batch: int, n_slots: int, dtype: torch.dtype, devi
 
 
 def reads(c: Any, slots: Slots) -> Reads:
-    """For any mixer that keeps something for each slot; c.window as in `Attention`."""
+    """`Mixer.reads` of attention, and of any mixer that keeps one entry a slot and whose config c has a `window`."""
     if slots.one:
         read, seen_BS = _by_one(c, slots)
         ids = None if seen_BS is None else (torch.ones_like(seen_BS[:, :1]), seen_BS)
@@ -158,7 +161,7 @@ def reads(c: Any, slots: Slots) -> Reads:
 
 
 def _by_one(c: Any, slots: Slots) -> tuple[slice, Int[Tensor, "b s"] | None]:
-    """The slots that the next token reads, and 1 for those of them that it sees, else 0 (None: all of them)."""
+    """For one new token: the slots to read, and for each of them 1 if the token sees it, else 0 (None: sees all)."""
     seen = None
     if slots.used is None:
         read = slice(0, slots.every_S.shape[0])
@@ -181,7 +184,7 @@ def _apply_cached(
     state = KV(*[slots.write(x, 1, slots.new_T, new.to(x.dtype)) for x, new in zip(state, (k, v), strict=True)])
     keys, values = (x[:, reads.read].to(q.dtype) for x in state)
     if slots.one:
-        # One query that stands after all that it sees: neither causality nor a window adds anything.
+        # The query comes after all keys that were read, and `reads` applied the window: segment_ids is the only mask.
         o = ops.attention(
             q, keys, values, causal=False, segment_ids=reads.segment_ids, scale=c.scale, softcap=c.softcap
         )
@@ -213,7 +216,7 @@ def _cost(
 
 
 def visible_pairs(length: int, *, causal: bool = True, window: int | None = None) -> int:
-    """(query, key) pairs that attention over `length` positions sees; window as in Config.
+    """Number of (query, key) pairs that see each other among `length` positions; window as in Config.
 
     >>> visible_pairs(4), visible_pairs(4, window=1), visible_pairs(4, causal=False)
     (10, 7, 16)
