@@ -27,7 +27,7 @@ from purelm.files import refuse_overwrite
 from purelm.tokenizer import BPE, encode, resolve, save, train_from_counts
 from purelm.tokenizer.counting import count_pieces
 from purelm.tokenizer.formats.huggingface import to_json
-from purelm.tokenizer.workers import check_workers
+from purelm.workers import check_workers
 
 SAMPLE_PIECES = 50_000  # over which bytes per token is computed
 

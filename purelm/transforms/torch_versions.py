@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from purelm.caches import memo
+
 __all__ = ["keep_writes_behind_reads", "nested_graph_breaks"]
 
 
@@ -13,7 +15,7 @@ def _torch_version() -> tuple[int, ...]:
     return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
-@functools.cache
+@functools.cache  # and not memo: what is mended is to be mended once
 def keep_writes_behind_reads() -> None:
     """Mend torch 2.11's inductor, which may overwrite a tensor before it has read it: once, with the fix of 2.12.
 
@@ -40,7 +42,7 @@ def keep_writes_behind_reads() -> None:
     config.cache_key_tag += "-pytorch177631"  # code that was compiled without the fix may lie on disk
 
 
-@functools.cache  # to enter it costs 5 us, to make it 8 more, in every call of a compiled block
+@memo(1)  # to enter it costs 5 us, to make it 8 more, in every call of a compiled block
 def nested_graph_breaks() -> Any:
     """While compiling: a break inside f ends the graph there only, and the next one reaches to the end of `run`.
 
