@@ -208,7 +208,7 @@ def device_name(device: torch.device) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """TFLOP/s against length: a row of panels for each part, a panel for each head dim and mask, lines for libraries."""
+    """TFLOP/s against length: rows of panels are parts, panels are head dims and masks, lines are libraries."""
     parts = sorted({r["part"] for r in rows}, reverse=True)
     kinds = sorted({(r["shape"]["head_dim"], r["shape"]["causal"], r["shape"]["dtype"]) for r in rows})
     panels: dict[str, Lines] = {}

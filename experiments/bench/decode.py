@@ -1,4 +1,4 @@
-"""Time to generate tokens one by one: with a key/value cache, and without (the model runs over the whole text each time).
+"""Time to generate tokens one by one: with a key/value cache, and without (all tokens are computed each time).
 
     python -m experiments.bench.decode [--device cuda] [--sizes 3m 22m] [--json FILE]
 
