@@ -9,6 +9,9 @@ DATA ?=
 ARGS ?=
 RUN ?= runs/quickstart
 JSON ?= build/artifacts/bench
+# of the library, for the programs and for the tests
+RUN_EXTRAS := fast,report,zstd
+DEV_EXTRAS := $(RUN_EXTRAS),kernels,testing
 export TOKENIZERS_PARALLELISM ?= false
 
 ifeq ($(PY),$(VENV_PY))
@@ -50,13 +53,13 @@ clean:
 	rm -rf build/artifacts build/lib purelm.egg-info .mypy_cache .ruff_cache
 
 .venv/.run-ready: pyproject.toml constraints.txt tools/setup_env.sh
-	./tools/setup_env.sh fast,run
+	./tools/setup_env.sh run $(RUN_EXTRAS)
 	touch $@
 
 .venv/.dev-ready: pyproject.toml constraints.txt tools/setup_env.sh
-	./tools/setup_env.sh dev
+	./tools/setup_env.sh dev $(DEV_EXTRAS)
 	touch $@ .venv/.run-ready
 
 .venv-oldest/.dev-ready: pyproject.toml constraints-oldest.txt tools/setup_env.sh
-	VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt ./tools/setup_env.sh dev
+	VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt ./tools/setup_env.sh dev $(DEV_EXTRAS)
 	touch $@

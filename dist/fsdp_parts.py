@@ -1,6 +1,5 @@
 """Fully sharded parameters as a loss sees them: tensors that look whole, and what gathers them in one evaluation."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from purelm import tree
+from purelm.caches import memo
 from purelm.dist.collectives import alike, all_gather
 from purelm.dist.fsdp_units import Arrive, Deliver, Gather, Replicated, Schedule, Unit, unpack
 from purelm.dist.sharding import whole_of
@@ -80,7 +80,7 @@ class Part(Tensor):
         )
 
 
-@functools.cache
+@memo(1)
 def _asks() -> frozenset[Any]:
     """Attributes and functions of a tensor that a Part answers without being gathered."""
     attributes = "dtype device layout ndim requires_grad is_leaf is_cuda is_cpu is_meta grad".split()

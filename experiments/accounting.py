@@ -4,8 +4,9 @@
     python -m experiments.accounting --run runs/quickstart # the model of a run
     python -m experiments.accounting --model.d-model 768 --model.n-layers 12 --model.n-heads 12 --model.d-ff None
 
-Any --model flag replaces the course's tables by those of that model (unset flags are GPT-2 XL's). k, M, G and T are
-powers of 1000. FLOPs are matrix products over all T^2 pairs of positions; --skip-masked counts visible pairs alone.
+With any --model flag the tables are those of that model, not the course's; flags that are not given have GPT-2 XL's
+values. k, M, G and T are powers of 1000. FLOPs are those of matrix products, with attention over all T^2 pairs of
+positions; --skip-masked counts only the pairs that a causal mask leaves.
 """
 
 import dataclasses
@@ -50,27 +51,27 @@ class Args:
     batch_size: Count = 1
     """sequences in one training step"""
     length: Count | None = None
-    """positions; the model's context_length by default"""
+    """positions in a sequence; default the model's context_length"""
     tokens: Large | None = None
-    """training tokens, for the time that they take; 20 per parameter by default"""
+    """training tokens, for the estimate of training time; default 20 per parameter"""
     device: str = "NVIDIA H100 80GB HBM3"
     """name of the device, as torch has it; unknown ones need --peak"""
     precision: str = "bf16"
-    """of the peak: bf16, fp16, tf32, fp32, fp8"""
+    """number format whose peak FLOP/s is taken: bf16, fp16, tf32, fp32, fp8"""
     peak: Large | None = None
     """FLOP/s of the device, instead of the table's"""
     mfu: Annotated[float, Range(0, 1, open_low=True)] = 0.5
     """share of the peak that training reaches"""
     memory: Large = 80e9
-    """bytes of the device"""
+    """memory of the device, bytes"""
     bytes_per_element: Annotated[int, Range(1, 8)] = 4
-    """of activations: 4 for fp32, 2 for bf16"""
+    """bytes of one number of an activation: 4 for fp32, 2 for bf16"""
     flash: bool = False
     """attention that keeps no T x T matrix"""
     remat: bool = False
-    """keep only the inputs of blocks, compute the rest again"""
+    """keep only the inputs of blocks, and recompute the other activations in backward"""
     skip_masked: bool = False
-    """count only (query, key) pairs that are seen"""
+    """count only the (query, key) pairs that the causal mask leaves"""
     json: Path | None = None
     """write rows {model, metric, value, unit} to this file"""
 

@@ -1,7 +1,7 @@
-"""Whether what is asked for can fit at all: by arithmetic, before anything of that size is tried.
+"""Whether a run can fit into memory and disk at all: estimated by arithmetic, before anything is allocated.
 
-The figure is a lower bound, so that nothing is refused that could run: parameters, gradients and optimizer state, and
-of the activations only the inputs of the blocks, which every way to train keeps.
+The estimate is a lower bound, so that no run is refused that could work: parameters, gradients, optimizer state, and
+of the activations only the inputs of the blocks, which every training step must keep.
 """
 
 import os
@@ -19,9 +19,9 @@ MEMINFO = Path("/proc/meminfo")
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that this process can still have on the device; None where nothing says so.
+    """Bytes that this process can still allocate on the device; None where that is not known.
 
-    On a CPU the least of what the system calls available and of what the process's control group has left.
+    On a CPU: the smaller of the available memory that the system reports and of what the process's cgroup has left.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -37,7 +37,7 @@ def _meminfo() -> Iterator[int]:
 
 
 def _cgroup() -> Iterator[int]:
-    """Of cgroup v2, then of v1: the limit, less what is used and cannot be dropped."""
+    """Bytes left in the process's cgroups (v2, then v1): the limit less what is used and cannot be reclaimed."""
     for limit, used, stat in (
         ("memory.max", "memory.current", "memory.stat"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
@@ -53,12 +53,12 @@ def _cgroup() -> Iterator[int]:
 def least_bytes(
     cfg: Config, batch_size: int, *, moments: int = 2, element: int = 4, param_share: float = 1, state_share: float = 1
 ) -> float:
-    """Bytes that a training step needs at the least.
+    """A lower bound of the bytes that a training step needs.
 
     Args:
-        batch_size: sequences that are computed at once.
-        moments: of the optimizer, for each parameter. element: bytes of one number of an activation.
-        param_share, state_share: of the parameters, and of the optimizer's state, that one process holds.
+        batch_size: sequences in one forward pass (of a microbatch).
+        moments: numbers of optimizer state for each parameter. element: bytes of one number of an activation.
+        param_share, state_share: fraction of the parameters, and of the optimizer state, that one process holds.
 
     >>> cfg = Config(vocab_size=100, context_length=8, d_model=16, n_layers=2, n_heads=2, d_ff=64)
     >>> n = 2 * 100 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 64) + 5 * 16
@@ -81,9 +81,9 @@ def check_fits(
     state_share: float = 1,
     processes: int = 1,
 ) -> None:
-    """ValueError naming the sizes when a step cannot fit into the device's memory.
+    """Raise a ValueError that names the sizes if a step cannot fit into the device's memory.
 
-    processes: how many share it.
+    processes: how many share that memory.
     """
     have = available(device)
     need = least_bytes(
@@ -101,7 +101,7 @@ def check_fits(
 
 
 def check_disk(n_bytes: float, folder: Path, what: str) -> None:
-    """ValueError when the disk of the folder, or of the first one above it that exists, has less left than that."""
+    """Raise a ValueError if the disk of the folder, or of its nearest existing parent, has less than n_bytes left."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     left = shutil.disk_usage(there).free
     if n_bytes > left:
@@ -117,5 +117,5 @@ def gib(n_bytes: float) -> str:
 
 
 def on_this_host() -> int:
-    """Processes that torchrun started here."""
+    """Number of processes that torchrun started on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

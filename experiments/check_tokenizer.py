@@ -3,9 +3,9 @@
     python -m experiments.check_tokenizer --data FOLDER --vocabularies FOLDER/tokenizers
 
 Every file below the folder is text: .zip members and .gz streams are unpacked, JSON lines are also read string by
-string, what is not UTF-8 is decoded with replacements. Prints one line a vocabulary and engine, and each difference
-with the characters that explain it: the libraries have Unicode versions of their own, see
-purelm.tokenizer.compiled.classes. Exit status 1 when a difference is left that these do not explain.
+string, bytes that are not UTF-8 are decoded with replacement characters. Prints one line for each vocabulary and
+engine, and each difference with the characters that explain it: the libraries go by different versions of Unicode (see
+purelm.tokenizer.compiled.classes). Exit status 1 if any difference is not explained by such characters.
 """
 
 import gzip
@@ -29,7 +29,7 @@ NAMES = ("gpt2", "r50k_base", "cl100k_base", "o200k_base")
 
 @dataclass(frozen=True)
 class Args:
-    """Identity of ids on all texts of a folder."""
+    """Compare ids on all texts of a folder."""
 
     data: Path
     """folder whose files are the texts"""
@@ -78,7 +78,7 @@ def load(name: str, folder: Path) -> tokenizer.BPE:
 
 
 def tiktoken_encoding(bpe: tokenizer.BPE, name: str) -> Any:
-    """tiktoken's Encoding of a BPE whose merges are tiktoken's own (ids rise along the merges)."""
+    """tiktoken's Encoding of a BPE that was loaded from tiktoken's own file (ids in the order of merges)."""
     import tiktoken
 
     special = {text: next(i for i, t in bpe.vocab.items() if t == text.encode()) for text in bpe.special_tokens}
@@ -103,7 +103,7 @@ def disputed_characters(folder: Path, name: str) -> frozenset[str]:
 def compare(
     name: str, ours: Callable[[str], np.ndarray], theirs: Callable[[str], Any], folder: Path, disputed: frozenset[str]
 ) -> int:
-    """Print the result over all texts; the number of differences without an explanation."""
+    """Compare on all texts and print the result; returns the number of texts whose difference is unexplained."""
     n_texts = n_bytes = n_ids = 0
     explained: list[str] = []
     unexplained: list[str] = []

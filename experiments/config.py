@@ -26,7 +26,7 @@ class Optim:
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: Whole = 100
     decay_ratio: Share = 0.2
-    """wsd: the part of the steps spent in the final decay"""
+    """wsd: fraction of the steps that the final decay takes"""
     weight_decay: Factor = 0.1
     beta1: Beta = 0.9
     beta2: Beta = 0.95
@@ -45,58 +45,59 @@ class Pretrain:
     """token file (.bin with .json), or a folder of shards"""
     heldout: Place | None = None
     token_dtype: Literal["uint16", "uint32"] | None = None
-    """of token files without a .json, which do not say it"""
+    """format of the ids in token files without a .json, which would tell it"""
     verify: bool = False
-    """read all of the token files and compare them with the checksums that their .json files have"""
+    """read the token files whole and compare them with the checksums in their .json files"""
     tokenizer: Place | None = None
-    """tokenizer.json, for bytes, samples and `experiments.generate`"""
+    """tokenizer.json; needed for bits per byte, samples and `experiments.generate`"""
     model: transformer.Config = field(
         default_factory=lambda: transformer.Config(vocab_size=1, context_length=256, d_model=256, n_layers=4, n_heads=4)
     )
-    """vocab_size 1 means: that of the token file"""
+    """vocab_size 1 means the token file's"""
     optim: Optim = field(default_factory=Optim)
     steps: Count = 1000
     batch_size: Count = 32
     """sequences in one step"""
     microbatches: Count = 1
-    """parts in which a batch is computed; same result, less memory"""
+    """number of parts in which gradients of a batch are accumulated; same result, less memory"""
     order: Literal["windows", "shuffled"] = "windows"
     """random windows, or every window once an epoch"""
     seed: Seed = 0
     eval_every: Whole = 250
     """steps from one evaluation to the next; 0: only at the end"""
     eval_tokens: Count | None = 100_000
-    """held-out tokens of the evaluations on the way; None: all"""
+    """held-out tokens in each evaluation during training; None: all"""
     last_eval_tokens: Count | None = None
-    """held-out tokens of the last evaluation; None: all"""
+    """held-out tokens in the evaluation after the last step; None: all"""
     eval_stride: Count | None = None
-    """new tokens in each window of an evaluation: all but these of the context length are there to be seen first.
-    None: half of the context length"""
+    """distance between windows of an evaluation: tokens that count in each, after context_length - eval_stride tokens
+    of context. None: half of the context length"""
     save_every: Whole = 500
     """steps from one checkpoint to the next; 0: only at the end"""
     keep_last: Count = 2
-    """checkpoints that stay"""
+    """number of checkpoints kept, the newest"""
     log_every: Count = 10
     device: str = "auto"
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU with units for it, else fp32"""
     ops: OpsName = "sdpa"
-    """sdpa: PyTorch's attention, and what torch.compile makes of the rest; fused: the kernels of purelm.kernels (for
-    GPUs; a CPU runs their references); reference: all written out"""
+    """sdpa: PyTorch's attention, everything else in torch primitives; fused: the kernels of purelm.kernels (on a CPU
+    their references); reference: everything in torch primitives, attention too"""
     compile: Literal["auto", "yes", "no"] = "auto"
     graph: Literal["auto", "yes", "no"] = "auto"
-    """replay a step as one CUDA graph, which spares Python its launches; auto: where it is compiled, on a GPU"""
+    """record a step as one CUDA graph and replay it, without Python; auto: yes on a GPU if the step is compiled"""
     deterministic: bool = True
-    """the same bits in every run on one machine, and after --resume; without it some kernels add in any order"""
+    """the same result to the last bit in every run on one machine, and after --resume; without it the order of sums in
+    some kernels varies"""
     remat: bool = False
     """recompute each block in the backward pass"""
     parallel: Parallel = field(default_factory=Parallel)
     resume: bool = False
-    """go on from the newest checkpoint. What may be another then: steps (more), log_every, save_every, eval_every,
-    keep_last, sample, tensorboard; device, ops, compile, graph, deterministic, remat, microbatches, the number of
-    processes and their mode. The rest, and the files' contents, must be the checkpoint's"""
+    """go on from the newest checkpoint. These flags may differ from the checkpoint's: steps (more), log_every,
+    save_every, eval_every, keep_last, sample, tensorboard, device, ops, compile, graph, deterministic, remat,
+    microbatches, the number of processes and their mode. All others, and the files' contents, must be the same"""
     resume_anyway: bool = False
-    """go on where it is not, which is written to metrics.jsonl"""
+    """go on even if others differ; the differences are written to metrics.jsonl"""
     tensorboard: bool = False
     sample: tuple[Text, ...] = ()
     """prompts sampled after training"""
@@ -108,7 +109,7 @@ class Pretrain:
 
 
 def config_json(cfg: Pretrain, model: transformer.Config) -> dict[str, Any]:
-    """The configuration as config.json and checkpoints hold it, with the model that it comes to."""
+    """The configuration as in config.json and checkpoints; `model` is the resolved one, whose vocabulary is known."""
     out = dataclasses.asdict(cfg)
     out["model"] = dataclasses.asdict(model)
     return {k: str(v) if isinstance(v, Path) else v for k, v in out.items()}

@@ -1,4 +1,4 @@
-"""What the programs share towards their user: one-line errors, live progress, devices, compiling where it can work."""
+"""What all programs need for their command line: one-line errors, live progress, the choice of a device."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ USER_ERRORS = (ValueError, OSError)
 
 
 def program(main: Callable[..., None]) -> Callable[..., None]:
-    """A main whose configuration is in its ranges, and whose user errors end as one clear line, without traceback.
+    """Decorate a main: its configuration is checked against the ranges; a user's error is one line, without traceback.
 
     Exit status 2: a bad argument or file. 1: no memory left. 130: Ctrl-C.
     """
@@ -36,7 +36,7 @@ def program(main: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
-        except SystemExit:  # with a line of its own: purelm.dist.world's is a RuntimeError too
+        except SystemExit:  # already prints its own line; purelm.dist.world.PeerError is a RuntimeError too
             raise
         except (RuntimeError, MemoryError) as error:
             text = no_memory(error)
@@ -53,7 +53,7 @@ def _end(text: str, status: int) -> None:
 
 
 def no_memory(error: BaseException) -> str | None:
-    """One line for an allocation that failed; None for another error."""
+    """One line about a failed allocation; None if the error is another."""
     first = (str(error).strip().splitlines() or [""])[0][:200]
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in first:
         return f"no memory left: {first or type(error).__name__}; make the model or the batch smaller"
@@ -62,7 +62,7 @@ def no_memory(error: BaseException) -> str | None:
 
 @contextmanager
 def progress_bar(description: str, total: float, unit: str = "") -> Iterator[Callable[..., None]]:
-    """A live bar; yields update(completed, text=""). Where the output is no terminal it prints a line now and then."""
+    """A live bar; yields update(completed, text=""). If the output is not a terminal, `line_progress` in its place."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -87,7 +87,7 @@ def progress_bar(description: str, total: float, unit: str = "") -> Iterator[Cal
         yield update
 
 
-FIRST_LINE = 2.0  # seconds that must be measured before they are multiplied
+FIRST_LINE = 2.0  # seconds measured before the remaining time is estimated from them
 LINE_EVERY = 15.0  # seconds, and at least as long as a twentieth of the time that has passed
 
 
@@ -96,8 +96,8 @@ def line_progress(
 ) -> Callable[..., None]:
     """Progress for logs: update(completed, text="") prints a line with the time that has passed and that is left.
 
-    The first update is where measuring begins. The first line comes when two more have taken `FIRST_LINE` seconds,
-    then one every `LINE_EVERY`, and one at the end. Left is (total - completed) at the speed since the first update.
+    Measuring begins with the first update. The first line comes after two more updates and `FIRST_LINE` seconds, then
+    one every `LINE_EVERY` seconds, and one at the end. The time left assumes the speed since the first update.
     """
     began: tuple[float, float] | None = None
     updates, last, ended = 0, -1.0, False
@@ -141,7 +141,7 @@ def say(text: str) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" -> the accelerator where there is one, else the CPU; ValueError when what is named is not there."""
+    """ "auto" -> the accelerator where there is one, else the CPU; ValueError if the named device does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", name):
@@ -155,9 +155,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def in_bf16(compute: str, device: torch.device) -> bool:
-    """Whether to compute in bf16: "bf16" asks for it, "auto" is for it on a GPU with units for it.
+    """Whether to compute in bf16: yes for "bf16", and for "auto" on a GPU with bf16 units.
 
-    A CPU gets fp32: where it has such units a step is a third faster in bf16, without them 30 times slower.
+    "auto" is fp32 on a CPU: a step in bf16 is a third faster on one with bf16 units, but 30 times slower without.
     """
     return compute == "bf16" or (
         compute == "auto" and device.type == "cuda" and multiplies_natively(torch.bfloat16, device)

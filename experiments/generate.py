@@ -36,7 +36,7 @@ class Args:
     n: Count = 1
     """samples"""
     max_new_tokens: Count = 200
-    # Below 1e-6 a difference of logits overflows fp32: what is meant is greedy.
+    # Logits divided by less than 1e-6 overflow fp32; whoever wants that wants 0, greedy.
     temperature: Annotated[float, Range(1e-6, 1e6, or_zero=True)] = 0.8
     """0: greedy"""
     top_k: Count | None = None
@@ -61,7 +61,7 @@ def load_run(run: Path, step: int | None, device: torch.device) -> tuple[Any, tr
     meta = checkpoint.read_manifest(run / "checkpoints", step)["meta"]
     if "model" not in meta.get("config", {}):
         raise ValueError(f"run {run}: its checkpoints do not hold the configuration of a model")
-    made_with = meta.get("fingerprints", {}).get("tokenizer", "none")  # "none": nothing is known of it
+    made_with = meta.get("fingerprints", {}).get("tokenizer", "none")  # "none": not recorded
     if made_with not in ("none", fingerprint(bpe)):
         raise ValueError(
             f"{path}: its sha256 is {fingerprint(bpe)}, but the model was trained on the ids of {made_with}: "
@@ -72,7 +72,7 @@ def load_run(run: Path, step: int | None, device: torch.device) -> tuple[Any, tr
 
 
 def prompt_ids(bpe: BPE, prompt: str) -> list[int]:
-    """The ids that a continuation begins with; documents were trained with the delimiter before them."""
+    """The ids of the prompt after the delimiter, which precedes every document in training."""
     end = [i for i, token in bpe.vocab.items() if token == END.encode()]
     ids = [*end, *encode(bpe, prompt).tolist()]
     if not ids:
@@ -91,7 +91,7 @@ def text_stream(
     sampling: Sampling,
     stop_strings: tuple[str, ...] = (),
 ) -> Iterator[str]:
-    """Pieces of text as they are sampled: only whole characters, nothing of a stop token."""
+    """Pieces of text as they are sampled: whole characters only, without the stop token."""
     ids = prompt_ids(bpe, prompt)
     stops = tuple(i for i, token in bpe.vocab.items() if token == END.encode())
     keep = ids[-(cfg.context_length - 1) :]
@@ -116,7 +116,7 @@ def text_stream(
             continue
         new.append(token)
         text = decode(bpe, new)
-        # A character cut in the middle of its bytes decodes to U+FFFD for now: hold it back.
+        # A character whose last bytes are not sampled yet decodes to U+FFFD: hold it back.
         whole = text.rstrip("\ufffd") if step.finish_reasons[0] is None else text
         yield whole[shown:]
         shown = max(shown, len(whole))
@@ -125,7 +125,7 @@ def text_stream(
 def complete(
     params: Any, cfg: transformer.Config, bpe: BPE, prompt: str, *, seed: int = 0, max_new_tokens: int = 200
 ) -> str:
-    """prompt + its continuation, as runs put it into their report."""
+    """The prompt with its continuation, as in a run's report."""
     sampling = Sampling(temperature=0.8, top_p=0.95)
     pieces = text_stream(
         params, cfg, bpe, prompt, random.key(seed), max_new_tokens=max_new_tokens, sampling=sampling

@@ -1,11 +1,11 @@
-"""What a number or a text of a configuration may be, said beside the field and checked in one place.
+"""Ranges of numbers and texts in a configuration: written beside the field, checked in one place.
 
     steps: Count = 1000                                       # an int, at least 1
     lr: Annotated[float, Range(0, FP32_MAX)] = 1e-3
     check(cfg)                                                # ValueError naming the field, its value and the range
 
-`experiments.console.program` checks what it is given before anything is read or written. nan lies in no range, and
-neither does inf. What is a dataclass of purelm, and so has no annotations of this kind, has its ranges in `OTHERS`.
+`experiments.console.program` checks the configuration before anything is read or written. nan and inf lie in no range.
+Dataclasses of purelm have no such annotations: the ranges of their fields are in `OTHERS`.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from purelm.models.config import Config
 from purelm.ops.rope import RopeScaling
 
-FP32_MAX = 3.4e38  # what becomes a tensor of a step is fp32 there
-MOST = 10**15  # of what is counted: beyond any use, and exact in fp64; what cannot fit is capacity.py's to say
+FP32_MAX = 3.4e38  # numbers that a step computes with become fp32 tensors
+MOST = 10**15  # of counts: larger than any in use, and exact in fp64. capacity.py refuses what does not fit
 
 
 @dataclass(frozen=True)
 class Range:
-    """low..high with both ends, or without an open one; or_zero: and 0, which stands apart."""
+    """From low to high, ends included unless open; or_zero: 0 is allowed too, outside of the range."""
 
     low: float
     high: float = MOST
@@ -53,7 +53,7 @@ def _plain(number: float) -> str:
 
 @dataclass(frozen=True)
 class Unicode:
-    """A text that UTF-8 can hold: an argument that is not UTF-8 arrives with half surrogate pairs in it."""
+    """Text that UTF-8 can encode. (Python gives bytes of an argument that are not UTF-8 as lone surrogates.)"""
 
 
 Count = Annotated[int, Range(1)]
@@ -63,10 +63,10 @@ Factor = Annotated[float, Range(0, FP32_MAX)]
 Positive = Annotated[float, Range(0, FP32_MAX, open_low=True)]
 Share = Annotated[float, Range(0, 1)]
 Beta = Annotated[float, Range(0, 1, open_high=True)]
-# fp32 holds no smaller number to full precision, and 0 / (0 + eps) is nan where eps is rounded to 0.
+# The smallest normal number of fp32. An eps that rounds to 0 would make 0 / (0 + eps) nan.
 Epsilon = Annotated[float, Range(1.2e-38, FP32_MAX)]
 Text = Annotated[str, Unicode()]
-Place = Annotated[Path, Unicode()]  # that reports name
+Place = Annotated[Path, Unicode()]  # reports contain these names
 
 _size, _number, _positive = Range(1), Range(0), Range(0, FP32_MAX, open_low=True)
 OTHERS: dict[type, dict[str, Range]] = {
@@ -91,7 +91,7 @@ OTHERS: dict[type, dict[str, Range]] = {
 
 
 def check(cfg: Any, prefix: str = "") -> None:
-    """ValueError naming the first field of a dataclass, or of one within it, that is outside of its range."""
+    """Raise a ValueError that names the first field outside of its range, in a dataclass or in one within it."""
     hints = get_type_hints(type(cfg), include_extras=True)
     for field in dataclasses.fields(cfg):
         name, value = f"{prefix}{field.name}", getattr(cfg, field.name)
@@ -118,14 +118,14 @@ def _check_one(name: str, value: Any, rule: "Range | Unicode | None") -> None:
 
 
 def rule_of(owner: type, name: str, hint: Any) -> "Range | Unicode | None":
-    """The rule of a field: that in its annotation, or that in `OTHERS`."""
+    """The rule of a field, from its annotation or from `OTHERS`."""
     if owner in OTHERS:
         return OTHERS[owner].get(name)
     return next((part for part in _metadata(hint) if isinstance(part, Range | Unicode)), None)
 
 
 def _metadata(hint: Any) -> Iterator[Any]:
-    """What Annotated says anywhere in a type: in its parts too, such as Count | None."""
+    """Metadata of every Annotated in a type, those within a union such as Count | None included."""
     if get_origin(hint) is Annotated:
         yield from hint.__metadata__
     for part in get_args(hint):

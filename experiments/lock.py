@@ -1,4 +1,4 @@
-"""One process at a time writes into the folder of a run: a lock that ends with its holder, however that ends."""
+"""One process at a time writes into the folder of a run: a lock that is released when its holder ends in any way."""
 
 import errno
 import fcntl
@@ -16,10 +16,10 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold the folder, which is made if need be; ValueError when another process holds it.
+    """Hold the lock of the folder, which is made if need be; ValueError if another process holds it.
 
-    The lock is flock's on a file within: the kernel lets it go when the process ends, by kill -9 too. A folder in
-    which nothing was written is gone afterwards.
+    It is an flock on a file in the folder, which the kernel releases when the process ends, after kill -9 too. If
+    nothing else was written, the folder is removed at the end.
     """
     existed = run.exists()
     if existed and not run.is_dir():
@@ -28,7 +28,7 @@ def locked(run: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: who waits at the old file sees that it is no longer the folder's.
+        # Removed while locked: a process that waits for the old file sees that it is no longer in the folder.
         (run / LOCK).unlink(missing_ok=True)
         if not existed and run.is_dir() and not any(run.iterdir()):
             run.rmdir()
@@ -66,7 +66,7 @@ def _acquire(run: Path) -> IO[str]:
 
 
 def _is_current(file: IO[str], path: Path) -> bool:
-    """Whether the open file is still the one that has this name."""
+    """Whether the open file is still the one in the folder under this name."""
     try:
         named = os.stat(path)
     except FileNotFoundError:

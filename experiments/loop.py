@@ -31,9 +31,9 @@ __all__ = ["Clock", "Result", "Setup", "finish", "make_core", "save", "start", "
 
 
 class Clock:
-    """Seconds of the whole run (over resumes), and steps per second of the stretch since the last reading.
+    """Seconds of the whole run (resumed parts added), and steps per second since the last reading.
 
-    What is done within `paused` (evaluations, saves) is no part of the stretch.
+    Time within `paused` (evaluations, saves) does not count for steps per second.
     """
 
     def __init__(self, spent: float, step: int, now: Callable[[], float] = time.perf_counter):
@@ -52,7 +52,7 @@ class Clock:
         return at - self.start - self.idle
 
     def steps_per_second(self, step: int, at: float | None = None) -> float:
-        """Since the last reading; at: the reading of `worked` when the step was done (now, if not given)."""
+        """Since the last reading. at: value of `worked` when the step was done; default now."""
         at = self.worked() if at is None else at
         seconds, steps = at - self.mark, step - self.mark_step
         self.mark, self.mark_step = at, step
@@ -110,7 +110,7 @@ def train(cfg: Pretrain, ready: Setup) -> Result:
         for i in range(first, cfg.steps):
             if i == first:
                 state, metrics = _first_step(ready, state, i)
-                if ready.first:  # from here on: the first step is no measure of the others
+                if ready.first:  # measured from here on: the first step compiles
                     update = stack.enter_context(progress_bar("training", cfg.steps, "steps"))
             else:
                 state, metrics = ready.run.step(state, ready.batch(i))
@@ -129,7 +129,7 @@ def train(cfg: Pretrain, ready: Setup) -> Result:
                 break
             evaluates, saves = _due(cfg.eval_every if cfg.heldout else 0, done), _due(cfg.save_every, done)
             if evaluates or saves:
-                if pending is not None:  # its row must be on disk: a run resumed from here will not write it
+                if pending is not None:  # write its row now: a run resumed from this checkpoint will not
                     text, pending = log(pending), None
                 _wait_for(device)
                 with clock.paused():
@@ -155,7 +155,7 @@ def train(cfg: Pretrain, ready: Setup) -> Result:
 
 
 def _first_state(cfg: Pretrain, ready: Setup) -> tuple[TrainState, float]:
-    """(state, seconds spent), of the checkpoint or new; only now is anything written into the run's folder."""
+    """(state, seconds spent), from the checkpoint or new. The first function that writes into the run's folder."""
     path = cfg.run / "metrics.jsonl"
     if not cfg.goes_on:
         state, spent = ready.run.init(), 0.0
@@ -185,7 +185,7 @@ def _first_state(cfg: Pretrain, ready: Setup) -> tuple[TrainState, float]:
 
 
 def _first_step(ready: Setup, state: TrainState, i: int) -> tuple[TrainState, dict[str, torch.Tensor]]:
-    """The step that compiles, and says so."""
+    """The first step, which compiles; the user is told so."""
     if not (ready.compiled and ready.first):
         return ready.run.step(state, ready.batch(i))
     say("compiling the step ...")
@@ -212,13 +212,13 @@ def _due(every: int, done: int) -> bool:
 
 
 def _wait_for(device: torch.device) -> None:
-    """The time of steps under way is theirs, not that of the evaluation which waits for them."""
+    """Wait for steps under way, so that their time does not count as the evaluation's."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def save(cfg: Pretrain, ready: Setup, state: TrainState, step: int, seconds: float) -> None:
-    """A checkpoint, if what it would hold is finite; else ValueError on every rank, and the good ones stay."""
+    """Save a checkpoint if all its values are finite; else ValueError on every rank, and older checkpoints stay."""
     trees = {"params": state.params, "opt_state": state.opt_state}
     for name, values in trees.items():
         if ranks := non_finite_ranks(values):
@@ -235,7 +235,7 @@ def save(cfg: Pretrain, ready: Setup, state: TrainState, step: int, seconds: flo
 
 
 def _advice(cfg: Pretrain) -> str:
-    """What to change, and from where to go on."""
+    """Advice after a loss that is not finite: what to change, and which checkpoint to go on from."""
     newest = checkpoint.latest(cfg.run / "checkpoints")
     lower = f"lower optim.lr ({cfg.optim.lr}) or optim.clip ({cfg.optim.clip})"
     if newest is None:
@@ -245,10 +245,10 @@ def _advice(cfg: Pretrain) -> str:
 
 @contextmanager
 def _collector_at_rest() -> Iterator[Callable[[], None]]:
-    """A function that takes all objects of now out of Python's garbage collections, until the context ends.
+    """Yields a function that exempts all present objects from Python's garbage collection until the context ends.
 
-    After compilation there are a million, and a collection that looks at all of them takes 0.2 to 0.4 s: every 15 to 40
-    steps, on each process at a time of its own, while the others wait.
+    After compilation there are a million objects, and a full collection takes 0.2 to 0.4 s. It comes every 15 to 40
+    steps, in each process at another time, while the other processes wait.
     """
 
     def rest() -> None:
@@ -262,7 +262,7 @@ def _collector_at_rest() -> Iterator[Callable[[], None]]:
 
 
 def _quiet(done: float, text: str = "") -> None:
-    """The progress of all processes but the first."""
+    """The progress function of all processes but the first: prints nothing."""
 
 
 def eval_row(result: Score | None, step: int) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""What a program of tensors holds: bytes saved for backward, the timeline of allocations, peaks.
+"""Memory of a computation: bytes saved for backward, the timeline of allocations, peaks.
 
-Three measures, each of which sees what the others do not:
+Three measures; none of them sees everything:
 
 - `record_saved`: tensors that autograd keeps from forward for backward (saved_tensors_hooks), by storage.
-- `timeline`: every allocation and free of torch's allocators on a device, in the order of time, temporaries inside
-  an operator included (the profiler's memory events; the same on a CPU and on a GPU).
+- `timeline`: every allocation and free on a device in order of time, temporaries inside an operator included (the
+  profiler's memory events, on a CPU as on a GPU).
 - `memory_of`: kept and peak bytes of one forward and backward pass; on a GPU by the caching allocator's counters.
 """
 
@@ -20,12 +20,12 @@ from experiments.bench.train_step import SIZES, shapes, synchronize
 from experiments.capacity import check_fits
 from purelm.models.config import Config
 
-PHASE = "phase/"  # ranges of the profiler that mark the parts of a step begin so
+PHASE = "phase/"  # prefix of the profiler's ranges that mark the parts of a step
 SMALL = Config(vocab_size=1024, context_length=128, d_model=128, n_layers=4, n_heads=4)
 
 
 def chosen(size: str | None, model: Config, batch_size: int | None, device: torch.device) -> tuple[Config, int]:
-    """(config, sequences in a batch): of a size of experiments.bench.train_step, or of the --model flags."""
+    """(config, sequences in a batch), from a size of experiments.bench.train_step or from the --model flags."""
     if size is not None and model != SMALL:
         raise ValueError(f"size {size!r} and --model flags were both given: give one of them ({', '.join(SIZES)})")
     cfg, n = (model, 4) if size is None else shapes(size, device)
@@ -37,7 +37,7 @@ def chosen(size: str | None, model: Config, batch_size: int | None, device: torc
 class Saved(NamedTuple):
     """One storage that autograd keeps."""
 
-    label: str  # of the place that saved it first
+    label: str  # what `record_saved`'s label function said when it was saved first
     shape: tuple[int, ...]  # of the tensor that was saved, which may be a view of part of the storage
     dtype: torch.dtype
     bytes: int  # of the whole storage: that is what stays alive
@@ -45,7 +45,7 @@ class Saved(NamedTuple):
 
 @contextmanager
 def record_saved(label: Callable[[Tensor], str] = lambda x: "", known: Iterable[Tensor] = ()) -> Iterator[list[Saved]]:
-    """The list of what operations in the context save for backward, each storage once.
+    """The tensors that operations in the context save for backward, each storage once.
 
     sum(x.bytes) = bytes that forward leaves to backward, beyond `known` (parameters, tables, inputs). `label` is asked
     when a storage is saved for the first time.
@@ -58,7 +58,7 @@ def record_saved(label: Callable[[Tensor], str] = lambda x: "", known: Iterable[
     >>> sum(x.bytes for x in saved)  # x for dw, and exp's result: 4 (2 3 + 2 5)
     64
     """
-    # Keyed by the address of the storage object, which lives as long as the dict holds it.
+    # Keyed by the storage object's address, which is not reused while the dict holds the object.
     seen: dict[int, Any] = {}
     for x in known:
         storage = x.untyped_storage()
@@ -109,7 +109,7 @@ def phases(prof: Any) -> list[Phase]:
 def timeline(prof: Any, device: torch.device) -> list[tuple[int, int]]:
     """(time in ns, bytes allocated since the profile began) after each allocation and free on the device.
 
-    Frees of CPU memory from before the profile are not seen, so the figure never falls below zero on a CPU.
+    On a CPU, frees of memory that was allocated before the profile are not seen, so the bytes never fall below 0.
     """
     wanted = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
     events = [
@@ -117,7 +117,7 @@ def timeline(prof: Any, device: torch.device) -> list[tuple[int, int]]:
         for e in prof.profiler.kineto_results.events()
         if e.name() == "[memory]" and e.device_type() == wanted
     ]
-    events.sort(key=lambda e: e[0])  # stable: events of one instant stay in the order in which they came
+    events.sort(key=lambda e: e[0])  # stable: events of the same time stay in order
     out, live = [], 0
     for at, change in events:
         live += change
@@ -137,7 +137,7 @@ def peak_of(line: Sequence[tuple[int, int]], part: Phase) -> int:
 
 
 class Use(NamedTuple):
-    """Bytes beyond what was allocated before."""
+    """Bytes allocated in addition to those before the measurement."""
 
     kept: int  # between forward and backward
     peak: int  # at any time of the two
@@ -148,8 +148,8 @@ def memory_of(
 ) -> Use:
     """Kept and peak bytes of y = forward() and of torch.autograd.grad(y, inputs, cotangent), gradients included.
 
-    What lives before the call (parameters, batch, cotangent) is not counted. Call it once before for warm-up:
-    first calls allocate workspaces.
+    Tensors from before the call (parameters, batch, cotangent) are not counted. Call it once for warm-up: the first
+    call allocates workspaces.
     """
     if device.type == "cuda":
         synchronize(device)

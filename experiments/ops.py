@@ -7,14 +7,14 @@ from purelm.ops.sdpa import sdpa_attention
 
 __all__ = ["SDPA", "OpsName", "ops_named"]
 
-# sdpa: PyTorch's attention, and what torch.compile makes of the rest; fused: the kernels of purelm.kernels (for GPUs; a
-# CPU runs their references); reference: all written out.
+# sdpa: PyTorch's attention, everything else in torch primitives; fused: the kernels of purelm.kernels (on a CPU their
+# references); reference: everything in torch primitives, attention too.
 OpsName = Literal["sdpa", "fused", "reference"]
 SDPA = REFERENCE._replace(attention=sdpa_attention)
 
 
 def ops_named(name: OpsName) -> Ops:
-    """The bundle; the kernels are imported only if they are asked for."""
+    """The bundle of this name; kernels are imported only if it has them."""
     if name == "fused":
         from purelm.kernels.fused import FUSED
 

@@ -1,18 +1,18 @@
-"""How much of a step's communication hides behind computation: a profile of every rank, a picture of rank 0's.
+"""How much of a step's communication hides behind computation: a profile of every rank, and a picture of rank 0.
 
     torchrun --nproc-per-node 2 -m -- experiments.overlap --plot overlap.png [--ways per_leaf overlapped fsdp torch_ddp]
 
-The steps are those of bench.data_parallel. Two lanes of time: kernels of NCCL, and all other kernels (copies on the
-device included); on a CPU the spans of Gloo's work and the operators of ATen. With C and K the sets of instants at
-which communication and computation run,
+The steps are those of bench.data_parallel. Each profile has two lanes: NCCL's kernels, and all other kernels (copies on
+the device included); on a CPU, the spans of Gloo's messages and ATen's operators. With C and K the times at which
+communication and computation run,
 
     comm = |C|    exposed = |C - K|    hidden = 1 - exposed / comm
 
 A collective's kernel also waits for the slowest rank, and work on what is sent (packing, casts) counts as computation.
-Each step begins when all ranks are there and ends with a wait for the device, so nothing hides in the next one. Table
+Each step begins with a barrier and ends with a wait for the device, so no communication runs into the next step. Table
 and picture show the step of median length. A profiler slows the host: bench.data_parallel has times without one. Traces
-are of `steps` steps, after one that the profiler drops. What is sent last cannot hide: a model that fits into one
-bucket (3m; --bucket-mb 1 helps) shows no overlap.
+hold `steps` steps; the profiler drops one before them. The last bucket is sent when nothing is left to compute: a model
+that fits into one bucket (3m; --bucket-mb 1 helps) shows no overlap.
 """
 
 import gc
@@ -36,10 +36,10 @@ from experiments.ops import OpsName
 from purelm import random
 from purelm.dist import world
 
-# Of bench.data_parallel, but for the one that sends nothing.
+# The ways of bench.data_parallel, without "alone", which sends nothing.
 Way = Literal["per_leaf", "flat", "bucketed", "overlapped", "zero1", "zero2", "fsdp", "torch_ddp", "torch_fsdp2"]
 STEP = PHASE + "step"
-Interval = tuple[float, float]  # begin and end; here in us
+Interval = tuple[float, float]  # begin and end, in us in this file
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,20 @@ class Args:
 
     device: str = "auto"
     size: str | None = None
-    """as of bench.data_parallel; default 134m on GPUs, else 3m"""
+    """a size of bench.data_parallel; default 134m on GPUs, else 3m"""
     ways: tuple[Way, ...] = ("per_leaf", "overlapped", "fsdp", "torch_ddp")
     batch_size: Count | None = None
-    """sequences of each rank; default that of the size"""
+    """sequences on each rank; default that of the size"""
     context_length: Count | None = None
     steps: Count = 3
     """profiled steps"""
     warmup: Whole = 3
-    """steps before them"""
+    """steps before the profiled ones"""
     bucket_mb: Annotated[float, Range(0, 1e6, open_low=True)] | None = None
     ops: OpsName = "sdpa"
     remat: bool = False
     compile: bool | None = None
-    """default on GPUs"""
+    """compile the blocks; default on GPUs only"""
     plot: Path | None = None
     traces: Path | None = None
     """a folder for Chrome traces of every way and rank"""
@@ -69,7 +69,7 @@ class Args:
 
 
 def merged(intervals: Iterable[Interval]) -> list[Interval]:
-    """The union, as disjoint intervals in order; empty ones are dropped, those that touch become one.
+    """The union of intervals, as disjoint ones in order; empty ones are dropped, and ones that touch are joined.
 
     >>> merged([(5, 6), (0, 2), (1, 3), (3, 4), (9, 9)])
     [(0, 4), (5, 6)]
@@ -84,7 +84,7 @@ def merged(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def intersection(a: Iterable[Interval], b: Iterable[Interval]) -> list[Interval]:
-    """What lies in both unions.
+    """The intersection of two unions of disjoint intervals.
 
     >>> intersection([(0, 4), (6, 9)], [(3, 7)])
     [(3, 4), (6, 7)]
@@ -103,19 +103,19 @@ def intersection(a: Iterable[Interval], b: Iterable[Interval]) -> list[Interval]
 
 
 def length(intervals: Iterable[Interval]) -> float:
-    """Time that the union takes."""
+    """Total length of the union of intervals."""
     return sum(end - begin for begin, end in merged(intervals))
 
 
 class Lanes(NamedTuple):
-    """What ran at the same time, each lane as disjoint intervals; after `of_step`, from the step's begin on."""
+    """When communication and computation ran, as disjoint intervals; `of_step` counts time from the step's begin."""
 
     compute: list[Interval]
     comm: list[Interval]
 
 
 class Times(NamedTuple):
-    """Of one step, in us."""
+    """Times of one step, in us."""
 
     step: float
     compute: float
@@ -131,8 +131,8 @@ class Times(NamedTuple):
 def lanes(events: Iterable[Any], cuda: bool) -> Lanes:
     """The lanes of a finished profile's events (`prof.events()`).
 
-    On a GPU its kernels, copies and fills; ranges that the profiler mirrors there (their names are those of ranges on
-    the host, "nccl:all_reduce" among them) are none. On a CPU "gloo:" spans from a message's begin to its end.
+    On a GPU: kernels, copies and fills, without the ranges that the profiler copies there from the host (they have the
+    same names, "nccl:all_reduce" for instance). On a CPU: an event "gloo:..." spans a message from begin to end.
     """
     events = list(events)
     ranges = {e.name for e in events if e.is_user_annotation}
@@ -156,7 +156,7 @@ def steps_of(events: Iterable[Any]) -> list[Interval]:
 
 
 def of_step(found: Lanes, step: Interval) -> Lanes:
-    """What of the lanes lies in the step, counted from its begin."""
+    """The part of the lanes within the step, in time from its begin."""
     return Lanes(*([(b - step[0], e - step[0]) for b, e in intersection(lane, [step])] for lane in found))
 
 
@@ -178,7 +178,7 @@ def median_step(events: Iterable[Any], cuda: bool) -> tuple[Lanes, Times]:
 
 
 def profiled(way: str, run: Any, batch: dict, args: Args, here: world.World) -> Any:
-    """A profile of this rank's steps, all ranks beginning each at once."""
+    """A profile of this rank's steps; a barrier stands before each."""
     cuda = here.device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
     for _ in range(args.warmup):
@@ -208,7 +208,7 @@ def table(found: Mapping[str, Times]) -> str:
 
 
 def to_rows(found: Mapping[str, Times], what: str, device: str) -> list[dict[str, Any]]:
-    """Rows of purelm's ways, each beside its peer of bench.data_parallel."""
+    """Rows of purelm's ways, each beside the peer that bench.data_parallel gives it."""
     out = []
     for way, t in found.items():
         if way in data_parallel.PEERS:
@@ -226,7 +226,7 @@ def to_rows(found: Mapping[str, Times], what: str, device: str) -> list[dict[str
 
 
 def plot(found: Mapping[str, tuple[Lanes, Times]], path: Path, title: str) -> None:
-    """A panel for each way: computation above communication, exposed parts of which are red; time shared by all."""
+    """A panel for each way: computation above communication, exposed parts of which are red; one axis of time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -253,7 +253,7 @@ def plot(found: Mapping[str, tuple[Lanes, Times]], path: Path, title: str) -> No
 
 @program
 def main(args: Args) -> None:
-    pick_device(args.device)  # what is not there is said now
+    pick_device(args.device)  # a device that does not exist is an error now
     with world.start(args.device) as here:
         if here.size < 2:
             raise ValueError("one process has nobody to talk to: torchrun --nproc-per-node 2 -m -- ...")

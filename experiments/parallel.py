@@ -37,27 +37,27 @@ Trees = dict[str, Any]
 
 @dataclass(frozen=True)
 class Parallel:
-    """What several processes share (torchrun --nproc-per-node N -m experiments.pretrain ...); alone it says nothing."""
+    """How processes share the work (torchrun --nproc-per-node N -m -- experiments.pretrain ...)."""
 
     mode: Literal["ddp", "zero1", "fsdp"] = "ddp"
-    """ddp: gradients are summed while backward runs. zero1: and each rank holds 1/N of the optimizer's state, and of
-    the sums (Muon: of its state). fsdp: and 1/N of the parameters, gathered block by block"""
+    """ddp: gradients are summed while backward runs. zero1: also, each rank holds 1/N of the optimizer's state and of
+    the summed gradients (Muon: of the state alone). fsdp: also 1/N of the parameters, gathered block by block"""
     bucket_mb: Annotated[float, Range(0, 1e6, open_low=True)] | None = None
-    """ddp, zero1: of one message of gradients; by default 25, or 1/64 of the model where that is more"""
+    """ddp, zero1: megabytes of gradients in one message; default 25, or 1/64 of the model if that is more"""
     wire: Literal["fp32", "bf16"] = "fp32"
-    """of gradients under way"""
+    """number format in which gradients are sent"""
     timeout: Annotated[float, Range(0.1, 1e7)] = 600.0
     """seconds after which a process that waits for another one gives up"""
 
 
 class Job(NamedTuple):
-    """What is trained, as one process would."""
+    """What is trained: the same for one process and for many."""
 
     model: transformer.Config
     init: Callable[[], Any]  # whole parameters, on the host; the same on all ranks
     core: Optimizer  # without clipping
     max_norm: float  # of gradients; 0: no clipping
-    whole_matrices: bool  # whether the optimizer needs them (Muon)
+    whole_matrices: bool  # whether the optimizer needs whole matrices (Muon)
     schedule: Callable[[Tensor], Tensor]
     ops: Ops
     wrap_block: Wrap
@@ -77,7 +77,7 @@ class Run(NamedTuple):
 
 
 def layout(world: World, cfg: Parallel, job: Job, *, compiled: bool) -> Run:
-    """The run of `cfg.mode`. compiled: each block is, and the update, but not what talks to other processes."""
+    """The run of `cfg.mode`. compiled: blocks and the update are compiled, communication is not."""
     wrap = job.wrap_block
     job = job._replace(wrap_block=(lambda f: jit(wrap(f))) if compiled else wrap)
     run = (_fsdp if cfg.mode == "fsdp" else _replicated)(world, cfg, job)
@@ -139,13 +139,13 @@ def _replicated(world: World, cfg: Parallel, job: Job) -> Run:
 
     def init() -> TrainState:
         params = tree.to(tree.cast(job.init(), job.precision.param), world.device)
-        # Equal seeds make equal parameters, but not with other versions of a maths library.
+        # Equal seeds give equal parameters only with the same version of the maths library.
         params = strategy.shard(params)
         check_equal(params, what="parameters")
         return state_of(params, optimizer, strategy)
 
     like = _like(job, optimizer)
-    # Of the optimizer's state each rank saves and loads what it has: its rows, or with whole_tensors its leaves.
+    # Each rank saves and loads its own part of the optimizer's state: rows, or with whole_tensors leaves.
     held = {f"opt_state.{path}" for path in tree.paths(strategy.optimizer(optimizer).init(like["params"]))}
 
     def is_cut(path: str, x: Tensor) -> bool:
@@ -168,7 +168,7 @@ def _fsdp(world: World, cfg: Parallel, job: Job) -> Run:
     step = _step(job, model, optimizer, strategy)
 
     def evaluate(params: Any, batches: Iterable[dict[str, Tensor]], n_bytes: int) -> Score:
-        """In rounds of N batches, since all ranks must gather alike: one that has none left counts nothing."""
+        """In rounds of N batches, since all ranks must gather together: a rank without a batch runs one of weight 0."""
 
         def rounds() -> Iterable[dict[str, Tensor]]:
             group: list[dict[str, Tensor]] = []
@@ -182,13 +182,13 @@ def _fsdp(world: World, cfg: Parallel, job: Job) -> Run:
 
         plain = transformer.make(job.model, fsdp.ops(job.ops), fsdp.gathered)
         one = score(strategy.evaluate(plain.loss), params, rounds(), n_bytes, device=world.device)
-        return Score(one.nats, _sum(world, one.n_tokens)[0], n_bytes)  # losses are sums over ranks already
+        return Score(one.nats, _sum(world, one.n_tokens)[0], n_bytes)  # nats are summed over ranks already
 
     def is_cut(path: str, x: Tensor) -> bool:
         return x.ndim > 1
 
     def init() -> TrainState:
-        """Leaf by leaf, as `_replicated` does: one at a time is whole on the device."""
+        """Leaf by leaf, as in `_replicated`: only one leaf at a time is whole on the device."""
 
         def part(path: str, x: Tensor) -> Tensor:
             x = broadcast({path: x.to(world.device, job.precision.param)})[path]
@@ -207,12 +207,12 @@ _nothing = Optimizer(lambda params: (), lambda grads, state, params, lr: (grads,
 
 
 def _linked(job: Job) -> Optimizer:
-    """The optimizer behind a link without state, where gradients are clipped: so checkpoints have had it since ever."""
+    """A chain of a link without state (it once clipped gradients) and the optimizer: the form that checkpoints have."""
     return chain(_nothing, job.core) if job.max_norm > 0 else job.core
 
 
 def _like(job: Job, optimizer: Optimizer) -> Trees:
-    """What one process would save, likewise."""
+    """Trees like those that one process would save."""
     params = like(transformer.leaves(job.model), job.precision.param)
     return {"params": params, "opt_state": optimizer.init(params)}
 

@@ -5,13 +5,14 @@
     python -m experiments.pretrain ... --resume        # goes on from the newest checkpoint, bit for bit
     torchrun --nproc-per-node 4 -m -- experiments.pretrain ... --parallel.mode fsdp    # the same run on four processes
 
-(`--` keeps torchrun from taking our flags for its own.) A checkpoint is that of one process whatever wrote it: any
-number of processes goes on from it, in any mode. With `torchrun --max-restarts 3`, processes that were started again
-after one of them died go on from the newest checkpoint.
+(`--` keeps torchrun from reading the program's flags as its own.) A checkpoint does not depend on how many processes
+wrote it, nor in which mode: any number can resume it, in any mode. With `torchrun --max-restarts 3`, when a process
+dies all are started again and go on from the newest checkpoint.
 
-SIGTERM or Ctrl-C: the step is finished and saved, and the exit status is 128 + the signal's number; the second one ends
-at once. One process at a time may write into the folder of a run. On --resume the configuration and the data must be
-the checkpoint's (experiments/resume.py lists what may change), or be forced by --resume-anyway.
+On SIGTERM or Ctrl-C the step is finished and saved, and the exit status is 128 + the signal's number; a second signal
+ends the program at once. One process at a time may write into the folder of a run. On --resume the configuration and
+the data must be the checkpoint's (experiments/resume.py lists what may change); --resume-anyway goes on in spite of
+differences.
 
 Everything the run needs is in `Pretrain`; every hyper-parameter is a flag. The batch of step i is a pure function of
 (token file, seed, i), so the position in the data is the step.
@@ -38,10 +39,10 @@ from purelm.tokenizer import load as load_tokenizer
 
 @program
 def main(cfg: Pretrain) -> None:
-    pick_device(cfg.device)  # what is not there is said now
+    pick_device(cfg.device)  # a device that does not exist is an error now
     with world.start(cfg.device, cfg.parallel.timeout) as here:
         if here.size == 1:
-            device = pick_device(cfg.device)  # the one that is named, not the first
+            device = pick_device(cfg.device)  # cuda:1, say, where world.start gives the first GPU
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             here = here._replace(device=device)

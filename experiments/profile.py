@@ -1,9 +1,9 @@
-"""Profile training steps of a Transformer: where the time goes, what memory holds when, what backward needs.
+"""Profile training steps of a Transformer: where the time goes, memory over time, tensors saved for backward.
 
     python -m experiments.profile --size 22m --out runs/profile
     python -m experiments.profile --model.d-model 256 --model.n-layers 4 --ops fused --out runs/profile
 
-Left in the folder:
+The program writes into the folder:
 
     trace.json.gz    a Chrome trace (chrome://tracing, ui.perfetto.dev) of eager steps after warm-up, with ranges
                      around forward, backward, optimizer, each block's attention and feed-forward, and each op
@@ -13,8 +13,8 @@ Left in the folder:
 
 The tables: the longest ops or kernels, groups of them by phase (with the share of matrix products in forward alone
 and in the whole step), peaks of memory by phase, and the bytes that each block saves for backward with reference
-ops, SDPA and kernels, beside the formula of purelm.accounting. Profiling slows the host: shares on a CPU, and gaps
-between kernels on a GPU, are those of the profiled run.
+ops, SDPA and kernels, beside the formula of purelm.accounting. Profiling slows the host: without it, shares on a CPU
+and gaps between kernels on a GPU differ.
 """
 
 import json
@@ -69,10 +69,10 @@ class Args:
     out: Path
     """folder for the trace, the picture and the report"""
     size: str | None = None
-    """a size of experiments.bench.train_step (3m, 22m, 134m, 374m); without it the --model flags hold"""
+    """a size of experiments.bench.train_step (3m, 22m, 134m, 374m); default the --model flags"""
     model: Config = field(default_factory=lambda: SMALL)
     batch_size: Count | None = None
-    """sequences; by default that of the size, or 4"""
+    """sequences in a batch; default that of the size, or 4"""
     ops: OpsName = "sdpa"
     """the maths of the profiled steps"""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
@@ -80,18 +80,18 @@ class Args:
     steps: Count = 3
     """profiled steps"""
     warmup: Whole = 3
-    """steps before them"""
+    """steps before the profiled ones"""
     top: Count = 15
-    """lines of the table of ops"""
+    """number of lines in the table of ops"""
     device: str = "auto"
     json: Path | None = None
-    """write rows as the benches do"""
+    """write rows to this file, as the programs under bench/ do"""
 
 
 def ranged_step(
     cfg: Config, ops: Ops, precision: Precision, ranges: Ranges, *, inner: bool
 ) -> tuple[Callable[..., Any], Callable[[Any], TrainState]]:
-    """(step, init): an eager training step with its phases as ranges; inner: those of blocks and ops, too."""
+    """(step, init): an eager training step with a range around each phase; inner: around blocks and ops, too."""
     plain = adamw(betas=(0.9, 0.95), weight_decay=0.1)
 
     def loss_fn(params: Any, batch: Any) -> Any:
@@ -167,8 +167,8 @@ def saved_by_block(cfg: Config, batch_size: int, ops: Ops, dtype: torch.dtype, d
     params = tree.map(lambda x: x.detach().requires_grad_(), params)
     batch = batches(cfg, batch_size, device, n=1)[0]
     names = addresses(params)
-    where = ["embedding", ""]  # the block and the op that runs
-    tables: dict[int, Tensor] = {}  # shared by all blocks, so no block's own
+    where = ["embedding", ""]  # the block and the op that are running
+    tables: dict[int, Tensor] = {}  # shared by all blocks, so counted for none
 
     @contextmanager
     def around(name: str, op_args: tuple[Any, ...]) -> Iterator[None]:
@@ -201,7 +201,7 @@ def place(x: Saved) -> str:
 
 
 def block_bytes(saved: Sequence[Saved], i: int) -> int:
-    """Bytes that block i saves; its input is the first norm's, so it counts here."""
+    """Bytes that block i saves, its input included (the first norm saves it)."""
     return sum(x.bytes for x in saved if place(x) == f"block {i}")
 
 

@@ -7,8 +7,8 @@ Corpus, BPE tokenizer, token files, a small Transformer, held-out bits per byte,
 stories the entropy of the source is known in closed form, so the report says how far from the best possible model
 this one is.
 
-An earlier quickstart in the same folder is replaced when the new corpus, tokenizer and token files are complete, not
-before. One that was stopped goes on with --resume.
+An earlier quickstart in the same folder stays until the new corpus, tokenizer and token files are complete, which then
+replace it. One that was stopped goes on with --resume.
 """
 
 import json
@@ -39,10 +39,10 @@ from purelm.tokenizer import BPE, load, save
 from purelm.tokenizer import train as train_tokenizer
 from purelm.tokenizer.files import encode_file
 
-MARK = "quickstart.json"  # tells a folder of ours, which may be written again, from another's
-NEW = ".new"  # in which the next one is prepared
+MARK = "quickstart.json"  # marks a folder that a quickstart made, and so may replace
+NEW = ".new"  # subfolder in which the next run is prepared
 CORPUS = ("data", "encoding", "stories", "max_bytes", "vocab_size", "seed")  # what a resumed run must not change
-STORY_BYTES = 1100  # on disk: 700 of text, 200 tokens of 2 bytes
+STORY_BYTES = 1100  # of disk for one story: 700 of text, 200 tokens of 2 bytes
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Quickstart:
     data: str | None = None
     """a file, a folder or hub:owner/name; the built-in stories if not given"""
     encoding: tuple[str, ...] = ("utf-8",)
-    """of the user's text; with several, each document takes the first that fits it: --encoding utf-8 cp1252"""
-    # Fewer are cut instead of shared out, and half a story has no known entropy.
+    """encodings of the user's text; each document is decoded by the first that fits: --encoding utf-8 cp1252"""
+    # The split cuts through documents if there are fewer, and the entropy of half a story is not known.
     stories: Annotated[int, Range(FEW_DOCUMENTS)] = 24_000
     """how many built-in stories to generate"""
     max_bytes: Count = 100_000_000
-    """of the user's text"""
+    """the most bytes of the user's text to read"""
     vocab_size: Annotated[int, Range(257, 2**32)] = 2048
     """256 bytes, the token between documents, and merges"""
     steps: Count = 850
@@ -73,7 +73,7 @@ class Quickstart:
     seed: Seed = 0
     device: str = "auto"
     prompt: Text | None = None
-    """of the sample; the first words of a held-out document if not given"""
+    """beginning of the sample; default the first words of a held-out document"""
     resume: bool = False
     """go on with what an earlier quickstart prepared, from its newest checkpoint"""
 
@@ -83,8 +83,8 @@ class Material(NamedTuple):
 
     prepared: Prepared
     bpe: BPE
-    floors: dict[str, float]  # of the built-in stories
-    opening: str  # of a held-out document
+    floors: dict[str, float]  # lowest bits per byte that a model can reach, where known (built-in stories)
+    opening: str  # first words of a held-out document
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def phase(number: int, title: str) -> Iterator[None]:
 
 
 def check(cfg: Quickstart) -> None:
-    """What can be said before anything is read or written."""
+    """Find the errors that can be known before anything is read or written."""
     device = pick_device(cfg.device)
     moments = 1 if cfg.optim.name == "muon" else 2
     capacity.check_fits(model_of(cfg, cfg.vocab_size), cfg.batch_size, device, moments=moments)
@@ -171,7 +171,7 @@ def make(cfg: Quickstart, folder: Path) -> Material:
 
 
 def made_before(cfg: Quickstart) -> Material:
-    """What an earlier quickstart left in the run's folder; ValueError unless it is what is asked for now."""
+    """What an earlier quickstart prepared in the run's folder; ValueError if it was made with other settings."""
     path = cfg.run / MARK
     if not path.is_file():
         raise ValueError(f"run {cfg.run} has no quickstart to go on with")
@@ -184,7 +184,7 @@ def made_before(cfg: Quickstart) -> Material:
 
 
 def put_in_place(run: Path) -> None:
-    """What an earlier quickstart left goes, what was prepared takes its place; the mark stays throughout."""
+    """Replace an earlier quickstart by what was prepared; the mark is there all the time."""
     for entry in run.iterdir():
         if entry.name not in (LOCK, NEW, MARK):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -194,7 +194,7 @@ def put_in_place(run: Path) -> None:
 
 
 def job_in(cfg: Quickstart, folder: Path, vocab_size: int) -> Pretrain:
-    """The training of the model, with its files in a folder."""
+    """Configuration of the training run, with its files in a folder."""
     return Pretrain(
         run=folder,
         train=folder / "data" / "train.bin",
@@ -208,7 +208,7 @@ def job_in(cfg: Quickstart, folder: Path, vocab_size: int) -> Pretrain:
         eval_every=max(cfg.steps // 6, 1),
         eval_tokens=20_000,
         last_eval_tokens=None if cfg.data is None else 500_000,
-        # A story has 160 tokens: a model that may not see how it began cannot reach the floor.
+        # A story has 160 tokens: a model whose context does not reach back to its begin cannot reach the floor.
         eval_stride=max(cfg.context_length // 4, 1),
         save_every=max(cfg.steps // 2, 1),
         keep_last=1,
@@ -218,13 +218,13 @@ def job_in(cfg: Quickstart, folder: Path, vocab_size: int) -> Pretrain:
 
 
 def prepare_run(cfg: Quickstart) -> tuple[Material, Pretrain, Setup]:
-    """Material and setup in the run's folder; what is there stays as it is until both are complete."""
+    """Material and setup in the run's folder, whose old contents stay until both are complete."""
     if cfg.resume:
         found = made_before(cfg)
         job = job_in(cfg, cfg.run, len(found.bpe.vocab))
         return found, job, start(job)
     new = cfg.run / NEW
-    shutil.rmtree(new, ignore_errors=True)  # left by one that was killed
+    shutil.rmtree(new, ignore_errors=True)  # left by a quickstart that was killed
     try:
         found = make(cfg, new)
         ready = start(job_in(cfg, new, len(found.bpe.vocab)))
@@ -233,7 +233,7 @@ def prepare_run(cfg: Quickstart) -> tuple[Material, Pretrain, Setup]:
         raise
     put_in_place(cfg.run)
     job = job_in(cfg, cfg.run, len(found.bpe.vocab))
-    # Files that are open stay so under their new names.
+    # Open files stay open when they are renamed.
     return found, job, ready._replace(config=config_json(job, ready.model))
 
 

@@ -3,9 +3,9 @@
     ranges = Ranges(device)
     loss = transformer.loss(params, batch, cfg, ops=ranges.ops(ops, params), wrap_block=ranges.wrap_block(params))
 
-Ranges are torch.profiler.record_function's, on a GPU also NVTX (for nsys). Forward:  block 3/attention,
-block 3/feed-forward, op/rms_norm. Backward, opened and closed by hooks of the tensors between the parts:
-block 3/feed-forward backward, block 3/attention backward.
+Ranges are torch.profiler.record_function's, on a GPU also NVTX's (for nsys). In forward they are named
+"block 3/attention", "block 3/feed-forward", "op/rms_norm"; in backward "block 3/feed-forward backward",
+"block 3/attention backward", which hooks of the tensors between the parts open and close.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from torch.profiler import record_function
 from purelm import tree
 from purelm.ops import Ops
 
-OP = "op/"  # names of ranges around single ops begin so
+OP = "op/"  # prefix of the ranges around single ops
 
 
 @contextmanager
@@ -47,12 +47,12 @@ def around_ops(ops: Ops, around: Callable[[str, tuple[Any, ...]], AbstractContex
 
         return call
 
-    names = [name for name in ops._fields if name not in ("enter", "final")]  # nothing, in one process
+    names = [name for name in ops._fields if name not in ("enter", "final")]  # these do nothing in one process
     return ops._replace(**{name: wrapped(name, getattr(ops, name)) for name in names})
 
 
 def addresses(params: Any) -> dict[int, str]:
-    """Path of each parameter by the address of its data: how a wrapped op knows which layer calls it."""
+    """Path of each parameter by the address of its data, so that a wrapped op can tell which layer calls it."""
     names: dict[int, str] = {}
 
     def note(path: str, x: Tensor) -> None:
@@ -94,13 +94,13 @@ class Slot:
 
 
 class Ranges:
-    """The ranges of a step; it holds which ones are open, the only state here."""
+    """The ranges of a step; the object's state is which ones are open."""
 
     def __init__(self, device: torch.device):
         self.nvtx = device.type == "cuda"
         self.phase = Slot(self.nvtx)
         self.forward = Slot(self.nvtx)
-        self.backward = Slot(self.nvtx)  # on a GPU opened and closed in autograd's thread, by hooks alone
+        self.backward = Slot(self.nvtx)  # on a GPU only hooks use it, in autograd's thread
 
     def ops(self, ops: Ops, params: Any) -> Ops:
         """`ops` with a range around each call; the second half of a block begins with its first parameter."""

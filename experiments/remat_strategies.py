@@ -1,7 +1,7 @@
 """Strategies of activation checkpointing as functions, and what each one should cost.
 
 A strategy maps the L functions of the blocks to one function; all give the same value and gradients (checked here).
-With remat(f) keeping f's input alone:
+remat(f) keeps only f's input for backward.
 
     none        f_L . ... . f_1
     per block   remat(f_L) . ... . remat(f_1)
@@ -9,15 +9,15 @@ With remat(f) keeping f's input alone:
     recursive   R(f_1..f_L) = R(right half) . remat(R(left half)),        R(f) = f
     selective   per block, but the results of the attention op (o and log-sum-exp) are kept
 
-Formula of the bytes at the first step of backward, with b bytes at a boundary between blocks, A bytes saved by one
-block (its input included; measured) and s bytes of o and log-sum-exp:
+Bytes of activations at the first step of backward, where a tensor between two blocks has b bytes, one block saves A
+bytes (its input included; measured), and o and log-sum-exp have s bytes:
 
     none L A;  per block L b + A;  groups (L/g) b + g A;  recursive ceil(log2 L) b + A;  selective L (b + s) + A
 
 The predicted peak adds what the formula leaves out (`predict`): a block's temporaries, gradients, and the loss.
-FLOPs computed again, in forward passes of a block: per block and groups L, recursive (L/2) log2 L (each level runs
-its left halves once more), selective L without scores and values. torch stops a recomputation at the last tensor
-that backward needs, so each one spares the last product W2 of its last block (with pre-norm).
+Recomputation, in forward passes of a block: per block and groups L; recursive (L/2) log2 L (each level runs its left
+halves once more); selective L, without attention's two products. torch stops a recomputation at the last tensor that
+backward needs, so each one omits the product by W2 in its last block (with pre-norm).
 """
 
 import math
@@ -63,7 +63,7 @@ def recursive(fs: Sequence[Layer]) -> Layer:
 
 
 def is_attention(op: Any) -> bool:
-    """Policy of `remat`: the op that computes attention, of our kernel or of SDPA."""
+    """Policy of `remat`: whether op computes attention, our kernel's or SDPA's."""
     name = str(op)
     return name.startswith(("purelm.flash_attention_fwd", "aten._scaled_dot_product_")) and "backward" not in name
 
@@ -73,7 +73,7 @@ def selective(fs: Sequence[Layer]) -> Layer:
 
 
 def strategies(n_layers: int, ops_name: str) -> dict[str, Strategy]:
-    """By name; groups of sqrt(L) only where they differ from those of 2."""
+    """The strategies by name; groups of sqrt(L) only if that is not 2."""
     root = max(1, round(math.sqrt(n_layers)))
     sizes = sorted({2, root} - {1}) if n_layers > 1 else []
     return {
@@ -86,9 +86,9 @@ def strategies(n_layers: int, ops_name: str) -> dict[str, Strategy]:
 
 
 class Parts(NamedTuple):
-    """Bytes that the formulas are made of."""
+    """Bytes that appear in the formulas."""
 
-    b: int  # a boundary between blocks
+    b: int  # a tensor between two blocks
     A: int  # saved by one block, input included
     s: int  # o and log-sum-exp of one block
     block: Use  # one block's forward and backward, its input not counted
@@ -113,7 +113,7 @@ def formula(name: str, L: int, p: Parts) -> int:
 
 
 def predict(name: str, L: int, p: Parts) -> Use:
-    """(kept, peak): the formula, with a block's temporaries, the gradients and the loss.
+    """(kept, peak) in bytes: the formula, and a block's temporaries, the gradients and the loss.
 
     kept = what the strategy's forward leaves + b (the last block's result) + what the loss keeps
     peak = the largest of
@@ -121,7 +121,7 @@ def predict(name: str, L: int, p: Parts) -> Use:
         first step back:       left by the other blocks + E + U
         last step back:        E + (L - u) P + (u - 1) A + U      for u blocks computed again at a time
         gradient of embedding: E + L P + b + V
-    where U = b (input) + b (gradient of the output) + the peak of one block, whose gradients are in it.
+    where U = b (input) + b (gradient of the output) + the peak of one block, its gradients included.
     """
     U = 2 * p.b + p.block.peak
     g = min(int(name.split()[-1]), L) if name.startswith("groups") else 1
@@ -156,5 +156,5 @@ def extra_flops(name: str, cfg: Config, batch_size: int) -> float:
 
 
 def _run_again(n: int) -> int:
-    """Blocks that recursive checkpointing of n blocks runs once more: (n/2) log2 n for a power of two."""
+    """Number of blocks that recursive checkpointing of n blocks recomputes: (n/2) log2 n for a power of two."""
     return 0 if n == 1 else n // 2 + _run_again(n // 2) + _run_again(n - n // 2)

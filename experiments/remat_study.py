@@ -3,13 +3,13 @@
     python -m experiments.remat_study [--size 134m] [--json FILE]
     python -m experiments.remat_study --model.n-layers 16 --model.d-model 64 --model.n-heads 2
 
-The strategies, the formula and the prediction of the peak are those of experiments/remat_strategies.py. Every one
-must give the gradients of "none" (to 1e-6 of the largest in fp32), or the program ends with an error. The table:
+The strategies, the formula and the prediction of the peak are those of experiments/remat_strategies.py. Every strategy
+must give the gradients of "none" (to 1e-6 of the largest in fp32), else the program ends with an error. The table:
 
     formula               activations at the first step of backward: L b + A and the like
-    kept after forward    bytes held between forward and backward, and that over the predicted
-    peak, predicted       of forward and backward, parameters not counted, gradients included; ratio: their quotient
-    extra FLOPs %         of products computed again, counted by torch, in percent of forward and backward; predicted
+    kept after forward    bytes held between forward and backward, and their ratio to the prediction
+    peak, predicted       bytes in forward and backward, with gradients and without parameters; ratio: peak / predicted
+    extra FLOPs %         recomputed products, counted by torch, in percent of forward and backward; and predicted
 
 On a CPU memory is read off the profiler's record of allocations, on a GPU off the allocator's counters.
 """
@@ -51,12 +51,12 @@ class Args:
     """Strategies of activation checkpointing, measured."""
 
     size: str | None = None
-    """a size of experiments.bench.train_step (3m, 22m, 134m, 374m); without it the --model flags hold"""
+    """a size of experiments.bench.train_step (3m, 22m, 134m, 374m); default the --model flags"""
     model: Config = field(default_factory=lambda: SMALL)
     batch_size: Count | None = None
-    """sequences; by default that of the size, or 4"""
+    """sequences in a batch; default that of the size, or 4"""
     ops: OpsName = "fused"
-    """the maths; the reference's attention is no single op, so it has no selective strategy"""
+    """bundle of ops; 'reference' has no selective strategy, since its attention is not a single op"""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU with units for it, else fp32"""
     repeats: Count = 5
@@ -98,7 +98,7 @@ def model_loss(params: Any, batch: dict[str, Tensor], cfg: Config, ops: Ops, str
 
 
 def measure_parts(params: Any, batch: dict[str, Tensor], cfg: Config, ops: Ops) -> Parts:
-    """Run one block and the loss alone."""
+    """Measure one block and the loss, each by itself."""
     device = batch["tokens"].device
     with torch.no_grad():
         x, ctx = start(params, batch["tokens"], cfg, ops)
@@ -126,7 +126,7 @@ def measure_parts(params: Any, batch: dict[str, Tensor], cfg: Config, ops: Ops) 
 
 
 def count_flops(run: Callable[[], Any]) -> int:
-    """FLOPs of matrix products and attention, over all pairs of positions; not those inside the kernels' loss."""
+    """FLOPs of matrix products and of attention over all pairs of positions; not those in the kernels' loss."""
 
     def products(time: int) -> Callable[..., int]:
         """Scores and values of attention(q, k, ...); `time` is the axis of positions."""
@@ -138,7 +138,7 @@ def count_flops(run: Callable[[], Any]) -> int:
 
     import purelm.kernels.flash_attention  # noqa: F401  registers the ops
 
-    # What torch's counter does not know: our op, and SDPA's on a CPU (heads before time).
+    # Ops that torch's counter does not know: ours, and SDPA's on a CPU (heads before time).
     mapping = {
         torch.ops.purelm.flash_attention_fwd: products(1),
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: products(2),

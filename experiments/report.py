@@ -1,4 +1,4 @@
-"""What a run ends with: its summary, curves.png, report.html and summary.json, made from metrics.jsonl."""
+"""The end of a run: its summary, curves.png, report.html and summary.json, made from metrics.jsonl."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ class Result(NamedTuple):
 
 
 def summarise(cfg: Pretrain, model: transformer.Config, result: Result) -> dict[str, Any]:
-    """What came out, for the terminal and the report."""
+    """Final figures of the run, for the terminal and the report."""
     out: dict[str, Any] = {
         "parameters": accounting.n_params(model),
         "steps": cfg.steps,

@@ -1,8 +1,8 @@
-"""What a run may change when it goes on, and what goes on: the configuration and the data of the checkpoint.
+"""Resuming a run: which settings may differ from the checkpoint's, and which must not.
 
 A checkpoint's meta holds the configuration and fingerprints of token files and tokenizer. A run that goes on is
-compared with these before anything is written. What differs and is not in `MAY_CHANGE` is refused by name, or written
-to metrics.jsonl where `--resume-anyway` forces it.
+compared with these before anything is written. A difference in a field that is not in `MAY_CHANGE` is an error that
+names it; with `--resume-anyway` it is written to metrics.jsonl instead.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ import numpy as np
 from purelm import checkpoint, track
 from purelm.data.tokens import TokenFile
 
-# Fields of Pretrain, or what begins with them and a dot.
+# Fields of Pretrain, with all fields within them.
 MAY_CHANGE = (
-    "steps",  # upward; a schedule that depends on it goes on as if it had been so from the start
+    "steps",  # may only grow; a schedule that depends on it goes on as if the new number had always been set
     "log_every",
     "save_every",
     "eval_every",
     "keep_last",
     "tensorboard",
     "sample",
-    # Where and how it is computed; the result is the same but for the order of sums.
+    # Where and how steps are computed; the result is the same up to the order of sums.
     "device",
     "parallel.mode",
     "parallel.bucket_mb",
@@ -36,27 +36,27 @@ MAY_CHANGE = (
     "compile",
     "graph",
     "deterministic",
-    # Places; what lies there is compared by its fingerprint.
+    # Paths; the files are compared by their fingerprints.
     "run",
     "train",
     "heldout",
     "tokenizer",
     "token_dtype",
     "verify",
-    # What asks for all this.
+    # The flags that ask for resuming.
     "resume",
     "resume_anyway",
 )
-# Of those, what may be another on another rank: names of its machine, and what rank 0 alone does.
+# Of these, the fields that may differ between ranks: paths on a rank's machine, and what only rank 0 does.
 MAY_DIFFER = ("device", "train", "heldout", "tokenizer", "tensorboard")
-BLOCK = 1 << 22  # tokens that are hashed at a time
+BLOCK = 1 << 22  # tokens hashed at a time
 ABSENT = "none"
 
 
 def content(tokens: TokenFile | None) -> str:
     """Hash of a token file's ids and their format, whatever shards they lie in; `ABSENT` for no file.
 
-    (BLAKE2b: on machines without instructions for SHA-256 twice as fast.)
+    (BLAKE2b, which is twice as fast as SHA-256 on machines without instructions for that.)
     """
     if tokens is None:
         return ABSENT
@@ -86,9 +86,9 @@ def may_change(name: str) -> bool:
 def differences(
     saved: Mapping[str, Any], config: Mapping[str, Any], fingerprints: Mapping[str, str]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(name, given, saved) of what is not that of the checkpoint's meta; a field that it does not know yet passes."""
+    """(name, given, saved) of each field that differs from the checkpoint's meta; what an older meta lacks passes."""
     before, now = dict(flat(saved["config"])), dict(flat(config))
-    # rope_scaling is one field without it and several with it: what one side lacks is None there.
+    # rope_scaling is one field (None) or several: a field that one side lacks counts as None.
     groups = {name.split(".")[0] for name in before}
     for name in sorted({*before, *now}):
         known = name in before or ("." in name and name.split(".")[0] in groups)
@@ -108,7 +108,7 @@ def check(
     *,
     anyway: bool = False,
 ) -> list[str]:
-    """What differs and is forced, as lines; ValueError naming all of it when it is not, or when steps go backward."""
+    """Lines that describe the forced differences; ValueError that names all if not forced, or if steps decrease."""
     steps = config["steps"]
     if steps < step:
         raise ValueError(f"steps must be at least {step}, those of the checkpoint that is resumed, got {steps}")
@@ -152,7 +152,7 @@ def newest(run: Path) -> tuple[int, dict[str, Any]]:
 
 
 def for_ranks(config: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, str]:
-    """What all ranks must have been started with, as `purelm.dist.agreement.check_same` takes it."""
+    """The settings that must be equal on all ranks, as `purelm.dist.agreement.check_same` takes them."""
     same = {name: repr(value) for name, value in flat(config) if name not in MAY_DIFFER}
     return {**same, **{name: str(value) for name, value in extra.items()}}
 

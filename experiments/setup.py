@@ -41,20 +41,20 @@ class Setup(NamedTuple):
     evaluate: Callable[[Any, int | None], Score | None]
     world: World
     compiled: bool
-    config: dict[str, Any]  # as the checkpoints hold it
-    fingerprints: dict[str, str]  # of the data and the tokenizer, likewise
+    config: dict[str, Any]  # as in the meta of checkpoints
+    fingerprints: dict[str, str]  # of the data and the tokenizer, as in the meta of checkpoints
     done: int  # steps of the checkpoint from which the run goes on
     finished: bool  # nothing is left to do
-    forced: list[str]  # what differs from the checkpoint, anyway
+    forced: list[str]  # differences from the checkpoint that --resume-anyway accepts
 
     @property
     def first(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """Whether this is rank 0, which alone prints and writes."""
         return self.world.rank == 0
 
 
 def start(cfg: Pretrain, world: World | None = None) -> Setup:
-    """Check the request against its ranges, the files, the memory, the checkpoint and the other processes."""
+    """Check the configuration against its ranges, the files, the memory, the checkpoint and the other processes."""
     limits.check(cfg)
     world = world or World(0, 1, pick_device(cfg.device))
     _check_folder(cfg)
@@ -73,7 +73,7 @@ def start(cfg: Pretrain, world: World | None = None) -> Setup:
 
 
 def _check_folder(cfg: Pretrain) -> None:
-    """What lies in the run's folder must be a run's, and be wanted."""
+    """The run's folder must be new or a run's, and a checkpoint in it must be meant to be resumed."""
     there = checkpoint.latest(cfg.run / "checkpoints")
     if there is not None and not cfg.goes_on:
         raise ValueError(f"run {cfg.run} has a checkpoint of step {there}: give --resume, or another --run")
@@ -110,13 +110,13 @@ def setup(cfg: Pretrain, world: World) -> Setup:
         place = {"rank": world.rank, "world_size": world.size}
         return windows(tokens, data_key, i, cfg.batch_size, model.context_length, device=device, **place)
 
-    batch(0)  # too few tokens is said now
+    batch(0)  # raises now if there are too few tokens
     sizes = token_bytes(bpe) if bpe is not None else None
     if heldout is not None and len(heldout) < 2:
         raise ValueError(f"{cfg.heldout}: {len(heldout)} tokens; an evaluation needs at least 2")
 
     def evaluate(params: Any, limit: int | None) -> Score | None:
-        """Windows overlap: each counted token but the first has context_length - stride tokens or more before it."""
+        """Windows overlap: after the first, each token that counts has context_length - stride or more before it."""
         if heldout is None:
             return None
         part = heldout.tokens[: limit + 1] if limit is not None else heldout.tokens[:]
@@ -164,7 +164,7 @@ def setup(cfg: Pretrain, world: World) -> Setup:
 
 
 def resolve_model(cfg: Pretrain, vocab_size: int | None) -> transformer.Config:
-    """The model with the token file's vocabulary; a bare .bin does not say, so there the flag must."""
+    """The model with the token file's vocabulary; for a .bin without .json the flag must give it."""
     if vocab_size is None:
         if cfg.model.vocab_size == 1:
             raise ValueError(f"model.vocab_size must be given: {cfg.train} has no .json beside it that tells it")
@@ -177,7 +177,7 @@ def resolve_model(cfg: Pretrain, vocab_size: int | None) -> transformer.Config:
 
 
 def _check_memory(cfg: Pretrain, model: transformer.Config, world: World, element: int) -> None:
-    """With several processes on one host's CPU, they share its memory."""
+    """Processes on the CPU of one host share its memory."""
     mode = cfg.parallel.mode if world.size > 1 else "ddp"
     capacity.check_fits(
         model,
@@ -192,7 +192,7 @@ def _check_memory(cfg: Pretrain, model: transformer.Config, world: World, elemen
 
 
 def _check_tokenizer(cfg: Pretrain, bpe: BPE | None) -> None:
-    """Prompts can be encoded, and no other tokenizer is written over."""
+    """Check that prompts can be encoded, and that no other tokenizer in the run's folder would be overwritten."""
     if bpe is None:
         if cfg.sample:
             raise ValueError(f"sample: {cfg.sample[0]!r} cannot be encoded without a --tokenizer")
@@ -214,7 +214,7 @@ def _fingerprints(tokens: TokenFile, heldout: TokenFile | None, bpe: BPE | None)
 
 
 def make_core(optim: Optim, leaves: Leaves) -> Optimizer:
-    """The optimizer without clipping; matrices of any kind decay, Muon has the hidden ones."""
+    """The optimizer without clipping. All matrices decay; Muon updates the hidden ones."""
     betas, decay = (optim.beta1, optim.beta2), of_kind(leaves, "matrix", "embedding", "head")
     if optim.name == "muon":
         return muon_adamw(
@@ -241,7 +241,7 @@ def make_schedule(optim: Optim, steps: int) -> Callable[[torch.Tensor], torch.Te
 
 
 def token_bytes(bpe: BPE) -> torch.Tensor:
-    """UTF-8 bytes that each id stands for; special tokens are no text and count 0."""
+    """Number of bytes of each token; special tokens are not text and have 0."""
     special = {s.encode() for s in bpe.special_tokens}
     sizes = torch.zeros(max(bpe.vocab) + 1, dtype=torch.int64)
     for i, piece in bpe.vocab.items():
@@ -250,14 +250,14 @@ def token_bytes(bpe: BPE) -> torch.Tensor:
 
 
 def pick_ops(cfg: Pretrain) -> Ops:
-    # SDPA has no soft cap: then the reference computes attention.
+    # SDPA has no soft cap: with one, attention is the reference's.
     uncapped = cfg.model.attention_softcap is None
     return ops_named(cfg.ops if uncapped or cfg.ops != "sdpa" else "reference")
 
 
 def make_deterministic() -> None:
     """Ask torch for kernels that add in a fixed order (compiled code otherwise uses atomics, on a CPU too)."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said before its first call
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
     torch.use_deterministic_algorithms(True)
-    # A debugging aid that costs a pass over each buffer.
+    # Off: a debugging aid that costs a pass over each new buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

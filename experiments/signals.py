@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as wishes: the loop finishes its step and saves; the second one ends the process at once.
+"""SIGTERM and Ctrl-C as requests: the loop finishes its step and saves; a second signal ends the process at once.
 
     with asked_to_stop(world) as ask:
         for ...:
@@ -20,26 +20,26 @@ import torch.distributed as dist
 
 from purelm.dist.world import World
 
-# torchrun passes on what the terminal has sent to all its processes already: within this time it is the same wish.
+# Ctrl-C reaches all processes from the terminal, and again from torchrun: within this time, both are one request.
 PASSED_ON = 5.0  # seconds
 
 
 @contextmanager
 def asked_to_stop(world: World) -> Iterator[Callable[[], int]]:
-    """A function for the end of each step: 0, or the number of the signal with which someone asks for the end.
+    """Yields a function to call after each step: it returns 0, or the number of the signal that asks to stop.
 
-    With several processes any rank's signal counts, and all get the same answer after the same step: one message of a
-    number at each, whose result is looked at one step later, so that nothing waits for it.
+    A signal to any rank counts, and all ranks get the same answer after the same step: each call starts an all-reduce
+    of one number and reads the result of the last one, so that nothing waits.
     """
     wish = _Wish(world)
     old = {}
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers in the main thread only
         old = {number: signal.signal(number, wish.take) for number in (signal.SIGTERM, signal.SIGINT)}
     answers = _Agreed(world) if world.size > 1 else None
     try:
         yield (lambda: wish.number) if answers is None else (lambda: answers.ask(wish.number))
         if answers is not None:
-            answers.read()  # what is under way ends before the next message begins
+            answers.read()  # a message under way ends before any other begins
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -54,7 +54,7 @@ class _Wish:
         self.speaks = world.rank == 0
 
     def take(self, number: int, frame: Any) -> None:
-        """The handler: printing is not safe here, a write is."""
+        """The handler. os.write, because print is not safe in a signal handler."""
         if not self.number:
             self.number, self.when = number, time.monotonic()
             if self.speaks:
@@ -68,7 +68,7 @@ class _Wish:
 
 
 class _Agreed:
-    """The largest number of all ranks, one call late."""
+    """The maximum over ranks of the numbers given to the call before."""
 
     def __init__(self, world: World):
         self.device = world.device
@@ -85,7 +85,7 @@ class _Agreed:
         """(what to wait for, where the number then is): on a GPU a copy and an event, since .item() waits for all."""
         if self.device.type != "cuda":
             return work, x
-        work.wait()  # the stream does, not the host
+        work.wait()  # makes the stream wait, not the host
         host = torch.zeros((), dtype=torch.int32, pin_memory=True)
         host.copy_(x, non_blocking=True)
         event = torch.cuda.Event()

@@ -3,13 +3,14 @@
     python -m experiments.tokenize_corpus --input corpus.txt --tokenizer runs/tok/tokenizer.json --out runs/corpus
     python -m experiments.tokenize_corpus --input train.txt --heldout valid.txt --tokenizer ... --out runs/corpus
 
-Without --heldout a part of the documents is held out, chosen by what they say (see `prepare` in purelm.data), and the
-two parts also lie as text in OUT/train.txt and OUT/heldout.txt. Inputs are files, archives, folders or hub:OWNER/NAME;
-their documents are separated by <|endoftext|>, which must be a special token of the tokenizer.
+Without --heldout a part of the documents is held out, chosen by a hash of their text (see `prepare` in purelm.data),
+and both parts are also written as text to OUT/train.txt and OUT/heldout.txt. Inputs are files,
+archives, folders or hub:OWNER/NAME; their documents are separated by <|endoftext|>, which must be a special token of
+the tokenizer.
 
-Everything is made in a folder OUT/.new-ID and renamed when all of it is done: what was in OUT stays until then, a new
-train.bin is never seen beside an old heldout.bin, and what a killed run left is removed by the next. No input is ever
-written over.
+All files are made in a folder OUT/.new-ID and renamed when they are complete: old files in OUT stay until then, a new
+train.bin never lies beside an old heldout.bin, and the next run removes what a killed run left. No input is ever
+overwritten.
 """
 
 import fcntl
@@ -48,24 +49,24 @@ class Args:
     heldout: str | None = None
     """the held-out corpus; if not given, a part of the input"""
     heldout_fraction: float = 0.05
-    """of the documents of the input; 0 for no held-out part"""
+    """fraction of the input's documents that is held out; 0 for none"""
     max_bytes: int | None = None
-    """of text to read at most, of the input and of the held-out corpus each"""
+    """the most bytes of text to read, from the input and from the held-out corpus each"""
     seed: int = 0
-    """of the choice of held-out documents"""
+    """seed for the choice of held-out documents"""
     n_workers: int | None = None
-    """all processors if not given"""
+    """worker processes; default one for each processor"""
     field: str = "text"
-    """of JSON lines and hub records"""
+    """field of JSON lines and hub records that holds the text"""
     encoding: tuple[str, ...] = ("utf-8",)
-    """of text files and JSON lines; of several the first that fits, document by document"""
+    """encodings of text files and JSON lines; each document is decoded by the first that fits"""
     verify: bool = False
-    """read what was written once more, all of it, and compare it with its checksum"""
+    """read the written files again and compare them with their checksums"""
 
 
 def check(args: Args) -> None:
-    """Everything that can be known to be wrong before the corpus is read."""
-    if not 0 <= args.heldout_fraction < 1:  # also where it is no number
+    """Find the errors that can be known before the corpus is read."""
+    if not 0 <= args.heldout_fraction < 1:  # nan too
         raise ValueError(f"heldout_fraction={args.heldout_fraction}: allowed is 0 to less than 1")
     check_numbers(args.n_workers, args.max_bytes)
     check_int("seed", args.seed, -(2**63), 2**63 - 1)
@@ -117,7 +118,7 @@ def told(tokens: TokenFile) -> str:
 
 @contextmanager
 def publishing(folder: Path) -> Iterator[None]:
-    """One process at a time: of two that end at once, the files of one must not stand beside those of the other."""
+    """Hold a lock: if two processes end at once, files of one must not lie beside those of the other."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -127,7 +128,7 @@ def publishing(folder: Path) -> Iterator[None]:
 
 
 def publish(staged: Path, out: Path) -> None:
-    """Move what was made to its place. The old held-out files go before the first new file comes, the new come last."""
+    """Move the new files to their place. Old held-out files are removed first, and new ones come last."""
     with publishing(out):
         texts = (staged / TEXTS[0]).exists()
         if texts:

@@ -1,7 +1,7 @@
 """Where the time of a profile goes: by op or kernel, by group of them, by phase of the step.
 
-On a GPU the time is that of kernels on the device, each counted in the phase that launched it; on a CPU the time that
-an op takes itself, without the ops that it calls.
+On a GPU the time of kernels on the device, each in the phase that launched it; on a CPU the time of an op itself,
+without the ops that it calls.
 """
 
 import re
@@ -22,8 +22,8 @@ _BY_NAME = (
     ("norm", r"rms_norm|layer_norm|RowwiseMoments"),
     ("optimizer", r"adamw|_fused_adam|multi_tensor|foreach"),
 )
-# What ran inside which op of the model's bundle, where the name alone does not tell. Backward is matched to forward
-# by autograd's sequence numbers.
+# The group by the op of the model's bundle, for events whose name does not tell it. Events of backward are matched to
+# those of forward by autograd's sequence numbers.
 _BY_OP = {
     "attention": "attention",
     "linear_cross_entropy": "softmax+loss",
@@ -51,8 +51,8 @@ class Entry(NamedTuple):
 def group_of(name: str, op: str | None, phase: str) -> str:
     """Group of an op or kernel `name` that ran inside the op `op` of the bundle.
 
-    All of the optimizer's phase is optimizer; matrix products, attention kernels, softmax, losses and norms go by
-    their names; the rest by the op that it is part of, so the squares and means of an eager norm are norm.
+    Everything in the optimizer's phase is "optimizer". Matrix products, attention kernels, softmax, losses and norms go
+    by their names, the rest by the op that they are part of, so squares and means of an eager norm are "norm".
 
     >>> group_of("aten::bmm", "attention", "forward"), group_of("aten::mul", "rms_norm", "forward")
     ('matmul', 'norm')
@@ -106,7 +106,7 @@ def _ops_of(events: Sequence[Any]) -> dict[int, str]:
         parent = above.get(id(e))
         op = e.name.removeprefix(OP) if e.name.startswith(OP) else out.get(id(parent)) if parent is not None else None
         if op is not None and e.sequence_nr >= 0:
-            # An op that makes no node of the graph shows the number of the next node: the last writer is its maker.
+            # An op that makes no autograd node carries the number of the next node: of several, the last made it.
             of_sequence[e.sequence_nr] = op
         elif op is None and e.sequence_nr >= 0 and (e.name.startswith("autograd::") or "Backward" in e.name):
             op = of_sequence.get(e.sequence_nr)

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer and say what it learned.
+"""Train a byte-level BPE tokenizer and print what it learned.
 
     python -m experiments.train_tokenizer --input corpus.txt --vocab-size 10000 --out runs/tok/tokenizer.json
     python -m experiments.train_tokenizer --input hub:roneneldan/TinyStories --vocab-size 10000 --out runs/tok.json
@@ -27,9 +27,9 @@ from purelm.files import refuse_overwrite
 from purelm.tokenizer import BPE, encode, resolve, save, train_from_counts
 from purelm.tokenizer.counting import count_pieces
 from purelm.tokenizer.formats.huggingface import to_json
-from purelm.tokenizer.workers import check_workers
+from purelm.workers import check_workers
 
-SAMPLE_PIECES = 50_000  # over which bytes per token is computed
+SAMPLE_PIECES = 50_000  # distinct pieces over which bytes per token is computed
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Args:
     input: str
     """text file, archive, folder or hub:OWNER/NAME"""
     vocab_size: int
-    """bytes, merges and special tokens together"""
+    """number of tokens: bytes, merges and special tokens together"""
     out: Path = Path("runs/tokenizer/tokenizer.json")
     """.json (Hugging Face) or .tiktoken"""
     special_tokens: tuple[str, ...] = (DELIMITER,)
@@ -47,13 +47,13 @@ class Args:
     """gpt2, cl100k, o200k, another known name, or a regular expression"""
     tie_break: Literal["course", "hf"] = "course"
     n_workers: int | None = None
-    """all processors if not given"""
+    """worker processes; default one for each processor"""
     field: str = "text"
-    """of JSON lines and hub records"""
+    """field of JSON lines and hub records that holds the text"""
     encoding: tuple[str, ...] = ("utf-8",)
-    """of text files and JSON lines; of several the first that fits, document by document"""
+    """encodings of text files and JSON lines; each document is decoded by the first that fits"""
     max_bytes: int | None = None
-    """of text to read at most"""
+    """the most bytes of text to read"""
 
 
 @contextmanager
@@ -64,19 +64,19 @@ def bar(description: str, total: int | None) -> Iterator[Callable[[int, int | No
 
 
 def is_text_file(source: str, encoding: tuple[str, ...], max_bytes: int | None = None) -> bool:
-    """Whether source is one UTF-8 .txt file, all of it, which is mapped instead of read document by document."""
+    """Whether source is a whole UTF-8 .txt file, which is mapped into memory and not read document by document."""
     is_txt = not source.startswith("hub:") and Path(source).suffix == ".txt" and Path(source).is_file()
     whole = max_bytes is None or (is_txt and Path(source).stat().st_size <= max_bytes)
     return is_txt and whole and [name.lower() for name in encoding] in (["utf-8"], ["utf8"])
 
 
 def read_documents(source: str, field: str, encoding: tuple[str, ...], max_bytes: int | None) -> Iterator[str]:
-    """The documents of a corpus up to max_bytes, of which no more is read."""
+    """The documents in the first max_bytes of a corpus; no more is read."""
     return limited(documents(source, field=field, encoding=encoding, **document_limit(max_bytes)), max_bytes)
 
 
 def check_source(source: str, argument: str) -> None:
-    """ValueError or FileNotFoundError where a corpus cannot be there, before anything else is done."""
+    """Raise ValueError or FileNotFoundError if there can be no corpus at source."""
     if not source:
         raise ValueError(f"{argument} is empty: give a text file, archive, folder or hub:OWNER/NAME")
     if source.startswith("hub:"):
@@ -92,7 +92,7 @@ def check_numbers(n_workers: int | None, max_bytes: int | None) -> None:
 
 
 def bytes_per_token(bpe: BPE, counts: Counter[bytes]) -> float:
-    """Of the training text; over its most frequent pieces where there are very many."""
+    """Bytes per token of the training text; if it has very many distinct pieces, of the most frequent ones."""
     most_common = counts.most_common(SAMPLE_PIECES)
     n_bytes = sum(len(piece) * count for piece, count in most_common)
     n_tokens = sum(len(encode(bpe, piece.decode("utf-8"), None)) * count for piece, count in most_common)
@@ -113,7 +113,7 @@ def main(args: Args) -> None:
     if args.out.is_dir():
         raise ValueError(f"out {args.out}: is a folder")
     pattern = resolve(args.pattern)
-    # A bad vocabulary size, or a pattern that the file cannot hold, is said before the corpus is counted.
+    # Raises for a bad vocabulary size, or a pattern that the file cannot hold, before the corpus is counted.
     empty = train_from_counts({b" ": 1}, args.vocab_size, args.special_tokens, pattern, args.tie_break)
     if args.out.suffix == ".json":
         to_json(empty)

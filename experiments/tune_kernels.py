@@ -2,9 +2,9 @@
 
 python -m experiments.tune_kernels [--head-dims 64 128] [--dtypes bf16] [--write] [--json FILE]
 
-Candidates are compiled side by side in several processes (Triton's cache on disk is what they share) and timed one by
-one, each the median of many launches. --write puts the best into kernels/flash_attention_table.py; entries of other
-architectures, head dims and dtypes stay.
+Candidates are compiled in several processes at once, which share Triton's cache on disk, and timed one by one: the
+median of many launches. --write puts the best into kernels/flash_attention_table.py and leaves its entries for other
+architectures, head dims and dtypes.
 """
 
 import json
@@ -22,7 +22,7 @@ from experiments.console import program, say
 from purelm.kernels.flash_attention_tuned import LENGTHS, PASSES, TABLE, Blocks, architecture
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SHARED_BYTES = 227 << 10  # of a program, Hopper
+SHARED_BYTES = 227 << 10  # shared memory of one program on Hopper
 HEADER = '''"""Measured tiles: made by `python -m experiments.tune_kernels --write`, not by hand."""
 
 # (architecture, pass, padded head dim, bytes of an element, causal, length) -> (m, n, warps, stages)
@@ -38,15 +38,15 @@ class Args:
     passes: tuple[str, ...] = PASSES
     causal: tuple[bool, ...] = (True, False)
     length: int = 4096
-    """the table has 1024, for up to twice that, and 4096, for all the rest"""
+    """sequence length; the table has 1024 (used up to twice that) and 4096 (used for longer)"""
     tokens: int = 16384
     heads: int = 16
     n_processes: int = 14
     write: bool = False
     json: Path | None = None
-    """every measurement"""
+    """write every measurement to this file"""
     worker: str | None = None
-    """of a compiling process: "i/n", its part of the candidates"""
+    """internal: "i/n", the part of the candidates that this process compiles"""
 
 
 Case = tuple[str, int, str, bool]  # pass, head dim, dtype, causal
@@ -57,16 +57,16 @@ def cases(args: Args) -> list[Case]:
 
 
 def candidates(which: str, D: int, size: int) -> list[Blocks]:
-    """Tiles that may fit, without those that are known to be hopeless (few rows for many warps)."""
+    """Tiles that may fit, without those known to be slow (few rows for many warps)."""
     out = []
     sides = (16, 32, 64, 128) if size == 4 or D == 256 else (32, 64, 128)
     for m, n, warps, stages in product(sides, sides, (4, 8), (1, 2, 3, 4)):
-        rows, others = (n, m) if which == "backward_kv" else (m, n)  # that stay, and that stream by
+        rows, others = (n, m) if which == "backward_kv" else (m, n)  # a program keeps `rows`, loops over `others`
         if size < 4 and D == 256 and which == "backward_kv":  # two sums of D columns: only warps side by side hold them
             if rows in (32, 64) and others in (32, 64) and stages <= 2:
                 out.append(Blocks(m, n, warps, stages))
             continue
-        if size == 4 and (stages > 2 or others > 64 or rows > 64):  # each product is three, with all their registers
+        if size == 4 and (stages > 2 or others > 64 or rows > 64):  # fp32 is three tf32 products: registers
             continue
         if rows < (16 * warps if size < 4 else 32) or (stages == 1 and size < 4) or others < (16 if size == 4 else 32):
             continue
@@ -111,7 +111,7 @@ def compile_part(args: Args, part: int, n: int) -> None:
         try:
             launch(blocks)
             torch.cuda.synchronize()
-        except Exception as error:  # too large for this GPU: the measuring process sees the same
+        except Exception as error:  # too large for this GPU: the measuring process will find the same
             if "out of resource" not in str(error):
                 print(f"{case} {blocks}: {type(error).__name__}: {error}", file=sys.stderr)
 
@@ -136,7 +136,7 @@ def measure(args: Args) -> dict[Case, list[tuple[float, Blocks]]]:
 
 
 def flops(case: Case, args: Args) -> float:
-    """Of the pass itself: two products forward, three for dq, four for dk and dv; halved where causal."""
+    """FLOPs of the pass: two products forward, three for dq, four for dk and dv; half of that if causal."""
     which, D, _, causal = case
     products = {"forward": 2, "backward_q": 3, "backward_kv": 4}[which]
     batch = max(args.tokens // args.length, 2)

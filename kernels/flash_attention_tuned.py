@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from purelm.caches import memo
 from purelm.kernels.flash_attention_table import TABLE
 
 __all__ = ["LENGTHS", "PASSES", "Blocks", "choose", "fallback"]
@@ -57,14 +58,14 @@ def fallback(which: str, width: int, size: int) -> Blocks:
     return Blocks(32, 32, 4, 1) if width * size <= 512 else Blocks(16, 16, 4, 1)
 
 
-@cache
+@memo(None)
 def architecture(device: torch.device) -> str:
     """The name of a compute capability: "sm90" for 9.0 (Hopper)."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
 
 
-@cache
+@cache  # and not memo: once in a process
 def _say_once(arch: str, width: int, size: int) -> None:
     warnings.warn(
         f"flash_attention: tiles for {arch}, head dim {width}, {8 * size} bits were never measured: safe ones are "

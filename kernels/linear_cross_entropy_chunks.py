@@ -9,13 +9,13 @@ half as many bytes: half of the accumulator lies in the result's own storage, an
 accumulator takes 2 V D bytes besides the result, not 4.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from purelm.caches import memo
 from purelm.kernels.cross_entropy import Rows
 from purelm.ops.precision import accumulator
 
@@ -46,7 +46,7 @@ def _chunks(hidden: Tensor, unembedding: Tensor, chunk: int | None) -> Iterator[
         yield tokens, x_ND, torch.mm(x_ND, unembedding.t(), out=buffer[: x_ND.shape[0], :V])
 
 
-@functools.cache
+@memo(None)
 def _adds_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch.addmm takes 16-bit factors and an fp32 sum here."""
     a = torch.zeros(16, 16, dtype=dtype, device=device)

@@ -17,6 +17,7 @@ A room is imported when its name is first used, so that `import purelm` itself i
     interop          torch.optim and nn.Module over these functions
     kernels, dist    Triton kernels; several processes: import their modules by name, as purelm.dist.zero
     devices, files   what a device computes natively; files written beside their name
+    workers, caches  a function over many items by threads or processes; what functions keep, and clear_caches()
 """
 
 TYPE_CHECKING = False  # of typing, which would be the only import here
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from purelm import (
         accounting,
+        caches,
         checkpoint,
         data,
         devices,
@@ -43,12 +45,14 @@ if TYPE_CHECKING:
         train,
         transforms,
         tree,
+        workers,
     )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "accounting",
+    "caches",
     "checkpoint",
     "data",
     "devices",
@@ -67,6 +71,7 @@ __all__ = [
     "train",
     "transforms",
     "tree",
+    "workers",
 ]
 
 

@@ -1,10 +1,11 @@
 """Which number formats a device multiplies in hardware, found by measuring; and whether values can be read at once."""
 
-import functools
 import time
 
 import torch
 from torch import Tensor
+
+from purelm.caches import memo
 
 __all__ = ["at_hand", "multiplies_natively"]
 
@@ -35,7 +36,7 @@ def multiplies_natively(dtype: torch.dtype, device: torch.device | str) -> bool:
 multiplies_natively._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@functools.cache
+@memo(None)
 def _measured(dtype: torch.dtype, device: torch.device) -> bool:
     if dtype in (torch.float32, torch.float64) or device.type == "meta":
         return True

@@ -128,8 +128,13 @@ def plot_curves(
     rows: Sequence[Row], path: str | Path, *, floor: float | None = None, floor_label: str = "entropy of the source"
 ) -> None:
     """curves.png: loss, held-out bits per byte (with the floor, where it is known), learning rate and gradient norm."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise ModuleNotFoundError(f"{path}: drawing curves needs matplotlib: pip install 'purelm[report]'") from None
 
     # Figure and canvas are made here, because pyplot keeps global state.
     figure = Figure(figsize=(11, 7))

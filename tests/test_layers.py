@@ -9,24 +9,26 @@ ROOT = Path(__file__).resolve().parents[1]
 # What each package or file of purelm may import of the others: some of those above it. "models.model" is that file
 # alone. A new package gets a line here.
 ARROWS = {
-    "tree": "",
-    "devices": "",
+    "caches": "",
+    "workers": "",
+    "tree": "caches",
+    "devices": "caches",
     "files": "",
     "track": "",
     "random": "tree devices",
-    "transforms": "tree",
+    "transforms": "tree caches",
     "ops": "",
-    "models": "tree random ops",  # never kernels: the caller passes a bundle of ops
+    "models": "tree random ops caches",  # never kernels: the caller passes a bundle of ops
     "optim": "tree transforms devices",
     "train": "tree transforms optim",
     "checkpoint": "tree files",
-    "data": "random files",  # no model
-    "tokenizer": "data files",  # no model
+    "data": "random files caches",  # no model
+    "tokenizer": "data files caches workers",  # no model
     "generate": "tree random ops devices models.model models.tokens",  # no model family
     "evals": "tree random ops data tokenizer generate models.model models.tokens",  # no model family
     "accounting": "tree models",
-    "kernels": "tree transforms ops devices optim",  # optim for AdamW alone
-    "dist": "tree random transforms ops devices optim train checkpoint",  # works on a Model that it is given
+    "kernels": "tree transforms ops devices optim caches",  # optim for AdamW alone
+    "dist": "tree random transforms ops devices optim train checkpoint caches",  # works on a Model that it is given
     "interop": "tree optim dist",
 }
 PUBLIC = {"_replace", "_asdict", "_fields", "_make"}  # NamedTuple's, in spite of their names

@@ -1,19 +1,30 @@
 """The packaging layout: kernels/ and dist/ beside purelm/, importable only as purelm.kernels and purelm.dist.
 
 Oracle: what pip and Python's own import system say about a wheel built from a copy of the project to which one
-probe module was added in each folder.
+probe module was added in each folder; of the extras, pyproject.toml.
 """
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROBE = "def answer():\n    return 42\n"
+
+
+def names_of(requirements):
+    return {re.split(r"[<>=!~ ]", requirement)[0] for requirement in requirements}
+
+
+EXTRAS = {extra: names_of(packages) for extra, packages in PROJECT["project"]["optional-dependencies"].items()}
 
 
 def run(*args, cwd, **kw):
@@ -79,6 +90,11 @@ def test_wheel_maps_both_folders(project, tmp_path):
     # Every module of the checkout is in the wheel: `packages` is listed by hand and could fall behind.
     here = {str(p.relative_to(project)) for p in (project / "purelm").rglob("*.py")}
     assert here <= set(names)
+    # Its extras are the library's: what programs and developers need is in no wheel.
+    metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("/METADATA"))).decode()
+    assert {*re.findall(r"^Provides-Extra: (.*)$", metadata, re.MULTILINE)} == {*EXTRAS}
+    assert not {"run", "dev"} & {*EXTRAS} and {*PROJECT["dependency-groups"]} == {"run", "dev"}
+    assert "tyro" not in metadata.split("\n\n")[0] and "pytest" not in metadata.split("\n\n")[0]
     # Installed by unpacking, it imports without the checkout, and nothing is importable under a bare name.
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
@@ -103,3 +119,33 @@ def test_ruff_lints_dist_and_bans_bare_imports(project):
 def test_pytest_finds_the_tests_of_dist(request):
     """Its default is to walk past any folder of that name."""
     assert not {"dist", "build"} & {*request.config.getini("norecursedirs")}
+
+
+def library_sources():
+    """Text of each file of the wheel, by name."""
+    folders = (ROOT / "purelm", ROOT / "kernels", ROOT / "dist")
+    return {str(p.relative_to(ROOT)): p.read_text() for folder in folders for p in folder.rglob("*.py")}
+
+
+def test_errors_name_extras_that_bring_the_package():
+    """Oracle: pyproject.toml. What follows "needs" in such a message is the package."""
+    found = set()
+    for name, text in library_sources().items():
+        messages = re.findall(r"needs (\w+)[^\n]*pip install 'purelm\[(\w+)\]'", text)
+        assert len(messages) == len(re.findall(r"pip install ['\"]purelm", text)), f"{name}: not of that form"
+        found |= {*messages}
+    assert {package for package, _ in found} >= {"numba", "zstandard", "datasets", "matplotlib"}
+    for package, extra in found:
+        assert package in EXTRAS[extra], f"[{extra}] brings {EXTRAS.get(extra)}, not {package}"
+
+
+def test_what_the_library_imports_is_in_an_extra():
+    """Oracle: the syntax trees of its sources."""
+    brought = names_of(PROJECT["project"]["dependencies"]).union(*EXTRAS.values())
+    sinks = {"wandb"}  # services' own libraries: whoever asks for the sink has them
+    for name, text in library_sources().items():
+        nodes = list(ast.walk(ast.parse(text)))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        others = {x.split(".")[0] for x in names} - {*sys.stdlib_module_names, "purelm"}
+        assert others <= brought | sinks, f"{name} imports {others - brought - sinks}"

@@ -1,6 +1,7 @@
 """What a run leaves behind. Oracles: json, the PNG signature, html.parser."""
 
 import base64
+import builtins
 import html.parser
 import json
 import math
@@ -66,6 +67,19 @@ class Links(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.urls += [value for name, value in attrs if name in ("src", "href")]
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def hide(module, *args, **kwargs):
+        if module.startswith("matplotlib"):
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        return real(module, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", hide)
+    with pytest.raises(ModuleNotFoundError, match=r"needs matplotlib: pip install 'purelm\[report\]'"):
+        track.plot_curves(rows(), tmp_path / "curves.png")
 
 
 def test_report_is_one_file_that_needs_no_network_and_escapes_text(tmp_path):

@@ -1,11 +1,13 @@
 #!/bin/sh
-# Makes .venv and installs purelm with the extras named in $1 ("fast,run", "dev", ...). Safe to run again.
+# Makes .venv and installs purelm with the extras in $2 ("fast,report", ...) and the packages of the dependency group in
+# $1 ("run", "dev"); both are in pyproject.toml. Safe to run again.
 # VENV and CONSTRAINTS name another folder and another file of versions.
 #
 # The one thing pip gets wrong on its own: on a machine without a GPU, the default torch wheel brings several
 # gigabytes of CUDA. So torch is installed first, pinned, and from the CPU index where there is no GPU.
 set -eu
-extras=$1
+group=$1
+extras=$2
 venv=${VENV:-.venv}
 constraints=${CONSTRAINTS:-constraints.txt}
 python=${PYTHON:-}
@@ -42,7 +44,7 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
   # shellcheck disable=SC2086
   $pip install -c "$constraints" $index torch
 fi
-echo "setup: installing purelm[$extras] into $venv"
-$pip install -c "$constraints" "setuptools>=77"
+echo "setup: installing purelm[$extras] and the group '$group' into $venv"
+$pip install -c "$constraints" "pip>=25.1" "setuptools>=77" # the first pip that knows --group
 # No build isolation: an isolated build would fetch its own copy of the build tools on every setup.
-$pip install -c "$constraints" --no-build-isolation -e ".[$extras]"
+$pip install -c "$constraints" --no-build-isolation -e ".[$extras]" --group "$group"

@@ -2,7 +2,7 @@
 
 python -m experiments.bench.all [--device cuda] [--data FOLDER] [--json FOLDER]
 
-With two GPUs or more, those of several processes too, under torchrun.
+With two GPUs or more, also the benchmarks of several processes, under torchrun.
 """
 
 import subprocess
@@ -24,14 +24,14 @@ class Args:
     data: Path | None = None
     """folder of English text for the tokenizer's benchmarks, which are left out without it"""
     json: Path | None = None
-    """folder for one JSON file a benchmark"""
+    """folder for JSON files, one for each benchmark"""
 
 
 def programs(args: Args) -> list[tuple[str, list[str]]]:
-    """Module and arguments of each."""
+    """Module and arguments of each benchmark of one process."""
     if args.device != "cpu":
         on = ["--device", args.device]
-        sizes = [*on, "--sizes", "small", "medium", "large", "xl"]  # 10B only says OOM, slowly, on 80 GB
+        sizes = [*on, "--sizes", "small", "medium", "large", "xl"]  # without 10B, which runs out of 80 GB, slowly
         names = ("attention", "linear_cross_entropy", "norms", "train_step")
         return [*((name, on) for name in names), ("course_sizes", sizes)]
     data = [] if args.data is None else ["--data", str(args.data)]
@@ -46,7 +46,7 @@ def programs(args: Args) -> list[tuple[str, list[str]]]:
 
 
 def programs_of_many(n: int) -> list[tuple[str, list[str]]]:
-    """Those that n GPUs can run together."""
+    """Module and arguments of each benchmark of n processes, with a GPU each."""
     if n < 2:
         return []
     xl = ["--sizes", "xl", "--ops", "fused"]
@@ -59,7 +59,7 @@ def programs_of_many(n: int) -> list[tuple[str, list[str]]]:
 
 
 def launcher(n: int) -> list[str]:
-    """What stands before the name of a module."""
+    """The command before the name of a module: Python, or torchrun for n > 1 processes."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(n), "-m", "--"]
     return [sys.executable, *(torchrun if n > 1 else ["-m"])]
 

@@ -2,10 +2,11 @@
 
 python -m experiments.bench.attention [--grid speed|course] [--json FILE] [--plot FILE.png]
 
-"speed" is the grid of long lengths and common shapes in bf16; "course" that of the course: batch 1 and 8, head dims 16
-to 128, lengths 128 to 65,536, causal, fp32 and bf16, one head. Peers, all timed in the same run: SDPA with the flash
-backend (FlashAttention-2), SDPA with cuDNN, FlexAttention (compiled). What does not fit is reported as OOM; a backend
-that refuses a shape as missing. FLOPs: 4 B H T S K forward, halved where causal, and 2.5 times that backward.
+--grid speed: common shapes with long sequences in bf16. --grid course: the grid of the course, batch 1 and 8, head dims
+16 to 128, lengths 128 to 65,536, causal, fp32 and bf16, one head. Peers, all timed in the same run: SDPA with the flash
+backend (FlashAttention-2), SDPA with cuDNN, FlexAttention (compiled). A case that does not fit into memory is reported
+as OOM; a shape that a backend refuses, as missing. FLOPs: 4 B H T S K forward, halved where causal, and 2.5 times that
+backward.
 """
 
 import math
@@ -65,12 +66,11 @@ class Args:
     peers: tuple[str, ...] = ("fa2", "cudnn", "flex")
     parts: tuple[Literal["forward", "backward", "both"], ...] = ("forward", "backward")
     match: str = ""
-    """only shapes whose label, "B4 H16 T4096 d64 causal bf16" say, has this in it"""
+    """only shapes whose label ("B4 H16 T4096 d64 causal bf16", say) contains this"""
     rep: int = 60
     """milliseconds that one measurement lasts"""
     clock: Literal["wall", "device"] = "wall"
-    """wall: as called, with the host's part of it; device: the kernels' own time, as in a CUDA graph or behind other
-    work"""
+    """wall: time of a call, the host's part included; device: time of the kernels alone, as in a CUDA graph"""
     json: Path | None = None
     plot: Path | None = None
 
@@ -117,7 +117,7 @@ def functions(shape: Shape, peers: tuple[str, ...], device: torch.device) -> dic
     if "efficient" in peers or not half:
         out["efficient"] = time_major(sdpa(SDPBackend.EFFICIENT_ATTENTION))
     if "flex" in peers and half:
-        torch.compiler.reset()  # or, after eight shapes, dynamo would run it eagerly, all scores in memory
+        torch.compiler.reset()  # else dynamo runs it eagerly after eight shapes, with all scores in memory
         mask = causal_blocks(shape.length, device) if shape.causal else None
         attend = flex()
         out["flex"] = time_major(lambda q, k, v: attend(q, k, v, block_mask=mask))
@@ -125,7 +125,7 @@ def functions(shape: Shape, peers: tuple[str, ...], device: torch.device) -> dic
 
 
 def busy_milliseconds(run: Callable[[], Any], calls: int = 10) -> float:
-    """Time that the device spends in kernels of one call."""
+    """Milliseconds that the device spends in kernels in one call."""
     from torch.profiler import ProfilerActivity, profile
 
     run()
@@ -138,7 +138,7 @@ def busy_milliseconds(run: Callable[[], Any], calls: int = 10) -> float:
 
 
 def milliseconds(run: Callable[[], Any], device: torch.device, rep: int) -> float:
-    """rep 0: by the device's own clock."""
+    """Milliseconds of one call; rep 0: of its kernels alone (`busy_milliseconds`)."""
     if device.type == "cuda" and rep == 0:
         return busy_milliseconds(run)
     if device.type == "cuda":
@@ -208,7 +208,7 @@ def device_name(device: torch.device) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """TFLOP/s against length: a row of panels a part, a panel a head dim and mask, a line a library."""
+    """TFLOP/s against length: rows of panels are parts, panels are head dims and masks, lines are libraries."""
     parts = sorted({r["part"] for r in rows}, reverse=True)
     kinds = sorted({(r["shape"]["head_dim"], r["shape"]["causal"], r["shape"]["dtype"]) for r in rows})
     panels: dict[str, Lines] = {}

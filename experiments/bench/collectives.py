@@ -2,15 +2,16 @@
 
     torchrun --nproc-per-node 2 -m experiments.bench.collectives [--mib 1 16 256] [--json FILE]
 
-Over NCCL where there are GPUs, else over Gloo; without torchrun, one process that sends nothing. Definitions are those
-of nccl-tests (its doc/PERFORMANCE.md): the size S is that of the larger of a rank's two buffers, algorithm bandwidth
-S / seconds, and bus bandwidth that times what a ring sends for each byte: 2 (N - 1)/N for all_reduce, (N - 1)/N for
-all_gather and reduce_scatter, 1 for broadcast. Seconds are of the slowest rank, the median of runs of several calls
-each. purelm's are the functions of purelm.dist.collectives, which make new tensors; the peer is torch.distributed in
-place on buffers that are there; bandwidths are the peer's, the link's property.
+Over NCCL where there are GPUs, else over Gloo; without torchrun there is one process, which sends nothing. Definitions
+are those of nccl-tests (its doc/PERFORMANCE.md): the size S is that of the larger of a rank's two buffers, algorithm
+bandwidth S / seconds, and bus bandwidth is the algorithm bandwidth times the bytes that a ring sends for each byte of
+S: 2 (N - 1)/N for all_reduce, (N - 1)/N for all_gather and reduce_scatter, 1 for broadcast. Seconds are those of the
+slowest rank, the median over runs of several calls. purelm's functions (purelm.dist.collectives) make new tensors; the
+peer is torch.distributed, in place on buffers that exist already. Bandwidths are computed from the peer's seconds,
+since they describe the link.
 
 gather_parts and scatter_sums are fsdp's messages: a layer's matrices in one message, packed and unpacked; the peer
-sends as many bytes as one flat tensor.
+sends the same number of bytes as one flat tensor.
 """
 
 import statistics
@@ -48,7 +49,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"
     runs: int = 5
     calls: int = 20
-    """in one run; fewer where the size is large: 2 GiB a run at most, 2 calls at least"""
+    """calls in one run; fewer for large sizes: at most 2 GiB in a run, but at least 2 calls"""
     json: Path | None = None
 
 
@@ -65,7 +66,7 @@ def bus_factor(name: str, n_ranks: int) -> float:
 
 
 def calls(name: str, n_bytes: int, dtype: torch.dtype, device: torch.device) -> tuple[int, Call, Call]:
-    """(bytes of the larger buffer, purelm's call, torch.distributed's call); zeros, which sums leave finite."""
+    """(bytes of the larger buffer, purelm's call, torch.distributed's). Buffers are zeros: all sums stay finite."""
     N = dist.get_world_size()
     if name not in NAMES:
         raise ValueError(f"names: {name!r} is not one of {', '.join(NAMES)}")
@@ -91,7 +92,7 @@ def calls(name: str, n_bytes: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def seconds(f: Call, n_calls: int, n_runs: int, device: torch.device) -> list[float]:
-    """Seconds of one call in each run, those of the slowest rank; the same on all ranks."""
+    """Seconds of one call in each run, on the slowest rank; all ranks get the same list."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     found = []
     for run in range(n_runs + 1):  # the first warms up

@@ -2,10 +2,11 @@
 
 python -m experiments.bench.course_sizes [--sizes small medium] [--dtypes fp32 bf16] [--warmups 5] [--compiled no yes]
 
-The sizes of the course's assignment 2 (vocabulary 10,000, context 512, batch 4). Each cell is a new set of functions:
-`warmups` calls, then `steps` timed ones with the device waited for after each. With few warm-ups the first timed calls
-pay for what is done once (cuBLAS handles, allocations, compilation), which is the point of asking for them. bf16 is
-compute in bf16 with fp32 masters. What does not fit is reported as OOM. The peer of a row is eager code in fp32.
+The sizes of the course's assignment 2 (vocabulary 10,000, context 512, batch 4). Each cell of the table begins
+anew: `warmups` calls, then `steps` timed ones, each with a wait for the device. With few warm-ups the first timed calls
+include what is done once (cuBLAS handles, allocations, compilation); --warmups 0 shows how much that is. bf16 means
+compute in bf16 with fp32 masters. A cell that does not fit into memory is reported as OOM. The peer of a row is eager
+code in fp32.
 """
 
 import gc
@@ -66,7 +67,7 @@ class Args:
 def function(
     cfg: transformer.Config, part: str, dtype: str, compiled: bool, ops: Ops, device: torch.device
 ) -> Callable[[dict], Any]:
-    """A function of a batch that does one `part`; what it computes is dropped, but for the state of a step."""
+    """A function of a batch that computes one `part` and drops the result, except a step's state."""
     precision = MIXED if dtype == "bf16" else FULL
     params = transformer.init(random.key(0, device=device), cfg)
 

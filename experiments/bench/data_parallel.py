@@ -2,13 +2,14 @@
 
     torchrun --nproc-per-node 2 -m -- experiments.bench.data_parallel [--sizes 134m xl] [--ways overlapped fsdp ...]
 
-Ways: per_leaf, flat, bucketed (after backward), overlapped (while it runs), zero1 (and the optimizer's state is cut),
-zero2 (and the sums of gradients; with --ops fused its update is in place), fsdp; and the peers torch_ddp
-(DistributedDataParallel) and torch_fsdp2 (fully_shard on each block). All run the same maths: forward, backward, AdamW,
-fp32 masters, bf16 compute on a GPU; each rank has its own batch. "alone" is one rank's step without any message: what a
-way takes longer is its exposed communication, and alone / way its weak scaling. Times are medians of the slowest rank;
-memory is the peak of rank 0. With --ops fused purelm's kernels make the update, in place, and only blocks are compiled;
-else the update is compiled. The peers' blocks are compiled one by one, as purelm's are.
+Ways: per_leaf, flat and bucketed (gradients are sent after backward), overlapped (sent while it runs), zero1
+(also with optimizer state sharded), zero2 (gradient sums sharded too; with --ops fused its update is in place), fsdp;
+and the peers torch_ddp (DistributedDataParallel) and torch_fsdp2 (fully_shard on each block). All run the same maths:
+forward, backward, AdamW, fp32 masters, bf16 compute on a GPU; each rank has its own batch. "alone" is one rank's step
+without any message: the time that a way takes in addition is its exposed communication, and alone / way its weak
+scaling. Times are medians of the slowest rank; memory is the peak of rank 0. With --ops fused the update is purelm's
+kernel, in place, and only blocks are compiled; else the update is compiled too. Blocks are compiled one by one, the
+peers' as purelm's.
 """
 
 import gc
@@ -45,7 +46,7 @@ from purelm.transforms import jit, remat, value_and_grad
 OURS = ("alone", "per_leaf", "flat", "bucketed", "overlapped", "zero1", "zero2", "fsdp")
 PEERS = ("torch_ddp", "torch_fsdp2")
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
-PEER_OF = {"fsdp": "torch_fsdp2"}  # of the others torch_ddp
+PEER_OF = {"fsdp": "torch_fsdp2"}  # all other ways have torch_ddp
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,19 @@ class Args:
 
     device: str = "auto"
     sizes: tuple[str, ...] = ()
-    """of bench.train_step (3m, 22m, 134m, 374m) or bench.course_sizes (small ... xl); default 134m on GPUs, else 3m"""
+    """sizes of bench.train_step (3m, 22m, 134m, 374m) or bench.course_sizes (small ... xl); default 134m on GPUs, else
+    3m"""
     ways: tuple[str, ...] = (*OURS, *PEERS)
     batch_size: int | None = None
-    """sequences of each rank; default that of the size"""
+    """sequences on each rank; default that of the size"""
     context_length: int | None = None
     steps: int = 10
     bucket_mb: float | None = None
-    """purelm's; by default that of dist.messages.default_bucket_bytes"""
+    """size of purelm's buckets; default dist.messages.default_bucket_bytes"""
     ops: OpsName = "sdpa"
     remat: bool = False
     compile: bool | None = None
-    """blocks and updates, and the peers; default on GPUs"""
+    """compile blocks and updates, and the peers' blocks; default on GPUs only"""
     json: Path | None = None
 
 
@@ -128,14 +130,14 @@ def our_step(
 
 
 def _plain(loss: Loss, *, microbatches: int = 1, compute: torch.dtype | None = None) -> Callable[[Any, Any], Any]:
-    """Gradients of this process's batch, not compiled as a whole."""
+    """A strategy's `differentiate` without communication: gradients of this process's batch."""
     return value_and_grad(loss, has_aux=True)
 
 
 def _by_kernels(
     state: TrainState, loss: Loss, strategy: Strategy, precision: Precision, update: Callable[..., Any]
 ) -> Callable[[dict], Tensor]:
-    """make_step's step without the norm of gradients, which the peers do not have either, and updated in place."""
+    """A step as make_step's, but in place and without the norm of gradients, which the peers do not compute either."""
     assert strategy.differentiate is not None
     cast_loss = lambda params, batch: loss(tree.cast(params, precision.compute), batch)  # noqa: E731
     gradient = strategy.differentiate(cast_loss, microbatches=1, compute=precision.compute)
@@ -165,7 +167,7 @@ def peer_step(way: str, cfg: transformer.Config, here: world.World, compiled: bo
 
 
 def seconds(run: Callable[[dict], Tensor], batch: dict, here: world.World, steps: int) -> float:
-    """Median over steps of the slowest rank."""
+    """Median over steps of the slowest rank's seconds."""
     times = []
     for _ in range(steps):
         dist.barrier()
@@ -186,7 +188,7 @@ def _wait(here: world.World) -> None:
 
 @contextmanager
 def enough_memory(way: str, here: world.World) -> Iterator[None]:
-    """ValueError where it is not: others wait in a collective to which this rank cannot come, so the program ends."""
+    """ValueError if memory runs out: the other ranks would wait for this one in a collective, so the program ends."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -215,7 +217,7 @@ def measure(way: str, cfg: transformer.Config, batch: dict, args: Args, here: wo
 
 
 def to_rows(size: str, shape: str, found: dict[str, dict[str, float]], device: str) -> list[dict]:
-    """Each way of ours beside its peer, where that was measured, and beside one rank alone."""
+    """Rows of each of purelm's ways, beside its peer if that was measured, and beside one rank alone."""
     rows = []
     for way in found:
         if way in PEERS:

@@ -1,10 +1,10 @@
-"""Time to generate tokens one by one: with the key/value cache beside the whole model for each token.
+"""Time to generate tokens one by one: with a key/value cache, and without (all tokens are computed each time).
 
     python -m experiments.bench.decode [--device cuda] [--sizes 3m 22m] [--json FILE]
 
 Both run the same model eagerly, batch 1, and compute logits of the last position alone. Two measures: one more token
-when there are N, and all N from a prompt of one token. For the latter the uncached model is timed at every stride-th
-length, which stands for those between. `generate` is the library's function, sampling included.
+after N, and all N from a prompt of one token. For the second the uncached model is timed only at every stride-th
+length, which stands for the lengths between. `generate` is the library's function, sampling included.
 """
 
 import time
@@ -41,7 +41,7 @@ class Args:
     device: str = "auto"
     sizes: tuple[str, ...] = ("3m", "22m")
     tokens: int = 512
-    """length at the end, from a prompt of one token"""
+    """final length N, from a prompt of one token"""
     stride: int = 8
     """the uncached model is timed at every stride-th length"""
     json: Path | None = None
@@ -101,7 +101,7 @@ def measure(size: str, n: int, stride: int, device: torch.device) -> list[dict[s
 
 
 def last_token(params: Any, model: transformer.Model, tokens: torch.Tensor, device: torch.device) -> float:
-    """Seconds for the last token, when the cache holds all before it."""
+    """Seconds for the last token, with all before it in the cache."""
     n = tokens.shape[1]
     with torch.no_grad():
         cache = model.init_cache(1, n, device=device)

@@ -1,11 +1,11 @@
-"""What sharding costs the host: a deep and thin model, whose messages nobody gets.
+"""The host's time for sharded parameters: a deep and thin model in a process group that sends nothing.
 
     python -m experiments.bench.fsdp_host [--n-layers 48] [--n-ranks 2] [--json FILE]
 
-One process, which torch's "fake" process group has believe in several. Nothing is sent and next to nothing is computed,
-so what forward and backward of sharded parameters take longer than those of whole ones is the host's own work: of
-Python, of dispatch, of packing messages of a few numbers. A GPU waits for it wherever a block is computed sooner.
-Peer: fully_shard of the same blocks as modules. Blocks are compiled one by one, steps of both take turns, medians.
+There is one process; torch's "fake" process group says that there are several. Nothing is sent and next to nothing is
+computed, so the time that forward and backward take longer than with whole parameters is the host's: Python, dispatch,
+packing of small messages. Wherever a GPU computes a block in less time, it waits for the host. Peer: fully_shard of the
+same blocks as modules. Blocks are compiled one by one; steps of both take turns; figures are medians.
 """
 
 import gc
@@ -70,12 +70,12 @@ def peer(cfg: transformer.Config, batch: dict[str, Tensor], compiled: bool, shar
 
 
 def medians(runs: dict[str, Callable[[], object]], steps: int) -> dict[str, float]:
-    """Seconds of a step of each, taken in turns."""
+    """Median seconds of a step of each run; steps of the runs take turns."""
     for run in runs.values():
         for _ in range(3):
             run()
     gc.collect()
-    gc.freeze()  # what was compiled would be looked at again and again
+    gc.freeze()  # else each collection goes through all objects that compilation made
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(steps):
         for name, run in runs.items():

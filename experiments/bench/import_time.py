@@ -39,7 +39,7 @@ def main(args: Args) -> None:
         for name, code in PROGRAMS.items():
             start = time.perf_counter()
             subprocess.run([sys.executable, "-c", code], check=True)
-            if i > 0:  # the first round reads the files from disk
+            if i > 0:  # the first round, which reads files from disk, does not count
                 seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     rows = [

@@ -2,12 +2,12 @@
 
     python -m experiments.bench.linear_cross_entropy [--device cuda] [--tokens N --d-model D --vocab V] [--json FILE]
 
-Peers: logits held whole, torch.nn.functional.cross_entropy, under torch.compile; torch's own linear_cross_entropy with
-chunks, where this torch has it; purelm.ops in chunks of 4096 tokens with checkpoint, under torch.compile. Forward and
-backward is the loss's sum and the gradients of both inputs; forward alone runs under no_grad. Times are medians over
-interleaved rounds (CUDA events on a GPU). Memory is the allocator's peak above inputs and returned gradients (GPU
-only). TFLOP/s counts 6 N V D for forward and backward, 2 N V D for forward alone, whatever a variant recomputes.
-A variant that does not fit is reported as OOM.
+Peers: torch.nn.functional.cross_entropy of whole logits, under torch.compile; torch's own linear_cross_entropy with
+chunks, if this torch has it; purelm.ops in chunks of 4096 tokens with checkpoint, under torch.compile. "forward and
+backward" computes the sum of losses and the gradients of both inputs; "forward" runs under no_grad. Times are medians
+over interleaved rounds (CUDA events on a GPU). Memory is the allocator's peak above inputs and returned gradients (GPU
+only). TFLOP/s counts 6 N V D for forward and backward, 2 N V D for forward alone, whatever a variant recomputes. A
+variant that does not fit into memory is reported as OOM.
 """
 
 import gc
@@ -46,7 +46,7 @@ class Args:
     vocab: int | None = None
     """V; 128,256 on a GPU, 1000 on a CPU"""
     chunk: int | None = None
-    """tokens a chunk of purelm's, its own choice when absent"""
+    """tokens in one of purelm's chunks; default its own choice"""
     rounds: int = 7
     json: Path | None = None
 
@@ -67,7 +67,7 @@ def sizes(args: Args, device: torch.device) -> Sizes:
 
 
 def normal(key: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Normal numbers, drawn in parts: the generator takes a multiple of the memory of what it draws."""
+    """Normal numbers, drawn in parts, since the generator needs several times the memory of its result."""
     out = torch.empty(rows, columns, dtype=dtype, device=key.device)
     for i in range(0, rows, 1024):
         out[i : i + 1024] = random.normal(random.fold_in(key, i), (min(1024, rows - i), columns))
@@ -79,7 +79,7 @@ def materialised(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor
 
 
 def torchs_own() -> Loss | None:
-    """torch.nn.functional.linear_cross_entropy with its chunks; None where this torch has it not."""
+    """torch.nn.functional.linear_cross_entropy with its chunks; None if this torch does not have it."""
     function, options = getattr(F, "linear_cross_entropy", None), getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if function is None or options is None:
         return None
@@ -135,7 +135,7 @@ def extra_mib(call: Callable[[], tuple[Tensor, ...]]) -> float:
 
 
 def works(name: str, call: Callable[[], object]) -> bool:
-    """Run it twice (compilation, caches); False, and a line, when it does not fit."""
+    """Run it twice for warm-up (compilation, caches); print a line and return False if it does not fit into memory."""
     try:
         call(), call()
         return True
@@ -147,7 +147,7 @@ def works(name: str, call: Callable[[], object]) -> bool:
 
 
 def medians(calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, float]:
-    """ms of each call that works; the rounds are interleaved, every second one backwards."""
+    """Median ms of each call that works; in each round all calls take turns, in every second one in reverse order."""
     calls = {name: call for name, call in calls.items() if works(name, call)}
     inner = 3
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -162,7 +162,7 @@ def medians(calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds
 def compare(
     metric: str, found: dict[str, float], peers: list[str], missing: set[str], unit: str, device: str
 ) -> list[dict]:
-    """A row for each peer, which says OOM for one that did not fit."""
+    """A row for each peer, with OOM for one that did not fit into memory."""
     rows: list[dict[str, Any]] = []
     if "purelm" not in found:
         say(f"{metric}: purelm OOM")
@@ -233,7 +233,7 @@ def main(args: Args) -> None:
         found = medians(calls, device, args.rounds)
         metric = f"cross-entropy of given logits: {what}"
         rows += compare(metric, found, [peer], set(), "ms", name)
-        # what must move: forward reads the logits, backward reads them and writes their gradient
+        # bytes that must move: forward reads the logits, backward reads them and writes their gradient
         speed = {k: 1e-6 * passes * size / v for k, v in found.items()}
         rows += compare(metric, speed, [peer], set(), "GB/s", name)
     publish(rows, args.json)

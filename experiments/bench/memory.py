@@ -1,20 +1,21 @@
-"""What a rank holds, and when: after initialisation, before the optimizer's step and after it; sharded and not.
+"""Memory of a rank, with and without sharding: after initialisation, before the optimizer's step, and after it.
 
     torchrun --nproc-per-node 2 -m -- experiments.bench.memory [--sizes xl] [--ways unsharded zero1 ...] [--plot FILE]
 
-Ways: unsharded (ddp: every rank holds all), zero1 (the optimizer's state is cut over ranks), fsdp (parameters and
-gradients, too); the peers torch_ddp, torch_zero (ZeroRedundancyOptimizer) and torch_fsdp2. All run the same maths:
-AdamW, fp32 masters, bf16 compute on a GPU. Eager, phase by phase, so that each point is one in time:
+Ways: unsharded (ddp: every rank holds all), zero1 (the optimizer's state is sharded), fsdp (parameters and gradients
+too); the peers torch_ddp, torch_zero (ZeroRedundancyOptimizer) and torch_fsdp2. All run the same maths:
+AdamW, fp32 masters, bf16 compute on a GPU. The step runs eagerly, phase by phase, and is measured at three points:
 
     init     parameters, and the optimizer's state where it is made at once (the peers make theirs in the first update)
     before   loss and gradients of the second step are done; the gradients are held, summed over ranks
     after    the second update is done; the gradients are still held
 
-At each point: bytes of the storages of parameters, optimizer state and gradients; what the allocator has handed out
-("held", so "rest" is held less those three: tables, buckets of messages); and its peak since the point before, where
-activations and an update's new tensors show. Beside them the formula, `parallel.rank_bytes`. A CPU has no
-such allocator: held is what was counted, and peaks are missing. All figures are of the rank that holds most. purelm's
-update makes new parameters and state before the old ones go; --compile writes them in place, as the peers do.
+At each point: bytes of the storages of parameters, optimizer state and gradients; "held", the bytes that the allocator
+has handed out, and "rest", held less those three (tables, buckets of messages); and the allocator's peak since the last
+point, which includes activations and an update's new tensors. Beside them the formula, `parallel.rank_bytes`. A CPU has
+no such allocator: held is the sum of the three, and peaks are missing. All figures are those of the rank that holds
+most. purelm's update makes new parameters and state before the old ones are freed; with --compile it writes in place,
+as the peers do.
 """
 
 import gc
@@ -54,20 +55,20 @@ class Args:
 
     device: str = "auto"
     sizes: tuple[str, ...] = ()
-    """as of bench.data_parallel; default xl on GPUs, else 3m"""
+    """sizes of bench.data_parallel; default xl on GPUs, else 3m"""
     ways: tuple[Way, ...] = WAYS
     batch_size: int | None = None
-    """sequences of each rank; default that of the size"""
+    """sequences on each rank; default that of the size"""
     context_length: int | None = None
     bucket_mb: float | None = None
-    """purelm's; by default that of dist.messages.default_bucket_bytes"""
+    """size of purelm's buckets; default dist.messages.default_bucket_bytes"""
     ops: OpsName = "sdpa"
     remat: bool = False
     compile: bool = False
-    """purelm's update, which then writes new parameters and state over the old ones"""
+    """compile purelm's update, which then writes new parameters and state over the old ones"""
     json: Path | None = None
     plot: Path | None = None
-    """a picture of the last size"""
+    """draw the last size into this file"""
 
 
 def measure(way: str, cfg: transformer.Config, batch: dict, args: Args, here: world.World) -> dict[str, Reading]:
@@ -103,7 +104,7 @@ def _ours(way: str, cfg: transformer.Config, args: Args, here: world.World) -> P
 
 
 def _workspaces(device: torch.device) -> None:
-    """cuBLAS takes its own, once and for each thread: before the first way, or they would be counted as its."""
+    """Let cuBLAS allocate its workspaces (one for each thread), which would else count as the first way's memory."""
     for dtype in (torch.float32, torch.bfloat16):
         w = torch.ones(64, 64, dtype=dtype, device=device, requires_grad=True)
         (w @ w).sum().backward()
@@ -112,9 +113,9 @@ def _workspaces(device: torch.device) -> None:
 def formula(
     cfg: transformer.Config, way: str, stage: str, batch_size: int, n_ranks: int, args: Args, cuda: bool
 ) -> tuple[int, int | None]:
-    """(held, peak) by `rank_bytes`; a peak only of "before", with all activations and all gradients at once.
+    """(held, peak) by `rank_bytes`. The peak is known for "before" only: all activations and all gradients at once.
 
-    A copy of the parameters in bf16 lives in forward and backward, whole or (fsdp, which gathers it) in two blocks.
+    During forward and backward there is a bf16 copy of the parameters: all of them, or with fsdp those of two blocks.
     """
     of = rank_bytes(
         cfg,
@@ -176,7 +177,7 @@ def _mib(n_bytes: int | None) -> float | None:
 
 
 def plot(found: Table, path: Path, title: str) -> None:
-    """A panel for each point, a bar for each way: what is held by kind; hollow on it the peak; formulas are lines."""
+    """A panel for each point, a bar for each way: bytes held by kind, the peak as a hollow bar, formulas as lines."""
     import matplotlib
 
     matplotlib.use("Agg")

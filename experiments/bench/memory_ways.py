@@ -1,4 +1,4 @@
-"""Training steps in two parts, purelm's and PyTorch's, and the bytes of what they hold in between; for bench.memory."""
+"""Training steps in two parts, purelm's and PyTorch's, and the bytes held between the parts; for bench.memory."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -21,19 +21,19 @@ KINDS = ("parameters", "optimizer", "gradients")
 
 
 class Phases(NamedTuple):
-    """A training step in two parts, and what is held between them."""
+    """A training step in two parts, and the tensors held between them."""
 
-    differentiate: Callable[[dict], None]  # forgets the last gradients, and holds those of a batch
+    differentiate: Callable[[dict], None]  # drops the last gradients, and holds those of a batch
     update: Callable[[], None]
-    held: Callable[[], dict[str, list[Tensor]]]  # by kind
+    held: Callable[[], dict[str, list[Tensor]]]  # tensors by kind
 
 
 class Reading(NamedTuple):
-    """Bytes at one point."""
+    """Bytes at one point of the step."""
 
     parts: dict[str, int]  # parameters, optimizer, gradients
     held: int
-    peak: int | None  # since the point before
+    peak: int | None  # since the last point
 
 
 def storage_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
@@ -99,7 +99,7 @@ def ours(
 
 
 def peer(way: str, cfg: transformer.Config, here: world.World) -> Phases:
-    """PyTorch's own; its optimizers write in place and make their state in the first update."""
+    """PyTorch's phases; its optimizers write in place and make their state in the first update."""
     cuda = here.device.type == "cuda"
     torch.manual_seed(0)
     with here.device:
@@ -129,7 +129,7 @@ def peer(way: str, cfg: transformer.Config, here: world.World) -> Phases:
 
 
 def read(phases: Phases, base: int, device: torch.device) -> Reading:
-    """What is held now, beyond `base` bytes; the count of peaks begins again."""
+    """Bytes held now, less `base`; resets the peak."""
     parts = {kind: storage_bytes(tensors, device) for kind, tensors in phases.held().items()}
     if device.type != "cuda":
         return Reading(parts, sum(parts.values()), None)

@@ -67,9 +67,10 @@ class Module(nn.Module):
 
 
 def on_many(model: Any, way: str, device: torch.device) -> Any:
-    """model on several processes: torch_fsdp2, fully_shard of each block and of the rest; else DistributedDataParallel.
+    """The model on several processes: by fully_shard of each block and of the rest (torch_fsdp2), else by
+    DistributedDataParallel.
 
-    On a GPU fully_shard has bf16 parameters and fp32 messages of gradients; the other wants autocast around it.
+    On a GPU fully_shard computes with bf16 parameters and sends fp32 gradients; DistributedDataParallel needs autocast.
     """
     cuda = device.type == "cuda"
     if way != "torch_fsdp2":

@@ -1,14 +1,14 @@
-"""Time and bandwidth of the kernels that memory limits, beside torch.compile of the reference.
+"""Time and bandwidth of the memory-bound kernels, beside torch.compile of the reference.
 
     python -m experiments.bench.norms [--device cuda] [--ops rms_norm rope] [--tokens N] [--json FILE]
 
-rms_norm, add_rms_norm, swiglu, rope (q and k), weighted_sum, forward and backward apart, and adamw over a tree. Each
-has a row of milliseconds for each peer, and one of GB/s whose peer is a plain copy of a large tensor in the same run:
-its ratio is the fraction of the bandwidth that can be had. Bytes are the fewest that the maths allows: each input read
+rms_norm, add_rms_norm, swiglu, rope (q and k) and weighted_sum, forward and backward separately, and adamw over a tree.
+Each has a row of milliseconds for each peer, and one of GB/s whose peer is a plain copy of a large tensor in the same
+run: that ratio is the fraction of the attainable bandwidth. Bytes are the fewest that the maths allows: each input read
 once, each result written once.
 
-On a GPU the host runs ahead of the device while it sleeps, so launches cost nothing, neither ours nor the peers'; and
-inputs change from call to call, so that none is still in the cache. On a CPU, where a kernel's op is the reference,
+On a GPU the device sleeps while the host launches all calls, so launches cost nothing, neither ours nor the peers'; and
+each call has other inputs, so that none is still in the cache. On a CPU, where a kernel's op is the reference,
 the figures say only that the program runs.
 """
 
@@ -40,7 +40,7 @@ from purelm.optim import apply_updates
 from purelm.optim.adamw import adamw as adamw_reference
 
 OPS = ("rms_norm", "add_rms_norm", "swiglu", "rope_qk", "weighted_sum", "adamw")
-CACHE_BYTES = 200 << 20  # of inputs and results before one comes round again: four times the L2 cache of an H100
+CACHE_BYTES = 200 << 20  # bytes of inputs and results before an input is used again: four times the L2 cache of an H100
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Args:
     device: str = "auto"
     ops: tuple[str, ...] = OPS
     tokens: int | None = None
-    """rows; default 32,768 on a GPU, 64 on a CPU"""
+    """number of rows; default 32,768 on a GPU, 64 on a CPU"""
     widths: tuple[int, ...] = ()
-    """of a row; default 768 2048 4096 8192 on a GPU, 64 on a CPU"""
+    """widths of a row; default 768 2048 4096 8192 on a GPU, 64 on a CPU"""
     dtype: str | None = None
-    """default bfloat16 on a GPU, float32 on a CPU; adamw's tree is float32"""
+    """default bfloat16 on a GPU, float32 on a CPU; always float32 for adamw"""
     compile: bool | None = None
-    """compile the reference; default on a GPU, while a CPU would spend its time in the C++ compiler"""
+    """compile the reference; default on a GPU only, since on a CPU compilation takes longer than the benchmark"""
     repeats: int = 7
     json: Path | None = None
     plot: Path | None = None
@@ -68,16 +68,16 @@ class Case(NamedTuple):
 
     name: str
     width: int
-    kernel: Callable[..., Any]  # of tensors, to a tensor or a tuple of them
+    kernel: Callable[..., Any]  # tensors -> tensor or tuple of tensors
     peers: dict[str, Callable[..., Any]]
-    inputs: Callable[[], tuple[Tensor, ...]]  # makes fresh ones, those that are differentiated first
-    n_inputs: int  # that are differentiated
+    inputs: Callable[[], tuple[Tensor, ...]]  # makes new inputs; differentiable ones come first
+    n_inputs: int  # number of differentiable inputs
     forward_bytes: int
     backward_bytes: int
 
 
 def milliseconds(f: Callable[[int], Any], device: torch.device, repeats: int) -> float:
-    """Median over repeats of the time of f(i), several calls in a row."""
+    """Milliseconds of one call f(i): median over repeats, each of several calls in a row."""
     cuda = device.type == "cuda"
     count = itertools.count()
     for _ in range(3):
@@ -86,7 +86,7 @@ def milliseconds(f: Callable[[int], Any], device: torch.device, repeats: int) ->
         torch.cuda.synchronize()
     start = time.perf_counter()
     f(next(count))
-    launch = time.perf_counter() - start  # what the host needs for a call
+    launch = time.perf_counter() - start  # the host's time for a call
     calls = 10 if cuda else 3
     times = []
     for _ in range(repeats):

@@ -17,7 +17,7 @@ LESS_IS_BETTER = ("s", "ms", "us", "bytes", "MB", "MiB", "GiB", "CPU s")
 
 
 def versions(packages: Iterable[str] = ("torch", "numpy", "purelm")) -> dict[str, str]:
-    """Installed versions; a package that is not there is named as missing."""
+    """Installed versions; "missing" for a package that is not installed."""
     out = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -27,13 +27,13 @@ def versions(packages: Iterable[str] = ("torch", "numpy", "purelm")) -> dict[str
     return out
 
 
-LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # of instruction sets, to a CPU
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # of a CPU's instruction sets
 SETS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16", "amx_bf16": "AMX bf16"}  # by Linux's name
 
 
 @functools.cache
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """ "cpu" with its cores, its name and those instruction sets that matter here, and what limits them."""
+    """ "cpu", with the number of cores, the model, the instruction sets in `SETS`, and variables that limit them."""
     try:
         lines = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line]
     except OSError:
@@ -55,7 +55,7 @@ def row(
     device: str = "cpu",
     packages: Iterable[str] = ("torch", "numpy", "purelm"),
 ) -> dict[str, Any]:
-    """One row; a peer without a value is one that is not installed. Of "cpu" the row says which one."""
+    """One row. A peer without a value is one that is not installed. For device "cpu" the row names the CPU."""
     ratio = None
     if peer_value is not None and value and peer_value:
         ratio = peer_value / value if unit in LESS_IS_BETTER else value / peer_value
@@ -107,7 +107,7 @@ Lines = dict[str, dict[float, float]]  # name -> x -> y
 
 
 def plot_panels(panels: Mapping[str, Lines], path: Path, x_label: str, y_label: str, columns: int) -> None:
-    """A panel for each title, a line for each library; x on a scale of powers of two, y from 0, shared by rows."""
+    """A panel for each title, a line for each library; x on a log2 scale, y from 0, the same for a row of panels."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,7 +132,7 @@ def plot_panels(panels: Mapping[str, Lines], path: Path, x_label: str, y_label: 
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
     for row_of_axes in axes:
-        row_of_axes[0].set_ylim(bottom=0)  # shared by the row, and last: it ends the search for limits
+        row_of_axes[0].set_ylim(bottom=0)  # for the whole row; after plotting, since it turns off automatic limits
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

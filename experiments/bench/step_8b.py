@@ -2,13 +2,13 @@
 
     torchrun --nproc-per-node 2 -m -- experiments.bench.step_8b [--keep attention|inputs|all] [--profile] [--json FILE]
 
-34 layers, d_model 4096, d_ff 11,008, 32 heads, vocabulary 151,936, two sequences of 32,768 tokens, one a rank; causal,
-bf16 compute, AdamW with fp32 masters and state (CS336, assignment 2). Parameters, gradients and state are cut over the
-ranks (dist.fsdp); flash attention, loss without logits, norms and AdamW are purelm.kernels'. Of a block's activations
-are kept its input and, by --keep: "inputs" nothing more; "attention" also o and log-sum-exp; "all" everything.
+34 layers, d_model 4096, d_ff 11,008, 32 heads, vocabulary 151,936, one sequence of 32,768 tokens on each rank; causal,
+bf16 compute, AdamW with fp32 masters and state (CS336, assignment 2). Parameters, gradients and state are sharded over
+the ranks (dist.fsdp); flash attention, loss without logits, norms and AdamW are purelm.kernels'. --keep says which of a
+block's activations are kept for backward: its input ("inputs"), also o and log-sum-exp ("attention"), or "all".
 
-A step is forward, backward and update, from a batch on the device to new parameters; the slowest rank counts. Peak
-memory is the allocator's, of the rank with most. MFU counts attention over visible pairs alone.
+A step is forward, backward and update, from a batch on the device to new parameters; its time is the slowest rank's,
+its peak memory that of the rank with most. MFU counts attention over visible pairs alone.
 """
 
 import os
@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-# Blocks of 30 GiB come and go in an update: without it the allocator's pieces do not fit the next ones.
+# An update allocates and frees blocks of 30 GiB; without this setting, fragments of freed ones cannot be reused.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
@@ -56,19 +56,19 @@ class Args:
     vocab_size: int = 151_936
     context_length: int = 32_768
     batch_size: int = 1
-    """sequences of each rank"""
+    """sequences on each rank"""
     keep: Keep = "attention"
     chunk: int | None = None
     """tokens whose logits are held at a time; default the kernel's own choice"""
     ops: OpsName = "fused"
     wire: Literal["fp32", "bf16"] = "fp32"
-    """gradients as they are sent and summed"""
+    """number format in which gradients are sent and summed"""
     compile: bool = False
-    """blocks, by torch.compile"""
+    """compile the blocks by torch.compile"""
     warmup: int = 1
     steps: int = 3
     profile: bool = False
-    """where the time of one more step goes, by kernel"""
+    """profile one more step and print the time of each kernel"""
     json: Path | None = None
 
 
@@ -80,7 +80,7 @@ def config(args: Args) -> transformer.Config:
 
 
 def wrapped(keep: Keep, compile: bool) -> Callable[[Any], Any]:
-    """What stands around a block."""
+    """The `wrap_block` of this choice."""
     kept: dict[Keep, Callable[[Any], Any]] = {
         "all": transformer.identity,
         "inputs": remat,
@@ -90,7 +90,7 @@ def wrapped(keep: Keep, compile: bool) -> Callable[[Any], Any]:
 
 
 def make_run(args: Args, here: world.World) -> Callable[[dict[str, Tensor]], Tensor]:
-    """batch -> loss; parameters and state live in it and are replaced."""
+    """The function batch -> loss that runs a step; it holds parameters and state, and replaces them."""
     cfg, cuda = config(args), here.device.type == "cuda"
     params = transformer.init(random.key(0, device=here.device), cfg)
     plan = fsdp.plan(
@@ -98,7 +98,7 @@ def make_run(args: Args, here: world.World) -> Callable[[dict[str, Tensor]], Ten
         compute=torch.bfloat16 if cuda else None,
         reduce=torch.bfloat16 if args.wire == "bf16" else None,
     )
-    params = plan.shard(params)  # the whole ones go
+    params = plan.shard(params)  # the whole ones are freed
     options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
     opt_state, update = adamw(**options).init(params), adamw_step(**options, donate=True)
     lr = torch.tensor(LR, device=here.device)
@@ -139,7 +139,7 @@ def timed(run: Callable[[], Tensor], here: world.World) -> tuple[float, Tensor]:
 
 
 def largest(x: float, here: world.World) -> float:
-    """Of all ranks'."""
+    """The largest x of all ranks."""
     t = torch.tensor(x, dtype=torch.float64, device=here.device)
     if here.size > 1:
         dist.all_reduce(t, op=dist.ReduceOp.MAX)
@@ -188,7 +188,7 @@ def main(args: Args) -> None:
             return
         name = f"{here.size} x {torch.cuda.get_device_name() if cuda else 'cpu'}"
         what = f"{n / 1e9:.2f}B, {args.context_length} tokens a sequence"
-        flops = accounting.train_flops(cfg, args.batch_size, skip_masked=True)  # of a rank
+        flops = accounting.train_flops(cfg, args.batch_size, skip_masked=True)  # of one rank
         rows = [row(f"{what}, step", median, "s", device=name, packages=PACKAGES)]
         if peak is not None:
             most = accounting.peak_flops(torch.cuda.get_device_name())

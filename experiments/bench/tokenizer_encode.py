@@ -2,13 +2,14 @@
 
 python -m experiments.bench.tokenizer_encode --data FOLDER [--vocabulary FILE] [--json FILE]
 
-The documents are all .txt files of the folder and of its .zip archives (files with <|endoftext|> a document a part),
-encoded one call a document, special tokens off. All libraries have the same vocabulary: FILE (.tiktoken or
+The documents are all .txt files of the folder and of its .zip archives (a file with <|endoftext|> is several
+documents), encoded by one call each, without special tokens. All libraries have the same vocabulary: FILE (.tiktoken or
 tokenizer.json; by default r50k_base.tiktoken, GPT-2's, in FOLDER or in a folder `tokenizers` beside it), or one of
-32,000 tokens that is trained on the documents. They take turns, results are dropped at once, the best round counts.
+32,000 tokens that is trained on the documents. The libraries take turns, results are dropped at once, and the best
+round counts.
 
-"warm": the pieces were met before. "cold": a new tokenizer each round, with its tables still to make and nothing
-remembered; the machine code is loaded in both. tiktoken and tokenizers are measured warm. "two workers" is the wall
+"warm": all pieces were encoded before. "cold": a new tokenizer in each round, without tables or remembered pieces. The
+machine code is loaded in both cases. tiktoken and tokenizers are measured warm. "two workers" is the wall
 time of `encode_file` against one worker; "first call" that of the first compiled call in a new process.
 """
 
@@ -60,7 +61,7 @@ class Args:
 
 
 def load_vocabulary(args: Args, documents: Sequence[str]) -> tuple[str, tokenizer.BPE]:
-    """(its name, the BPE): as asked, GPT-2's where it is found, else a trained one."""
+    """(its name, the BPE): the one asked for, else GPT-2's if it is found, else one trained on the documents."""
     candidates = [folder / "r50k_base.tiktoken" for folder in (args.data, args.data.resolve().parent / "tokenizers")]
     path = args.vocabulary or next((path for path in candidates if path.exists()), None)
     if path is not None:
@@ -91,7 +92,7 @@ def each(function: Callable[[Any], Any], items: Sequence[Any]) -> None:
 
 
 def best(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """CPU seconds of each, the best of `rounds` rounds in which they take turns; one round before does not count."""
+    """CPU seconds of each program: the best of `rounds` rounds in which they take turns, after one for warm-up."""
     seconds = dict.fromkeys(programs, float("inf"))
     for number in range(rounds + 1):
         for name, run in programs.items():
@@ -198,7 +199,7 @@ def decode_rows(bpe: tokenizer.BPE, documents: list[str], rounds: int) -> list[d
 
 
 def worst_rows(bpe: tokenizer.BPE) -> list[dict]:
-    """A megabyte of one thing: CPU seconds, cold."""
+    """The worst cases, a megabyte of one repeated thing each: CPU seconds, cold."""
     engines = [engine for engine in ("numba", "python") if engine == "python" or importlib.util.find_spec("numba")]
     encoding = tiktoken_peer(bpe) if importlib.util.find_spec("tiktoken") else None
     rows = []

@@ -2,11 +2,11 @@
 
 python -m experiments.bench.tokenizer_train --data FOLDER [--json FILE]
 
-All .txt files of the folder and of its .zip archives are the corpus, one document a file (files with <|endoftext|> one
-document a part). Each measurement is a process of its own, the trainers take turns, medians are shown. CPU seconds
-are of the process and its children, with one thread each; wall seconds with all threads. The peers get their documents
-ready in memory, purelm reads the file. purelm's machine code comes from numba's cache on disk, and loading it counts;
-"compiling" is the first time ever on a machine. "second call" is in the same process, when all code is loaded.
+The corpus is all .txt files of the folder and of its .zip archives, each one document (a file with <|endoftext|> is
+several). Each measurement is a process of its own, the trainers take turns, and medians are shown. CPU seconds are
+those of the process and its children, with one thread; wall seconds those with all threads. The peers get their
+documents in memory, purelm reads the file. purelm's machine code comes from numba's cache on disk, and loading it
+counts; "compiling" is the first time ever on a machine. "second call" is in the same process, when all code is loaded.
 """
 
 import importlib.util
@@ -88,7 +88,7 @@ class Args:
 
 
 def texts(folder: Path) -> Iterator[str]:
-    """The text of every .txt file under folder, those in archives too; what is not UTF-8 is read as Latin-1."""
+    """The text of every .txt file under folder, archives included; a file that is not UTF-8 is read as Latin-1."""
     for path in sorted(folder.iterdir()):
         if path.suffix == ".txt":
             parts = [path.read_bytes()]
@@ -105,7 +105,7 @@ def texts(folder: Path) -> Iterator[str]:
 
 
 def measure(name: str, path: Path, vocab_size: int, threads: int, calls: int = 1, **env: str) -> dict[str, Any]:
-    """One process; see CHILD."""
+    """Run CHILD in a process of its own and read the figures that it prints."""
     root = Path(__file__).resolve().parents[2]
     search = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(

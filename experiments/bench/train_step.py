@@ -3,12 +3,11 @@
     python -m experiments.bench.train_step [--device cuda] [--sizes 22m 134m] [--json FILE]
 
 All run the same maths: forward, backward, AdamW, fp32 masters; bf16 compute on a GPU, fp32 on a CPU. The peer's
-attention is SDPA, and ours too, and on a GPU once more with the kernels (purelm.kernels.fused.FUSED), and with the
-kernels in one CUDA graph.
-Times are medians over interleaved rounds in one process (the machine's drift hits both alike). Memory is the peak
-of steps after compilation: on a GPU by torch's allocator, less what the other variant holds; on a CPU the peak
-resident set of a process for each. The first three steps, compilation included, are those of a process for each whose
-caches of compiled code are empty.
+attention is SDPA. purelm runs with SDPA, and on a GPU also with the kernels (purelm.kernels.fused.FUSED), and with the
+kernels in one CUDA graph. Times are medians over rounds in which all variants take turns in one process, so that the
+machine's drift affects all alike. Memory is the peak of steps after compilation: on a GPU by torch's allocator, less
+what the other variants hold; on a CPU the peak resident set, in a process for each variant. The first three steps,
+compilation included, are timed in a process for each variant, with empty caches of compiled code.
 """
 
 import gc
@@ -54,10 +53,10 @@ class Args:
     device: str = "auto"
     sizes: tuple[str, ...] = ("22m", "134m")
     variants: tuple[Literal["purelm", "fused", "graph"], ...] = ("purelm", "fused", "graph")
-    """purelm: SDPA and what inductor makes of the references; fused: the kernels; graph: those as one CUDA graph.
-    The last two on a GPU only"""
+    """purelm: SDPA and the compiled references; fused: the kernels; graph: the kernels in one CUDA graph. The last two
+    on a GPU only"""
     steps: int = 30
-    """timed steps of each"""
+    """timed steps of each variant"""
     json: Path | None = None
     first: bool = True
     """also the time to the third step, compilation included, each in a process of its own with empty caches"""
@@ -78,7 +77,7 @@ def shapes(size: str, device: torch.device) -> tuple[transformer.Config, int]:
 def pure_step(
     cfg: transformer.Config, device: torch.device, ops: Ops = SDPA, graph: bool = False
 ) -> Callable[[dict], torch.Tensor]:
-    # One launch for all leaves where there is a GPU, but its table of addresses cannot be part of a graph.
+    # On a GPU one launch for all leaves; its table of addresses cannot be part of a CUDA graph.
     one_launch = device.type == "cuda" and not graph
     optimizer = (kernels.adamw if one_launch else adamw)(betas=(0.9, 0.95), weight_decay=0.1)
 
@@ -117,7 +116,7 @@ PEER = "module"
 
 
 def variants(args: Args, device: torch.device) -> list[str]:
-    """What is measured: the peer always, the kernels on GPUs alone."""
+    """Names of what is measured: the peer always, the kernels on GPUs only."""
     return [*(v for v in args.variants if v == "purelm" or device.type == "cuda"), PEER]
 
 
@@ -142,7 +141,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class Measured(NamedTuple):
-    """What was read off both variants, by name."""
+    """Measurements by name of the variant."""
 
     seconds: dict[str, list[float]]  # of each step
     peak_bytes: dict[str, int]  # on a GPU; empty on a CPU
@@ -191,7 +190,7 @@ def resident_peak(reset: bool = False) -> int:
 
 
 def resident_growth(variant: str, size: str) -> int:
-    """Peak resident bytes of three compiled steps on the CPU, over what the process held before."""
+    """Peak resident bytes of three compiled steps on the CPU, less those of the process before them."""
     device = torch.device("cpu")
     cfg, batch_size = shapes(size, device)
     data = batches(cfg, batch_size, device)
@@ -209,7 +208,7 @@ def resident_growth(variant: str, size: str) -> int:
 def first_steps(variant: str, size: str, device: torch.device) -> float:
     """Seconds from a model's configuration to the end of its third step: parameters, compilation and three steps."""
     cfg, batch_size = shapes(size, device)
-    data = batches(cfg, batch_size, device)  # the device is awake
+    data = batches(cfg, batch_size, device)  # also initialises the device
     synchronize(device)
     start = time.perf_counter()
     run = VARIANTS[variant](cfg, device)
@@ -219,7 +218,7 @@ def first_steps(variant: str, size: str, device: torch.device) -> float:
 
 
 def first_in_own_process(variant: str, size: str, device: torch.device) -> float:
-    """`first_steps` with nothing compiled before, neither in the process nor on the disk."""
+    """`first_steps` in a new process with empty caches of compiled code."""
     command = [sys.executable, "-m", "experiments.bench.train_step", "--device", str(device)]
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
@@ -233,7 +232,7 @@ def first_in_own_process(variant: str, size: str, device: torch.device) -> float
 
 def resident_in_own_process(variant: str, size: str) -> int:
     command = [sys.executable, "-m", "experiments.bench.train_step", "--device", "cpu"]
-    # glibc otherwise keeps freed memory up to 32 MB a piece: the peak would be of its heap, not of what is held.
+    # Otherwise glibc keeps freed pieces of up to 32 MB, and the peak would be that of its heap.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": str(2**18)}
     done = subprocess.run([*command, "--sizes", size, "--memory-of", variant], capture_output=True, text=True, env=env)
     if done.returncode != 0:

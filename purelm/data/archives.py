@@ -162,7 +162,7 @@ def _unzstd(blocks: Iterator[bytes], label: str) -> Iterator[bytes]:
     try:
         import zstandard
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{label}: reading .zst needs zstandard: pip install 'purelm[run]'") from None
+        raise ModuleNotFoundError(f"{label}: reading .zst needs zstandard: pip install 'purelm[zstd]'") from None
     # decompressobj rather than stream_reader, which does not report a truncated file.
     context = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
     frame = context.decompressobj()

@@ -8,9 +8,9 @@ is in stories.py, the theory in grammar.py, and the checks of the grammar in gra
 
 import math
 from collections.abc import Iterable, Iterator
-from functools import cache
 
 from purelm import random
+from purelm.caches import memo
 from purelm.data import grammar as grammars
 from purelm.data import stories
 from purelm.data.checks import check_int
@@ -23,7 +23,7 @@ __all__ = ["entropy", "floor_bits_per_byte", "log_prob", "parse", "sample", "sto
 BLOCK = 256  # documents whose random bits are drawn together; part of the definition of document i
 
 
-@cache
+@memo(1)
 def story_grammar() -> Grammar:
     """The checked grammar of stories.py; checking takes 0.2 s, once in a process."""
     return build(stories.VARIABLES, stories.PICKS, stories.START)

@@ -1,11 +1,11 @@
 """The layers that a Config describes, and its leaf table."""
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 
+from purelm.caches import memo
 from purelm.models.block import Layer, layer_leaves
 from purelm.models.config import Config
 from purelm.models.feed_forward import FeedForward, built_in
@@ -77,7 +77,7 @@ def _kinds(cfg: Config) -> Kinds:
     return Kinds(layers, tuple([distinct.index(key) for key in keys]), norm_of(cfg))
 
 
-_kept_kinds = functools.lru_cache(maxsize=64)(_kinds)
+_kept_kinds = memo(64)(_kinds)
 
 
 def counted_layers(cfg: Config) -> list[tuple[Layer, int]]:
@@ -103,7 +103,7 @@ def leaves(cfg: Config, std: Std = course_init) -> dict[str, Leaf]:
     return dict(_leaves(cfg, std))
 
 
-@functools.lru_cache(maxsize=64)
+@memo(64)
 def _leaves(cfg: Config, std: Std) -> dict[str, Leaf]:
     before, behind = leaves_outside(cfg)
     table = dict(before)

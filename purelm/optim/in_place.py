@@ -64,7 +64,7 @@ def leaf_by_leaf(leaf: LeafFn, name: str) -> Callable[..., None]:
             compiled[some] = torch.compile(own_cache(f, name), dynamic=True)
         (ps, gs, *ms), _ = tree.flatten_up_to(params, grads, *moments)
 
-        @functools.cache  # a launch for each kind, not for each leaf
+        @functools.cache  # a launch for each kind, not for each leaf; of this call alone
         def number(rate: float, dtype: torch.dtype, device: torch.device) -> Tensor:
             return torch.full((), rate, dtype=dtype, device=device)
 

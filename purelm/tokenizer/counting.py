@@ -16,7 +16,7 @@ from purelm.tokenizer.blocks import Block, block_texts, file_blocks, file_bytes,
 from purelm.tokenizer.engine import PAYS_FROM, choose
 from purelm.tokenizer.patterns import resolve
 from purelm.tokenizer.splitting import special_matcher, split
-from purelm.tokenizer.workers import check_workers, in_processes
+from purelm.workers import check_workers, in_processes
 
 
 def count_pieces(

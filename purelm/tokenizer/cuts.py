@@ -18,10 +18,10 @@ assumed: such text is cut before special tokens only, and is one chunk when ther
 
 import re
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 
 import regex
 
+from purelm.caches import memo
 from purelm.tokenizer.patterns import family
 
 # A space that does not follow white space. White space is what \s of `regex` matches, and all of U+0000..U+0020: to
@@ -37,7 +37,7 @@ _SAFE_TEXT = r" (?<![\s\x00-\x20] )"
 SAFE_SPACE, SAFE_SPACE_BYTES = re.compile(_SAFE_TEXT), re.compile(_SAFE_BYTES)
 
 
-@lru_cache(maxsize=32)
+@memo(32)
 def _rules(pattern: str, special_tokens: tuple[str, ...]):
     """(forward matcher of candidates in bytes, backward matcher in str, straddlers as bytes, straddlers as str).
 

@@ -7,9 +7,9 @@ it). So it is used from the amount of work on at which loading it has paid, and 
 
 import importlib.util
 import sys
-from functools import cache
 from typing import Literal
 
+from purelm.caches import memo
 from purelm.tokenizer.patterns import family, known_family
 
 Task = Literal["encode", "count", "merge"]
@@ -47,7 +47,7 @@ def choose(engine: str, task: Task, n_bytes: int, pattern: str | None = None) ->
     return "numba" if able else "python"
 
 
-@cache
+@memo(1)
 def has_numba() -> bool:
     """Whether numba is installed; it is not imported."""
     return importlib.util.find_spec("numba") is not None

@@ -20,7 +20,7 @@ from purelm.tokenizer.bpe import BPE, vocab_size
 from purelm.tokenizer.cuts import can_straddle
 from purelm.tokenizer.encoding import encode
 from purelm.tokenizer.engine import PAYS_FROM, choose
-from purelm.tokenizer.workers import check_workers, in_processes, in_threads
+from purelm.workers import check_workers, in_processes, in_threads
 
 if TYPE_CHECKING:
     from purelm.data.tokens import TokenFile

@@ -16,9 +16,10 @@ Source: tiktoken 0.14, openai_public.py; Llama 3 and Qwen 2 tokenizer.json for t
 """
 
 import re
-from functools import lru_cache
 
 import regex
+
+from purelm.caches import memo
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 CL100K = (
@@ -105,7 +106,7 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _COUNTS = re.compile(r"\{(\d*),?(\d*)\}")
 
 
-@lru_cache(maxsize=64)
+@memo(64)
 def compile_pattern(pattern: str) -> regex.Pattern:
     """`pattern` compiled by `regex`; a ValueError says where its syntax is wrong."""
     if LONE_SURROGATE.search(pattern):

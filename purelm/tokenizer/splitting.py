@@ -7,8 +7,8 @@ long as the whole of tiktoken's encode. Each known pattern is written out for `r
 """
 
 import re
-from functools import lru_cache
 
+from purelm.caches import memo
 from purelm.tokenizer.patterns import CL100K, CL100K_V1, GPT2, O200K, QWEN, compile_pattern, resolve
 
 # CPU time that a pattern which repeats groups may take: a hundred times what one without nested repetitions needs.
@@ -30,7 +30,7 @@ _ASCII = {
 }
 
 
-@lru_cache(maxsize=64)
+@memo(64)
 def _matchers(pattern: str) -> tuple[re.Pattern | None, object, bool]:
     """(matcher for ASCII text or None, matcher for any text, whether the second may take exponential time)."""
     ascii_pattern = _ASCII.get(pattern)
@@ -108,7 +108,7 @@ def _split_with_gaps(text: str, matcher, seconds: float | None = None) -> list[s
     return pieces
 
 
-@lru_cache(maxsize=64)
+@memo(64)
 def special_matcher(names: frozenset[str], of_bytes: bool = False) -> re.Pattern:
     """Matches one of `names`, in str or UTF-8, the longest that starts at a position (the first alternative wins)."""
     ordered = sorted(names, key=lambda name: (-len(name), name))

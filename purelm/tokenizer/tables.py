@@ -12,10 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from purelm.caches import on_clear
 from purelm.tokenizer.bpe import BPE, token_dtype
 
 _MEMO: dict[int, dict[str, Any]] = {}  # by id(bpe): to look for an equal BPE would compare whole vocabularies
 _LOCK = Lock()
+
+
+@on_clear
+def _forget() -> None:
+    """The entries of a BPE, and not the BPE's place, which goes with it."""
+    with _LOCK:
+        for kept in _MEMO.values():
+            kept.clear()
 
 
 def once(bpe: BPE, name: str, build: Callable[[BPE], Any]) -> Any:

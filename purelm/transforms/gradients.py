@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from purelm import tree
+from purelm.caches import memo
 from purelm.transforms.boundary import between_graphs, not_traced, own_cache
 from purelm.transforms.donation import in_stages, jit
 from purelm.transforms.graph import cuda_graph
@@ -305,7 +306,7 @@ def _selective_contexts(policy: Callable[[Any], bool]) -> Any:
     return create_selective_checkpoint_contexts(decide)
 
 
-@functools.cache
+@memo(1)
 def _matmuls() -> frozenset[Any]:
     aten = torch.ops.aten
     return frozenset(

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from purelm.caches import memo
+
 __all__ = ["keep_writes_behind_reads", "nested_graph_breaks"]
 
 
@@ -13,7 +15,7 @@ def _torch_version() -> tuple[int, ...]:
     return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
-@functools.cache
+@functools.cache  # and not memo: what is mended is to be mended once
 def keep_writes_behind_reads() -> None:
     """Patch Inductor of torch 2.11, which may overwrite a tensor before reading it, with the fix of 2.12; runs once.
 
@@ -41,7 +43,7 @@ def keep_writes_behind_reads() -> None:
     config.cache_key_tag += "-pytorch177631"  # so that code compiled without the fix is not taken from the disk cache
 
 
-@functools.cache  # entering it takes 5 us in every call of a compiled block; making it would take 8 us more
+@memo(1)  # entering it takes 5 us in every call of a compiled block; making it would take 8 us more
 def nested_graph_breaks() -> Any:
     """Context manager: after a graph break inside f, the next graph continues past f's end to the end of jit's `run`.
 

@@ -7,6 +7,7 @@ from typing import Any
 import optree
 import torch
 
+from purelm.caches import memo
 from purelm.tree import traced
 
 __all__ = [
@@ -131,7 +132,7 @@ def reduce(f: Callable[[Any, Any], Any], tree: Tree, initial: Any) -> Any:
     return functools.reduce(f, leaves(tree), initial)
 
 
-@functools.lru_cache(maxsize=128)
+@memo(128)
 def _paths_of(treedef: optree.PyTreeSpec) -> tuple[str, ...]:
     """Cached: an optimizer with a mask needs the paths in every step, and 290 of them take 2 ms to put together."""
     found: list[str] = []

@@ -379,7 +379,7 @@ def forbid(monkeypatch, name):
 @pytest.mark.parametrize(
     ("source", "module", "extra"),
     [("hub:a/b", "datasets", r"hub:a/b: needs datasets: pip install 'purelm\[hub\]'"),
-     ("a.zst", "zstandard", r"a\.zst: reading \.zst needs zstandard: pip install 'purelm\[run\]'")],
+     ("a.zst", "zstandard", r"a\.zst: reading \.zst needs zstandard: pip install 'purelm\[zstd\]'")],
 )  # fmt: skip
 def test_missing_packages(tmp_path, monkeypatch, source, module, extra):
     """What is not installed is named together with the extra that brings it."""

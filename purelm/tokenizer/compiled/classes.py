@@ -6,10 +6,11 @@ assigned later are "other" there. regex 2026.11 has 17,144 letters, 336 numbers 
 All of them were unassigned in Unicode 16 but U+0295, which moved from Ll to Lo (a difference to o200k alone).
 """
 
-from functools import lru_cache
 
 import numpy as np
 import regex
+
+from purelm.caches import memo
 
 LETTER, NUMBER, SPACE, NEWLINE, UPPER, LOWER = 1, 2, 4, 8, 16, 32
 # UPPER: Lu Lt Lm Lo M, the first class of o200k's words; LOWER: Ll Lm Lo M, the second. Marks have both and no LETTER.
@@ -23,7 +24,7 @@ _PROPERTIES = (
 )
 
 
-@lru_cache(maxsize=1)
+@memo(1)
 def class_table() -> np.ndarray:
     """Property bits of each code point, uint8 (0x110000,), read-only; 0.2 s on the first call, then kept."""
     table = np.zeros(0x110000, np.uint8)

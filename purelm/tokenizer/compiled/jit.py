@@ -1,12 +1,14 @@
 """How the loops are compiled: two decorators, `part` for what is inlined into loops, `loop` for what Python calls."""
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from numba import njit
 from numba.core.options import DefaultOptions
+
+from purelm.caches import memo
 
 # _nrt=False: no counting of references to the arrays that one function hands another. The atomic counting costs five
 # times as much as the work itself, and only functions that make arrays need it. It is no public option of numba: should
@@ -44,7 +46,7 @@ def _watch_folder(dispatcher, folder: Path) -> None:
         cache_file._source_stamp = (cache_file._source_stamp, _stamp(folder))
 
 
-@lru_cache
+@memo(1)
 def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Name, time of change (ns) and size of each file."""
     files = sorted(folder.glob("*.py"))

@@ -1,14 +1,14 @@
 """Tokens as text: GPT-2's printable alphabet for bytes, in which vocab.json and tokenizer.json write them."""
 
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from typing import Any
 
+from purelm.caches import memo
 from purelm.tokenizer.bpe import BPE
 from purelm.tokenizer.patterns import LONE_SURROGATE
 
 
-@lru_cache(maxsize=1)
+@memo(1)
 def byte_characters() -> tuple[str, ...]:
     """The character that stands for each byte: the byte's Latin-1 character if printable, else U+0100, U+0101, ...
 

@@ -1,4 +1,8 @@
-"""A function over many items by several workers, its results in order and few of them in memory."""
+"""A function over many items by several workers: its results in order, and few of them in memory at a time.
+
+    for path, n in in_threads(count, paths, check_workers(None)): ...              # count(path), which releases the GIL
+    for path, n in in_processes(count_with, table, paths, check_workers(4)): ...   # count_with(table, path)
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -6,6 +10,8 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
 from typing import Any
+
+__all__ = ["BYTES_PER_PROCESS", "check_workers", "in_processes", "in_threads"]
 
 MOST_WORKERS = 1024
 BYTES_PER_PROCESS = 32 << 20  # a process costs its start, 0.3 s and more

@@ -1,10 +1,10 @@
-"""Workers. Oracles: the sequence of results, and the rule as it is stated. (Processes: test_files, test_training.)"""
+"""Workers. Oracles: the sequence of results, and the rule as it is stated. (Processes: tests/tokenizer.)"""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purelm.tokenizer.workers import BYTES_PER_PROCESS, check_workers, in_processes, in_threads
+from purelm.workers import BYTES_PER_PROCESS, check_workers, in_processes, in_threads
 
 
 def test_processes_are_for_large_inputs():
