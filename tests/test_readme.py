@@ -62,6 +62,11 @@ def test_two_processes_print_what_one_does(tmp_path, alone):
     assert loss_of(run(tmp_path, MANY, n_ranks=2)) == pytest.approx(alone, abs=2e-4)
 
 
+def test_another_way_is_refused_by_name(tmp_path):
+    with pytest.raises(AssertionError, match="'fspd' is none of ddp, zero, fsdp and tensor"):
+        run(tmp_path, MANY, "fspd")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_every_way_does(tmp_path, alone, way):
