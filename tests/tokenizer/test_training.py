@@ -14,6 +14,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -310,7 +311,6 @@ def test_texts_of_an_iterable_do_not_run_on(monkeypatch):
 )
 def test_compiled_table_equals_counter(blocks):
     """Oracle: collections.Counter, on raw pieces, which need not be any that a splitter makes."""
-    np = pytest.importorskip("numpy")
     table_of = pytest.importorskip("purelm.tokenizer.compiled.counting")
     table = table_of.empty_table()
     for block in blocks:
@@ -322,7 +322,6 @@ def test_compiled_table_equals_counter(blocks):
 @pytest.mark.parametrize("piece", [b"other piece!", b"first piece", b"first piece!!"])
 def test_compiled_table_compares_bytes_and_not_hashes(piece):
     """Two long pieces under one key: planted by hand, since a collision of 63 bits is not to be found."""
-    np = pytest.importorskip("numpy")
     table_of = pytest.importorskip("purelm.tokenizer.compiled.counting")
 
     def add(table, piece):
@@ -340,7 +339,6 @@ def test_compiled_table_compares_bytes_and_not_hashes(piece):
 
 
 def test_compiled_table_grows():
-    np = pytest.importorskip("numpy")
     table_of = pytest.importorskip("purelm.tokenizer.compiled.counting")
     rng = random.Random(1)
     block = [rng.randbytes(rng.choice([3, 6, 9, 20])) for _ in range(60_000)] * 2

@@ -6,7 +6,6 @@ assigned later are "other" there. regex 2026.11 has 17,144 letters, 336 numbers 
 All of them were unassigned in Unicode 16 but U+0295, which moved from Ll to Lo (a difference to o200k alone).
 """
 
-
 import numpy as np
 import regex
 
