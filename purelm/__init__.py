@@ -15,6 +15,7 @@ A room is imported when its name is first used, so that `import purelm` itself i
     checkpoint       saved trees, whole or by parts
     track            metrics, curves and reports of a run
     interop          torch.optim and nn.Module over these functions
+    testing          laws to run on functions of your own; strategies for hypothesis
     kernels, dist    Triton kernels; several processes: import their modules by name, as purelm.dist.zero
     devices, files   what a device computes natively; files written beside their name
     workers, caches  a function over many items by threads or processes; what functions keep, and clear_caches()
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         ops,
         optim,
         random,
+        testing,
         tokenizer,
         track,
         train,
@@ -66,6 +68,7 @@ __all__ = [
     "ops",
     "optim",
     "random",
+    "testing",
     "tokenizer",
     "track",
     "train",

@@ -24,11 +24,12 @@ HEAVY = (
     "jax",
     "zstandard",
     "pandas",
+    "hypothesis",
 )
 EVERYTHING = (
     "import purelm, purelm.tree, purelm.random, purelm.transforms, purelm.ops, purelm.models.transformer, "
     "purelm.optim, purelm.train, purelm.checkpoint, purelm.track, purelm.generate, purelm.tokenizer, "
-    "purelm.data, purelm.accounting, purelm.evals"
+    "purelm.data, purelm.accounting, purelm.evals, purelm.testing"
 )
 
 

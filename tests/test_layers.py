@@ -30,6 +30,7 @@ ARROWS = {
     "kernels": "tree transforms ops devices optim caches",  # optim for AdamW alone
     "dist": "tree random transforms ops devices optim train checkpoint caches",  # works on a Model that it is given
     "interop": "tree optim dist",
+    "testing": "tree random transforms ops models optim train data dist",
 }
 PUBLIC = {"_replace", "_asdict", "_fields", "_make"}  # NamedTuple's, in spite of their names
 FOLDERS = ("purelm", "purelm/kernels", "purelm/dist", "experiments")  # rglob does not walk into links
