@@ -6,5 +6,6 @@ batches and texts; it needs hypothesis (pip install 'purelm[testing]'), the laws
 """
 
 from purelm.testing.laws import LawError, assert_trees_close, assert_trees_equal, without
+from purelm.testing.operations import OP_LAWS, check_op
 
-__all__ = ["LawError", "assert_trees_close", "assert_trees_equal", "without"]
+__all__ = ["OP_LAWS", "LawError", "assert_trees_close", "assert_trees_equal", "check_op", "without"]

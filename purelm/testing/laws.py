@@ -44,7 +44,9 @@ class LawError(AssertionError):
 
 def _sentence(error: Exception) -> str:
     text = str(error).strip() or "(no message)"
-    return text if isinstance(error, AssertionError) else f"raised {type(error).__name__}: {text}"
+    if isinstance(error, AssertionError):
+        return text
+    return f"raised {type(error).__name__}: {text.splitlines()[0]}"  # torch's own go on for pages
 
 
 def run_laws(check: str, table: Mapping[str, Law], laws: Iterable[str] | None, *args: Any) -> None:
