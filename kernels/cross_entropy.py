@@ -252,11 +252,11 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        found = _CrossEntropy.apply(*folded(info, in_dims, args))
+        found = _apply(*folded(info, in_dims, args))
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in found), (0, 0, 0)
 
 
-_apply = applier(_CrossEntropy)
+_apply = applier("cross_entropy", _CrossEntropy)
 
 
 def cross_entropy(

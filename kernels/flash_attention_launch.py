@@ -51,6 +51,7 @@ def forward(
     if not S:
         at_most = torch.full_like(lse, -torch.inf) if sinks is None else sinks.float()[None, :, None].expand_as(lse)
         return o.zero_(), at_most.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
     blocks, lo, hi = _cut("forward", blocks, q_BTHK, v_BSGK, segments, request)
     vis = None if mask is None else mask.view(torch.uint8)
     optional = (sinks, *(segments or ()), lo, hi, bias, vis)
@@ -101,6 +102,7 @@ def backward(
     B, T, H, _ = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BTHK, k_BSGK, v_BSGK))
+    lse_BHT = lse_BHT.contiguous()  # under vmap one lse may be expanded to many samples
     delta = torch.zeros_like(lse_BHT) if not S else torch.empty_like(lse_BHT)
     if not delta.numel() or not S:
         return dq.zero_(), dk.zero_(), dv.zero_(), delta
@@ -175,6 +177,7 @@ def backward_of_bias(
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     if not dbias.numel() or not delta_BHT.numel() or not S:
         return dbias.zero_()
+    lse_BHT, delta_BHT = lse_BHT.contiguous(), delta_BHT.contiguous()
     vis = None if mask is None else mask.view(torch.uint8)
     optional = [x for x in (*(segments or ()), vis) if x is not None]
     tensors = [do_BTHE, q_BTHK, k_BSGK, v_BSGK, lse_BHT, delta_BHT, dbias, bias, *optional]

@@ -155,17 +155,17 @@ class _FlashAttention(torch.autograd.Function):
     def vmap(info, in_dims, *args):
         if in_dims[5] is not None:  # each sample has its own sinks, and a launch takes one set
             rows = [_sample(i, in_dims, args) for i in range(info.batch_size)]
-            outs = [_FlashAttention.apply(*row) for row in rows]
+            outs = [apply_flash(*row) for row in rows]
             return tuple(torch.stack(x) for x in zip(*outs, strict=True)), (0, 0)
         folded = _fold(info, in_dims[:5], args[:5])
         assert folded[0] is not None
         B = folded[0].shape[0] // info.batch_size
         extra = [_fold_scores(info, dim, x, B) for dim, x in zip(in_dims[6:8], args[6:8], strict=True)]
-        o, lse = _FlashAttention.apply(*folded, args[5], *extra, *args[8:])
+        o, lse = apply_flash(*folded, args[5], *extra, *args[8:])
         return (o.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
 
 
-apply_flash = applier(_FlashAttention)
+apply_flash = applier("flash_attention", _FlashAttention)
 
 
 def _sample(i: int, in_dims: Any, args: tuple[Any, ...]) -> list[Any]:

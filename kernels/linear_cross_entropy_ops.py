@@ -232,7 +232,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _one_by_one(_Sum.apply, info, in_dims, args)
+        return _one_by_one(apply_sum, info, in_dims, args)
 
 
 def _second(
@@ -310,10 +310,10 @@ class _Tokens(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         if in_dims[1] is not None:
-            return _one_by_one(_Tokens.apply, info, in_dims, args)
+            return _one_by_one(apply_tokens, info, in_dims, args)
         hidden, targets, weights = folded(info, (in_dims[0], *in_dims[2:4]), (args[0], *args[2:4]))
-        found = _Tokens.apply(hidden, args[1], targets, weights, *args[4:])
+        found = apply_tokens(hidden, args[1], targets, weights, *args[4:])
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in found), (0,) * 4
 
 
-apply_sum, apply_tokens = applier(_Sum), applier(_Tokens)
+apply_sum, apply_tokens = (applier("linear_cross_entropy", function) for function in (_Sum, _Tokens))

@@ -38,11 +38,16 @@ def _transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
 
 
-def applier(function: Any) -> Callable[..., Any]:
+def applier(name: str, function: Any) -> Callable[..., Any]:
     """`function.apply` of a Function with `setup_context`; in plain eager code, of the same Function without it.
 
     With it, torch binds the arguments to the signature of forward at each call: 30 us, as much as a short kernel runs.
+    Forward mode raises RuntimeError with the name of the op: public functions take another way on a CPU, and on a GPU
+    there is none. Compiled code gets the Function as it is, since dynamo refuses one that has a jvp at all.
     """
+
+    def no_jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(f"{name}: forward mode (jvp) is not supported on a GPU: use ops=REFERENCE (purelm.ops)")
 
     class Plain(torch.autograd.Function):
         @staticmethod
@@ -55,8 +60,15 @@ def applier(function: Any) -> Callable[..., Any]:
         def backward(ctx: Any, *grads: Any) -> Any:
             return function.backward(ctx, *grads)
 
+        jvp = staticmethod(no_jvp)
+
+    class Transformed(function):
+        jvp = staticmethod(no_jvp)
+
     def apply(*inputs: Any) -> Any:
-        return function.apply(*inputs) if _transformed() else Plain.apply(*inputs)
+        if torch.compiler.is_compiling():
+            return function.apply(*inputs)
+        return Transformed.apply(*inputs) if _transformed() else Plain.apply(*inputs)
 
     return apply
 

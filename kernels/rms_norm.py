@@ -231,7 +231,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor | None, eps: float) -> Any:
         n = info.batch_size
-        y, rstd = _RMSNorm.apply(_fold(x, in_dims[0], n), _fold(weight, in_dims[1], n), eps)
+        y, rstd = _rms_norm(_fold(x, in_dims[0], n), _fold(weight, in_dims[1], n), eps)
         return (_unfold(y, n), _unfold(rstd, n)), (0, 0)
 
 
@@ -257,8 +257,8 @@ class _AddRMSNorm(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> Any:
         n = info.batch_size
         folded = [_fold(t, dim, n) for t, dim in zip((x, residual, weight), in_dims[:3], strict=True)]
-        outputs = _AddRMSNorm.apply(*folded, eps)
+        outputs = _add_rms_norm(*folded, eps)
         return tuple(_unfold(t, n) for t in outputs), (0, 0, 0)
 
 
-_rms_norm, _add_rms_norm = applier(_RMSNorm), applier(_AddRMSNorm)
+_rms_norm, _add_rms_norm = applier("rms_norm", _RMSNorm), applier("add_rms_norm", _AddRMSNorm)

@@ -213,7 +213,7 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _unfold(_Rope.apply(*_folded(info, in_dims, args, 1)), info.batch_size), 0
+        return _unfold(_turn(*_folded(info, in_dims, args, 1)), info.batch_size), 0
 
 
 class _RopeQK(torch.autograd.Function):
@@ -240,8 +240,8 @@ class _RopeQK(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        q, k = _RopeQK.apply(*_folded(info, in_dims, args, 2))
+        q, k = _turn_both(*_folded(info, in_dims, args, 2))
         return (_unfold(q, info.batch_size), _unfold(k, info.batch_size)), (0, 0)
 
 
-_turn, _turn_both = applier(_Rope), applier(_RopeQK)
+_turn, _turn_both = applier("rope", _Rope), applier("rope_qk", _RopeQK)

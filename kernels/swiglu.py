@@ -121,7 +121,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _SwiGLU.apply(*_batched(args, in_dims, info.batch_size)), 0
+        return _swiglu(*_batched(args, in_dims, info.batch_size)), 0
 
 
-_swiglu = applier(_SwiGLU)
+_swiglu = applier("swiglu", _SwiGLU)

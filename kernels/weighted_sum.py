@@ -154,7 +154,7 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         n = info.batch_size
-        return _unfold(_WeightedSum.apply(*[_fold(x, d, n) for x, d in zip(args, in_dims, strict=True)]), n), 0
+        return _unfold(_weighted_sum(*[_fold(x, d, n) for x, d in zip(args, in_dims, strict=True)]), n), 0
 
 
-_weighted_sum = applier(_WeightedSum)
+_weighted_sum = applier("weighted_sum", _WeightedSum)

@@ -21,7 +21,7 @@ from purelm.kernels.flash_attention import (
     flash_attention_reference,
     segment_ids_from_cu_seqlens,
 )
-from purelm.kernels.flash_attention_launch import Request, backward, forward
+from purelm.kernels.flash_attention_launch import Request, backward, backward_of_bias, forward
 from purelm.kernels.flash_attention_ops import _backward_op, _forward_op
 from purelm.kernels.flash_attention_reference import tiled_backward, tiled_forward
 from purelm.kernels.flash_attention_tuned import TABLE, Blocks, choose, fallback
@@ -165,6 +165,20 @@ def test_kernels_read_views_and_leave_their_arguments():
         wanted = backward(do, None, *dense, o, lse, None, request)
         assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
     assert torch.equal(packed, before)
+    # What vmap over the backward pass alone makes of one sample's results, and scores of heads that lie apart.
+    one = [x[:1].expand_as(x) for x in (q, k, v)]
+    sinks = torch.tensor([0.5, 9.0, -1.0, 9.0, 2.0, 9.0, 0.0])
+    o, lse = forward(*one, None, sinks[::2], request, SMALL)
+    p, lse2 = forward(*(x.contiguous() for x in one), None, sinks[::2].contiguous(), request, SMALL)
+    assert torch.equal(o, p) and torch.equal(lse, lse2)
+    bias = torch.zeros(1, 4, 20, 20)
+    for o_, lse_ in ((o, lse), (o[:1].clone().expand_as(o), lse[:1].clone().expand_as(lse))):
+        found = backward(do, None, *one, o_, lse_, None, request, bias=bias)
+        wanted = backward(do, None, *(x.contiguous() for x in one), o, lse, None, request, bias=bias)
+        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+        each = ((lse_, found[3]), (lse, wanted[3]))
+        db = [backward_of_bias(do, *one, *x, None, request, bias, None) for x in each]
+        assert torch.equal(*db)
 
 
 @interpreter
