@@ -91,3 +91,11 @@ def test_no_private_name_crosses_a_package():
                 if node.attr not in PUBLIC and used.startswith(theirs):
                     wrong.append(used)
         assert not wrong, f"{module} uses {', '.join(wrong)}"
+
+
+def test_no_torch_nn_in_the_reference():
+    """The reference is torch primitives alone; sdpa, which is a wrapper of one of torch.nn's, is not in it."""
+    files = {path: text for path, text in SOURCES.items() if path.parts[:2] == ("purelm", "ops")}
+    assert len(files) > 10
+    for path, text in files.items():
+        assert path.name == "sdpa" or "torch.nn" not in text, path

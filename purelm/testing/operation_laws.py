@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from purelm.testing.operation_case import (
 from purelm.transforms import remat
 from purelm.transforms.boundary import own_cache
 
-__all__ = ["OP_LAWS"]
+__all__ = ["OP_LAWS", "torchs_own_warnings"]
 
 
 # The function and its first derivative.
@@ -144,8 +144,7 @@ def jvp_(case: Case) -> None:
     choices = [[i] for i in range(len(case.xs))] + ([list(range(len(case.xs)))] if len(case.xs) > 1 else [])
     for chosen in choices:
         tangents = tuple(d if i in chosen else torch.zeros_like(d) for i, d in enumerate(directions))
-        with torchs_own_warnings():
-            found = jvp(f, tuple(case.xs), tangents)[1]
+        found = jvp(f, tuple(case.xs), tangents)[1]
         expected = float(inner(gradients, tangents))
         allowed = tolerance(case) * (norm(gradients) * norm(tangents) + sum_of(case))
         name = case.names[chosen[0]] if len(chosen) == 1 else "all arguments"
@@ -192,8 +191,7 @@ def hessian_product(case: Case) -> None:
         return sum_((g * d).sum() for g, d in zip(first(*xs), directions, strict=True))
 
     bends(case, grad(along, numbers)(*case.xs), expected, "grad of <grad, direction>")
-    with torchs_own_warnings():
-        found = jvp(first, tuple(case.xs), tuple(directions))[1]
+    found = jvp(first, tuple(case.xs), tuple(directions))[1]
     bends(case, found, expected, "jvp of grad")
 
 
@@ -219,7 +217,7 @@ def compile_(case: Case) -> None:
     compiled = torch.compile(own_cache(case.f), fullgraph=True, backend=counting)
     for xs in (case.xs, [v[1] for v in case.batched()]):
         leaves = [x.detach().requires_grad_() for x in xs]
-        with torchs_own_warnings(), torch.enable_grad():
+        with torch.enable_grad():
             out = floats(compiled(*case.arguments(leaves)))
             case.close([y.detach() for y in out], case.outputs(case.f, xs), "compiled")
             of_it = case.functional(lambda *_, out=out: out)(*xs)
@@ -289,6 +287,7 @@ def as_exact(case: Case, found: Floats, exact: Floats, same: Floats, what: str, 
 
 
 def tolerance(case: Case) -> float:
+    """The relative one of the least exact argument's dtype."""
     return case.rtol if case.rtol is not None else max(rounding(x.dtype) for x in case.xs)
 
 
@@ -297,7 +296,8 @@ def sum_of(case: Case) -> float:
     return sum(float(y.abs().double().sum()) for y in case.likes)
 
 
-def sum_(terms: Any) -> Tensor:
+def sum_(terms: Iterable[Tensor]) -> Tensor:
+    """Their sum as a tensor, also of one term."""
     first, *rest = terms
     for term in rest:
         first = first + term
@@ -348,10 +348,10 @@ def bends(case: Case, found: Floats, expected: Floats, what: str) -> None:
 
 @contextlib.contextmanager
 def torchs_own_warnings() -> Iterator[None]:
-    """Without two of torch's own: its forward-mode formulas use what it deprecates, and some have no batching rule."""
+    """Without those of torch itself: its forward-mode formulas use what it deprecates, some have no batching rule, and
+    dynamo makes an object of every autograd.Function that it traces."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
-        warnings.filterwarnings(
-            "ignore", "There is a performance drop because we have not yet implemented the batching"
-        )
+        warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
+        warnings.filterwarnings("ignore", ".*Function'> should not be instantiated", DeprecationWarning)
         yield

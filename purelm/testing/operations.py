@@ -7,7 +7,7 @@ import torch
 
 from purelm.testing.laws import run_laws, without
 from purelm.testing.operation_case import case_of
-from purelm.testing.operation_laws import OP_LAWS
+from purelm.testing.operation_laws import OP_LAWS, torchs_own_warnings
 
 __all__ = ["OP_LAWS", "check_op"]
 
@@ -27,8 +27,10 @@ def check_op(
     """LawError unless f(*args) obeys the laws of an op; ValueError where nothing could be compared.
 
     args may be trees; all floating tensors in them are differentiated, everything else is passed as it is. f returns a
-    tensor or a tree of them; its floating tensors are compared. `OP_LAWS`, each run in the dtype and on the device of
-    args (give float64 where f takes it: tolerances follow the dtype):
+    tensor or a tree of them; its floating tensors are compared, and all of them must be differentiable: of a function
+    that also returns detached metrics, check `lambda *args: f(*args)[0]`.
+
+    `OP_LAWS`, each run in the dtype and on the device of args (give float64 where f takes it: tolerances follow):
 
         value, gradient    f and its gradient equal the reference's in float64; only with a reference
         slope              <gradient, direction> equals a central difference, for each argument
@@ -64,4 +66,5 @@ def check_op(
             if law in laws:
                 raise ValueError(f"check_op: the law {law!r} needs reference=, a function of the same arguments")
     case = case_of(f, args, reference, dtypes, rtol, backend)
-    run_laws("check_op", OP_LAWS, laws, case)
+    with torchs_own_warnings():
+        run_laws("check_op", OP_LAWS, laws, case)
