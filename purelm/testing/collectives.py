@@ -1,8 +1,7 @@
 """Laws of linear maps between the ranks of a group: functions f(tree, group) -> tree, each with its adjoint.
 
-`check_collective` is called on every rank. A law that fails on one rank fails on all of them, with the same words:
-after each step the ranks tell each other what they found, through the store that torch.distributed was started with,
-never through the group that f uses. So a rank that leaves f too early is not taken for one that sends a message.
+`check_collective` is called on every rank. A law that fails on one rank fails on all of them, with the same words
+(`ranks` says how they tell each other).
 
 What can be guaranteed. Wrong results, and errors that all ranks raise: no rank waits for another, and all laws run.
 An error on some ranks alone, before f has sent all its messages: the others wait in f for as long as the group's
@@ -11,14 +10,11 @@ not run, since the group is out of step. For a function that may do so give a gr
 dist.new_group(timeout=timedelta(seconds=10)). With NCCL, torch's watchdog ends a process that waits too long.
 """
 
-import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from purelm import tree
@@ -33,6 +29,7 @@ from purelm.testing.laws import (
     run_laws,
     unchanged,
 )
+from purelm.testing.ranks import Raised, Ranks, by_rank, list_of_ranks
 from purelm.tree import Tree
 
 __all__ = ["COLLECTIVE_LAWS", "check_collective"]
@@ -42,7 +39,6 @@ Collective = Callable[..., Tree]
 # Relative error of sums over a few ranks, for the least precise dtype among the leaves: some hundreds of its eps, and
 # far below what a wrong summand or a wrong factor makes.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-PATIENCE = timedelta(hours=2)  # for another rank's findings: longer than any group's timeout (30 minutes by default)
 
 
 def check_collective(
@@ -63,7 +59,7 @@ def check_collective(
     the sum over ranks, leaves and elements of a b (COLLECTIVE_LAWS has their names):
 
         pure            neither f nor the adjoint writes to its argument, or draws from torch's global generator
-        structure       the result has the argument's structure, dtypes and devices; the adjoint leads back to its shapes
+        structure       the result has the argument's structure, dtypes and devices; the adjoint gives back its shapes
         linear          f(2.5 x - z) = 2.5 f(x) - f(z)
         adjoint         <f(x), y> = <x, adjoint(y)>, y being another tree on each rank
         derivative      autograd's gradient of <f(x), y> by x is adjoint(y)
@@ -87,7 +83,7 @@ def check_collective(
     """
     names = laws if laws is None or isinstance(laws, str) else tuple(laws)
     like = _example(size_of(group)) if x is None else x
-    case = _Case(f, adjoint, like, group, replicated, rtol, atol, seed, _Told(group))
+    case = _Case(f, adjoint, like, group, replicated, rtol, atol, seed, Ranks(group))
     _agree(case, names)
     run_laws("check_collective", COLLECTIVE_LAWS, names, case)
 
@@ -102,8 +98,7 @@ class _Case:
     rtol: float | None
     atol: float | None
     seed: int
-    told: "_Told"
-    out_of_step: str = ""  # why no more laws are run
+    ranks: Ranks
 
     def drawn(self, number: int, like: Tree = None) -> Tree:
         """The tree number `number` of this rank: of the form of x or of `like`, with its strides, in new memory."""
@@ -112,35 +107,12 @@ class _Case:
         return tree.map(lambda a, b: torch.empty_like(a).copy_(b), form, draw_like(form, seed))
 
     def call(self, f: Collective, x: Tree) -> Tree:
-        """f(x); what f raises comes as _Raised, which no law's own AssertionError is taken for."""
+        """f(x); what f raises comes as Raised, which no law's own AssertionError is taken for."""
         try:
             return f(x, group=self.group)
         except Exception as error:  # anything that a user's function may raise
             name = "f" if f is self.f else "the adjoint"
-            raise _Raised(f"{name} raised {type(error).__name__}: {error}") from error
-
-    def together(self, work: Callable[[], Any]) -> Any:
-        """What work() returns; AssertionError on every rank if it raises on any.
-
-        Messages of work come before its comparisons, of which one rank's may fail alone.
-        """
-        require(not self.out_of_step, f"not run: {self.out_of_step}")
-        value, problem = None, None
-        try:
-            value = work()
-        except Exception as error:  # of autograd, too
-            problem = error
-        wrong = isinstance(problem, AssertionError)
-        plain = wrong or isinstance(problem, _Raised)
-        text = "" if problem is None else str(problem) if plain else f"raised {type(problem).__name__}: {problem}"
-        found = self.told.exchange((text, wrong))
-        raised = [rank for rank, (text, wrong) in enumerate(found) if text and not wrong]
-        if raised and len({text for text, _ in found}) > 1:  # one error of all ranks leaves them at one place
-            self.out_of_step = f"the ranks are out of step, since an earlier law met an error on {_ranks(raised)}"
-        problems = {rank: text for rank, (text, _) in enumerate(found) if text}
-        if problems:
-            raise AssertionError(_by_rank(problems)) from problem
-        return value
+            raise Raised(f"{name} raised {type(error).__name__}: {error}") from error
 
     @property
     def relative(self) -> float:
@@ -153,41 +125,10 @@ class _Case:
         return self.relative if self.atol is None else self.atol
 
 
-class _Raised(Exception):
-    """What a checked function raised."""
-
-
-class _Told:
-    """Small values sent from every rank to every rank by the store of torch.distributed."""
-
-    def __init__(self, group: Group) -> None:
-        self.rank, self.size = rank_of(group), size_of(group)
-        self.count = 0
-        if self.size > 1:
-            members = dist.get_process_group_ranks(group)
-            self.store = dist.PrefixStore(f"purelm.testing/{members}", dist.distributed_c10d._get_default_store())
-            self.check = self.store.add(f"checks of {self.rank}", 1)  # the same number on all ranks
-
-    def exchange(self, value: Any) -> list[Any]:
-        """The value of each rank, in order of rank. RuntimeError where a rank says nothing: its process is gone."""
-        if self.size == 1:
-            return [value]
-        self.count += 1
-        self.store.set(self._key(self.rank), pickle.dumps(value))
-        self.store.wait([self._key(rank) for rank in range(self.size)], PATIENCE)
-        found = [pickle.loads(self.store.get(self._key(rank))) for rank in range(self.size)]
-        if self.count > 1:  # whoever has written this value has read the one before
-            self.store.delete_key(self._key(self.rank, self.count - 1))
-        return found
-
-    def _key(self, rank: int, count: int | None = None) -> str:
-        return f"{self.check}/{self.count if count is None else count}/{rank}"
-
-
 def _pure(c: _Case) -> None:
-    fx = c.together(lambda: _guarded(c, c.f, c.drawn(0), "f"))
+    fx = c.ranks.together(lambda: _guarded(c, c.f, c.drawn(0), "f"))
     y = c.drawn(1, fx)
-    c.together(lambda: _guarded(c, c.star, y, "the adjoint"))
+    c.ranks.together(lambda: _guarded(c, c.star, y, "the adjoint"))
 
 
 def _guarded(c: _Case, f: Collective, x: Tree, name: str) -> Tree:
@@ -205,15 +146,13 @@ def _structure(c: _Case) -> None:
         require(a == b, f"the result of f has structure {a}, its argument {b}")
         for path, p, q in zip(tree.paths(x), tree.leaves(fx), tree.leaves(x), strict=True):
             require(isinstance(p, Tensor), f"the result of f has a {type(p).__name__} at {path}")
-            require(
-                (p.dtype, p.device) == (q.dtype, q.device),
-                f"the result of f at {path or 'the root'} is {p.dtype} on {p.device}, its argument {q.dtype} on {q.device}",
-            )
+            kinds = [f"{z.dtype} on {z.device}" for z in (p, q)]
+            require(kinds[0] == kinds[1], f"the result of f at {path or 'the root'} is {kinds[0]}, not {kinds[1]}")
         return fx
 
     x = c.drawn(0)
-    fx = c.together(lambda: kept(x))
-    c.together(lambda: kept(tree.cast(x, torch.float32)))
+    fx = c.ranks.together(lambda: kept(x))
+    c.ranks.together(lambda: kept(tree.cast(x, torch.float32)))
     y = c.drawn(1, fx)
 
     def back() -> None:
@@ -221,11 +160,11 @@ def _structure(c: _Case) -> None:
         for path, p, q in zip(tree.paths(x), tree.leaves(found), tree.leaves(x), strict=True):
             require(
                 p.shape == q.shape and p.dtype == q.dtype,
-                f"the adjoint leads to {tuple(p.shape)} {p.dtype} at {path or 'the root'}, where f's argument is "
+                f"the adjoint gives {tuple(p.shape)} {p.dtype} at {path or 'the root'}, where f's argument is "
                 f"{tuple(q.shape)} {q.dtype}",
             )
 
-    c.together(back)
+    c.ranks.together(back)
 
 
 def _linear(c: _Case) -> None:
@@ -236,13 +175,13 @@ def _linear(c: _Case) -> None:
         parts = combine(c.call(c.f, c.drawn(0)), c.call(c.f, c.drawn(1)))
         assert_trees_close(whole, parts, "f(2.5 x - z) and 2.5 f(x) - f(z)", rtol=c.relative, atol=c.absolute)
 
-    c.together(work)
+    c.ranks.together(work)
 
 
 def _adjoint(c: _Case) -> None:
-    fx = c.together(lambda: c.call(c.f, c.drawn(0)))
+    fx = c.ranks.together(lambda: c.call(c.f, c.drawn(0)))
     y = c.drawn(1, fx)
-    fy = c.together(lambda: c.call(c.star, c.drawn(1, fx)))
+    fy = c.ranks.together(lambda: c.call(c.star, c.drawn(1, fx)))
     x = c.drawn(0)
 
     def parts() -> tuple[float, ...]:
@@ -250,7 +189,7 @@ def _adjoint(c: _Case) -> None:
         pairs = ((fx, y), (_like(x, fy), x), (fx, fx), (y, y), (fy, fy), (x, x))
         return tuple(float(inner(a, b)) for a, b in pairs)
 
-    found = c.told.exchange(c.together(parts))
+    found = c.ranks.exchange(c.ranks.together(parts))
     left, right, *squares = (sum(column) for column in zip(*found, strict=True))
     sizes = [square**0.5 for square in squares]
     scale = max(sizes[0] * sizes[1], sizes[2] * sizes[3])
@@ -258,8 +197,8 @@ def _adjoint(c: _Case) -> None:
     allowed = c.absolute + c.relative * scale
     require(
         abs(left - right) <= allowed,
-        f"<f(x), y> is {left:.6g} and <x, adjoint(y)> is {right:.6g}, summed over {c.told.size} ranks; they may differ "
-        f"by {allowed:.1g}",
+        f"<f(x), y> is {left:.6g} and <x, adjoint(y)> is {right:.6g}, summed over {c.ranks.size} ranks; they may "
+        f"differ by {allowed:.1g}",
     )
 
 
@@ -271,7 +210,7 @@ def _like(x: Tree, found: Tree) -> Tree:
 def _derivative(c: _Case) -> None:
     x = tree.map(lambda p: p.requires_grad_(), c.drawn(0))
     leaves = tree.leaves(x)
-    fx = c.together(lambda: c.call(c.f, x))
+    fx = c.ranks.together(lambda: c.call(c.f, x))
     y = c.drawn(1, tree.map(lambda p: p.detach(), fx))
 
     def work() -> None:
@@ -287,7 +226,7 @@ def _derivative(c: _Case) -> None:
         what = "the gradient of <f(x), y> and adjoint(y)"
         assert_trees_close(_like(x, found), _like(x, expected), what, rtol=c.relative, atol=c.absolute)
 
-    c.together(work)
+    c.ranks.together(work)
 
 
 def _deterministic(c: _Case) -> None:
@@ -296,8 +235,8 @@ def _deterministic(c: _Case) -> None:
         assert_trees_equal(second, first, "results of f, called twice with one argument,")
         return [p.detach().cpu() for p in tree.leaves(first)]
 
-    mine = c.together(twice)
-    everyone = c.told.exchange(mine)
+    mine = c.ranks.together(twice)
+    everyone = c.ranks.exchange(mine)
     paths = tree.paths(c.like)
     for b, theirs in enumerate(everyone):
         for a, others in enumerate(everyone[:b]):
@@ -329,15 +268,15 @@ def _example(size: int) -> Tree:
 
 def _agree(c: _Case, laws: Any) -> None:
     """ValueError on every rank unless the arguments are what they must be on all of them."""
-    found = c.told.exchange((_wrong_argument(c), laws, c.seed, c.replicated))
+    found = c.ranks.exchange((_wrong_argument(c), laws, c.seed, c.replicated))
     wrong = {rank: text for rank, (text, *_) in enumerate(found) if text}
     if wrong:
-        raise ValueError(f"check_collective: {_by_rank(wrong)}")
+        raise ValueError(f"check_collective: {by_rank(wrong)}")
     others = [rank for rank, (_, *rest) in enumerate(found) if rest != list(found[0][1:])]
     if others:
         raise ValueError(
             "check_collective: laws, seed and replicated must be the same on all ranks; those of "
-            f"{_ranks(others)} are not those of rank 0"
+            f"{list_of_ranks(others)} are not those of rank 0"
         )
 
 
@@ -356,15 +295,3 @@ def _wrong_argument(c: _Case) -> str:
             kind = f"{p.dtype}" if isinstance(p, Tensor) else type(p).__name__
             return f"x must have floating tensors alone, got {kind} at {path or 'the root'}"
     return "" if any(p.numel() for p in tree.leaves(c.like)) else "x has no element, so nothing would be compared"
-
-
-def _by_rank(texts: dict[int, str]) -> str:
-    """Each text once, after the ranks that it comes from."""
-    ranks: dict[str, list[int]] = {}
-    for rank, text in texts.items():
-        ranks.setdefault(text, []).append(rank)
-    return "; ".join(f"on {_ranks(found)}: {text}" for text, found in ranks.items())
-
-
-def _ranks(found: list[int]) -> str:
-    return f"rank{'s' * (len(found) > 1)} {', '.join(map(str, found))}"

@@ -97,7 +97,7 @@ def assert_trees_equal(found: Tree, expected: Tree, what: str = "the trees") -> 
                 and torch.equal(a.isnan(), b.isnan())
                 and torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0))
             )
-            if not same:  # no `require`: equal trees would pay for the sentence, and empty leaves have no largest element
+            if not same:  # no `require`: of equal trees there is no difference to word, nor of empty leaves
                 raise AssertionError(f"{what} differ{path}: {_differences(a, b)}")
         else:
             require(type(a) is type(b) and a == b, f"{what} differ{path}: {a!r} and not {b!r}")
