@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from purelm import tree
-from purelm.dist.world import Group, rank_of, size_of
+from purelm.dist.world import Group, device_of, rank_of, size_of
 from purelm.testing.laws import (
     Law,
     assert_trees_close,
@@ -82,7 +82,7 @@ def check_collective(
     >>> check_collective(all_gather, reduce_scatter)  # on each of the ranks that torchrun started, or alone
     """
     names = laws if laws is None or isinstance(laws, str) else tuple(laws)
-    like = _example(size_of(group)) if x is None else x
+    like = _example(size_of(group), device_of(group)) if x is None else x
     case = _Case(f, adjoint, like, group, replicated, rtol, atol, seed, Ranks(group))
     _agree(case, names)
     run_laws("check_collective", COLLECTIVE_LAWS, names, case)
@@ -260,9 +260,9 @@ COLLECTIVE_LAWS: dict[str, Law] = {
 }
 
 
-def _example(size: int) -> Tree:
+def _example(size: int, device: torch.device) -> Tree:
     """A tree whose axis 0 a group of that size can divide."""
-    zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64)  # noqa: E731
+    zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)  # noqa: E731
     return {"w": zeros(3, 2 * size).T, "list": [zeros(size), zeros(3 * size, 0), None], "odd": zeros(size, 5, 1)}
 
 

@@ -71,13 +71,14 @@ def _storages(named: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def require_apart(results: dict[str, Any], args: dict[str, Any]) -> None:
+    """AssertionError where a tensor of results lies in the memory of one of args; both are trees by name."""
     old = {at: path for path, at in _storages(args)}
     for path, at in _storages(results):
         require(at not in old, f"{path} shares memory with {old.get(at)}")
 
 
 def require_fit(updates: Tree, params: Tree) -> None:
-    """An update that is None, of a parameter that the optimizer leaves alone, fits."""
+    """AssertionError unless each update has its parameter's place, shape and device, or is None."""
     try:
         (ps, us), _ = tree.flatten_up_to(params, updates)
     except ValueError as error:
@@ -94,6 +95,7 @@ def require_fit(updates: Tree, params: Tree) -> None:
 
 
 def require_same_kinds(new: Any, old: Any, step: int) -> None:
+    """AssertionError unless both states are tensors in one structure, of equal shapes, dtypes and devices."""
     a, b = tree.structure(new), tree.structure(old)
     require(a == b, f"step {step} changes the structure of the state: {b} becomes {a}")
     for path, x, y in zip(tree.paths(old), tree.leaves(new), tree.leaves(old), strict=True):
@@ -118,6 +120,7 @@ def halves(params: Tree) -> tuple[set[str], set[str]]:
 
 
 def holding_out(t: Tree, held: set[str]) -> Tree:
+    """The tree with None at the paths `held`."""
     return tree.map_with_path(lambda path, x: None if path in held else x, t)
 
 
@@ -136,4 +139,5 @@ def owner(path: str, paths: set[str]) -> str | None:
 
 
 def any_change(olds: list[Tensor], news: list[Tensor]) -> bool:
+    """Whether any of the tensors differs from the one in its place."""
     return any(not torch.equal(a, b) for a, b in zip(olds, news, strict=True))

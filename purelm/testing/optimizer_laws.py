@@ -170,9 +170,10 @@ def lr_kinds(c: Case) -> None:
 
 def descends(c: Case) -> None:
     """Closed form: |w - w*|^2 / 2 has the gradient w - w*, and its minimum at w* (near it, where weights decay)."""
-    start = c.drawn(0, tree.map(lambda p: p if p.dtype == torch.float64 else p.float(), c.params))
+    form = tree.map(lambda p: p if p.dtype == torch.float64 else p.float(), c.params)
+    start = tree.map(lambda x: x / 4, c.drawn(0, form))
     # No element starts near its target, where a quarter of the distance is less than decay or noise makes.
-    target = tree.map(lambda p, x: p + torch.sign(x) * (1 + x.abs()), start, c.drawn(1, start))
+    target = tree.map(lambda p, x: p + torch.sign(x) * (1 + x.abs()) / 4, start, c.drawn(1, form))
     params, state, left = start, c.optimizer.init(start), start
     for i in range(DESCENT_STEPS):
         grads = tree.map(lambda p, t: p - t, params, target)
@@ -261,6 +262,4 @@ def resumable(c: Case) -> None:
     torch.save(leaves, file)
     file.seek(0)
     params, state = tree.unflatten(form, torch.load(file, weights_only=True))
-    assert_trees_equal(
-        steps(params, state, range(2, 4)), whole, "a run from saved tensors, and an unbroken one,"
-    )
+    assert_trees_equal(steps(params, state, range(2, 4)), whole, "a run from saved tensors, and an unbroken one,")

@@ -85,7 +85,7 @@ def check_optimizer(
     Args:
         params: on any device. None: a small tree with names of a Transformer: vectors, matrices and a stack of
             matrices, one of them transposed and one empty. `muon` takes 2 or more dimensions alone: give it such.
-        lr: one that suits the optimizer, large enough for a distance of 5 in 300 steps if it falls to 0.
+        lr: one that suits the optimizer, large enough for a distance of 1 in 300 steps if it falls to 0.
         laws: names of those to run; None is all, but step_ only where there is a second form.
         smooth: whether the update has a derivative by the gradients that differences show. Lion's sign has none, nor
             has an orthogonalisation in fp32.

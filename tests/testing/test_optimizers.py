@@ -14,6 +14,7 @@ from purelm import tree
 from purelm.kernels.adamw import adamw as adamw_kernel
 from purelm.optim import Optimizer, adamw, frozen, labelled, lion, muon, sgd, with_step
 from purelm.testing import LawError, without
+from purelm.testing.laws import draw_like
 from purelm.testing.optimizers import OPTIMIZER_LAWS, check_optimizer
 
 pytestmark = pytest.mark.compile
@@ -337,9 +338,9 @@ def plain_adam():
 def test_one_from_elsewhere_passes():
     """It walks dicts alone, so lists are not for it, nor is the law of empty trees, one of which is a list."""
     params = {
-        "embed": {"w": torch.randn(5, 4)},
+        "embed": {"w": torch.linspace(-1, 1, 20).view(5, 4)},
         "norm": torch.ones(4),
-        "out": torch.randn(4, 2).mT,
+        "out": torch.linspace(0, 2, 8).view(4, 2).mT,
         "none": torch.zeros(0),
     }
     check_optimizer(plain_adam(), params, laws=without(OPTIMIZER_LAWS, "empty", "step_"))
@@ -353,6 +354,28 @@ def test_zeros_in_place_of_none():
     assert [*error.value.failures] == ["lr_kinds", "descends", "dtypes"]
 
 
+def flat(missing):
+    """Moments in a list, in the order of the leaves: no path of the state has a parameter's name."""
+
+    def init(params):
+        return [torch.zeros_like(p) for p in tree.leaves(params)]
+
+    def update(grads, state, params, lr):
+        (_, gs), form = tree.flatten_up_to(params, grads)
+        new = [missing(m) if g is None else 0.9 * m + g for m, g in zip(state, gs, strict=True)]
+        return tree.unflatten(form, [None if g is None else -lr * m for m, g in zip(new, gs, strict=True)]), new
+
+    return Optimizer(init, update)
+
+
+def test_moments_without_names():
+    """They are known to be moments where all gradients are absent."""
+    check_optimizer(flat(lambda m: m), SMALL, laws=NO_COMPILER)
+    with pytest.raises(LawError, match="absent: the state changed at 0 although the gradient is None") as error:
+        check_optimizer(flat(lambda m: 0.9 * m), SMALL, laws=NO_COMPILER)
+    assert [*error.value.failures] == ["absent"]
+
+
 def test_the_kernel_passes():
     """On a CPU it is one custom op over the reference, which has neither a rule for vmap nor a derivative."""
     optimizer = adamw_kernel(weight_decay=0.1, mask=lambda path, p: p.ndim > 1)
@@ -360,9 +383,10 @@ def test_the_kernel_passes():
 
 
 def test_muon_passes_on_matrices():
-    params = {"w": torch.randn(4, 6).mT, "b": {"u": torch.randn(3, 3), "stack": torch.randn(2, 3, 4)}}
+    shapes = {"w": torch.zeros(4, 6).mT, "b": {"u": torch.zeros(3, 3), "stack": torch.zeros(2, 3, 4)}}
+    params = draw_like(shapes)
     optimizer = muon(iteration_dtype=torch.float32)
-    check_optimizer(optimizer, params, lr=0.2, smooth=False)
+    check_optimizer(optimizer, params, smooth=False)
     with pytest.raises(LawError, match=r"pure: raised ValueError: muon: parameter 'extra.0' has|takes 2 or more dim"):
         check_optimizer(optimizer, laws=["pure"])
 
