@@ -99,7 +99,8 @@ def assert_trees_equal(found: Tree, expected: Tree, what: str = "the trees") -> 
                 and torch.equal(a.isnan(), b.isnan())
                 and torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0))
             )
-            require(same, f"{what} differ{path}: {_differences(a, b)}")
+            if not same:  # no `require`: of equal trees there is no difference to word, nor of empty leaves
+                raise AssertionError(f"{what} differ{path}: {_differences(a, b)}")
         else:
             require(type(a) is type(b) and a == b, f"{what} differ{path}: {a!r} and not {b!r}")
 

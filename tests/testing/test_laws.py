@@ -87,6 +87,7 @@ def test_close_and_equal_differ():
     with pytest.raises(AssertionError, match=r"the trees differ: 1 of 1 elements, by 1.19e-07 at most"):
         assert_trees_equal(a, b)
     assert_trees_close(a, torch.tensor(1.1), rtol=0.0, atol=0.2)
+    assert_trees_equal(torch.zeros(0, 2), torch.zeros(0, 2))
 
 
 FAULTS = {
