@@ -51,7 +51,8 @@ def adamw(
 
     Results agree with the reference's to the last bit or two of fp32 (on a CPU bit for bit). They are new contiguous
     tensors; only a training step under `jit(donate=0)` writes them over its state, by the same launch. On a GPU
-    parameters, gradients and moments may be fp32, bf16 or fp16, and anything else is a ValueError.
+    parameters, gradients and moments may be fp32, bf16 or fp16, and anything else is a ValueError. The update has no
+    derivative and no vmap rule: for meta-gradients and ensembles take the reference.
 
     >>> optimizer = adamw(weight_decay=0.1)
     >>> params = {"w": torch.ones(2)}

@@ -246,7 +246,7 @@ def _add_product(x: Tensor, left: Tensor, right: Tensor, beta: float, alpha: flo
     """beta x + alpha left @ right, of stacks too; rounded once, which matters in bf16."""
     if x.ndim == 2:
         return torch.addmm(x, left, right, beta=beta, alpha=alpha)
-    stacked = [t.reshape(-1, *t.shape[-2:]) for t in (x, left, right)]
+    stacked = [t.flatten(0, -3) for t in (x, left, right)]
     return torch.baddbmm(*stacked, beta=beta, alpha=alpha).reshape(x.shape)
 
 

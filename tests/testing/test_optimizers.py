@@ -12,7 +12,7 @@ import torch
 
 from purelm import tree
 from purelm.kernels.adamw import adamw as adamw_kernel
-from purelm.optim import Optimizer, adamw, frozen, labelled, lion, muon, sgd, with_step
+from purelm.optim import Optimizer, adamw, frozen, is_matrix, labelled, lion, muon, muon_adamw, sgd, with_step
 from purelm.testing import LawError, without
 from purelm.testing.laws import draw_like
 from purelm.testing.optimizers import OPTIMIZER_LAWS, check_optimizer
@@ -395,7 +395,8 @@ def test_the_second_form_of_the_library_passes(monkeypatch):
     """Compiled by aot_eager, to be quick: test_in_place has inductor."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="aot_eager", **options))
-    for optimizer in (sgd(0.9, 0.1, nesterov=True), adamw(weight_decay=0.1), lion(weight_decay=0.1)):
+    of_matrices = muon_adamw(iteration_dtype=torch.float32, predicate=is_matrix)  # one of them is empty
+    for optimizer in (sgd(0.9, 0.1, nesterov=True), adamw(weight_decay=0.1), lion(weight_decay=0.1), of_matrices):
         check_optimizer(optimizer, laws=["step_"])
 
 
