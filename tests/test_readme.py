@@ -11,7 +11,7 @@ import pytest
 from tests.dist.processes import ENVIRONMENT, ROOT, script_launcher
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-TWENTY_LINES, FLASH, MANY = BLOCKS  # a new program gets a test
+TWENTY_LINES, FLASH, LAWS, MANY = BLOCKS  # a new program gets a test
 WAYS = re.findall(r'way == "(\w+)":', MANY)
 
 
@@ -44,6 +44,12 @@ def test_twenty_lines(tmp_path):
 def test_one_op(tmp_path):
     """fp32: 256 summands of order 1, in another order."""
     assert float(run(tmp_path, FLASH).split()[-1]) < 1e-5
+
+
+def test_a_fault_of_a_layer_is_found_by_its_law(tmp_path):
+    """Sums of 512 squares in bf16: what the comment beside the print says, and no other law."""
+    (line,) = run(tmp_path, LAWS).splitlines()
+    assert line.startswith("check_op: dtypes: in torch.bfloat16, the value")
 
 
 @pytest.fixture(scope="module")
