@@ -7,7 +7,7 @@ from torch import Tensor
 from purelm import tree
 from purelm.testing.laws import run_laws
 from purelm.testing.loss_laws import LOSS_LAWS, Case
-from purelm.testing.numeric import tolerance_of
+from purelm.testing.numeric import detached, tolerance_of
 from purelm.train import Loss, with_denominator
 from purelm.tree import Tree
 
@@ -71,6 +71,7 @@ def check_loss(
         raise ValueError(f"check_loss: batch must have at least two whole groups of {group} rows, got {n} rows")
     if isinstance(inputs, str):
         raise ValueError(f"check_loss: inputs must be a list of names, got the string {inputs!r}; pass [{inputs!r}]")
+    params, batch = detached((params, batch))
     tolerance = tolerance_of("check_loss", params, rtol, atol)
     case = Case(loss, params, with_denominator(batch), mask, tuple(inputs), group, n // group, tolerance)
     run_laws("check_loss", LOSS_LAWS, laws, case)

@@ -12,7 +12,7 @@ from purelm.testing.laws import run_laws
 from purelm.testing.model_cache_laws import CACHE_LAWS
 from purelm.testing.model_laws import FORWARD_LAWS, Case
 from purelm.testing.model_loss_laws import MODEL_LOSS_LAWS
-from purelm.testing.numeric import tolerance_of
+from purelm.testing.numeric import detached, tolerance_of
 from purelm.tree import Tree
 
 __all__ = ["MODEL_LAWS", "check_model"]
@@ -35,10 +35,10 @@ def check_model(
 
     Of its functions but those of the cache:
 
-    - init: parameters have the paths and shapes of the leaf table, and are the same bits for the same key alone.
+    - init: it is pure; parameters have the paths and shapes of the leaf table, other values for another key.
     - keys: no two leaves are drawn with one key.
     - used: every parameter has a gradient of the loss.
-    - pure: no function changes arguments or uses a global generator; two calls give the same bits.
+    - pure: no function of parameters changes arguments or uses a global generator; two calls give the same bits.
     - causality: other tokens after a position change no logits up to it.
     - context: the logits at a position depend on its token and on the one before.
     - rows: a row of a batch has the logits that it has alone.
@@ -88,6 +88,7 @@ def check_model(
     if not isinstance(n, int) or not 4 <= n <= model.context_length:
         raise ValueError(f"check_model: length must be in 4..{model.context_length} (context_length), got {n!r}")
     params = _shaken(model.init(random.key(0))) if params is None else params
+    params = detached(params)
     tolerance = tolerance_of("check_model", params, rtol, atol)
     device = next(x.device for x in tree.leaves(params) if tree.is_floating(x))
     key = random.key(3)

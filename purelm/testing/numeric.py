@@ -24,6 +24,7 @@ __all__ = [
     "check_slope",
     "close",
     "closeness",
+    "detached",
     "gradient",
     "opened",
     "others",
@@ -112,6 +113,11 @@ def closeness(found: Tensor, expected: Tensor, tolerance: Tolerance) -> bool:
     except AssertionError:
         return False
     return True
+
+
+def detached(values: Tree) -> Tree:
+    """The tree with tensors that share memory with its own and require no grad."""
+    return tree.map(lambda x: x.detach() if isinstance(x, Tensor) else x, values)
 
 
 class Opened(NamedTuple):
