@@ -114,7 +114,7 @@ def metrics(case: Case) -> None:
             same = part.keys() == whole.keys()
             require(same, f"metrics of part {i} are {', '.join(part)} and those of the whole {', '.join(whole)}")
         for name, x in whole.items():
-            total = torch.stack([part[name].double() for part in found]).sum()
+            total = torch.stack([part[name].double() for part in found]).sum(0)
             what = f"metric {name} of {len(parts)} parts, summed, and of the whole (a mean must be a sum divided by "
             close(total, x.double(), f'{what}batch["denominator"])', case.tolerance)
 
@@ -135,7 +135,7 @@ def _part(case: Case, first: int, end: int) -> Tree:
 
 
 def order(case: Case) -> None:
-    """Rows in another order give the same loss and gradients."""
+    """Rows in another order give the same loss and gradients (as they do if `split` holds, row by row)."""
     g = some_gradient(_scalar(case, case.batch), case.params)
     n = case.n_groups
     for what, groups in (
@@ -252,5 +252,5 @@ def per_sample(case: Case) -> None:
 
 # name -> law, a function of a Case
 LOSS_LAWS: dict[str, Callable[[Case], None]] = {
-    law.__name__: law for law in (scalar, pure, split, metrics, order, masked, padding, gradients, jvp, per_sample)
+    law.__name__: law for law in (pure, scalar, split, metrics, order, masked, padding, gradients, jvp, per_sample)
 }

@@ -107,7 +107,6 @@ def keys(case: Case) -> None:
 def pure(case: Case) -> None:
     """No function of parameters changes its arguments or uses a global generator; two calls give the same bits."""
     model, params, tokens, batch = case.model, case.params, case.tokens_BT, case.batch
-    logits_of(case)
     calls: dict[str, Callable[[], Any]] = {
         "hidden": lambda: model.hidden(params, tokens),
         "unembedding": lambda: model.unembedding(params),
@@ -117,6 +116,7 @@ def pure(case: Case) -> None:
     }
     for name, call in calls.items():
         named(name, call, {"params": params, "tokens": tokens, "batch": batch})
+    logits_of(case)
 
 
 def causality(case: Case) -> None:
@@ -250,4 +250,4 @@ def log_p_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return log_p.gather(-1, targets[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
 
 
-FORWARD_LAWS = {law.__name__: law for law in (init, keys, pure, causality, context, rows, padding, packing, logits)}
+FORWARD_LAWS = {law.__name__: law for law in (pure, init, keys, causality, context, rows, padding, packing, logits)}

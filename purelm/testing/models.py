@@ -12,7 +12,7 @@ from purelm.testing.laws import run_laws
 from purelm.testing.model_cache_laws import CACHE_LAWS
 from purelm.testing.model_laws import FORWARD_LAWS, Case
 from purelm.testing.model_loss_laws import MODEL_LOSS_LAWS
-from purelm.testing.numeric import detached, tolerance_of
+from purelm.testing.numeric import detached, in_order, tolerance_of
 from purelm.tree import Tree
 
 __all__ = ["MODEL_LAWS", "check_model"]
@@ -98,7 +98,12 @@ def check_model(
         name: random.randint(random.fold_in(key, 10 + i), shape, 0, model.vocab_size).to(device)
         for i, name in enumerate(names)
     }
-    run_laws("check_model", MODEL_LAWS, laws, Case(model, params, batch["tokens"], batch, key, tolerance))
+    run_laws(
+        "check_model",
+        MODEL_LAWS,
+        in_order(MODEL_LAWS, laws),
+        Case(model, params, batch["tokens"], batch, key, tolerance),
+    )
 
 
 def _shaken(params: Tree) -> Tree:

@@ -4,7 +4,7 @@ Legend: p parameters, g gradient, d direction, h step.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "closeness",
     "detached",
     "gradient",
+    "in_order",
     "opened",
     "others",
     "some_gradient",
@@ -118,6 +119,14 @@ def closeness(found: Tensor, expected: Tensor, tolerance: Tolerance) -> bool:
 def detached(values: Tree) -> Tree:
     """The tree with tensors that share memory with its own and require no grad."""
     return tree.map(lambda x: x.detach() if isinstance(x, Tensor) else x, values)
+
+
+def in_order(table: Iterable[str], laws: Iterable[str] | None) -> Iterable[str] | None:
+    """The laws in the order of the table, whose first is "pure": a call before it may have left its marks already."""
+    if laws is None or isinstance(laws, str):
+        return laws
+    order = {name: i for i, name in enumerate(table)}
+    return sorted(laws, key=lambda name: order.get(name, len(order)))
 
 
 class Opened(NamedTuple):

@@ -229,6 +229,11 @@ def keeps_old(params, tokens, cache, **options):
     return recurrent().decode(params, tokens, cache, **options)[0], cache
 
 
+def leaves_a_mark(params, tokens, *, segment_ids=None):
+    params["seen"] = V
+    return recurrent().apply(params, tokens, segment_ids=segment_ids)
+
+
 SHAPED = {**LEAVES, "head": Leaf((V, 7), "head", "head")}
 SCALED = Config(**{**SIZES, "rope_scaling": RopeScaling("dynamic_ntk", 2.0, 4)})
 
@@ -248,6 +253,7 @@ MUTANTS = {
     "a key used twice": (replaced(init=same_key), "keys", "embedding and head are drawn with one key"),
     "a bias forgotten": (recurrent(forgets_bias), "used", "the gradient of the loss is zero at mix.1: is it used?"),
     "writes to params": (in_place("apply"), "pure", "apply: argument 0.params.head was written to"),
+    "writes a key": (replaced(apply=leaves_a_mark), "pure", "apply: an argument's structure changed"),
     "draws": (wrapped("apply", noisy), "pure", "apply: torch's global generator was used"),
     "no past": (recurrent(forgets_past), "context", "logits at position 1 do not depend on the token before"),
     # The first token of a row, a shorter one or a document in it, depends on the last one; decoding cannot.
@@ -365,7 +371,7 @@ def test_given_tolerances():
         (dict(rtol=0.1), "check_model: rtol and atol must be given together, both at least 0; got 0.1 and None"),
         (dict(rtol=0.1, atol=-1.0), "check_model: rtol and atol must be given together"),
         (dict(params={"w": torch.ones(2, dtype=torch.int64)}), "check_model: params must hold a floating tensor"),
-        (dict(laws=["vmap"]), "check_model: laws must be some of init, keys"),
+        (dict(laws=["vmap"]), "check_model: laws must be some of pure, init"),
     ],
 )
 def test_bad_arguments(arguments, message):
