@@ -40,7 +40,8 @@ def check_model(
     - used: every parameter has a gradient of the loss.
     - pure: no function of parameters changes arguments or uses a global generator; two calls give the same bits.
     - causality: other tokens after a position change no logits up to it.
-    - context: the logits at a position depend on its token and on the one before.
+    - context: the logits at a position depend on its token and on the one before. Where a softmax is saturated
+      no dependence is left, and no gradient for `used`: check parameters of a usual size.
     - rows: a row of a batch has the logits that it has alone.
     - padding: so has a row of fewer tokens, with other tokens after it.
     - packing: so have documents in one row, told apart by segment_ids; and loss and log_probs are theirs.

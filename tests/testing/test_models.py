@@ -1,4 +1,7 @@
-"""check_model: right models pass, wrong ones fail by the law they break. Oracles: models with one known fault each."""
+"""check_model: right models pass, wrong ones fail by the law they break. Oracles: models with one known fault each.
+
+Every axis of the Transformer's Config is checked in tests/models/test_laws.py.
+"""
 
 import itertools
 from dataclasses import replace
@@ -14,22 +17,8 @@ from purelm.testing.laws import LawError, without
 from purelm.testing.model_cache_laws import CACHE_LAWS
 from purelm.testing.models import MODEL_LAWS, check_model
 from tests import own_parts
-from tests.models.conftest import AXES, SIZES
+from tests.models.conftest import AXES, LEFT_OUT, SIZES
 from tests.testing.foreign import LEAVES, V, both_ways, cross_entropy, hidden_of, init, recurrent, step
-
-# What models of these Configs are not made for; see `check_model`.
-LEFT_OUT = {
-    "bidirectional": ("causality", "padding", *CACHE_LAWS),
-    "bidirectional window": ("causality", "padding", *CACHE_LAWS),
-    "rope dynamic ntk": ("padding",),
-}
-
-
-@pytest.mark.parametrize("name", AXES)
-def test_every_transformer_is_right(name):
-    """12 positions: more than the original length of scaled positions, and than windows."""
-    laws = without(MODEL_LAWS, *LEFT_OUT.get(name, ()))
-    check_model(transformer.make(Config(**{**SIZES, **AXES[name]})), laws=laws, length=12)
 
 
 def test_what_is_left_out_fails():
@@ -40,8 +29,10 @@ def test_what_is_left_out_fails():
         assert set(error.value.failures) == set(LEFT_OUT[name])
 
 
-def test_models_of_others_are_right():
+def test_right_models_pass():
+    """Of no library, ours, ours with parts of one's own, and one that sees both sides."""
     check_model(recurrent())
+    check_model(transformer.make(Config(**{**SIZES, **AXES["like gemma2"]})))
     check_model(transformer.make(own_parts.config()))
     check_model(recurrent(hidden=both_ways), laws=without(MODEL_LAWS, "causality", "padding", *CACHE_LAWS))
 
