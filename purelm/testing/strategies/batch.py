@@ -35,7 +35,7 @@ NEEDED: dict[BatchKind, tuple[Field, ...]] = {
     "masked": ("weights",),
 }
 LONGEST = 16  # most positions unless max_length says more
-Row = list[int]  # lengths of the row's documents, in predictions; what is left of T is padding
+GRADES = (1.0, 0.0, 0.25, 0.5, 2.0)  # weights that sum exactly
 
 
 def batches(
@@ -65,7 +65,7 @@ def batches(
         max_rows, max_length: most B and T; max_length None: the model's context_length, and no more than 16.
         nothing: all weights may be 0, so that the loss is 0; else some target counts.
 
-    A target of weight 0 is a token's id, -1 or -100. Shrinks to one full row of one token, id 0.
+    Targets of weight 0 are ids of tokens, or all of them -1 or -100. Shrinks to one full row of one token, id 0.
 
     >>> from hypothesis import find
     >>> find(batches(8), lambda batch: True)
@@ -117,35 +117,24 @@ def _batches(
     T = draw(st.sampled_from([n for n in sides(max_length) if n > 1 or kind in ("full", "masked")]))
     weighted = "weights" in fields and (kind != "full" or draw(st.booleans()))
     packed = "segment_ids" in fields and (kind == "packed" or draw(st.booleans()))
-    rows = [[T]] * B
-    if kind != "full":
-        must = draw(st.integers(0, B - 1)) if kind != "masked" else -1
-        rows = [_row(draw, T, packed and kind != "padded", kind if i == must else None) for i in range(B)]
-    segments_BT = torch.tensor([_segments(row, T) for row in rows])
-    real_BT = segments_BT > 0
-    if kind == "masked":
-        masked = draw(st.sets(st.sampled_from(range(B)), min_size=1, max_size=B - (not nothing)))
-        if draw(st.booleans()):  # rows of padding alone, as the last batch of an evaluation has
-            segments_BT[sorted(masked)] = 0
-            real_BT = segments_BT > 0
-        counted_BT = real_BT & ~torch.tensor([[i in masked] for i in range(B)])
-    else:
-        counted_BT = real_BT
-    key = random.key(seed := draw(seeds()))
-    ids, ends, grades = random.split(key, 3)
-    tokens_BT, ends_BT = (random.randint(k, (B, T), 0, n_tokens) * (seed > 0) for k in (ids, ends))
-    tokens_BT = torch.where(real_BT, tokens_BT, draw(st.sampled_from(sorted({0, n_tokens - 1}))))
+    segments_BT, counted_BT = _places(draw, kind, B, T, packed, nothing)
+    seed = draw(seeds())
+    ids_BT, ends_BT, grades_BT = random.bits(random.key(seed), (3, B, T)) * (seed > 0)
+    padding = draw(st.sampled_from(sorted({0, n_tokens - 1})))
+    tokens_BT = torch.where(segments_BT > 0, ids_BT % n_tokens, padding)
     follows_BT = torch.cat([segments_BT[:, 1:] == segments_BT[:, :-1], torch.zeros(B, 1, dtype=torch.bool)], 1)
-    targets_BT = torch.where(follows_BT, tokens_BT.roll(-1, 1), ends_BT)
+    targets_BT = torch.where(follows_BT, tokens_BT.roll(-1, 1), ends_BT % n_tokens)
     batch = {"tokens": tokens_BT, "targets": targets_BT}
     n_targets = float(B * T)
     if weighted:
         weights_BT = counted_BT.float()
         if draw(st.booleans()):
-            graded_BT = weights_BT * torch.tensor([1.0, 0.0, 0.25, 0.5, 2.0])[random.randint(grades, (B, T), 0, 5)]
+            graded_BT = weights_BT * torch.tensor(GRADES)[grades_BT % len(GRADES)]
             weights_BT = graded_BT if nothing or graded_BT.any() else weights_BT
         n_targets = float(weights_BT.sum())
-        batch["targets"] = torch.where(weights_BT == 0, _ignored(draw, targets_BT), targets_BT)
+        ignored = draw(st.sampled_from([None, -1, -100]))
+        if ignored is not None:
+            batch["targets"] = torch.where(weights_BT == 0, ignored, targets_BT)
         batch["weights"] = weights_BT
     if packed:
         batch["segment_ids"] = segments_BT
@@ -156,23 +145,30 @@ def _batches(
     return batch if device is None else {name: x.to(device) for name, x in batch.items()}
 
 
-def _row(draw: DrawFn, T: int, packed: bool, kind: BatchKind | None) -> Row:
-    """Documents of a row; of kind "padded" it has padding, of kind "packed" two or more documents."""
+def _places(draw: DrawFn, kind: BatchKind, B: int, T: int, packed: bool, nothing: bool) -> tuple[Tensor, Tensor]:
+    """(segment ids, 0 on padding; whether the target counts) of each place of a batch of this kind."""
+    if kind == "full":
+        segments_BT = torch.ones(B, T, dtype=torch.int64)
+        return segments_BT, segments_BT > 0
+    must = draw(st.sampled_from(range(B))) if kind != "masked" else None  # the row that makes the batch one of its kind
+    rows = [_row(draw, T, packed and kind != "padded", kind if i == must else None) for i in range(B)]
+    segments_BT = torch.tensor(rows)
+    if kind != "masked":
+        return segments_BT, segments_BT > 0
+    masked = draw(st.sets(st.sampled_from(range(B)), min_size=1, max_size=B - (not nothing)))
+    masked_B1 = torch.tensor([[i in masked] for i in range(B)])
+    if draw(st.booleans()):  # rows of padding alone, as the last batch of an evaluation has
+        segments_BT = segments_BT * ~masked_B1
+    return segments_BT, (segments_BT > 0) & ~masked_B1
+
+
+def _row(draw: DrawFn, T: int, packed: bool, kind: BatchKind | None) -> list[int]:
+    """Segment ids of a row; of kind "padded" it has padding, of kind "packed" two or more documents."""
     padding = draw(st.integers(1 if kind == "padded" else 0, T - (2 if kind == "packed" else 1)))
     n = T - padding
-    if not packed:
-        return [n]
-    n_cuts = draw(st.integers(1 if kind == "packed" else 0, min(n - 1, 3)))
-    cuts = draw(st.sets(st.sampled_from(range(1, n)), min_size=n_cuts, max_size=n_cuts)) if n_cuts else set()
+    cuts: set[int] = set()
+    if packed and n > 1:
+        cuts = draw(st.sets(st.sampled_from(range(1, n)), min_size=int(kind == "packed"), max_size=3))
     ends = [0, *sorted(cuts), n]
-    return [end - start for start, end in itertools.pairwise(ends)]
-
-
-def _segments(row: Row, T: int) -> list[int]:
-    ids = [i for i, n in enumerate(row, 1) for _ in range(n)]
-    return ids + [0] * (T - len(ids))
-
-
-def _ignored(draw: DrawFn, targets_BT: Tensor) -> Tensor:
-    other = draw(st.sampled_from([None, 0, -1, -100]))
-    return targets_BT if other is None else torch.full_like(targets_BT, other)
+    ids = [i for i, (start, end) in enumerate(itertools.pairwise(ends), 1) for _ in range(start, end)]
+    return ids + [0] * padding

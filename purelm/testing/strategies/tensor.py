@@ -169,7 +169,8 @@ def laid(x: Tensor, layout: Layout, seed: int, device: torch.device | str | None
     """x in this layout (see `tensors`) on this device; the seed says which axis is expanded."""
     x = x if device is None else x.to(device)
     if layout == "transposed":
-        return x.mT.contiguous().mT if x.ndim == 2 else _reversed(_reversed(x).contiguous())
+        order = tuple(reversed(range(x.ndim)))
+        return x.permute(order).contiguous().permute(order)
     if layout == "sliced":
         between = math.nan if x.is_floating_point() else True if x.dtype == torch.bool else torch.iinfo(x.dtype).max
         whole = torch.full([2 * n + 1 for n in x.shape] or [3], between, dtype=x.dtype, device=x.device)
@@ -178,10 +179,6 @@ def laid(x: Tensor, layout: Layout, seed: int, device: torch.device | str | None
     if layout == "expanded" and (axes := [i for i, n in enumerate(x.shape) if n > 1]):
         return x.narrow(axes[seed % len(axes)], 0, 1).contiguous().expand(x.shape)
     return x
-
-
-def _reversed(x: Tensor) -> Tensor:
-    return x.permute(*reversed(range(x.ndim)))
 
 
 def keys(*, device: torch.device | str | None = None) -> SearchStrategy[random.Key]:
