@@ -5,6 +5,7 @@ shrinks to is what `find` finds.
 """
 
 import collections
+import itertools
 import math
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from purelm.testing import strategies as plm
 from purelm.testing.laws import assert_trees_equal
 from purelm.testing.strategies.batch import KINDS
 from purelm.testing.strategies.tensor import LAYOUTS, VALUES, drawn
-from tests.testing.drawing import count, draws, simplest
+from tests.testing.drawing import draws, reached, simplest
 
 CFG = Config(vocab_size=11, context_length=9, d_model=8, n_layers=1, n_heads=2)
 
@@ -126,7 +127,8 @@ def test_all_combinations_of_tensors():
         yield x.dtype, kind, "contiguous" if x.is_contiguous() else "strided"
 
     strategy = plm.tensors((4, 5), plm.FLOATS, values=VALUES[:2], layouts=LAYOUTS[:2])
-    assert len(count(strategy, features)) == 4 * 2 * 2
+    seen = reached(strategy, features, itertools.product(plm.FLOATS, ("small", "other"), ("contiguous", "strided")))
+    assert len(seen) == 16
 
 
 def test_tensors_shrink_to_zeros_and_to_the_first_choices():
@@ -167,12 +169,20 @@ def parts(t):
 def test_trees_have_every_part():
     kinds = {"dict", "list", "tuple", "Pair", "empty dict", "empty list", "empty tuple", "None", "leaf", *plm.FLOATS}
     kinds |= {0, 1, 2, "empty tensor"}
-    found = draws(plm.trees(), 500)
-    assert {part for t in found for part in parts(t)} == kinds
-    assert any(isinstance(t, torch.Tensor) for t in found) and any(t is None for t in found)
-    assert any(len({x.dtype for x in tree.leaves(t)}) > 2 for t in found), "dtypes are mixed in one tree"
-    assert max(len(tree.leaves(t)) for t in found) > 6
-    assert any(max((path.count(".") for path in tree.paths(t)), default=0) > 1 for t in found), "nested"
+    more = {"bare leaf", "bare None", "mixed dtypes", "many leaves", "nested"}
+
+    def features(t):
+        yield from parts(t)
+        if isinstance(t, torch.Tensor) or t is None:
+            yield "bare None" if t is None else "bare leaf"
+        if len({x.dtype for x in tree.leaves(t)}) > 2:
+            yield "mixed dtypes"
+        if len(tree.leaves(t)) > 6:
+            yield "many leaves"
+        if any(path.count(".") > 1 for path in tree.paths(t)):
+            yield "nested"
+
+    assert reached(plm.trees(), features, kinds | more) == kinds | more
 
 
 def test_options_of_trees():

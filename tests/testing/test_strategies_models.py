@@ -21,46 +21,58 @@ from purelm.models.transformer import Config, RopeScaling
 from purelm.ops.rope import Kind
 from purelm.testing import strategies as plm
 from purelm.testing.laws import assert_trees_equal
-from tests.testing.drawing import count, draws, simplest
+from tests.testing.drawing import draws, reached, simplest
 
 # ---- Configurations
 
 
+def values_of(cfg):
+    """(field, value) of each field, and (field, value, field, value) of the pairs that must go together."""
+    for f in dataclasses.fields(Config):
+        value = getattr(cfg, f.name)
+        yield f.name, value
+        if isinstance(value, tuple):
+            yield f"length of {f.name}", len(value)
+            yield from ((f"entry of {f.name}", x) for x in value)
+        if f.name == "rope_scaling" and value is not None:
+            yield "kind", value.kind
+    yield "head_width", cfg.head_width
+    yield "heads", (cfg.n_heads, cfg.kv_heads)
+    for a, b in itertools.combinations(PAIRED, 2):
+        yield a, getattr(cfg, a), b, getattr(cfg, b)
+
+
+FLAGS = {name: (True, False) for name in ("causal", "gelu_tanh", "tie_embeddings")}
+PAIRED = {name: names for name, names in AXES.items() if name != "mixer"} | FLAGS
+
+
 def test_configs_reach_every_value_of_every_axis():
-    """Oracles: the Literal types of the fields; that every field varies."""
-    found = draws(plm.configs(), 1500)
-    values = {f.name: {getattr(cfg, f.name) for cfg in found} for f in dataclasses.fields(Config)}
-    for name, allowed in AXES.items():
-        assert values[name] - {("attention",) * n for n in range(2, 5)} >= {*allowed}, name
-    for name in ("causal", "gelu_tanh", "tie_embeddings"):
-        assert values[name] == {True, False}
-    assert {None if s is None else s.kind for s in values["rope_scaling"]} == {None, *typing.get_args(Kind)}
+    """Oracles: the Literal types of the fields; that every field varies; Config, for what does not go together."""
+    expected = {(name, value) for name, values in (AXES | FLAGS).items() for value in values}
+    for (a, xs), (b, ys) in itertools.combinations(PAIRED.items(), 2):
+        expected |= {(a, x, b, y) for x in xs for y in ys}
+    expected -= {("norm", "none", "norm_position", place) for place in AXES["norm_position"] if place != "pre"}
+    expected |= {("kind", kind) for kind in typing.get_args(Kind)} | {("rope_scaling", None)}
+    expected |= {("heads", (h, g)) for h in (1, 2, 3, 4) for g in range(1, h + 1) if h % g == 0}
+    for name, sizes in {"vocab_size": 32, "context_length": 16, "n_layers": 3, "head_width": 8, "d_model": 24}.items():
+        expected |= {(name, n) for n in range(1, sizes + 1)}
+    expected |= {("window", None), ("window", 0), ("window", 1), ("entry of window", None), ("entry of window", 0)}
+    expected |= {(f"length of {name}", n) for name in ("window", "mixer") for n in (1, 2, 3, 4)}
     for name in ("n_kv_heads", "head_dim", "d_ff", "attention_scale", "attention_softcap", "logit_softcap"):
-        assert None in values[name] and len(values[name]) > 2, name
-    windows = values["window"]
-    assert {None, 0, 1} < windows and {type(w) for w in windows} == {type(None), int, tuple}
-    assert {w for pattern in windows if isinstance(pattern, tuple) for w in pattern} >= {None, 0, 1}
-    assert {len(pattern) for pattern in windows if isinstance(pattern, tuple)} == {1, 2, 3, 4}
-    assert all(len(v) > 1 for v in values.values()), "a field that never changes"
-    assert values["n_heads"] == {1, 2, 3, 4} and values["n_layers"] == {1, 2, 3}
-    assert values["vocab_size"] == {*range(1, 33)} and values["context_length"] == {*range(1, 17)}
-    assert {cfg.head_width for cfg in found} == {*range(1, 9)} and values["d_model"] >= {*range(1, 25)}
-    assert {(cfg.n_heads, cfg.kv_heads) for cfg in found} == {(h, g) for h in range(1, 5) for g in range(1, h + 1)
-                                                               if h % g == 0}  # fmt: skip
-    # What goes together: each pair of these, where Config accepts it.
-    named = ("norm", "norm_position", "position", "ffn", "qk_norm", "biases", "causal", "tie_embeddings")
-    for a, b in itertools.combinations(named, 2):
-        pairs = {(getattr(cfg, a), getattr(cfg, b)) for cfg in found}
-        refused = 3 if (a, b) == ("norm", "norm_position") else 0
-        assert len(pairs) == len(values[a]) * len(values[b]) - refused, (a, b)
+        expected.add((name, None))
+    seen = reached(plm.configs(), values_of, expected)
+    refused = {x for x in seen if x[0] == "norm" and x[1] == "none" and "norm_position" in x} - expected
+    assert not refused
+    for f in dataclasses.fields(Config):
+        assert len({x[1] for x in seen if len(x) == 2 and x[0] == f.name}) > 1, f"{f.name} never changes"
 
 
 def test_rope_scalings_have_every_field():
+    read = {"llama3": {"original_length", "low_freq_factor", "high_freq_factor"}, "dynamic_ntk": {"original_length"}}
+    read["yarn"] = {"original_length", "beta_fast", "beta_slow", "attention_factor", "truncate"}
     found = draws(plm.rope_scalings())
     for kind in typing.get_args(Kind):
         some = [s for s in found if s.kind == kind]
-        read = {"llama3": {"original_length", "low_freq_factor", "high_freq_factor"}, "dynamic_ntk": {"original_length"},
-                "yarn": {"original_length", "beta_fast", "beta_slow", "attention_factor", "truncate"}}  # fmt: skip
         for f in dataclasses.fields(RopeScaling):
             many = f.name == "factor" or f.name in read.get(kind, ())
             assert (len({getattr(s, f.name) for s in some}) > 1) == many, (kind, f.name)
@@ -181,9 +193,9 @@ EXPECTED = {
 
 
 def test_batches_have_every_feature():
-    found = count(plm.batches(CFG), features, 1000)
-    assert EXPECTED <= {*found} <= EXPECTED, (EXPECTED - {*found}, {*found} - EXPECTED)
-    assert "masked row 0 of 1" in count(plm.batches(CFG, "masked", nothing=True), features, 100)
+    assert reached(plm.batches(CFG), features, EXPECTED) == EXPECTED
+    reached(plm.batches(CFG, "masked", nothing=True), features, {f"masked row {b} of 4" for b in range(4)})
+    reached(plm.batches(CFG, nothing=True), features, EXPECTED | {"masked row 0 of 1"})
 
 
 def test_kinds_of_batches():
