@@ -23,6 +23,7 @@ from purelm.optim import (
     muon_adamw,
     sgd,
 )
+from purelm.testing import strategies as plm
 
 EVERY = {
     "sgd": sgd(),
@@ -208,9 +209,7 @@ def test_update_is_differentiable():
     assert torch.autograd.gradcheck(f, (g.requires_grad_(), lr))
 
 
-shapes = st.lists(
-    st.sampled_from([(), (1,), (1, 1), (0,), (0, 3), (3, 0), (5,), (2, 3), (7, 1), (3, 2, 2)]), min_size=1, max_size=4
-)
+shapes = st.lists(plm.shapes(), min_size=1, max_size=4)
 PEERS = {
     "sgd": (lambda: sgd(0.9, 0.05, nesterov=True), lambda p: torch.optim.SGD(p, 0.1, 0.9, 0, 0.05, True)),
     "adam": (adam, lambda p: torch.optim.Adam(p, 0.1)),
