@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections import OrderedDict, defaultdict
-from typing import NamedTuple
 
 import optree
 import pytest
@@ -11,36 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purelm import tree
-
-
-class Pair(NamedTuple):
-    first: object
-    second: object
-
-
-def tensors():
-    shapes = st.lists(st.integers(0, 3), max_size=2).map(tuple)
-    dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
-    return st.builds(_filled, shapes, dtypes, st.integers(0, 99))
-
-
-def _filled(shape, dtype, seed):
-    return (torch.arange(torch.Size(shape).numel(), dtype=torch.float64) - seed).reshape(shape).to(dtype)
-
-
-def trees(leaves=None):
-    leaves = tensors() if leaves is None else leaves
-    keys = st.text("abxyz", min_size=1, max_size=3)
-    return st.recursive(
-        leaves | st.none(),
-        lambda children: (
-            st.dictionaries(keys, children, max_size=4)
-            | st.lists(children, max_size=4)
-            | st.lists(children, max_size=3).map(tuple)
-            | st.builds(Pair, children, children)
-        ),
-        max_leaves=12,
-    )
+from purelm.testing.strategies import Pair, trees
 
 
 def same(a, b):
