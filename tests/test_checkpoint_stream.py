@@ -25,7 +25,7 @@ keys = st.text("abc_0", min_size=1, max_size=3)
 leaves = st.builds(
     lambda shape, dtype: torch.ones(shape).to(dtype), st.lists(st.integers(0, 3), max_size=3), st.sampled_from(DTYPES)
 )
-strided = plm.tensors(dtype=plm.FLOATS, values=("normal", "special"), layouts=("transposed", "expanded"))
+strided = plm.tensors(dtype=plm.FLOATS, values=("normal", "special"), layouts=("transposed", "sliced", "expanded"))
 trees = plm.trees(leaves | strided, names=keys, containers=("dict", "list", "tuple"), max_leaves=8)
 
 
@@ -33,7 +33,7 @@ def same(a, b):
     assert tree.structure(a) == tree.structure(b)
     for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True):
         assert x.dtype == y.dtype and x.shape == y.shape
-        assert torch.equal(x.contiguous().view(-1).view(torch.uint8), y.contiguous().view(-1).view(torch.uint8))
+        assert torch.equal(tree.as_bytes(x), tree.as_bytes(y))
 
 
 @given(trees, st.dictionaries(st.text(), st.integers() | st.text() | st.none(), max_size=3))

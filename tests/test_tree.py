@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purelm import tree
+from purelm.testing import strategies as plm
 from purelm.testing.strategies import Pair, trees
 
 
@@ -411,3 +412,15 @@ def test_frames_that_dynamo_gives_up_walk_trees_too():
     assert tree.structure(eager) == tree.structure(compiled)
     for x, y in zip(tree.leaves(eager), tree.leaves(compiled), strict=True):
         assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+@given(plm.tensors(dtype=(*plm.FLOATS, *plm.INTEGERS), layouts=("contiguous", "transposed", "sliced", "expanded")))
+def test_as_bytes(x):
+    """Oracle: numpy's bytes of a contiguous copy; bf16, which numpy lacks, has the upper halves of fp32's."""
+    if x.dtype == torch.bfloat16:
+        expected = x.float().contiguous().numpy().view("uint16")[..., 1::2].tobytes() if x.ndim and x.numel() else None
+    else:
+        expected = x.contiguous().numpy().tobytes()
+    found = tree.as_bytes(x)
+    assert found.dtype == torch.uint8 and found.shape == (x.nbytes,)
+    assert expected is None or found.numpy().tobytes() == expected
