@@ -1,7 +1,7 @@
 """What the laws of `check_op` share: a function with its arguments as a function of their floating tensors alone."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +38,7 @@ class Case:
     dtypes: tuple[torch.dtype, ...]
     rtol: float | None
     backend: str
+    draws: dict[int, list[Tensor]] = field(default_factory=dict, init=False)  # what `drawn` has drawn, by the seed
 
     @cached_property
     def flat(self) -> tuple[list[Any], Any]:
@@ -97,13 +98,20 @@ class Case:
         with torch.no_grad():
             return self.outputs(self.f, self.xs)
 
+    def drawn(self, seed: int) -> list[Tensor]:
+        """A standard normal tensor for each of `likes`, the same each time."""
+        if seed not in self.draws:
+            self.draws[seed] = draw_like(self.likes, seed)
+        return self.draws[seed]
+
     def functional(self, f: Function, seed: int = 0, curve: float = 0.0) -> Callable[..., Tensor]:
         """xs -> sum of c y + curve d y^2 / 2 over all elements of all outputs y, with c and d drawn by the seed.
 
         Each element so has an upstream gradient of its own, and with a curve a function that is linear has second
         derivatives too. Sums are held in fp32 for half dtypes.
         """
-        c, d = draw_like(self.likes, seed), draw_like(self.likes, seed + 1)
+        c = self.drawn(seed)
+        d = self.drawn(seed + 1) if curve else c
 
         def of(*xs: Tensor) -> Tensor:
             total: Any = 0.0
