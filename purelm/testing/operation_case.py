@@ -52,12 +52,16 @@ class Case:
 
     @cached_property
     def whole(self) -> list[int]:
-        """Where the tensors of integers and booleans are that vmap batches: all but numbers and offsets.
+        """Where the tensors of integers and booleans are, those of one number left out."""
+        leaves = self.flat[0]
+        return [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and i not in self.at and x.ndim]
 
-        Ascending vectors may be offsets (cumulative lengths): an op may read them as numbers, or past them if permuted.
-        """
-        tensors = [i for i, x in enumerate(self.flat[0]) if isinstance(x, Tensor) and i not in self.at and x.ndim]
-        return [i for i in tensors if self.flat[0][i].ndim > 1 or not ascending(self.flat[0][i])]
+    @cached_property
+    def data(self) -> list[int]:
+        """Those of `whole` that vmap batches: all but ascending vectors, which may be offsets (cumulative lengths). An
+        op may read offsets as numbers, or read past its arguments if they are permuted."""
+        leaves = self.flat[0]
+        return [i for i in self.whole if leaves[i].ndim > 1 or not ascending(leaves[i])]
 
     @cached_property
     def names(self) -> list[str]:
@@ -81,12 +85,12 @@ class Case:
             leaves[i] = x
         return tuple(tree.unflatten(self.flat[1], leaves))
 
-    def given(self, whole: Floats) -> Function:
-        """f with these in place of the integer tensors of `whole`."""
+    def given(self, whole: Floats, at: Sequence[int]) -> Function:
+        """f with these in place of the leaves at `at`."""
 
         def of(*args: Any) -> Any:
             leaves, form = tree.flatten(args)
-            for i, x in zip(self.whole, whole, strict=True):
+            for i, x in zip(at, whole, strict=True):
                 leaves[i] = x
             return self.f(*tree.unflatten(form, leaves))
 
@@ -183,11 +187,11 @@ class Case:
                 return choice
         return choices[-1]
 
-    def whole_batched(self, n: int = 3) -> list[list[Tensor]]:
-        """n values of each integer tensor of `whole`: rolled, or the same n times if f is not finite at others."""
-        own = [self.flat[0][i] for i in self.whole]
+    def data_batched(self, n: int = 3) -> list[list[Tensor]]:
+        """n values of each of `data`: rolled, or the same n times if f is not finite at others."""
+        own = [self.flat[0][i] for i in self.data]
         rolled = [[x.reshape(-1).roll(b).reshape(x.shape) for b in range(n)] for x in own]
-        usual = all(self.defined(self.given([x[b] for x in rolled]), self.xs) for b in range(1, n))
+        usual = all(self.defined(self.given([x[b] for x in rolled], self.data), self.xs) for b in range(1, n))
         return rolled if usual else [[x] * n for x in own]
 
     def defined(self, f: Function, xs: Floats) -> bool:

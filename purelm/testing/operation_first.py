@@ -87,7 +87,8 @@ def each_gradient(case: Case) -> None:
 
 def upstream(case: Case) -> None:
     """Backward takes any upstream gradients: not contiguous, expanded as that of a sum is, or of one result alone; it
-    writes to none of them, and a second pass through the same graph gives the same."""
+    writes to none of them; a second pass through the same graph gives the same, and one after results were written to
+    gives the same or raises."""
     leaves = [x.detach().requires_grad_() for x in case.xs]
     with torch.enable_grad():
         ys = [y for y in case.outputs(case.f, leaves) if y.requires_grad]
@@ -104,7 +105,8 @@ def upstream(case: Case) -> None:
         with unchanged(*cs):
             expected = back(ys, cs)
     except AssertionError as error:
-        raise AssertionError(f"backward, of the upstream gradients: {error}") from None
+        said = str(error).replace("argument", "that of result")
+        raise AssertionError(f"in backward, of the upstream gradients {said}") from None
     require(largest(expected) > 0, "the gradient by every argument is 0: nothing is compared")
     case.close(back(ys, first), expected, "a second backward pass through the same graph", case.names)
     for i, c in enumerate(first):
@@ -115,6 +117,15 @@ def upstream(case: Case) -> None:
         if len(first) > 1:
             zeros = [c if k == i else torch.zeros_like(z) for k, z in enumerate(first)]
             case.close(back([ys[i]], [c]), back(ys, zeros), f"{of}, the others absent", case.names)
+    own = [x.clone().requires_grad_() for x in case.xs]
+    try:
+        with torch.enable_grad():
+            written = [y.mul_(2.0) for y in case.outputs(case.f, own) if y.requires_grad]
+        after = torch.autograd.grad(written, own, first, allow_unused=True, materialize_grads=True)
+    except RuntimeError:
+        return  # torch refuses: the result is needed in backward, or shares memory with an argument
+    what = "backward after the results were doubled in place (save results by ctx.save_for_backward alone)"
+    case.close(after, [2 * g for g in expected], what, case.names)
 
 
 def modes(case: Case) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purelm import tree
 from purelm.testing.operation_case import Case, floats_of
 from purelm.testing.operation_first import each_gradient, gradient, modes, pure, slope, upstream, value
 from purelm.testing.operation_second import double_backward, hessian_product
@@ -18,7 +19,8 @@ __all__ = ["OP_LAWS", "torchs_own_warnings"]
 
 
 def strides(case: Case) -> None:
-    """Values and gradients are those of contiguous copies, each argument alone in other strides and all transposed."""
+    """Values and gradients are those of contiguous copies, each argument alone in other strides, integers too, and all
+    floating ones transposed."""
     tried: list[tuple[str, list[Tensor]]] = []
     for i, (x, name) in enumerate(zip(case.xs, case.names, strict=True)):
         tried += [(f"{name} {how}", [y if k == i else z for k, z in enumerate(case.xs)]) for how, y in layouts(x)]
@@ -30,6 +32,16 @@ def strides(case: Case) -> None:
         case.close(floats_of(case, case.f, xs), floats_of(case, case.f, copies), what)
         found, expected = case.gradients(case.f, xs), case.gradients(case.f, copies)
         case.close(found, expected, f"{what}, the gradient", case.names)
+    paths = tree.paths(case.args)
+    for i in case.whole:
+        for how, ids in layouts(case.flat[0][i]):
+            if how == "one row expanded":
+                continue  # other values: equal rows may be no lengths and no permutation
+            f, g = case.given([ids], [i]), case.given([dense(ids)], [i])
+            what = f"argument {paths[i]} {how}"
+            case.close(floats_of(case, f, case.xs), floats_of(case, g, case.xs), what)
+            found, expected = case.gradients(f, case.xs), case.gradients(g, case.xs)
+            case.close(found, expected, f"{what}, the gradient", case.names)
 
 
 def defined(case: Case, xs: Floats) -> bool:

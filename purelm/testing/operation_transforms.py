@@ -30,7 +30,7 @@ def vmap_(case: Case) -> None:
     integers too, and twice over all."""
 
     def run(xs: Floats, whole: Floats) -> list[Tensor]:
-        return case.outputs(case.given(whole), xs)
+        return case.outputs(case.given(whole, case.data), xs)
 
     for what, stacked, whole, in_dims in batches(case):
         found = vmap(run, in_dims)(stacked, whole)
@@ -56,12 +56,12 @@ def per_sample(case: Case) -> None:
     numbers = tuple(range(len(case.xs)))
 
     def run(xs: Floats, whole: Floats) -> tuple[Tensor, ...]:
-        return grad(case.functional(case.given(whole)), numbers)(*xs)
+        return grad(case.functional(case.given(whole, case.data)), numbers)(*xs)
 
     for what, stacked, whole, in_dims in batches(case, last=False):
         found = vmap(run, in_dims)(stacked, whole)
         each = [sample(stacked, whole, in_dims, b) for b in range(samples(stacked, whole, in_dims))]
-        loop = [case.gradients(case.given(ids), xs) for xs, ids in each]
+        loop = [case.gradients(case.given(ids, case.data), xs) for xs, ids in each]
         expected = [torch.stack(gs) for gs in zip(*loop, strict=True)]
         case.close(found, expected, f"per-sample gradients, samples of {what}", case.names)
 
@@ -85,11 +85,12 @@ def jvp_(case: Case) -> None:
             return jvp(of, tuple(case.xs[i] for i in chosen), tangents)[1]
 
         tangents = [directions[i] for i in chosen]
+        alone = along(*tangents)
         batch = vmap(along)(*(torch.stack([t, -2 * t]) for t in tangents))
         expected = float(inner([gradients[i] for i in chosen], tangents))
         allowed = tolerance(case) * (norm(gradients) * norm(tangents) + sum_of(case))
         name = case.names[chosen[0]] if len(chosen) == 1 else "all arguments"
-        each = [("the jvp", along(*tangents), 1), ("vmap over jvp", batch[0], 1), ("vmap over jvp", batch[1], -2)]
+        each = [("the jvp", alone, 1), ("vmap over jvp", batch[0], 1), ("vmap over jvp", batch[1], -2)]
         for what, found, times in each:
             require(
                 abs(float(found) - times * expected) <= abs(times) * allowed,
@@ -156,7 +157,7 @@ def samples(stacked: Floats, whole: Floats, in_dims: InDims) -> int:
 def batches(case: Case, last: bool = True) -> Iterator[tuple[str, list[Tensor], list[Tensor], InDims]]:
     """(which are batched, floating arguments, integer tensors, in_dims of both): each floating argument alone, from its
     first axis and its last, all, all in a batch of one, the integers, and all with the integers."""
-    values, whole, n = case.batched(), [case.flat[0][i] for i in case.whole], len(case.xs)
+    values, whole, n = case.batched(), [case.flat[0][i] for i in case.data], len(case.xs)
     every, none = [torch.stack(v) for v in values], [None for _ in whole]
     for i, name in enumerate(case.names):
         for dim in (0, -1) if last and case.xs[i].ndim else (0,):
@@ -166,6 +167,6 @@ def batches(case: Case, last: bool = True) -> Iterator[tuple[str, list[Tensor], 
         yield "all arguments", every, whole, ([0] * n, none)
     yield "all arguments, a batch of one", [x[1:2] for x in every], whole, ([0] * n, none)
     if whole:
-        ids = [torch.stack(v) for v in case.whole_batched()]
+        ids = [torch.stack(v) for v in case.data_batched()]
         yield "the integer arguments", case.xs, ids, ([None] * n, [0] * len(ids))
         yield "all arguments, integers too", every, ids, ([0] * n, [0] * len(ids))

@@ -32,6 +32,7 @@ from tests.testing.faulty_operations import (
     right,
     right_once,
     slopes,
+    slopes_of_result,
     widened,
     writes,
     writes_upstream,
@@ -77,10 +78,13 @@ MUTANTS = {
         made(reads_memory_of_upstream), {"upstream"}, "upstream: upstream gradient, transposed, argument 0: 10 of 12"
     ),
     "upstream written": (
-        made(writes_upstream), {"upstream"}, "upstream: backward, of the upstream gradients: argument 0 was written to"
+        made(writes_upstream), {"upstream"}, "in backward, of the upstream gradients that of result 0 was written to"
     ),
     "one pass": (
-        made(right_once, saved=slopes), {"upstream"}, "upstream: a second backward pass through the same graph"
+        made(right_once, saved=lambda x, w, y: slopes(x, w).detach()), {"upstream"}, "a second backward pass through"
+    ),
+    "result written": (
+        made(slopes_of_result, saved=lambda x, w, y: y.detach()), {"upstream"}, "after the results were doubled"
     ),
     "absent tangent": (made(jvp=forgets_absent_tangents), {"jvp"}, "jvp: argument 0: the jvp is 0 and"),
     "tangent": (made(jvp=reads_a_tangent), {"jvp"}, "jvp: raised RuntimeError: vmap: It looks like"),

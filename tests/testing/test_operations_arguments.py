@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from purelm.ops import REFERENCE
 from purelm.ops.rope import rope_tables
 from purelm.testing import OP_LAWS, LawError, check_op, without
-from tests.testing.faulty_operations import ARGS, Rows, Twice, draw, made, right, slopes
+from tests.testing.faulty_operations import ARGS, Rows, Twice, draw, made, right, rows_of_contiguous_ids, slopes
 
 
 def test_results_of_which_some_are_not_used():
@@ -28,6 +28,9 @@ def test_integers_are_batched_and_compared():
         check_op(Rows.apply, args, laws=laws)
     assert {*error.value.failures} == {"vmap"}
     check_op(lambda ids, w: torch.tanh(w[ids]), args)
+    with pytest.raises(LawError, match=r"strides: argument 0 transposed: .* are wrong") as error:
+        check_op(rows_of_contiguous_ids, (torch.tensor([[3, 1], [2, 0]]), args[1]))
+    assert {*error.value.failures} == {"strides"}
     check_op(lambda ends, x: x[: int(ends[1])].sin(), (torch.tensor([0, 2, 4]), draw(4, 3)))  # offsets: not batched
     with pytest.raises(LawError, match="value: the integers in the result differ at 0: ") as error:
         check_op(lambda x: (x.sin(), x.argmin(-1)), ARGS[:1], reference=lambda x: (x.sin(), x.argmax(-1)))
