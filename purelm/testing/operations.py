@@ -63,8 +63,8 @@ def check_op(
 
     What f lacks on purpose is left out by name: `laws=without(OP_LAWS, "jvp", "hessian_product")`.
 
-    f must be smooth near args: no kink (as of relu at 0) and no tie within eps^(1/3) of the largest value, 1e-5 in float64
-    and 1e-2 in fp32. Else take other args, or leave out "slope", "double_backward" and "hessian_product".
+    f must be smooth near args: no kink (as of relu at 0) and no tie within eps^(1/3) of the largest value, 1e-5 in
+    float64 and 1e-2 in fp32. Else take other args, or leave out "slope", "double_backward" and "hessian_product".
     f must be defined near args in all directions: of matrices that must be symmetric, check `lambda a: f(a + a.mT)`.
     Faults at sizes, values or lengths that are not in args are not found: check odd ones too, one element, ties.
     Of a torch.library.custom_op run torch.library.opcheck too: its schema, and its register_fake at other sizes.
