@@ -46,7 +46,7 @@ COLUMNS = {
     "strides": "strides",
     "bf16": "dtypes",
 }
-EVERYWHERE = ("value", "slope", "each_gradient", "pure")  # run too; an op that breaks one of these is wrong
+EVERYWHERE = ("value", "slope", "each_gradient", "upstream", "pure", "modes")  # run too; what breaks one is wrong
 REFUSALS = ("ops=REFERENCE",)  # what the message of a refusal says
 T, H, G, K, D, V = 5, 4, 2, 16, 32, 11
 
