@@ -52,11 +52,11 @@ T, H, G, K, D, V = 5, 4, 2, 16, 32, 11
 
 
 class Row(NamedTuple):
-    """An op with its reference, on arguments of these shapes."""
+    """An op with its reference, on arguments of these shapes, or that are these tensors of integers."""
 
     op: Callable[..., Any]
     reference: Callable[..., Any]
-    shapes: list[tuple[int, ...]]
+    shapes: list[tuple[int, ...] | Tensor]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
 
 
@@ -68,8 +68,6 @@ def rows(device: torch.device) -> dict[str, Row]:
     tables = rope_tables(torch.arange(T, device=device), K)
     qkv = [(1, T, H, K), (1, T, G, K), (1, T, G, K)]
     short = [(1, T, H, K), (1, 2, G, K), (1, 2, G, K)]  # the first queries see no key
-    packed = dict(window=2, segment_ids=ids, softcap=1.0, scale=0.5)
-    some = dict(window=2, segment_ids=ids, scale=0.5)
     bias = alibi_bias(H, T, T, device=device)
     losses = dict(weights=weights, softcap=2.0, z_loss=0.1)
 
@@ -81,10 +79,10 @@ def rows(device: torch.device) -> dict[str, Row]:
 
     def loss(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """The loss alone: the second result is a metric, and detached."""
-        return lambda *xs: f(*xs, targets, ignore_index=-100, **options)[0]
+        return lambda *xs: f(*xs, ignore_index=-100, **options)[0]
 
-    def of_targets(f: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *xs: f(*xs, targets, ignore_index=-100)
+    def packed(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return lambda *xs: f(*xs[:3], segment_ids=xs[3], window=2, scale=0.5, **options)
 
     def added(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return REFERENCE.rms_norm(x + r, w), x + r
@@ -92,17 +90,17 @@ def rows(device: torch.device) -> dict[str, Row]:
     both = lambda q, k: (REFERENCE.rope(q, *tables), REFERENCE.rope(k, *tables))  # noqa: E731
     attention, fused = REFERENCE.attention, FUSED.attention
     linear_loss, fused_loss = REFERENCE.linear_cross_entropy, FUSED.linear_cross_entropy
-    flat = [(1, T, D), (V, D)]
+    logits, flat, documents = [(1, T, V), targets], [(1, T, D), (V, D), targets], [*qkv, ids]
     own = {
         "linear": (REFERENCE.linear, [(1, T, D), (7, D), (7,)]),
-        "embedding": (lambda w: REFERENCE.embedding(ids, w), [(V, D)]),
+        "embedding": (REFERENCE.embedding, [ids, (V, D)]),
         "rms_norm": (REFERENCE.rms_norm, [(1, T, D), (D,)]),
         "layer_norm": (REFERENCE.layer_norm, [(1, T, D), (D,), (D,)]),
         "rope": (rotated(REFERENCE.rope), [(1, T, H, K)]),
         "rope, half": (rotated(REFERENCE.rope, "half"), [(1, T, H, K)]),
         "attention": (attention, qkv),
         "attention, fewer keys": (attention, short),
-        "attention, packed, window, softcap": (with_options(attention, **packed), qkv),
+        "attention, packed, window, softcap": (packed(attention, softcap=1.0), documents),
         "attention, ALiBi": (with_options(attention, bias=bias), qkv),
         "swiglu": (REFERENCE.swiglu, [(T, D), (T, D)]),
         "geglu": (REFERENCE.geglu, [(T, D), (T, D)]),
@@ -111,17 +109,15 @@ def rows(device: torch.device) -> dict[str, Row]:
         "relu2": (REFERENCE.relu2, [(T, D)]),
         "softmax": (softmax, [(T, V)]),
         "log_softmax": (log_softmax, [(T, V)]),
-        "cross_entropy": (loss(cross_entropy), [(1, T, V)]),
+        "cross_entropy": (loss(cross_entropy), logits),
         "linear_cross_entropy": (loss(linear_loss, **losses), flat),
         "linear_cross_entropy, chunks": (loss(linear_loss, chunk=2, **losses), flat),
-        "log_probs": (of_targets(REFERENCE.log_probs), flat),
+        "log_probs": (with_options(REFERENCE.log_probs, ignore_index=-100), flat),
     }
     return {
         **{name: Row(f, f, shapes) for name, (f, shapes) in own.items()},
         "sdpa_attention": Row(sdpa_attention, attention, qkv),
-        "sdpa_attention, packed, window": Row(
-            with_options(sdpa_attention, **some), with_options(attention, **some), qkv
-        ),
+        "sdpa_attention, packed, window": Row(packed(sdpa_attention), packed(attention), documents),
         "sdpa_attention, fewer keys": Row(sdpa_attention, attention, short),
         "FUSED rms_norm": Row(FUSED.rms_norm, REFERENCE.rms_norm, [(1, T, D), (D,)]),
         "kernel add_rms_norm": Row(add_rms_norm, added, [(T, D), (T, D), (D,)]),
@@ -130,22 +126,25 @@ def rows(device: torch.device) -> dict[str, Row]:
         "FUSED attention": Row(fused, attention, qkv),
         "FUSED attention, fewer keys": Row(fused, attention, short),
         "FUSED attention, packed, window, softcap": Row(
-            with_options(fused, **packed), with_options(attention, **packed), qkv
+            packed(fused, softcap=1.0), packed(attention, softcap=1.0), documents
         ),
         "FUSED attention, ALiBi": Row(with_options(fused, bias=bias), with_options(attention, bias=bias), qkv),
         "FUSED swiglu": Row(FUSED.swiglu, REFERENCE.swiglu, [(T, D), (T, D)]),
         "kernel weighted_sum": Row(weighted_sum, weighted_sum_reference, [(T, D), (D,)]),
-        "kernel cross_entropy": Row(loss(kernel_cross_entropy), loss(cross_entropy), [(1, T, V)]),
+        "kernel cross_entropy": Row(loss(kernel_cross_entropy), loss(cross_entropy), logits),
         "FUSED linear_cross_entropy": Row(loss(fused_loss, **losses), loss(linear_loss, **losses), flat),
-        "FUSED log_probs": Row(of_targets(FUSED.log_probs), of_targets(REFERENCE.log_probs), flat),
+        "FUSED log_probs": Row(
+            with_options(FUSED.log_probs, ignore_index=-100), with_options(REFERENCE.log_probs, ignore_index=-100), flat
+        ),
     }
 
 
 def arguments(row: Row, device: torch.device) -> tuple[Tensor, ...]:
-    """Standard normal; in float64 on a CPU, where everything takes it, and in float32 on a GPU, where kernels do."""
+    """Standard normal, but for integers; float64 on a CPU, where all ops take it, float32 on a GPU, where kernels do."""
     g = torch.Generator().manual_seed(0)
     dtype = torch.float64 if device.type == "cpu" else torch.float32
-    return tuple(torch.randn(s, generator=g, dtype=torch.float64).to(device, dtype) for s in row.shapes)
+    drawn = (s if isinstance(s, Tensor) else torch.randn(s, generator=g, dtype=torch.float64) for s in row.shapes)
+    return tuple(x if x.dtype == torch.int64 else x.to(device, dtype) for x in drawn)
 
 
 def cell(row: Row, law: str, args: tuple[Tensor, ...]) -> tuple[str, str]:
