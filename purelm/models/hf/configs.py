@@ -155,7 +155,9 @@ def _rope(entry: Mapping[str, Any], values: Mapping[str, Any], what: str) -> tup
         raise ValueError(f"{what}: {', '.join(unknown)}: not supported for rope_type {kind}")
     if entry.get("factor") is None:
         raise ValueError(f"{what}: lacks the factor of rope_type {kind}")
-    length = entry.get("original_max_position_embeddings") or values["max_position_embeddings"]
+    length = values["max_position_embeddings"]
+    if kind != "dynamic":  # transformers' dynamic form has no other length
+        length = entry.get("original_max_position_embeddings") or length
     options = {names[name]: value for name, value in entry.items() if name in names and value is not None}
     return theta, RopeScaling(ours, float(entry["factor"]), None if kind == "linear" else int(length), **options)  # type: ignore[arg-type]
 
@@ -187,29 +189,29 @@ def _rope_fields(cfg: Config, family: Family) -> dict[str, Any]:
             if by_kind.setdefault(kind, rope) != rope:
                 raise ValueError(f"olmo3 has no form for several ropes of layers of the kind {kind}")
         some = next(iter(by_kind.values()))
-        entries = {k: _entry(*by_kind.get(k, some)) for k in ("full_attention", "sliding_attention")}
+        ropes_of = {kind: by_kind.get(kind, some) for kind in ("full_attention", "sliding_attention")}
+        entries = {kind: _entry(rope, cfg.context_length) for kind, rope in ropes_of.items()}
         return {**found, "rope_parameters": entries}
     if len({*ropes}) > 1:
         raise ValueError(f"{family.model_type} has one rope for all layers")
-    theta, scaling = ropes[0]
     # The older form, which every version of transformers reads.
-    found["rope_theta"] = theta
-    if scaling is not None:
-        found["rope_scaling"] = {k: v for k, v in _entry(theta, scaling).items() if k != "rope_theta"}
-    return found
+    entry = _entry(ropes[0], cfg.context_length)
+    found["rope_theta"] = entry.pop("rope_theta")
+    return found if ropes[0][1] is None else {**found, "rope_scaling": entry}
 
 
-def _entry(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+def _entry(rope: tuple[float, RopeScaling | None], length: int) -> dict[str, Any]:
+    """One rope of a config.json whose max_position_embeddings is `length`."""
+    theta, scaling = rope
     if scaling is None:
         return {"rope_type": "default", "rope_theta": theta}
-    for kind, (ours, names) in SCALINGS.items():
-        if ours == scaling.kind:
-            found: dict[str, Any] = {"rope_type": kind, "rope_theta": theta, "factor": scaling.factor}
-            if scaling.original_length is not None:
-                found["original_max_position_embeddings"] = scaling.original_length
-            return found | {
-                theirs: getattr(scaling, field)
-                for theirs, field in names.items()
-                if getattr(scaling, field) is not None
-            }
-    raise ValueError(f"no family has a form for rope_scaling of the kind {scaling.kind!r}")
+    kind = next((kind for kind, (ours, _) in SCALINGS.items() if ours == scaling.kind), None)
+    if kind is None:
+        raise ValueError(f"no family has a form for rope_scaling of the kind {scaling.kind!r}")
+    found: dict[str, Any] = {"rope_type": kind, "rope_theta": theta, "factor": scaling.factor}
+    if kind in ("llama3", "yarn"):
+        found["original_max_position_embeddings"] = scaling.original_length
+    elif kind == "dynamic" and scaling.original_length != length:
+        raise ValueError(f"rope_type dynamic scales from context_length {length}, not {scaling.original_length}")
+    options = {theirs: getattr(scaling, field) for theirs, field in SCALINGS[kind][1].items()}
+    return found | {name: value for name, value in options.items() if value is not None}
