@@ -107,8 +107,7 @@ def fingerprint(values: Any) -> str:
     digest = hashlib.sha256(repr(kinds(values)).encode())
     for x in tree.leaves(values):
         if isinstance(x, Tensor):
-            flat = x.detach().to("cpu").contiguous().view(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+            digest.update(tree.as_bytes(x.to("cpu")).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purelm import checkpoint, tree
+from purelm.testing import strategies as plm
 
 
 class State(NamedTuple):
@@ -61,11 +62,12 @@ def test_without_like_the_stored_structure_comes_back(tmp_path):
 
 
 keys = st.text(alphabet="abcxyz_0", min_size=1, max_size=4)
-nodes = st.recursive(
-    st.one_of(st.none(), st.integers(0, 3).map(lambda n: torch.arange(n * 2.0).reshape(n, 2))),
-    lambda child: st.one_of(st.dictionaries(keys, child, max_size=4), st.lists(child, max_size=4)),
-    max_leaves=8,
+leaves = plm.tensors(
+    dtype=(*plm.FLOATS, *plm.INTEGERS),
+    values=("small", "normal", "extreme"),
+    layouts=("contiguous", "transposed", "sliced", "expanded"),
 )
+nodes = plm.trees(leaves, names=keys, containers=("dict", "list"), max_leaves=8)
 
 
 @given(nodes)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from purelm import checkpoint, tree
 from purelm.checkpoint import from_bytes, to_bytes
+from purelm.testing import strategies as plm
 
 
 class State(NamedTuple):
@@ -24,18 +25,15 @@ keys = st.text("abc_0", min_size=1, max_size=3)
 leaves = st.builds(
     lambda shape, dtype: torch.ones(shape).to(dtype), st.lists(st.integers(0, 3), max_size=3), st.sampled_from(DTYPES)
 )
-trees = st.recursive(
-    st.none() | leaves,
-    lambda child: st.dictionaries(keys, child, max_size=4) | st.lists(child, max_size=3).map(tuple) | st.lists(child),
-    max_leaves=8,
-)
+strided = plm.tensors(dtype=plm.FLOATS, values=("normal", "special"), layouts=("transposed", "sliced", "expanded"))
+trees = plm.trees(leaves | strided, names=keys, containers=("dict", "list", "tuple"), max_leaves=8)
 
 
 def same(a, b):
     assert tree.structure(a) == tree.structure(b)
     for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True):
         assert x.dtype == y.dtype and x.shape == y.shape
-        assert torch.equal(x.contiguous().view(-1).view(torch.uint8), y.contiguous().view(-1).view(torch.uint8))
+        assert torch.equal(tree.as_bytes(x), tree.as_bytes(y))
 
 
 @given(trees, st.dictionaries(st.text(), st.integers() | st.text() | st.none(), max_size=3))

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections import OrderedDict, defaultdict
-from typing import NamedTuple
 
 import optree
 import pytest
@@ -11,36 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purelm import tree
-
-
-class Pair(NamedTuple):
-    first: object
-    second: object
-
-
-def tensors():
-    shapes = st.lists(st.integers(0, 3), max_size=2).map(tuple)
-    dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
-    return st.builds(_filled, shapes, dtypes, st.integers(0, 99))
-
-
-def _filled(shape, dtype, seed):
-    return (torch.arange(torch.Size(shape).numel(), dtype=torch.float64) - seed).reshape(shape).to(dtype)
-
-
-def trees(leaves=None):
-    leaves = tensors() if leaves is None else leaves
-    keys = st.text("abxyz", min_size=1, max_size=3)
-    return st.recursive(
-        leaves | st.none(),
-        lambda children: (
-            st.dictionaries(keys, children, max_size=4)
-            | st.lists(children, max_size=4)
-            | st.lists(children, max_size=3).map(tuple)
-            | st.builds(Pair, children, children)
-        ),
-        max_leaves=12,
-    )
+from purelm.testing import strategies as plm
+from purelm.testing.strategies import Pair, trees
 
 
 def same(a, b):
@@ -441,3 +412,15 @@ def test_frames_that_dynamo_gives_up_walk_trees_too():
     assert tree.structure(eager) == tree.structure(compiled)
     for x, y in zip(tree.leaves(eager), tree.leaves(compiled), strict=True):
         assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+@given(plm.tensors(dtype=(*plm.FLOATS, *plm.INTEGERS), layouts=("contiguous", "transposed", "sliced", "expanded")))
+def test_as_bytes(x):
+    """Oracle: numpy's bytes of a contiguous copy; bf16, which numpy lacks, has the upper halves of fp32's."""
+    if x.dtype == torch.bfloat16:
+        expected = x.float().contiguous().numpy().view("uint16")[..., 1::2].tobytes() if x.ndim and x.numel() else None
+    else:
+        expected = x.contiguous().numpy().tobytes()
+    found = tree.as_bytes(x)
+    assert found.dtype == torch.uint8 and found.shape == (x.nbytes,)
+    assert expected is None or found.numpy().tobytes() == expected

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purelm import tree
-from tests.test_tree import Pair, trees
+from purelm.testing.strategies import Pair, trees
 
 names = st.text("abcxyz_", min_size=1, max_size=3)
 

@@ -54,7 +54,7 @@ def storable(leaves: list[Tensor]) -> list[Tensor]:
         x = leaf.detach().to("cpu").contiguous().resolve_conj().resolve_neg()
         storage = x.untyped_storage()
         if storage.nbytes() != x.nbytes or storage.data_ptr() in seen:
-            x = x.clone()
+            x = x.clone(memory_format=torch.contiguous_format)
         seen.add(x.untyped_storage().data_ptr())
         out.append(x)
     return out

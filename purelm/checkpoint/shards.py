@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from purelm import tree
+
 # Names of the format (https://github.com/huggingface/safetensors) for what torch has.
 DTYPES = {
     "F64": torch.float64,
@@ -93,9 +95,9 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
                 digest.update(block)
             for key in order:
                 if tensors[key].numel():
-                    x = tensors[key].detach().to("cpu").contiguous().resolve_neg().view(-1).view(torch.uint8)
-                    file.write(x.numpy().data)
-                    digest.update(x.numpy().data)
+                    x = tree.as_bytes(tensors[key].to("cpu")).numpy().data
+                    file.write(x)
+                    digest.update(x)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -103,5 +103,5 @@ def _digest(about: Mapping[str, Any], leaves: Mapping[str, Tensor]) -> str:
         x = leaves[path]
         digest.update(json.dumps([path, str(x.dtype), list(x.shape)]).encode())
         if x.numel():
-            digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(tree.as_bytes(x).numpy().data)
     return digest.hexdigest()

@@ -25,7 +25,7 @@ class Model(NamedTuple):
     init: protocols.Init
     leaves: Mapping[str, Leaf]  # path -> shape, kind, initialisation and cut of each parameter
     hidden: protocols.Forward  # states_BTD after the final norm
-    unembedding: Callable[[Params], Tensor]  # (params) -> weight_VD, with logits = states weight^T
+    unembedding: Callable[[Params], Tensor]  # (params) -> weight_VD; logits are states weight^T, soft-capped if at all
     apply: protocols.Forward  # logits_BTV
     loss: protocols.Loss
     log_probs: protocols.LogProbs

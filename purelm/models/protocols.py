@@ -37,6 +37,8 @@ class Forward(Protocol):
 class Loss(Protocol):
     """(loss, metrics) of a batch with "tokens" and "targets"; the loss is 0-d, in nats, and metrics are detached.
 
+    The batch may also have "weights" (B, T), whose targets of weight 0 may be any number, "segment_ids" (B, T), and
+    "denominator", 0-d: loss = sum of weights x losses / denominator, by default the sum of the weights.
     z_loss: coefficient of (log Z)^2. chunk: tokens whose logits are held at a time; None: all.
     """
 
@@ -46,7 +48,10 @@ class Loss(Protocol):
 
 
 class LogProbs(Protocol):
-    """(log p(target), entropy of p) at each position, in nats, with p = softmax(logits / temperature)."""
+    """(log p(target), entropy of p) at each position, in nats, with p = softmax(logits / temperature).
+
+    Both are 0 where the batch's "weights" are 0.
+    """
 
     def __call__(
         self, params: Params, batch: Mapping[str, Tensor], /, *, temperature: float = 1.0, chunk: int | None = None

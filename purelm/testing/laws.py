@@ -189,18 +189,15 @@ def unchanged(*args: Tree) -> Iterator[None]:
         require(x is y, f"argument {path}: another object stands in its place")
         if isinstance(x, Tensor):
             same = _version(x) == version and x.dtype == old.dtype and x.shape == old.shape
-            require(same and torch.equal(_bits(x), _bits(old)), f"argument {path} was written to")
+            # As bytes, so that NaN equals NaN and -0 is not 0.
+            same = same and torch.equal(tree.as_bytes(x), tree.as_bytes(old))
+            require(same, f"argument {path} was written to")
     for name, state in _generators().items():
         require(name not in generators or torch.equal(state, generators[name]), f"{name} global generator was used")
 
 
 def _version(x: Any) -> int | None:
     return x._version if isinstance(x, Tensor) and not x.is_inference() else None
-
-
-def _bits(x: Tensor) -> Tensor:
-    """The tensor as bytes, so that NaN equals NaN and -0 is not 0."""
-    return x.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _generators() -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from purelm.tree.parts import (
 from purelm.tree.stacks import stack, unstack
 from purelm.tree.tensors import (
     all_finite,
+    as_bytes,
     cast,
     global_norm,
     is_floating,
@@ -40,6 +41,7 @@ __all__ = [
     "Tree",
     "TreeDef",
     "all_finite",
+    "as_bytes",
     "cast",
     "combine",
     "flatten",

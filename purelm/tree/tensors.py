@@ -15,6 +15,7 @@ from purelm.tree.walks import Tree, leaves, map, paths
 
 __all__ = [
     "all_finite",
+    "as_bytes",
     "cast",
     "global_norm",
     "n_bytes",
@@ -121,3 +122,14 @@ def _plain_leaves(who: str, tree: Tree) -> list[Any]:
                 "dataclass or an object as a dict)"
             )
     return found
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """The bytes of x's elements in order, uint8 (n,): a view of x where it is dense, for hashes and exact comparison.
+
+    >>> as_bytes(torch.tensor([1, 256], dtype=torch.int16))
+    tensor([1, 0, 0, 1], dtype=torch.uint8)
+    """
+    flat = x.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+    # An axis of size 1 may have any stride, in a tensor that torch calls contiguous, too; a view as bytes needs 1.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)

@@ -8,6 +8,7 @@ import torch
 from purelm import random, tree
 from purelm.models import transformer
 from purelm.models.transformer import Config, RopeScaling
+from purelm.testing.model_cache_laws import CACHE_LAWS
 
 
 @pytest.fixture
@@ -72,6 +73,15 @@ AXES = {
     "like qwen3": dict(qk_norm="head", n_kv_heads=2, head_dim=8, rope_layout="half", rope_theta=1e6),
     "like olmo2": dict(norm_position="output", qk_norm="full", rope_layout="half"),
 }  # fmt: skip
+
+
+# Laws of purelm.testing.check_model that a model of an axis is not made for: a bidirectional one has no cache and sees
+# the padding, and dynamic_ntk's positions scale with the length of the row.
+LEFT_OUT = {
+    "bidirectional": ("causality", "padding", *CACHE_LAWS),
+    "bidirectional window": ("causality", "padding", *CACHE_LAWS),
+    "rope dynamic ntk": ("padding",),
+}
 
 
 @pytest.fixture(params=AXES.values(), ids=AXES.keys())

@@ -1,4 +1,4 @@
-"""Laws of the model: causality, windows, packing, padding, batch rows, purity, per-sample gradients."""
+"""Laws of the model: those of every Model, for each axis of Config; and windows, packing, positions, derivatives."""
 
 from dataclasses import replace
 
@@ -13,9 +13,19 @@ from purelm.models.context import segment_positions
 from purelm.models.transformer import Config, RopeScaling, apply, hidden
 from purelm.ops import REFERENCE
 from purelm.ops.sdpa import sdpa_attention
+from purelm.testing.laws import without
+from purelm.testing.models import MODEL_LAWS, check_model
+from tests.models.conftest import AXES, LEFT_OUT, SIZES
 
 CFG = Config(vocab_size=29, context_length=16, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=40)
 PARAMS = transformer.init(random.key(0), CFG, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_laws_of_a_model(name):
+    """Laws: those of check_model; over the whole context, more than windows and the original length of positions."""
+    laws = without(MODEL_LAWS, *LEFT_OUT.get(name, ()))
+    check_model(transformer.make(Config(**{**SIZES, **AXES[name]})), laws=laws, length=SIZES["context_length"])
 
 
 def influence(cfg, attention=REFERENCE.attention, T=9):
@@ -72,16 +82,6 @@ def test_packed_equals_separate(documents, position):
         at += len(d)
 
 
-@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**31))
-def test_rows_do_not_see_each_other(B, T, seed):
-    """Law: a row of a batch is the row alone; what comes after a position changes nothing before it."""
-    tokens = torch.randint(0, 29, (B, T), generator=torch.Generator().manual_seed(seed))
-    logits = apply(PARAMS, tokens, CFG)
-    for b in range(B):
-        torch.testing.assert_close(logits[b : b + 1], apply(PARAMS, tokens[b : b + 1], CFG))
-    torch.testing.assert_close(logits[:, : T // 2 + 1], apply(PARAMS, tokens[:, : T // 2 + 1], CFG))
-
-
 def test_segment_positions():
     """Oracle: counting by hand; an id that comes again begins again."""
     ids = torch.tensor([[3, 3, 3, 1, 1, 3], [0, 1, 1, 1, 0, 0]])
@@ -119,33 +119,6 @@ def test_tables_are_never_half(dtype):
     assert seen == {dtype, torch.float64 if dtype == torch.float64 else torch.float32}
 
 
-def test_pure():
-    """Exact: no argument changes, the global generator is not read, and twice the same gives the same bits."""
-    tokens = torch.tensor([[1, 2, 3]])
-    before = tree.map(torch.clone, PARAMS)
-    state = torch.random.get_rng_state()
-    first, second = apply(PARAMS, tokens, CFG), apply(PARAMS, tokens, CFG)
-    transformer.init(random.key(1), CFG)
-    assert torch.equal(first, second)
-    assert torch.equal(state, torch.random.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(before), tree.leaves(PARAMS), strict=True))
-
-
-def test_per_sample_gradients_by_vmap():
-    """Oracle: a loop with torch.autograd.grad."""
-    tokens = torch.randint(0, 29, (3, 7))
-
-    def f(params, row):
-        batch = {"tokens": row[None, :-1], "targets": row[None, 1:]}
-        return transformer.loss(params, batch, CFG)[0]
-
-    got = tree.leaves(torch.func.vmap(torch.func.grad(f), (None, 0))(PARAMS, tokens))
-    params = tree.map(lambda x: x.clone().requires_grad_(), PARAMS)
-    for b in range(3):
-        for x, y in zip(got, torch.autograd.grad(f(params, tokens[b]), tree.leaves(params)), strict=True):
-            torch.testing.assert_close(x[b], y)
-
-
 def test_many_models_by_vmap():
     """Oracle: a loop over models whose parameters are stacked."""
     models = [transformer.init(random.key(i), CFG, dtype=torch.float64) for i in range(3)]
@@ -156,20 +129,11 @@ def test_many_models_by_vmap():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's table of forward formulas
-def test_jvp():
-    """Oracle: <gradient, direction>; and forward over reverse, the Hessian times a direction, by differences."""
+def test_forward_over_reverse():
+    """Oracle: differences of gradients, for the Hessian times a direction."""
     batch = {"tokens": torch.tensor([[1, 2, 3]]), "targets": torch.tensor([[2, 3, 4]])}
     direction = transformer.init(random.key(9), CFG, dtype=torch.float64)
-
-    def f(params):
-        return transformer.loss(params, batch, CFG, z_loss=0.1)[0]
-
-    def dot(a, b):
-        return sum((x * y).sum() for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
-
-    gradient = torch.func.grad(f)
-    _, slope = torch.func.jvp(f, (PARAMS,), (direction,))
-    torch.testing.assert_close(slope, dot(gradient(PARAMS), direction))
+    gradient = torch.func.grad(lambda params: transformer.loss(params, batch, CFG, z_loss=0.1)[0])
     _, hessian_direction = torch.func.jvp(gradient, (PARAMS,), (direction,))
     step = 1e-5
     after, before = (gradient(tree.map(lambda p, d, s=s: p + s * d, PARAMS, direction)) for s in (step, -step))

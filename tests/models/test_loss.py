@@ -1,6 +1,7 @@
 """loss: against torch's cross_entropy, and invariant to padding and to any split of the batch."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from purelm import random, tree
 from purelm.models import transformer
 from purelm.models.transformer import Config, apply, loss
+from purelm.testing.losses import check_loss
 
 CFG = Config(vocab_size=29, context_length=16, d_model=24, n_layers=1, n_heads=4, d_ff=40)
 PARAMS = tree.map(lambda x: x.requires_grad_(), transformer.init(random.key(0), CFG, dtype=torch.float64))
@@ -58,16 +60,10 @@ def test_z_loss_and_softcap():
     torch.testing.assert_close(metrics["nll"], nll.mean())
 
 
-@given(st.integers(1, 3), st.integers(1, 7), st.integers(0, 2**31))
-def test_split_of_the_batch(n, T, seed):
-    """Law: with the whole's denominator, losses, gradients and metrics of the parts add up to the whole's."""
-    batch = make_batch(4, T, seed)
-    batch["denominator"] = batch["weights"].sum()
-    parts = [{k: v[s] if v.ndim else v for k, v in batch.items()} for s in (slice(0, n), slice(n, None))]
-    (a, ma), (b, mb), (whole, metrics) = (loss(PARAMS, x, CFG, z_loss=0.1) for x in (*parts, batch))
-    assert_same_gradients(a + b, whole)
-    for name, value in metrics.items():
-        torch.testing.assert_close(ma[name] + mb[name], value)
+@pytest.mark.parametrize("T", [1, 2, 7])
+def test_laws_of_a_loss(T):
+    """Laws: those of check_loss; among them that parts of a batch add up to the whole, however it is split."""
+    check_loss(partial(transformer.make(CFG).loss, z_loss=0.1), PARAMS, make_batch(4, T))
 
 
 @given(st.integers(0, 5), st.integers(1, 7), st.integers(0, 28), st.integers(0, 2**31))

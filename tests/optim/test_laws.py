@@ -22,8 +22,8 @@ from purelm.optim import (
     muon_adamw,
     sgd,
 )
-from purelm.testing import without
-from purelm.testing.optimizers import OPTIMIZER_LAWS, check_optimizer
+from purelm.testing import OPTIMIZER_LAWS, check_optimizer, without
+from purelm.testing import strategies as plm
 
 EVERY = {
     "sgd": sgd(),
@@ -125,9 +125,7 @@ def test_update_is_differentiable():
     assert torch.autograd.gradcheck(f, (g.requires_grad_(), lr))
 
 
-shapes = st.lists(
-    st.sampled_from([(), (1,), (1, 1), (0,), (0, 3), (3, 0), (5,), (2, 3), (7, 1), (3, 2, 2)]), min_size=1, max_size=4
-)
+shapes = st.lists(plm.shapes(), min_size=1, max_size=4)
 PEERS = {
     "sgd": (lambda: sgd(0.9, 0.05, nesterov=True), lambda p: torch.optim.SGD(p, 0.1, 0.9, 0, 0.05, True)),
     "adam": (adam, lambda p: torch.optim.Adam(p, 0.1)),

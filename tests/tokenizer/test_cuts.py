@@ -5,9 +5,10 @@ import random
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from purelm.testing import strategies as plm
 from purelm.tokenizer import split
 from purelm.tokenizer.blocks import chunk_spans, read_span
 from purelm.tokenizer.cuts import chunks, last_cut, next_cut
@@ -20,6 +21,7 @@ ALPHABET = [
     "\u2028", "\u2003", "\u1680", "\u202f", "\u205f", "\x1c", "\x1f", "\x00", "\u00e9", "e\u0301", "\u0301", "\u4e2d",
     "\u00bd", "\u0663", "\u01c5", "\u02b0", "\U0001f600", "\u200d", "\u200b", "\ufeff", "\u017f",
 ]  # fmt: skip
+MIXED = st.lists(st.sampled_from(ALPHABET) | st.characters(codec="utf-8")).map("".join)
 
 
 def pieces(text: str, pattern: str, special_tokens=()) -> list[str]:
@@ -57,7 +59,8 @@ def test_cuts_keep_the_pieces_of_random_text(pattern):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@given(text=st.lists(st.sampled_from(ALPHABET) | st.characters(codec="utf-8")).map("".join), n_bytes=st.integers(1, 20))
+@settings(max_examples=100)
+@given(text=MIXED | plm.texts(), n_bytes=st.integers(1, 20))
 def test_cuts_keep_the_pieces_of_any_text(pattern, text, n_bytes):
     check(text, pattern, n_bytes=n_bytes)
 

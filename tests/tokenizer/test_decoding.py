@@ -7,9 +7,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from purelm.testing import strategies as plm
 from purelm.tokenizer import (
     decode,
     decode_bytes,
@@ -24,7 +25,8 @@ BYTES = {value: bytes([value]) for value in range(256)}
 TEXT = st.text(st.sampled_from("ab c\n\u00e9\u4e2d\U0001f600\u0301\ufffd\x00") | st.characters(codec="utf-8"))
 
 
-@given(text=TEXT, seed=st.integers(0, 5))
+@settings(max_examples=100)
+@given(text=TEXT | plm.texts(["<|endoftext|>", "b c"]), seed=st.integers(0, 5))
 def test_round_trip(random_bpe, text, seed):
     """Law: decode(encode(text)) == text, both engines, special tokens or not."""
     bpe = random_bpe(seed, special_tokens=["<|endoftext|>", "b c"], pattern=["gpt2", "cl100k", "o200k"][seed % 3])
@@ -187,7 +189,12 @@ BAD_OR_GOOD = st.lists(st.sampled_from(PARTS)).map(lambda parts: list(b"".join(p
 ERRORS = ["replace", "ignore", "backslashreplace", "strict"]
 
 
-@given(ids=BAD_OR_GOOD, errors=st.sampled_from(ERRORS), cuts=st.lists(st.integers(0, 60)))
+@settings(max_examples=75)
+@given(
+    ids=BAD_OR_GOOD | plm.byte_strings().map(list),
+    errors=st.sampled_from(ERRORS),
+    cuts=st.lists(st.integers(0, 60)),
+)
 def test_pieces_join_to_the_whole(ids, errors, cuts):
     """Law: joined, what the steps give is decode of all ids, for every way of cutting them; errors are raised alike."""
     bpe = make(BYTES, [])

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from purelm.testing import strategies as plm
 from purelm.tokenizer import encode, encoding, make, save, split, tables
 from purelm.tokenizer.cuts import SAFE_SPACE, SAFE_SPACE_BYTES
 from purelm.tokenizer.encoding import _merge_long, _merge_short
@@ -95,12 +96,14 @@ def test_random_merges_in_any_order(random_bpe, engine, seed, ignore_merges):
             assert encode(bpe, text, None, engine=engine).tolist() == naive(bpe, text, ()), repr(text)
 
 
+@settings(max_examples=100)
 @given(data=st.data())
 def test_naive_oracle_on_any_text(random_bpe, data):
     """Oracle: the naive BPE; both engines, special tokens that overlap, all patterns."""
     pattern = data.draw(st.sampled_from(["gpt2", "cl100k", "o200k", r"\w+|\s"]))
     bpe = random_bpe(1, special_tokens=["<a>", "<a><b>", "b>", "<|endoftext|>"], pattern=pattern)
-    text = data.draw(st.lists(st.sampled_from([*SIGNS, "<a>", "<a><b>", "b>"])).map("".join))
+    signs = st.lists(st.sampled_from([*SIGNS, "<a>", "<a><b>", "b>"])).map("".join)
+    text = data.draw(signs | plm.texts(bpe.special_tokens))
     allowed = data.draw(st.sets(st.sampled_from(bpe.special_tokens)))
     expected = naive(bpe, text, allowed)
     assert encode(bpe, text, allowed, engine="python").tolist() == expected

@@ -6,9 +6,10 @@ import time
 import numpy as np
 import pytest
 import regex
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from purelm.testing import strategies as plm
 from purelm.tokenizer import resolve, split, splitting
 from purelm.tokenizer.compiled.classes import LETTER, LOWER, NEWLINE, NUMBER, SPACE, UPPER, class_table
 from purelm.tokenizer.patterns import CL100K, GPT2, NAMES, O200K, family
@@ -64,7 +65,8 @@ def test_compiled_is_the_reference_on_random_text(pattern):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@given(text=MIXED)
+@settings(max_examples=100)
+@given(text=MIXED | plm.texts())
 def test_compiled_is_the_reference(pattern, text):
     """Oracle: the reference splitter, on any characters."""
     pytest.importorskip("numba")
@@ -101,7 +103,8 @@ def test_class_table_is_what_regex_says():
     assert not table.flags.writeable
 
 
-@given(data=st.binary(max_size=60), pattern=st.sampled_from(PATTERNS))
+@settings(max_examples=100)
+@given(data=st.binary(max_size=60) | plm.byte_strings(), pattern=st.sampled_from(PATTERNS))
 def test_compiled_survives_bytes_that_are_no_text(data, pattern):
     """Law: ends rise strictly and the last is the length, whatever the bytes."""
     pytest.importorskip("numba")
@@ -112,7 +115,11 @@ def test_compiled_survives_bytes_that_are_no_text(data, pattern):
     assert np.all(np.diff(ends, prepend=0) > 0) and (ends[-1:] == len(data)).all()
 
 
-@given(text=MIXED, pattern=st.sampled_from([*PATTERNS, r"\w+", r"(a|b)+|\s", r"x*", r"(?=a)", r"[\s\S]+", r"\d(\d)?"]))
+@settings(max_examples=100)
+@given(
+    text=MIXED | plm.texts(),
+    pattern=st.sampled_from([*PATTERNS, r"\w+", r"(a|b)+|\s", r"x*", r"(?=a)", r"[\s\S]+", r"\d(\d)?"]),
+)
 def test_no_pattern_loses_text(text, pattern):
     """Law: the pieces join to the text and none is empty, also where the pattern leaves gaps or has groups."""
     pieces = split(text, pattern)

@@ -7,9 +7,10 @@ import sys
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from purelm.testing import strategies as plm
 from purelm.tokenizer import encode, encode_iterable, make, streams
 from purelm.tokenizer.engine import PAYS_FROM
 
@@ -36,7 +37,8 @@ def split_at(text: str, cuts) -> list[str]:
 
 @pytest.mark.parametrize("block", [1, 7, 4096])
 @pytest.mark.parametrize("pattern", BPES)
-@given(text=TEXT, cuts=st.lists(st.integers(0, 10_000), max_size=30))
+@settings(max_examples=100)
+@given(text=TEXT | plm.texts(SPECIALS), cuts=st.lists(st.integers(0, 10_000), max_size=30))
 def test_equals_encode_for_every_way_of_cutting_the_text(pattern, block, text, cuts):
     bpe = BPES[pattern]
     old, streams.BLOCK_CHARS = streams.BLOCK_CHARS, block
