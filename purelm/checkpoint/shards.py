@@ -95,9 +95,9 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
                 digest.update(block)
             for key in order:
                 if tensors[key].numel():
-                    x = tree.as_bytes(tensors[key].to("cpu")).numpy().data
-                    file.write(x)
-                    digest.update(x)
+                    data = tree.as_bytes(tensors[key].to("cpu")).numpy().data
+                    file.write(data)
+                    digest.update(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
