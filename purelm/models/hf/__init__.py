@@ -24,14 +24,14 @@ from purelm.files import staging
 from purelm.models.config import Config
 from purelm.models.hf.configs import from_json, to_json
 from purelm.models.hf.families import FAMILIES, Family
-from purelm.models.hf.weights import Stored, files_of, read, write
+from purelm.models.hf.weights import Stored, files_of, read, stored_by, write
 from purelm.models.layers import leaves
 from purelm.models.leaves import Params, check_params
 from purelm.tokenizer import BPE, vocab_size
 from purelm.tokenizer import load as load_tokenizer
 from purelm.tokenizer import save as save_tokenizer
 
-__all__ = ["FAMILIES", "Family", "load", "load_weights", "save", "with_layout"]
+__all__ = ["FAMILIES", "Family", "load", "load_weights", "save", "stored_by", "with_layout"]
 
 
 def load(

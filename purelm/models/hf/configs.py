@@ -45,7 +45,18 @@ def from_json(given: Mapping[str, Any], what: str, ignore: Sequence[str] = ()) -
     if wrong:
         raise ValueError(f"{what}: {', '.join(wrong)}: not supported for model_type {family.model_type}")
     fields = {ours: values[theirs] for theirs, ours in family.fields.items()}
+    odd = [
+        f"{theirs} {values[theirs]!r}" for theirs, ours in family.fields.items()
+        if ours not in ("norm_eps", "tie_embeddings") and not _is_size(values[theirs], theirs in family.defaults)
+    ]  # fmt: skip
+    if odd:
+        raise ValueError(f"{what}: {', '.join(odd)}: not a positive integer")
+    # Sizes that follow from others are written out, so that what is saved and read again is equal.
+    fields["d_ff"] = fields["d_ff"] or 4 * fields["d_model"]
     if has_rope:
+        fields["n_kv_heads"] = fields["n_kv_heads"] or fields["n_heads"]
+        if fields["head_dim"] is None and fields["d_model"] % fields["n_heads"] == 0:
+            fields["head_dim"] = fields["d_model"] // fields["n_heads"]
         windows = _windows(family, values, what)
         fields |= _ropes(values, windows, what)
         fields["window"] = _in_turn(windows)
@@ -87,6 +98,12 @@ def _to_json(cfg: Config, family: Family) -> dict[str, Any]:
     if family.model_type == "gpt2" and (cfg.n_kv_heads, cfg.head_dim) != (None, None):
         raise ValueError("gpt2 has no form for n_kv_heads or head_dim")
     return found
+
+
+def _is_size(value: Any, may_be_absent: bool) -> bool:
+    if value is None:
+        return may_be_absent
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 # Windows: transformers counts the position itself, `Config.window` the keys before it.

@@ -6,11 +6,12 @@ from transformers import AutoModelForCausalLM
 
 SIZES = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64,
+    num_key_value_heads=2, max_position_embeddings=80,
 )  # fmt: skip
 LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
+GPT2 = dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=80)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 # name -> (class of the configuration, its arguments)
 MODELS = {
@@ -23,14 +24,14 @@ MODELS = {
     "mistral": ("MistralConfig", {**SIZES, "sliding_window": 5}),
     "mistral, no window": ("MistralConfig", {**SIZES, "sliding_window": None}),
     "qwen2": ("Qwen2Config", {**SIZES, "tie_word_embeddings": True}),
-    "qwen2, windows": ("Qwen2Config", {**SIZES, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2, windows": (
+        "Qwen2Config", {**SIZES, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    ),
     "qwen3": ("Qwen3Config", {**SIZES, "head_dim": 16}),
     "olmo2": ("Olmo2Config", SIZES),
     "olmo3": ("Olmo3Config", {**SIZES, "num_hidden_layers": 4, "sliding_window": 5, "rope_scaling": YARN}),
-    "gpt2": ("GPT2Config", dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
-    "gpt2, untied": (
-        "GPT2Config", dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=40, tie_word_embeddings=False)
-    ),
+    "gpt2": ("GPT2Config", GPT2),
+    "gpt2, untied": ("GPT2Config", {**GPT2, "n_inner": 40, "tie_word_embeddings": False}),
 }  # fmt: skip
 
 
