@@ -114,7 +114,7 @@ class Config:
         if self.window == ():
             raise ValueError("Config.window must be None, a number of keys or a non-empty tuple of these, got ()")
         for w in self.window if isinstance(self.window, tuple) else (self.window,):
-            if w is not None and (not isinstance(w, int) or w < 0):
+            if w is not None and (not isinstance(w, int) or isinstance(w, bool) or w < 0):
                 raise ValueError(f"Config.window must be None or at least 0 keys, got {self.window}")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(
@@ -124,6 +124,9 @@ class Config:
             raise ValueError(f"Config.n_kv_heads must divide n_heads {self.n_heads}, got {self.n_kv_heads}")
         if self.position == "rope" and self.head_width % 2:
             raise ValueError(f"Config.head_dim must be even for rope, got {self.head_width}")
+        odd = [x for x in _every(self.rope_scaling) if x is not None and not isinstance(x, RopeScaling)]
+        if odd:
+            raise ValueError(f"Config.rope_scaling must be a RopeScaling, None, or a tuple of these, got {odd[0]!r}")
         if any(x is not None for x in _every(self.rope_scaling)) and self.position != "rope":
             raise ValueError(f'Config.rope_scaling needs position "rope", got position {self.position!r}')
         if self.norm == "none" and self.norm_position != "pre":
@@ -131,8 +134,13 @@ class Config:
         for name in ("norm_eps", "rope_theta", "attention_scale", "attention_softcap", "logit_softcap"):
             given = getattr(self, name)
             for value in _every(given) if name == "rope_theta" else (given,):
-                if isinstance(value, (str, tuple)) or (value is not None and not 0.0 < value < math.inf):
+                if value is None and name not in ("norm_eps", "rope_theta"):
+                    continue
+                if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 < value < math.inf:
                     raise ValueError(f"Config.{name} must be above 0 and finite, got {given!r}")
+        for name in ("gelu_tanh", "causal", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"Config.{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("rope_theta", "rope_scaling"):
             if getattr(self, name) == ():
                 raise ValueError(f"Config.{name} must have an entry for at least one layer, got ()")
