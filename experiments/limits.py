@@ -95,8 +95,10 @@ def check(cfg: Any, prefix: str = "") -> None:
     hints = get_type_hints(type(cfg), include_extras=True)
     for field in dataclasses.fields(cfg):
         name, value = f"{prefix}{field.name}", getattr(cfg, field.name)
-        if dataclasses.is_dataclass(value):
-            check(value, f"{name}.")
+        inner = [x for x in (value if isinstance(value, tuple) else (value,)) if dataclasses.is_dataclass(x)]
+        for x in inner:
+            check(x, f"{name}.")
+        if inner:
             continue
         rule = rule_of(type(cfg), field.name, hints[field.name])
         for item in value if isinstance(value, tuple | list) else (value,):

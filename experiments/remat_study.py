@@ -40,7 +40,7 @@ from purelm import accounting, random, tree
 from purelm.models import transformer
 from purelm.models.block import apply_norm, block
 from purelm.models.config import Config
-from purelm.models.context import context
+from purelm.models.context import contexts
 from purelm.models.embedding import embed, unembedding
 from purelm.models.layers import layer_of, norm_of
 from purelm.ops import Ops
@@ -65,10 +65,10 @@ class Args:
     json: Path | None = None
 
 
-def layers(params: Any, cfg: Config, ops: Ops, ctx: Any) -> list[Layer]:
+def layers(params: Any, cfg: Config, ops: Ops, ctxs: Any) -> list[Layer]:
     """The blocks as functions of x alone."""
     kinds = [layer_of(cfg, i) for i in range(cfg.n_layers)]
-    return [partial(_call, kind, layer, ctx, ops) for kind, layer in zip(kinds, params["layers"], strict=True)]
+    return [partial(_call, kind, p, ctx, ops) for kind, p, ctx in zip(kinds, params["layers"], ctxs, strict=True)]
 
 
 def _call(kind: Any, layer: Any, ctx: Any, ops: Ops, x: Tensor) -> Tensor:
@@ -76,10 +76,11 @@ def _call(kind: Any, layer: Any, ctx: Any, ops: Ops, x: Tensor) -> Tensor:
 
 
 def start(params: Any, tokens: Tensor, cfg: Config, ops: Ops) -> tuple[Tensor, Any]:
-    """(x_BTD, ctx) before the first block."""
+    """(x_BTD before the first block, the Context of each block)."""
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     x = embed(params, tokens, positions, cfg, ops)
-    return x, context(positions, None, cfg, length=tokens.shape[1], dtype=x.dtype)
+    ropes = [cfg.rope_of(i) for i in range(cfg.n_layers)]
+    return x, contexts(positions, None, cfg, ropes, length=tokens.shape[1], dtype=x.dtype)
 
 
 def head(params: Any, x: Tensor, targets: Tensor, cfg: Config, ops: Ops) -> Tensor:
@@ -93,19 +94,19 @@ def head(params: Any, x: Tensor, targets: Tensor, cfg: Config, ops: Ops) -> Tens
 
 def model_loss(params: Any, batch: dict[str, Tensor], cfg: Config, ops: Ops, strategy: Strategy) -> Tensor:
     """`transformer.loss` with the blocks composed by a strategy."""
-    x, ctx = start(params, batch["tokens"], cfg, ops)
-    return head(params, strategy(layers(params, cfg, ops, ctx))(x), batch["targets"], cfg, ops)
+    x, ctxs = start(params, batch["tokens"], cfg, ops)
+    return head(params, strategy(layers(params, cfg, ops, ctxs))(x), batch["targets"], cfg, ops)
 
 
 def measure_parts(params: Any, batch: dict[str, Tensor], cfg: Config, ops: Ops) -> Parts:
     """Measure one block and the loss, each by itself."""
     device = batch["tokens"].device
     with torch.no_grad():
-        x, ctx = start(params, batch["tokens"], cfg, ops)
+        x, ctxs = start(params, batch["tokens"], cfg, ops)
     x = x.detach().requires_grad_()
-    f, weights = layers(params, cfg, ops, ctx)[0], tree.leaves(params["layers"][0])
+    f, weights = layers(params, cfg, ops, ctxs)[0], tree.leaves(params["layers"][0])
     top = [v for k, v in params.items() if k in ("ln_final", "lm_head") or (cfg.tie_embeddings and "token" in k)]
-    tables = [t for t in ctx if isinstance(t, Tensor)]
+    tables = [t for t in ctxs[0] if isinstance(t, Tensor)]
     with record_saved(known=[*weights, *tables]) as saved:
         f(x)
     cotangent, targets = torch.ones_like(x), batch["targets"]

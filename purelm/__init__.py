@@ -11,6 +11,7 @@ A room is imported when its name is first used, so that `import purelm` itself i
     optim, train     optimizers, schedules, averages; the training step
     tokenizer, data  byte-level BPE; token files, batches, corpora
     generate, evals  text from a model; perplexity and bits per byte
+    align            post-training: prompts and responses, masked means, LoRA
     accounting       parameters, FLOPs, bytes and messages
     checkpoint       saved trees, whole or by parts
     track            metrics, curves and reports of a run
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from purelm import (
         accounting,
+        align,
         caches,
         checkpoint,
         data,
@@ -54,6 +56,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "accounting",
+    "align",
     "caches",
     "checkpoint",
     "data",

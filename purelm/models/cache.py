@@ -19,7 +19,7 @@ from torch import Tensor
 from purelm import tree
 from purelm.models.block import Layer, apply_norm, block_cached
 from purelm.models.config import Config
-from purelm.models.context import Context, context
+from purelm.models.context import Context, contexts
 from purelm.models.embedding import embed, readout
 from purelm.models.layers import kinds_of
 from purelm.models.leaves import Params
@@ -226,12 +226,13 @@ def _run(
     if cache.start is not None:
         positions = (new_T - cache.start.unsqueeze(-1)).clamp(min=0)
     x = embed(params, tokens_BT, positions, cfg, ops)
-    ctx = context(positions, None, cfg, length=n_positions or cache.slots.shape[0], dtype=x.dtype)
     kinds = kinds_of(cfg)
+    length = n_positions or cache.slots.shape[0]
+    by_kind = contexts(positions, None, cfg, kinds.ropes, length=length, dtype=x.dtype)
     reads = [layer.mixer.reads(layer.mixer.config, slots) for layer in kinds.layers]
     states = []
     for kind, layer, state in zip(kinds.of, params["layers"], cache.layers, strict=True):
-        x, state = blocks[kind](layer, x, ctx, state, reads[kind])
+        x, state = blocks[kind](layer, x, by_kind[kind], state, reads[kind])
         states.append(state)
     h = ops.final(apply_norm(kinds.norm, params, "ln_final", x, ops))
     return h, Cache(tuple(states), cache.slots, cache.length + T, cache.start)

@@ -76,9 +76,10 @@ class Config:
     norm_position: NormPlace = "pre"
     norm_eps: float = 1e-5
     position: Position = "rope"  # rope, learned (a vector for each position, added to the token's) or none
-    rope_theta: float = 10000.0
+    # One for all layers, or a tuple of which layer i has entry i mod len: local layers may turn at another rate.
+    rope_theta: float | tuple[float, ...] = 10000.0
     rope_layout: Layout = "interleaved"  # interleaved or half
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | tuple[RopeScaling | None, ...] | None = None  # as rope_theta
     # swiglu and geglu: W2 (act(W1 x) * W3 x); silu, gelu and relu2: W2 act(W1 x); or a `feed_forward.FeedForward`
     ffn: FfnChoice = "swiglu"
     gelu_tanh: bool = False  # gelu and geglu use the tanh approximation (GPT-2, Gemma)
@@ -113,7 +114,7 @@ class Config:
         if self.window == ():
             raise ValueError("Config.window must be None, a number of keys or a non-empty tuple of these, got ()")
         for w in self.window if isinstance(self.window, tuple) else (self.window,):
-            if w is not None and (not isinstance(w, int) or w < 0):
+            if w is not None and (not isinstance(w, int) or isinstance(w, bool) or w < 0):
                 raise ValueError(f"Config.window must be None or at least 0 keys, got {self.window}")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(
@@ -123,14 +124,26 @@ class Config:
             raise ValueError(f"Config.n_kv_heads must divide n_heads {self.n_heads}, got {self.n_kv_heads}")
         if self.position == "rope" and self.head_width % 2:
             raise ValueError(f"Config.head_dim must be even for rope, got {self.head_width}")
-        if self.rope_scaling is not None and self.position != "rope":
+        odd = [x for x in _every(self.rope_scaling) if x is not None and not isinstance(x, RopeScaling)]
+        if odd:
+            raise ValueError(f"Config.rope_scaling must be a RopeScaling, None, or a tuple of these, got {odd[0]!r}")
+        if any(x is not None for x in _every(self.rope_scaling)) and self.position != "rope":
             raise ValueError(f'Config.rope_scaling needs position "rope", got position {self.position!r}')
         if self.norm == "none" and self.norm_position != "pre":
             raise ValueError(f'Config.norm_position must stay "pre" without a norm, got {self.norm_position!r}')
         for name in ("norm_eps", "rope_theta", "attention_scale", "attention_softcap", "logit_softcap"):
-            value = getattr(self, name)
-            if isinstance(value, str) or (value is not None and not 0.0 < value < math.inf):
-                raise ValueError(f"Config.{name} must be above 0 and finite, got {value!r}")
+            given = getattr(self, name)
+            for value in _every(given) if name == "rope_theta" else (given,):
+                if value is None and name not in ("norm_eps", "rope_theta"):
+                    continue
+                if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 < value < math.inf:
+                    raise ValueError(f"Config.{name} must be above 0 and finite, got {given!r}")
+        for name in ("gelu_tanh", "causal", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"Config.{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("rope_theta", "rope_scaling"):
+            if getattr(self, name) == ():
+                raise ValueError(f"Config.{name} must have an entry for at least one layer, got ()")
 
     @property
     def kv_heads(self) -> int:
@@ -164,6 +177,16 @@ class Config:
         """The window of layer number `layer`; None: unlimited."""
         return self.window[layer % len(self.window)] if isinstance(self.window, tuple) else self.window
 
+    def rope_of(self, layer: int) -> tuple[float, RopeScaling | None]:
+        """(theta, scaling) of the rotary tables of layer number `layer`."""
+        thetas, scalings = _every(self.rope_theta), _every(self.rope_scaling)
+        return thetas[layer % len(thetas)], scalings[layer % len(scalings)]
+
+
+def _every(value: Any) -> tuple[Any, ...]:
+    """A value of all layers, or the values of some in turn, as a tuple."""
+    return value if isinstance(value, tuple) else (value,)
+
 
 def _check_size(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -188,11 +211,20 @@ def config_from_dict(fields: Mapping[str, Any]) -> Config:
         raise ValueError(f"Config needs fields {', '.join(absent)}, got only {', '.join(sorted(fields))}")
     # JSON turns tuples into lists.
     given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
-    if isinstance(given.get("rope_scaling"), Mapping):
-        scaling, names = given["rope_scaling"], [f.name for f in dataclasses.fields(RopeScaling)]
-        if odd := sorted(set(scaling) - set(names)) or [n for n in names[:2] if n not in scaling]:
-            raise ValueError(
-                f"Config.rope_scaling: unknown or missing fields {', '.join(odd)}; the fields are {', '.join(names)}"
-            )
-        given["rope_scaling"] = RopeScaling(**scaling)
+    if "rope_scaling" in given:
+        scaling = given["rope_scaling"]
+        several = isinstance(scaling, tuple)
+        given["rope_scaling"] = tuple(map(_scaling, scaling)) if several else _scaling(scaling)
     return Config(**given)
+
+
+def _scaling(given: Any) -> Any:
+    """The RopeScaling that a mapping has the fields of; anything else as it is."""
+    if not isinstance(given, Mapping):
+        return given
+    names = [f.name for f in dataclasses.fields(RopeScaling)]
+    if odd := sorted(set(given) - set(names)) or [n for n in names[:2] if n not in given]:
+        raise ValueError(
+            f"Config.rope_scaling: unknown or missing fields {', '.join(odd)}; the fields are {', '.join(names)}"
+        )
+    return RopeScaling(**given)

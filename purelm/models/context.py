@@ -3,6 +3,7 @@
 Legend: B batch, T positions, K head dim.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from purelm.models.config import Config
 from purelm.ops.masks import Segments
-from purelm.ops.rope import rope_tables
+from purelm.ops.rope import RopeScaling, rope_tables
 
-__all__ = ["Context", "context", "segment_lengths", "segment_positions"]
+__all__ = ["Context", "contexts", "segment_lengths", "segment_positions"]
 
 
 class Context(NamedTuple):
@@ -47,17 +48,42 @@ def segment_lengths(segment_ids: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
     return torch.searchsorted(sorted_BT, ids_BT, right=True) - torch.searchsorted(sorted_BT, ids_BT)
 
 
-def context(positions: Tensor, segment_ids: Segments, cfg: Config, *, length: int, dtype: torch.dtype) -> Context:
-    """The Context of these positions, (T,) or (B, T); length: the sequence length, which only dynamic_ntk needs."""
+def contexts(
+    positions: Tensor,
+    segment_ids: Segments,
+    cfg: Config,
+    ropes: Sequence[tuple[float, RopeScaling | None]],
+    *,
+    length: int,
+    dtype: torch.dtype,
+) -> list[Context]:
+    """The Context of these positions, (T,) or (B, T), for each of the (theta, scaling) in `ropes`.
+
+    Equal entries share their tables. length: the sequence length, which only dynamic_ntk needs.
+    """
+    made: dict[tuple[float, RopeScaling | None], Context] = {}
+    for theta, scaling in ropes:
+        if (theta, scaling) not in made:
+            made[theta, scaling] = _context(positions, segment_ids, cfg, theta, scaling, length, dtype)
+    return [made[rope] for rope in ropes]
+
+
+def _context(
+    positions: Tensor,
+    segment_ids: Segments,
+    cfg: Config,
+    theta: float,
+    scaling: RopeScaling | None,
+    length: int,
+    dtype: torch.dtype,
+) -> Context:
     if cfg.position != "rope":
         return Context(None, None, segment_ids)
     n: int | Tensor = length
-    if segment_ids is not None and cfg.rope_scaling is not None and cfg.rope_scaling.kind == "dynamic_ntk":
+    if segment_ids is not None and scaling is not None and scaling.kind == "dynamic_ntk":
         # The document's length: by the row's, a document's result would depend on the others packed with it.
         n = segment_lengths(segment_ids[0] if isinstance(segment_ids, tuple) else segment_ids)
     # At least fp32: rounded to bf16, cosines would be off by up to 0.2 %. fp64 for models in fp64, as in tests.
     dtype = torch.promote_types(dtype, torch.float32)
-    cos, sin = rope_tables(
-        positions, cfg.head_width, cfg.rope_theta, cfg.rope_scaling, length=n, dtype=dtype
-    )
+    cos, sin = rope_tables(positions, cfg.head_width, theta, scaling, length=n, dtype=dtype)
     return Context(cos, sin, segment_ids)

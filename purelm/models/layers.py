@@ -14,6 +14,7 @@ from purelm.models.leaves import Cut, Leaf, Std, with_prefix, with_std
 from purelm.models.mixers import Mixer
 from purelm.models.mixers.attention import attention
 from purelm.models.norms import Norm, layer_norm, rms_norm
+from purelm.ops.rope import RopeScaling
 
 __all__ = ["Kinds", "counted_layers", "kinds_of", "layer_of", "leaves", "leaves_of_layer", "leaves_outside", "norm_of"]
 
@@ -24,6 +25,7 @@ class Kinds(NamedTuple):
     layers: tuple[Layer, ...]  # the distinct ones
     of: tuple[int, ...]  # layer i of the model is layers[of[i]]
     norm: Norm | None  # the norm after the last block
+    ropes: tuple[tuple[float, RopeScaling | None], ...]  # (theta, scaling) of each distinct layer
 
 
 def norm_of(cfg: Config) -> Norm | None:
@@ -66,15 +68,16 @@ def _mixer_of(cfg: Config, i: int) -> Mixer:
 
 
 def kinds_of(cfg: Config) -> Kinds:
-    """The kinds of layers: those with one entry of cfg.mixers and one window are of one kind, and wrapped once."""
+    """The kinds of layers: one for each combination of an entry of cfg.mixers, a window and a rope; wrapped once."""
     return _kinds(cfg) if torch.compiler.is_compiling() else _kept_kinds(cfg)
 
 
 def _kinds(cfg: Config) -> Kinds:
-    keys = [(i % len(cfg.mixers), cfg.window_of(i)) for i in range(cfg.n_layers)]
+    keys = [(i % len(cfg.mixers), cfg.window_of(i), cfg.rope_of(i)) for i in range(cfg.n_layers)]
     distinct = list(dict.fromkeys(keys))
     layers = tuple([layer_of(cfg, keys.index(key)) for key in distinct])
-    return Kinds(layers, tuple([distinct.index(key) for key in keys]), norm_of(cfg))
+    ropes = tuple([rope for _, _, rope in distinct])
+    return Kinds(layers, tuple([distinct.index(key) for key in keys]), norm_of(cfg), ropes)
 
 
 _kept_kinds = memo(64)(_kinds)

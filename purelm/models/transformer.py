@@ -22,7 +22,7 @@ from purelm.models.block import Layer, apply_norm
 from purelm.models.block import block as run_block
 from purelm.models.cache import Cache, cached_blocks, decode, decode_, init_cache, prefill
 from purelm.models.config import Config, RopeScaling, config_from_dict
-from purelm.models.context import Context, context, segment_positions
+from purelm.models.context import Context, contexts, segment_positions
 from purelm.models.embedding import embed, readout, unembedding
 from purelm.models.initialise import course_init, gpt2_init, scaled_residual
 from purelm.models.layers import kinds_of, layer_of, leaves
@@ -252,10 +252,10 @@ def _hidden(
     if segment_ids is not None and cfg.position == "learned":
         positions = segment_positions(segment_ids)  # not for rope: attention is unchanged by a document's offset
     x_BTD = embed(params, tokens_BT, positions, cfg, ops)
-    ctx = context(positions, segment_ids, cfg, length=T, dtype=x_BTD.dtype)
     kinds = kinds_of(cfg)
+    by_kind = contexts(positions, segment_ids, cfg, kinds.ropes, length=T, dtype=x_BTD.dtype)
     for kind, layer in zip(kinds.of, params["layers"], strict=True):
-        x_BTD = blocks[kind](layer, x_BTD, ctx)
+        x_BTD = blocks[kind](layer, x_BTD, by_kind[kind])
     return ops.final(apply_norm(kinds.norm, params, "ln_final", x_BTD, ops))
 
 

@@ -59,6 +59,14 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"RopeScaling.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number and not (name == "attention_factor" and value is None):
+                raise ValueError(f"RopeScaling.{name} must be a number, got {value!r}")
+        length = self.original_length
+        if length is not None and (not isinstance(length, int) or isinstance(length, bool)):
+            raise ValueError(f"RopeScaling.original_length must be an int or None, got {length!r}")
         if not 1.0 <= self.factor < math.inf:
             raise ValueError(f"RopeScaling.factor must be at least 1 and finite, got {self.factor}")
         if self.attention_factor is not None and not 0.0 < self.attention_factor < math.inf:
@@ -116,7 +124,12 @@ def frequencies(
             else:
                 s = max(1.0, s * (length or 0) / _original(scaling) - (s - 1.0))
         # With one pair there is no slower one to slow: the exponent K/(K-2) has no meaning and w_0 = 1 stays.
-        return (theta * s ** (head_dim / (head_dim - 2)) if head_dim > 2 else theta) ** exponent
+        try:
+            return (theta * s ** (head_dim / (head_dim - 2)) if head_dim > 2 else theta) ** exponent
+        except OverflowError:
+            raise ValueError(f"theta {theta:g} times factor {s:g}^(K/(K-2)) is not finite") from None
+    if scaling.kind == "yarn" and theta <= 1.0:
+        raise ValueError(f"theta must be above 1 for yarn, which goes by the logarithm to this base, got {theta}")
     w = theta**exponent
     if scaling.kind == "linear":
         return w / s

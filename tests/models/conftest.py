@@ -44,6 +44,9 @@ AXES = {
     "rope dynamic ntk": dict(rope_scaling=RopeScaling("dynamic_ntk", **LONG)),
     "rope llama3": dict(rope_scaling=RopeScaling("llama3", **LONG)),
     "rope yarn": dict(rope_scaling=RopeScaling("yarn", **LONG)),
+    "ropes by layer": dict(
+        rope_theta=(10000.0, 100.0), rope_scaling=(None, RopeScaling("yarn", **LONG), None), window=(3, None)
+    ),
     "geglu": dict(ffn="geglu"),
     "geglu tanh": dict(ffn="geglu", gelu_tanh=True),
     "silu": dict(ffn="silu"),

@@ -20,9 +20,9 @@ def make_norm(cfg):
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg, window):
+    def __init__(self, cfg, window, theta, scaling):
         super().__init__()
-        self.cfg, self.window = cfg, window
+        self.cfg, self.window, self.theta, self.scaling = cfg, window, theta, scaling
         D, H, K = cfg.d_model, cfg.n_heads, cfg.head_dim or cfg.d_model // cfg.n_heads
         G = cfg.n_kv_heads or H
         self.H, self.G, self.K = H, G, K
@@ -40,12 +40,12 @@ class Attention(nn.Module):
         cfg, T = self.cfg, x.shape[2]
         lengths = [[T] * T] if same is None else same.sum(-1).tolist()
         w = torch.stack([
-            torch.stack([frequencies(self.K, cfg.rope_theta, cfg.rope_scaling, length=n) for n in row])
+            torch.stack([frequencies(self.K, self.theta, self.scaling, length=n) for n in row])
             for row in lengths
         ])[:, None]
         factor = 1.0
-        if cfg.rope_scaling is not None and cfg.rope_scaling.kind == "yarn":
-            factor = 0.1 * math.log(cfg.rope_scaling.factor) + 1
+        if self.scaling is not None and self.scaling.kind == "yarn":
+            factor = 0.1 * math.log(self.scaling.factor) + 1
         angle = torch.arange(T)[:, None] * w
         z = torch.polar(torch.full_like(angle, factor), angle)
         if cfg.rope_layout == "interleaved":
@@ -97,9 +97,9 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, cfg, window):
+    def __init__(self, cfg, *of_layer):
         super().__init__()
-        self.cfg, self.attn, self.ffn = cfg, Attention(cfg, window), FeedForward(cfg)
+        self.cfg, self.attn, self.ffn = cfg, Attention(cfg, *of_layer), FeedForward(cfg)
         if cfg.norm != "none":
             self.ln1, self.ln2 = make_norm(cfg), make_norm(cfg)
         if cfg.norm_position == "sandwich":
@@ -127,8 +127,8 @@ class Model(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.token_embeddings = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        windows = cfg.window if isinstance(cfg.window, tuple) else (cfg.window,)
-        self.layers = nn.ModuleList(Layer(cfg, windows[i % len(windows)]) for i in range(cfg.n_layers))
+        turns = [x if isinstance(x, tuple) else (x,) for x in (cfg.window, cfg.rope_theta, cfg.rope_scaling)]
+        self.layers = nn.ModuleList(Layer(cfg, *(x[i % len(x)] for x in turns)) for i in range(cfg.n_layers))
         if cfg.position == "learned":
             self.position_embeddings = nn.Embedding(cfg.context_length, cfg.d_model)
         if cfg.norm != "none":

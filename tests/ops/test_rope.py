@@ -227,3 +227,18 @@ def test_heads_are_not_taken_for_positions(f, unchecked):
             f(x, cos, sin, heads=heads)
     with pytest.raises(ValueError, match=r"x must be|cos must be"):
         f(torch.ones(1, 5, 2, 8), cos, sin)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RopeScaling("yarn", 2.0, 1.5), "RopeScaling.original_length must be an int or None, got 1.5"),
+        (lambda: RopeScaling("linear", "2"), "RopeScaling.factor must be a number, got '2'"),
+        (lambda: RopeScaling("yarn", 2.0, 8, attention_factor=True), "attention_factor must be a number, got True"),
+        (lambda: frequencies(8, 1.0, RopeScaling("yarn", 2.0, 8)), "theta must be above 1 for yarn"),
+        (lambda: frequencies(4, 1e4, RopeScaling("ntk", 1e300)), "is not finite"),
+    ],
+)
+def test_numbers_without_a_meaning_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -34,14 +34,15 @@ def values_of(cfg):
         if isinstance(value, tuple):
             yield f"length of {f.name}", len(value)
             yield from ((f"entry of {f.name}", x) for x in value)
-        if f.name == "rope_scaling" and value is not None:
-            yield "kind", value.kind
+        if f.name == "rope_scaling":
+            yield from (("kind", x.kind) for x in (value if isinstance(value, tuple) else (value,)) if x is not None)
     yield "head_width", cfg.head_width
     yield "heads", (cfg.n_heads, cfg.kv_heads)
     for a, b in itertools.combinations(PAIRED, 2):
         yield a, getattr(cfg, a), b, getattr(cfg, b)
 
 
+LAYERED = ("window", "mixer", "rope_theta", "rope_scaling")
 FLAGS = {name: (True, False) for name in ("causal", "gelu_tanh", "tie_embeddings")}
 PAIRED = {name: names for name, names in AXES.items() if name != "mixer"} | FLAGS
 
@@ -57,7 +58,8 @@ def test_configs_reach_every_value_of_every_axis():
     for name, sizes in {"vocab_size": 32, "context_length": 16, "n_layers": 3, "head_width": 8, "d_model": 24}.items():
         expected |= {(name, n) for n in range(1, sizes + 1)}
     expected |= {("window", None), ("window", 0), ("window", 1), ("entry of window", None), ("entry of window", 0)}
-    expected |= {(f"length of {name}", n) for name in ("window", "mixer") for n in (1, 2, 3, 4)}
+    expected |= {(f"length of {name}", n) for name in LAYERED for n in (1, 2, 3, 4)}
+    expected |= {("entry of rope_scaling", None), ("entry of rope_theta", 10000.0), ("entry of rope_theta", 2.0)}
     for name in ("n_kv_heads", "head_dim", "d_ff", "attention_scale", "attention_softcap", "logit_softcap"):
         expected.add((name, None))
     seen = reached(plm.configs(), values_of, expected)

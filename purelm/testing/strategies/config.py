@@ -101,7 +101,8 @@ def _configs(draw: DrawFn, own_parts: bool, given: Mapping[str, Any]) -> Config:
     put("context_length", st.integers(1, LONGEST))
     put("n_layers", st.integers(1, 3))
     put("position", st.sampled_from(_positions(f)))
-    put("rope_scaling", st.none() | rope_scalings())
+    scaling = st.none() | rope_scalings()
+    put("rope_scaling", scaling | st.lists(scaling, min_size=1, max_size=4).map(tuple))
     if f["position"] != "rope" and "rope_scaling" not in given:
         f["rope_scaling"] = None
     _put_heads(draw, put, f)
@@ -122,7 +123,9 @@ def _configs(draw: DrawFn, own_parts: bool, given: Mapping[str, Any]) -> Config:
     if f["norm"] == "none" and "norm_position" not in given:
         f["norm_position"] = "pre"
     for name, numbers in NUMBERS.items():
-        put(name, st.sampled_from(numbers))
+        number = st.sampled_from(numbers)
+        by_layer = st.lists(number, min_size=1, max_size=4).map(tuple)
+        put(name, number | by_layer if name == "rope_theta" else number)
     for name, default in FLAGS.items():
         put(name, st.sampled_from([default, not default]))
     window = st.none() | st.integers(0, f["context_length"] + 1)
