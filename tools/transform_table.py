@@ -140,7 +140,7 @@ def rows(device: torch.device) -> dict[str, Row]:
 
 
 def arguments(row: Row, device: torch.device) -> tuple[Tensor, ...]:
-    """Standard normal, but for integers; float64 on a CPU, where all ops take it, float32 on a GPU, where kernels do."""
+    """Standard normal, but for integers; float64 on a CPU, where all ops take it, and float32 on a GPU."""
     g = torch.Generator().manual_seed(0)
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     drawn = (s if isinstance(s, Tensor) else torch.randn(s, generator=g, dtype=torch.float64) for s in row.shapes)
