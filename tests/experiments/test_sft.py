@@ -70,7 +70,7 @@ def test_it_learns_and_exports(inputs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [pytest.param((), marks=pytest.mark.slow), ("--lora.rank", "4", "--microbatches", "2")], ids=["all", "lora"]
+    "flags", [pytest.param((), marks=pytest.mark.slow, id="all"), ("--lora.rank", "4", "--microbatches", "2")]
 )
 def test_resumed_is_uninterrupted(inputs, tmp_path, flags):
     """Oracle: the run of 6 steps without a break, to the last bit."""
