@@ -12,6 +12,7 @@ A room is imported when its name is first used, so that `import purelm` itself i
     tokenizer, data  byte-level BPE; token files, batches, corpora
     generate, evals  text from a model; perplexity and bits per byte
     accounting       parameters, FLOPs, bytes and messages
+    align            graders of answers, and rewards
     checkpoint       saved trees, whole or by parts
     track            metrics, curves and reports of a run
     interop          torch.optim and nn.Module over these functions
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from purelm import (
         accounting,
+        align,
         caches,
         checkpoint,
         data,
@@ -54,6 +56,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "accounting",
+    "align",
     "caches",
     "checkpoint",
     "data",

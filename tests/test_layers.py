@@ -26,6 +26,7 @@ ARROWS = {
     "tokenizer": "data files caches workers",  # no model
     "generate": "tree random ops devices models.model models.tokens",  # no model family
     "evals": "tree random ops data tokenizer generate models.model models.tokens",  # no model family
+    "align": "workers",  # no model, no tensors
     "accounting": "tree models",
     "kernels": "tree transforms ops devices optim caches",  # optim for AdamW alone
     "dist": "tree random transforms ops devices optim train checkpoint caches",  # works on a Model that it is given
