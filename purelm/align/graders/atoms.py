@@ -53,7 +53,7 @@ class Atoms(Stream):
         text = token.text
         if len(text) > MAX_BITS // 4:
             raise TooBig(f"a number of {len(text)} characters")
-        if match := re.match(r"([0-9]*)\.([0-9]*)[\\(a-z{ ]+([0-9]+)", text):
+        if match := re.match(r"([0-9]*)\.([0-9]*)(?:\\overline\s*\{|\\bar\s*\{|\()([0-9]+)", text):
             whole, fixed, cycle = match.groups()
             nines = 10 ** len(fixed) * (10 ** len(cycle) - 1)
             value = Fraction(int(whole + fixed + cycle or "0") - int(whole + fixed or "0"), nines)
@@ -85,8 +85,6 @@ class Atoms(Stream):
                 elif self.at("!") and not (self.peek(1).text == "=" and not self.peek(1).spaced):
                     self.i += 1
                     value = Node("fn", ("factorial", value))
-                elif self.take("%"):
-                    value = Node("percent", (value,))
                 elif self.take(*DEGREES):
                     value = Node("deg", (value,))
                 else:
@@ -124,7 +122,7 @@ class Atoms(Stream):
     def argument(self) -> Node:
         """An argument of a command: braces, or one token; of a number, one digit."""
         token = self.peek()
-        if token.kind == "num" and token.text[0].isdigit() and len(token.text) > 1:
+        if token.kind == "num" and token.text.isdigit() and len(token.text) > 1:
             self.tokens[self.i] = Token("num", token.text[1:])
             return number(int(token.text[0]))
         if token.kind == "run":

@@ -35,7 +35,7 @@ def boxed(text: str) -> str | None:
 
 
 def answer_tag(text: str) -> str | None:
-    """What is between the last <answer> and the </answer> that ends the text; None where text follows or one is missing.
+    """What is between the last <answer> and the </answer> at the end; None where one is missing or more text follows.
 
     >>> answer_tag("</think> <answer>5</answer>"), answer_tag("<answer>5</answer> or 6")
     ('5', None)

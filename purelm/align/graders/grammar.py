@@ -5,10 +5,9 @@ item     := words | operand (= | < | \\le | \\in ... operand)*
 operand  := ratio ((\\cup | \\cap | \\setminus) ratio)* [unit]
 ratio    := sum (: sum)*
 sum      := [sign] term ((+ | - | \\pm | \\mp) term)*
-term     := factor ((\\cdot | / | nothing) factor)*          1/2x is (1/2)x
+term     := factor ((\\cdot | / | nothing) factor | %)*      1/2x is (1/2)x
 """
 
-from functools import lru_cache
 
 from purelm.align.graders.atoms import FUNCTIONS, NAMES, Atoms
 from purelm.align.graders.nodes import MINUS_ONE, Node, product, quotient, total
@@ -166,6 +165,8 @@ class _Grammar(Atoms):
                 value = quotient(value, self.signed_factor())
             elif self.starts_factor() and not self.starts_label():
                 value = product(value, self.factor())
+            elif self.take("%"):  # 2/3% is (2/3)%
+                value = Node("percent", (value,))
             else:
                 return value
 
@@ -209,7 +210,6 @@ class _Grammar(Atoms):
         return False
 
 
-@lru_cache(maxsize=4096)  # of a pure function: a gold is read once for all answers to it
 def parse(text: str, thousands: bool = True) -> Node:
     """The tree of a tidy text; Unread where it is not in the grammar, TooBig beyond a bound.
 

@@ -31,6 +31,11 @@ def prove(a: Node, b: Node) -> bool | str:
                 return False
         if sympy.simplify(gap) == 0 or sympy.simplify(sympy.expand(gap, func=True, trig=True)) == 0:
             return True
+        unknown = sympy.Dummy()
+        if not names and sympy.minimal_polynomial(gap, unknown) == unknown:  # of an algebraic number
+            return True
+    except sympy.polys.polyerrors.NotAlgebraic:
+        pass
     except (ValueError, TypeError, ArithmeticError, AttributeError, NotImplementedError, RecursionError) as error:
         return f"undecided: sympy: {type(error).__name__}"
     return "undecided: agrees to 60 digits, but sympy has no proof"

@@ -37,7 +37,7 @@ LOOKS = set(
 SPACES = {",", ";", ":", "!", " ", "(", ")", "[", "]", "$", "\n", "\t", "/"}  # after a backslash
 TEXT = {"text", "textbf", "textit", "textrm", "textnormal", "textup", "mbox", "mathrm", "operatorname", "hbox", "rm"}
 
-_THOUSANDS = r"(?:\{,\}|,\\!|\\,|\\ |~)"
+_THOUSANDS = r"(?:\{,\}|,\\!|\\,|\\[ ]|~)"
 _TOKEN = re.compile(
     rf"""(?P<num>[0-9]{{1,3}}(?:(?:,|{_THOUSANDS})[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?
           | [0-9]*\.[0-9]*(?:\\overline|\\bar)\s*\{{[0-9]+\}} | [0-9]*\.[0-9]*\([0-9]+\)
@@ -64,7 +64,19 @@ def tidy(text: str) -> str:
         for start, end in (("\\(", "\\)"), ("\\[", "\\]"), ("**", "**")):
             if text.startswith(start) and text.endswith(end) and len(text) >= 4:
                 text = text[2:-2]
+        for box in ("\\boxed{", "\\fbox{"):
+            if text.startswith(box) and text.endswith("}") and _balanced(inside := text[len(box) : -1]):
+                text = inside
     return text
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    for brace in re.findall(r"(?<!\\)[{}]", text):
+        depth += 1 if brace == "{" else -1
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def tokens(text: str, thousands: bool = True) -> list[Token]:
