@@ -1,4 +1,4 @@
-"""Pairs of (answer, gold) with the verdict that is right: "=" equal, "!" not equal. Facts of mathematics and notation."""
+"""Pairs of (answer, gold) with the right verdict: "=" equal, "!" not equal. Facts of mathematics and notation."""
 
 # One line a pair. Signs outside of ASCII are written as escapes.
 FIRM = r"""

@@ -148,7 +148,12 @@ def renderings(x):
     """LaTeX forms of a Fraction."""
     n, d = x.numerator, x.denominator
     sign = "-" if n < 0 else ""
-    yield from (rf"\frac{{{n}}}{{{d}}}", rf"{sign}\dfrac{{{abs(n)}}}{{{d}}}", f"{n}/{d}", rf"\frac{{{7 * n}}}{{{7 * d}}}")
+    yield from (
+        rf"\frac{{{n}}}{{{d}}}",
+        rf"{sign}\dfrac{{{abs(n)}}}{{{d}}}",
+        f"{n}/{d}",
+        rf"\frac{{{7 * n}}}{{{7 * d}}}",
+    )
     yield from (rf"$\left({n}\right) \div {d}$", rf"{n} \cdot {d}^{{-1}}", rf"\boxed{{\tfrac{{{n}}}{{{d}}}}}.")
     yield from (f"x = {n}/{d}", rf"{100 * n}/{d}\%", rf"{n}/{d}\text{{ cm}}", rf"\frac{{{-n}}}{{-{d}}}")
     whole, rest = divmod(abs(n), d)
@@ -224,7 +229,9 @@ def test_binomials_expand(a, b, n, x, c):
     assert equal(f"({a}{x}+({b}))^{n}", terms).equal == (c == 0)
 
 
-@given(roots=st.dictionaries(st.sampled_from([2, 3, 5, 6, 10, 15]), st.integers(-4, 4), min_size=1), k=st.integers(1, 5))
+@given(
+    roots=st.dictionaries(st.sampled_from([2, 3, 5, 6, 10, 15]), st.integers(-4, 4), min_size=1), k=st.integers(1, 5)
+)
 def test_sums_of_roots_are_equal_only_if_their_coefficients_are(roots, k):
     """Square roots of square-free numbers are independent; sqrt(k^2 n) is k sqrt n."""
     short = "+".join(rf"({c * k})\sqrt{{{n}}}" for n, c in roots.items())

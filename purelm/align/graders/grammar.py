@@ -8,7 +8,6 @@ sum      := [sign] term ((+ | - | \\pm | \\mp) term)*
 term     := factor ((\\cdot | / | nothing) factor | %)*      1/2x is (1/2)x
 """
 
-
 from purelm.align.graders.atoms import FUNCTIONS, NAMES, Atoms
 from purelm.align.graders.nodes import MINUS_ONE, Node, product, quotient, total
 from purelm.align.graders.stream import Unread
