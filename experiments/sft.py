@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -115,23 +116,25 @@ def main(cfg: Sft) -> None:
         _run(cfg, device, there)
 
 
-def load_model(cfg: Sft, device: torch.device) -> tuple[Any, transformer.Config, BPE]:
-    """(params, model, tokenizer) of what cfg.model is."""
-    given = load_tokenizer(cfg.tokenizer, text_only=True) if cfg.tokenizer is not None else None
-    if cfg.model.suffix == ".gguf":
+def load_model(
+    model: Path, tokenizer: Path | None, device: torch.device
+) -> tuple[Any, transformer.Config, BPE]:
+    """(params, configuration, tokenizer) of a folder of open weights, a .gguf file or a run's folder."""
+    given = load_tokenizer(tokenizer, text_only=True) if tokenizer is not None else None
+    if model.suffix == ".gguf":
         if given is None:
-            raise ValueError(f"{cfg.model}: give the tokenizer of a .gguf file by --tokenizer")
-        return *gguf.load_weights(cfg.model, device=device), given
-    if (cfg.model / "checkpoints").is_dir():
-        params, model, bpe = load_run(cfg.model, None, device)
-        return params, model, given or bpe
+            raise ValueError(f"{model}: give the tokenizer of a .gguf file by --tokenizer")
+        return *gguf.load_weights(model, device=device), given
+    if (model / "checkpoints").is_dir():
+        params, cfg, bpe = load_run(model, None, device)
+        return params, cfg, given or bpe
     if given is not None:
-        return *hf.load_weights(cfg.model, dtype=torch.float32, device=device), given
-    return hf.load(cfg.model, dtype=torch.float32, device=device)
+        return *hf.load_weights(model, dtype=torch.float32, device=device), given
+    return hf.load(model, dtype=torch.float32, device=device)
 
 
 def _run(cfg: Sft, device: torch.device, done: int | None) -> None:
-    params, config, bpe = load_model(cfg, device)
+    params, config, bpe = load_model(cfg.model, cfg.tokenizer, device)
     begin, end = _special(bpe, cfg.begin, "begin"), _special(bpe, cfg.end, "end")
     if cfg.max_length > config.context_length:
         raise ValueError(f"max_length is {cfg.max_length}: the model's context_length is {config.context_length}")

@@ -11,7 +11,7 @@ A room is imported when its name is first used, so that `import purelm` itself i
     optim, train     optimizers, schedules, averages; the training step
     tokenizer, data  byte-level BPE; token files, batches, corpora
     generate, evals  text from a model; perplexity and bits per byte
-    align            post-training: prompts and responses, masked means, LoRA
+    align            post-training: prompts and responses, masked means, LoRA, graders
     accounting       parameters, FLOPs, bytes and messages
     checkpoint       saved trees, whole or by parts
     track            metrics, curves and reports of a run

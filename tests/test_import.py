@@ -25,11 +25,12 @@ HEAVY = (
     "zstandard",
     "pandas",
     "hypothesis",
+    "math_verify",
 )
 EVERYTHING = (
     "import purelm, purelm.tree, purelm.random, purelm.transforms, purelm.ops, purelm.models.transformer, "
     "purelm.optim, purelm.train, purelm.checkpoint, purelm.track, purelm.generate, purelm.tokenizer, "
-    "purelm.data, purelm.accounting, purelm.evals, purelm.align, purelm.testing"
+    "purelm.data, purelm.accounting, purelm.evals.tasks, purelm.align.lora, purelm.align.graders, purelm.testing"
 )
 
 

@@ -25,8 +25,8 @@ ARROWS = {
     "data": "random files caches",  # no model
     "tokenizer": "data files caches workers",  # no model
     "generate": "tree random ops devices models.model models.tokens",  # no model family
-    "evals": "tree random ops data tokenizer generate models.model models.tokens",  # no model family
-    "align": "tree random data",
+    "align": "tree random data workers",  # no model
+    "evals": "tree random ops data tokenizer generate align models.model models.tokens",  # no model family
     "accounting": "tree models",
     "kernels": "tree transforms ops devices optim caches",  # optim for AdamW alone
     "dist": "tree random transforms ops devices optim train checkpoint caches",  # works on a Model that it is given

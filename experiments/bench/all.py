@@ -39,6 +39,7 @@ def programs(args: Args) -> list[tuple[str, list[str]]]:
     return [
         *tokenizer,
         ("import_time", []),
+        ("graders", []),
         ("fsdp_host", []),
         ("decode", []),
         ("train_step", ["--device", "cpu", "--sizes", "3m", "22m", "--steps", "12"]),
