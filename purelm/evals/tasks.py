@@ -1,0 +1,170 @@
+"""Question sets with a known answer: read from their files, put into a prompt, and graded.
+
+    task = TASKS["gsm8k"]
+    examples = task.load(Path("gsm8k-test.jsonl"))
+    prompt = task.prompt(examples[0])
+    verdict = task.grade(response, examples[0])     # Graded(answer="72", right=True)
+
+Word problems (GSM8K, SVAMP, ASDiv, MAWPS) have a number as answer: the last one in the response. MMLU has a letter.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from purelm.align.graders import equal, gsm8k_gold, last_number, mmlu_letter
+
+__all__ = ["TASKS", "Example", "Graded", "Task", "few_shot"]
+
+
+class Example(NamedTuple):
+    """One question."""
+
+    id: str  # unique in its set
+    question: str
+    gold: str  # a number, or a letter
+    subject: str = ""
+    options: tuple[str, ...] = ()
+
+
+class Graded(NamedTuple):
+    """What a response answers, None where nothing could be read, and whether that is right."""
+
+    answer: str | None
+    right: bool
+
+
+class Task(NamedTuple):
+    """A question set."""
+
+    load: Callable[[Path], list[Example]]  # ValueError names file and line of a bad row
+    prompt: Callable[[Example], str]
+    grade: Callable[[str, Example], Graded]
+    files: str  # pattern of its files in a folder of data
+
+
+def few_shot(task: Task, shots: Sequence[tuple[Example, str]], example: Example) -> str:
+    """The prompt after worked examples, (example, response) each, with an empty line between."""
+    return "\n\n".join([*(f"{task.prompt(shot)} {response}" for shot, response in shots), task.prompt(example)])
+
+
+def _rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    """(where, row) of a JSON-lines file."""
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: not a JSON object")
+            yield where, row
+
+
+def _field(row: dict[str, Any], where: str, name: str) -> Any:
+    if name not in row:
+        raise ValueError(f"{where}: lacks {name!r}; its fields are {', '.join(row)}")
+    return row[name]
+
+
+def _number(x: Any) -> str:
+    """145.0 as "145": the text of a number without a needless fraction."""
+    return str(int(x)) if isinstance(x, float) and x.is_integer() else str(x)
+
+
+def _gsm8k(path: Path) -> list[Example]:
+    found: list[Example] = []
+    for where, row in _rows(path):
+        gold = gsm8k_gold(str(_field(row, where, "answer")))
+        if gold is None:
+            raise ValueError(f"{where}: its answer has no '#### number'")
+        found.append(Example(f"gsm8k-{len(found)}", str(_field(row, where, "question")).strip(), gold))
+    return found
+
+
+def _svamp(path: Path) -> list[Example]:
+    found: list[Example] = []
+    for where, row in _rows(path):
+        body, question = (str(_field(row, where, name)).strip() for name in ("Body", "Question"))
+        body = body if body.endswith((".", "?", "!")) else f"{body}."
+        found.append(Example(f"svamp-{len(found)}", f"{body} {question}", _number(_field(row, where, "Answer"))))
+    return found
+
+
+def _asdiv(path: Path) -> list[Example]:
+    """Problems whose answer begins with a number; the few others ("Tom", "1/3; 2/3") are left out."""
+    found: list[Example] = []
+    for i, (where, row) in enumerate(_rows(path)):
+        gold = str(_field(row, where, "answer")).split(" (")[0].strip()
+        try:
+            float(gold)
+        except ValueError:
+            continue
+        question = f"{str(_field(row, where, 'body')).strip()} {str(_field(row, where, 'question')).strip()}"
+        found.append(Example(f"asdiv-{i}", question, gold))
+    return found
+
+
+def _mawps(path: Path) -> list[Example]:
+    found: list[Example] = []
+    for where, row in _rows(path):
+        gold = _number(_field(row, where, "target"))
+        found.append(Example(f"mawps-{len(found)}", str(_field(row, where, "input")).strip(), gold))
+    return found
+
+
+def _mmlu(path: Path) -> list[Example]:
+    """A CSV file of one subject, named SUBJECT_test.csv: question, four options, letter; no header."""
+    name = path.stem.rsplit("_", 1)[0]
+    found: list[Example] = []
+    with open(path, encoding="utf-8", newline="") as file:
+        for number, row in enumerate(csv.reader(file), 1):
+            if len(row) != 6 or row[5].strip() not in ("A", "B", "C", "D"):
+                raise ValueError(f"{path}, row {number}: needs a question, four options and A, B, C or D; got {row}")
+            options = tuple(x.strip() for x in row[1:5])
+            found.append(
+                Example(f"mmlu-{name}-{number - 1}", row[0].strip(), row[5].strip(), name.replace("_", " "), options)
+            )
+    return found
+
+
+def _word_problem(example: Example) -> str:
+    return f"{example.question}\nAnswer:"
+
+
+def _multiple_choice(example: Example) -> str:
+    lines = [f"{letter}. {text}" for letter, text in zip("ABCD", example.options, strict=True)]
+    return "\n".join(
+        [
+            f"Answer this multiple choice question about {example.subject}. "
+            'Say "The correct answer is X", with the letter of the right option for X.',
+            "",
+            f"Question: {example.question}",
+            *lines,
+            "Answer:",
+        ]
+    )
+
+
+def _by_number(response: str, example: Example) -> Graded:
+    answer = last_number(response)
+    return Graded(answer, answer is not None and equal(answer, example.gold).equal)
+
+
+def _by_letter(response: str, example: Example) -> Graded:
+    answer = mmlu_letter(response, example.options)
+    return Graded(answer, answer == example.gold)
+
+
+TASKS: dict[str, Task] = {
+    "gsm8k": Task(_gsm8k, _word_problem, _by_number, "**/gsm8k-test.jsonl"),
+    "svamp": Task(_svamp, _word_problem, _by_number, "**/svamp.test.jsonl"),
+    "asdiv": Task(_asdiv, _word_problem, _by_number, "**/asdiv.test.jsonl"),
+    "mawps": Task(_mawps, _word_problem, _by_number, "**/mawps.test.jsonl"),
+    "mmlu": Task(_mmlu, _multiple_choice, _by_letter, "**/mmlu/*_test.csv"),
+}
