@@ -36,7 +36,7 @@ class BPE:
     vocab: dict[int, bytes]  # id -> bytes, special tokens included; bytes are unique, ids may have gaps
     merges: tuple[tuple[bytes, bytes], ...]  # by rank: the earlier is applied first
     special_tokens: tuple[str, ...]  # cut out of the text before `pattern` applies; each is in the vocab as UTF-8
-    pattern: Pattern  # the pre-tokenizer's regular expression (`regex` syntax), or several that split one another's pieces
+    pattern: Pattern  # the pre-tokenizer: a regular expression (`regex` syntax), or a tuple of steps
     # True: a piece that is itself a token becomes that token whatever the merges say, and consecutive merges with the
     # same result share a rank. This is what tiktoken does, and the flag of this name in Hugging Face's files. It makes
     # no difference in a trained vocabulary, where the merges turn the bytes of each token into that token.

@@ -13,6 +13,7 @@ constants, bos_token, eos_token, and roles that are one word. A message that say
 text, so it cannot end a turn.
 """
 
+import atexit
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,7 @@ def encode_chat(
 
 
 def _special_spans(bpe: BPE, text: str, parts: Sequence[tuple[str, bool]]) -> tuple[list[tuple[int, int]], bool]:
-    """((start, end) of the special tokens that the template wrote, leftmost and longest first; whether others occur)."""
+    """((start, end) of the special tokens that the template wrote, longest first at a place; whether others occur)."""
     lengths = [len(part) for part, _ in parts]
     own = np.repeat(np.array([own for _, own in parts], bool), lengths)
     foreign_before = np.concatenate([[0], np.cumsum(~own)])
@@ -226,10 +228,11 @@ def _worker() -> subprocess.Popen:
     if _WORKER and _WORKER[0][0] != os.getpid():  # after a fork it is the parent's
         _WORKER.clear()
     if not _WORKER:
-        program = Path(__file__).with_name("chat_worker.py")
+        program = resources.files("purelm.tokenizer").joinpath("chat_worker.py").read_text("utf-8")
         pipe = subprocess.PIPE
-        # -P: the folder of the program is no place to import from.
-        worker = subprocess.Popen([sys.executable, "-P", program], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        # -P: the folder in which this process runs is no place to import from.
+        command = [sys.executable, "-P", "-c", program]
+        worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
         _WORKER.append((os.getpid(), worker))
     return _WORKER[0][1]
 
@@ -245,6 +248,7 @@ def _end_worker() -> None:
     _WORKER.clear()
 
 
+@atexit.register
 @on_clear
 def _forget() -> None:
     with _LOCK:

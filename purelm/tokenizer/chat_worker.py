@@ -7,7 +7,7 @@ Line by line: a request is {"template", "variables", "trusted", "seconds", "byte
 {"parts": [[text, whether it is of the template], ...]} or {"error": text}. `trusted` names the variables whose text
 counts as the template's.
 
-Which text is the template's: its own text and constants are `Text`, a str that remembers this of each part. Adding,
+Which text is the template's: its own text and constants are `_Text`, a str that remembers this of each part. Adding,
 `~`, macros, blocks, slicing, trim and join keep it. Whatever else is done with a text, the result counts as foreign: a
 mistake of this kind never lets a message pass for the template.
 """
@@ -26,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 _ROLE = re.compile(r"[A-Za-z0-9_-]+")
 
 
-class Text(str):
+class _Text(str):
     """A str with parts, (text, whether it is of the template)."""
 
     parts: tuple[tuple[str, bool], ...]
@@ -40,10 +40,10 @@ class Text(str):
         return self
 
     def __add__(self, other):
-        return Text(self.parts + _parts(other)) if isinstance(other, str) else NotImplemented
+        return _Text(self.parts + _parts(other)) if isinstance(other, str) else NotImplemented
 
     def __radd__(self, other):
-        return Text(_parts(other) + self.parts) if isinstance(other, str) else NotImplemented
+        return _Text(_parts(other) + self.parts) if isinstance(other, str) else NotImplemented
 
     def _cut(self, start, end):
         found, at = [], 0
@@ -52,7 +52,7 @@ class Text(str):
             if piece:
                 found.append((piece, own))
             at += len(text)
-        return Text(found)
+        return _Text(found)
 
     def __getitem__(self, key):
         if isinstance(key, slice) and key.step in (None, 1):
@@ -73,20 +73,20 @@ class Text(str):
         parts: list[tuple[str, bool]] = []
         for number, value in enumerate(values):
             parts += (*self.parts, *_parts(value)) if number else _parts(value)
-        return Text(parts)
+        return _Text(parts)
 
 
 def _parts(text):
-    return text.parts if isinstance(text, Text) else ((text, False),)
+    return text.parts if isinstance(text, _Text) else ((text, False),)
 
 
 def trusted(text):
     """`text` as one of the template's own."""
-    return Text(((text, True),))
+    return _Text(((text, True),))
 
 
 def _concat(values):
-    return Text([part for value in values for part in _parts(str(value))])
+    return _Text([part for value in values for part in _parts(str(value))])
 
 
 class _Generator(CodeGenerator):
@@ -178,7 +178,7 @@ def render(request, compiled):
 
 def main():
     """Answer requests until the input ends."""
-    compiled = {}
+    compiled: dict = {}
     for line in sys.stdin:
         request = json.loads(line)
         used = resource.getrusage(resource.RUSAGE_SELF)

@@ -51,11 +51,11 @@ def normalize(text: str, form: Form | None) -> str:
 
 
 def is_plain(bpe: BPE, text: str) -> bool:
-    """Whether `text` needs one cut at special tokens and nothing else: then `segments` would change no character."""
-    if bpe.normalizer is None and not bpe.normalized_tokens:
-        return True
+    """Whether `text` needs one cut at special tokens and nothing else: then `segments` changes no character."""
+    if bpe.normalized_tokens:
+        return False
     # Parts of a text in a normal form are in it too.
-    return not bpe.normalized_tokens and (text.isascii() or unicodedata.is_normalized(bpe.normalizer, text))
+    return bpe.normalizer is None or text.isascii() or unicodedata.is_normalized(bpe.normalizer, text)
 
 
 def segments(bpe: BPE, text: str, allowed: frozenset[str]) -> Iterator[tuple[str, int]]:

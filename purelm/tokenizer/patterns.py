@@ -47,9 +47,7 @@ CL100K_V1 = (
 QWEN = CL100K_V1.replace(r"\p{N}{1,3}", r"\p{N}")
 
 # GPT2 with each number a piece of its own: white space before a number is one piece, as at the end of a text.
-SMOLLM = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})|\s++$|\s+(?!\S)|\s"
-)
+SMOLLM = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})|\s++$|\s+(?!\S)|\s"
 _DEEPSEEK_CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 _DEEPSEEK_WORDS = (
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
@@ -89,7 +87,7 @@ _FAMILIES = {GPT2: (0, 0), CL100K: (1, 3), CL100K_V1: (2, 3), QWEN: (2, 1), O200
 # Steps for which a cut before a space that follows no white space is safe (see `cuts`). Under one of _CUTTERS such a
 # place is always the end of a piece. No match of one of _CLEAR holds a space or depends on what follows a match.
 _CUTTERS = frozenset((*_FAMILIES, _DEEPSEEK_WORDS))
-_CLEAR = frozenset((r"\p{N}", r"\p{N}+", r"\p{N}{1,3}", r"[0-9]", r"[0-9]+", r"[\r\n]", _DEEPSEEK_CJK))
+_CLEAR = frozenset((r"\p{N}", r"\p{N}+", r"\p{N}{1,3}", r"[0-9]", r"[0-9]+", r"[\r\n]", "[\r\n]", _DEEPSEEK_CJK))
 
 # Steps that are one known pattern together.
 _COMPOSED = {(r"\p{N}", GPT2): SMOLLM}

@@ -117,7 +117,7 @@ def _split_by(text: str, pattern: str) -> list[str]:
 
 
 def _seconds(text: str, wild: bool) -> float | None:
-    """The time limit of a match: `regex` is some 4 times slower with one, so only patterns that may need one have it."""
+    """The time limit of matching, or None: `regex` is some 4 times slower with one, so only wild patterns have it."""
     return PATIENCE_SECONDS + len(text) * SECONDS_PER_CHARACTER if wild else None
 
 

@@ -144,7 +144,7 @@ def fingerprint(bpe: BPE) -> str:
 def _fingerprint(bpe: BPE) -> str:
     digest = hashlib.sha256(b"purelm BPE 1\n")
     special = sorted(bpe.special_tokens)
-    header = [bpe.pattern, special, bool(bpe.ignore_merges), len(bpe.vocab), len(bpe.merges)]
+    header: list[object] = [bpe.pattern, special, bool(bpe.ignore_merges), len(bpe.vocab), len(bpe.merges)]
     if bpe.normalizer is not None or bpe.normalized_tokens:
         header += [bpe.normalizer, sorted(bpe.normalized_tokens)]
     digest.update(json.dumps(header).encode() + b"\n")

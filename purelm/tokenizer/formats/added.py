@@ -20,7 +20,7 @@ _KEYS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "spec
 
 
 def added_tokens(added: Any, vocab: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, int], list[str]]:
-    """(content -> id, contents with normalized=true) of the added tokens of a file whose model has `vocab` (text -> id).
+    """(content -> id, contents with normalized=true) of added tokens; vocab: text -> id, of the model.
 
     What is not supported is added to `problems`, and the result then means nothing.
     """

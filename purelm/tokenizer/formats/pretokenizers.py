@@ -30,6 +30,7 @@ _KEYS = {
     "ByteLevel": {"add_prefix_space", "trim_offsets", "use_regex"},
 }
 _WHOLE = r"[\s\S]+"
+_NEWLINES = frozenset(("[\r\n]", r"[\r\n]"))  # steps behind which a newline is a piece of its own
 
 
 def pattern_to_json(pattern: Pattern) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def _split_to_json(step: Step) -> dict[str, Any]:
 
 
 def pattern_from_json(pre_tokenizer: Any, problems: list[str]) -> Pattern:
-    """The pattern of a pre-tokenizer; what is not supported is added to `problems`, and the pattern then means nothing."""
+    """The pattern of a pre-tokenizer; what is not supported is added to `problems`, and it then means nothing."""
     steps = _flat(pre_tokenizer)
     kinds = [step.get("type") if isinstance(step, dict) else None for step in steps]
     if not kinds or kinds[-1] != "ByteLevel" or not set(kinds[:-1]) <= {"Split", "Digits"}:
@@ -77,8 +78,7 @@ def pattern_from_json(pre_tokenizer: Any, problems: list[str]) -> Pattern:
         for key in sorted(set(step) - _KEYS[kind] - {"type"}):
             problems.append(f"the pre-tokenizer {kind} has {key} {step[key]!r}, which is not known")
         if kind == "Split":
-            previous = result[-1] if result else None
-            result += _split(step, previous, problems)
+            result += _split(step, result, problems)
         elif kind == "Digits":
             result.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
         else:
@@ -87,7 +87,9 @@ def pattern_from_json(pre_tokenizer: Any, problems: list[str]) -> Pattern:
             if step.get("use_regex", True):
                 result.append(GPT2)
         if kind == "ByteLevel" and number < len(known) - 1:
-            problems.append(f"{known[number + 1]['type']} after ByteLevel splits its characters for bytes; not supported")
+            problems.append(
+                f"{known[number + 1]['type']} after ByteLevel splits its characters for bytes; not supported"
+            )
     return resolve(tuple(result)) if result else _WHOLE
 
 
@@ -99,8 +101,8 @@ def _flat(pre_tokenizer: Any) -> list[Any]:
     return [pre_tokenizer]
 
 
-def _split(split: dict[str, Any], previous: Step | None, problems: list[str]) -> list[Step]:
-    """The step of a Split, in a list that is empty where it is not supported."""
+def _split(split: dict[str, Any], before: list[Step], problems: list[str]) -> list[Step]:
+    """The step of a Split behind others, in a list that is empty where it is not supported."""
     pattern = split.get("pattern")
     text = pattern.get("Regex") if isinstance(pattern, dict) else None
     if isinstance(pattern, dict) and isinstance(pattern.get("String"), str):
@@ -116,7 +118,7 @@ def _split(split: dict[str, Any], previous: Step | None, problems: list[str]) ->
     try:
         if text in _READ_AS:
             found = _READ_AS[text]
-        elif text == r"\s+$" and previous == r"[\r\n]":
+        elif text == r"\s+$" and _NEWLINES.intersection(before):
             found = r"\s++$"  # no piece holds a newline and something else: the end of a line is that of the piece
         else:
             check_dialect(text)  # before `regex` compiles it, which takes gigabytes for some
