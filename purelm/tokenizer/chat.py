@@ -217,7 +217,7 @@ def _ask(line: str) -> str:
         errors = worker.stderr.read().strip().splitlines() if worker.stderr is not None else []
         _end_worker()
         if any("jinja2" in error for error in errors[-1:]):
-            raise ImportError(f"chat templates need jinja2, which is not installed: pip install jinja2 ({errors[-1]})")
+            raise ImportError("a chat template needs jinja2, which is not installed: pip install 'purelm[chat]'")
         raise ValueError(
             f"chat template: takes more than {SECONDS} s of processor time or {MEMORY_BYTES:,} bytes "
             f"(its process ended with {code})"

@@ -336,3 +336,14 @@ def test_folders(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[1")
     with pytest.raises(ValueError, match=r"tokenizer_config.json, line 1, column \d+"):
         load_chat(tmp_path)
+
+
+def test_without_jinja2(tmp_path, monkeypatch):
+    """The error names the extra; oracle: a jinja2 that cannot be imported stands before the real one."""
+    (tmp_path / "jinja2.py").write_text("raise ImportError('No module named jinja2')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    clear_caches()
+    with pytest.raises(ImportError, match=r"needs jinja2.*pip install 'purelm\[chat\]'"):
+        render(Chat(""), [])
+    monkeypatch.undo()
+    assert render(Chat("x"), []) == "x"

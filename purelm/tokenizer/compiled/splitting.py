@@ -150,7 +150,7 @@ def _gpt2_end(data, i, n, table, digits):
     return _white_space(data, i, n, table, True, False)  # \s++$|\s+(?!\S)|\s
 
 
-@part
+@loop  # a function of its own: inlined, it would make the loop of the other patterns longer
 def _smollm_end(data, i, n, table):
     j = i
     b = data[i]
