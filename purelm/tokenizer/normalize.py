@@ -23,6 +23,7 @@ from purelm.tokenizer.bpe import BPE
 from purelm.tokenizer.splitting import special_matcher
 
 Form = Literal["NFC", "NFD", "NFKC", "NFKD"]
+_STRETCH = 256  # characters that are normalized at a time
 
 _NEWER = re.compile(
     "([\u05c8-\u05c9\u07fd\u0897-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b-\u0d3c\u0eba\u1715\u1abf-\u1af0\u1df6-\u1dfa"
@@ -44,6 +45,18 @@ def normalize(text: str, form: Form | None) -> str:
     True
     """
     if form is None or text.isascii() or unicodedata.is_normalized(form, text):
+        return text
+    parts, start = [], 0
+    while start < len(text):  # mostly a few words are to be changed, and the rest is let through quickly
+        end = text.find(" ", start + _STRETCH)  # a space is a border of every normal form
+        end = len(text) if end < 0 else end
+        parts.append(_normalize(text[start:end], form))
+        start = end
+    return "".join(parts)
+
+
+def _normalize(text: str, form: Form) -> str:
+    if text.isascii() or unicodedata.is_normalized(form, text):
         return text
     parts = _NEWER.split(text)
     parts[::2] = [unicodedata.normalize(form, part) for part in parts[::2]]

@@ -12,7 +12,8 @@ Control, unknown and user-defined tokens become special tokens. A token of type 
 for no text and is left out: the ids have a hole there. Bytes without a token are dropped, see `bpe`.
 
 The name is all that a GGUF file says of normalizer and pattern. PRE holds what the tokenizer.json of the model family
-that brought the name has, so ids equal Hugging Face's: qwen2 is with NFC, which llama.cpp leaves out.
+that brought the name has, so ids equal Hugging Face's: qwen2 is with NFC, which llama.cpp leaves out. The pattern of
+deepseek-coder is llama.cpp's. A name that is not in PRE is refused, not guessed.
 """
 
 import os
@@ -49,6 +50,9 @@ PRE = {
     "llama4": Pre(O200K),
     "tekken": Pre(_TEKKEN, ignore_merges=True),
     "deepseek-v3": Pre(DEEPSEEK3),
+    "deepseek-coder": Pre(
+        ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}")
+    ),
 }
 _KEY = "tokenizer.ggml."
 

@@ -40,7 +40,7 @@ def test_metadata_give_the_tokenizer(bpe):
     assert from_gguf(metadata(bpe, "llama-bpe")).ignore_merges
     for name, found in PRE.items():
         assert resolve(found.pattern) == found.pattern, name
-        assert family(found.pattern) or name in ("tekken", "deepseek-v3")
+        assert family(found.pattern) or name in ("tekken", "deepseek-v3", "deepseek-coder")
 
 
 def test_token_types(bpe):
