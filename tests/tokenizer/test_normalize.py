@@ -128,7 +128,8 @@ def test_long_streams_and_files_are_exact(tmp_path, monkeypatch):
         assert library(bpe).encode(text).ids == expected
         assert list(encode_iterable(bpe, [text[i : i + 7] for i in range(0, len(text), 7)])) == expected
         assert encode_file(bpe, tmp_path / "t.txt", tmp_path / f"{form}.bin").tokens.tolist() == expected
-        documents = [text[i : i + 50] for i in range(0, len(text), 50)]
+        documents = ["\u0338e", *(text[i : i + 5] for i in range(0, 500, 5)), "\u0338e"]
+        monkeypatch.setattr("purelm.tokenizer.blocks.BLOCK_BYTES", 200)  # several documents in a block
         for eot in ("<|end|>", "<n>"):
             apart = [i for one in documents for i in (*encode(bpe, one).tolist(), *encode(bpe, eot).tolist())]
             tokens = encode_documents(bpe, documents, tmp_path / "d.bin", eot=eot)
