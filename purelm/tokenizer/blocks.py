@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from purelm.tokenizer.cuts import chunks
+from purelm.tokenizer.patterns import Pattern
 
 BLOCK_BYTES = 1 << 20  # the arrays that counting or encoding a block needs stay in the second-level cache
 
@@ -25,7 +26,7 @@ class Block(NamedTuple):
     texts: list[bytes] | None = None
 
 
-def file_blocks(path: str | os.PathLike, pattern: str, special_tokens: tuple[str, ...]) -> Iterator[Block]:
+def file_blocks(path: str | os.PathLike, pattern: Pattern, special_tokens: tuple[str, ...]) -> Iterator[Block]:
     """A file in blocks of about BLOCK_BYTES, cut where that changes no piece (see `cuts`)."""
     for start, end in chunk_spans(path, BLOCK_BYTES, pattern, special_tokens):
         yield Block(os.fspath(path), start, end)
@@ -74,7 +75,7 @@ def block_texts(block: Block) -> list[bytes]:
 
 
 def chunk_spans(
-    path: str | os.PathLike, n_bytes: int, pattern: str, special_tokens: tuple[str, ...] = ()
+    path: str | os.PathLike, n_bytes: int, pattern: Pattern, special_tokens: tuple[str, ...] = ()
 ) -> Iterator[tuple[int, int]]:
     """(start, end) in bytes of the `chunks` of a file, found without reading what lies between the cuts."""
     with open(path, "rb") as file:

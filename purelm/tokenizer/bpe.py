@@ -1,20 +1,27 @@
-"""The tokenizer as a value: BPE(vocab, merges, special_tokens, pattern), and `make`, which checks one.
+"""The tokenizer as a value: BPE(vocab, merges, special_tokens, pattern, ...), and `make`, which checks one.
 
 Byte-level byte-pair encoding: `pattern` cuts a text into pieces, and a piece starts as its UTF-8 bytes. As long as some
 neighbours are a pair in `merges`, the pair that is listed first is merged (where it occurs twice, at its leftmost
 place). The order of the merges says nothing about ids: ids may be in any order and have gaps.
 
+A byte without a token in the vocab is dropped by `encode`, as Hugging Face's library drops it: its neighbours in the
+piece become neighbours and may merge. `decode(encode(text))` then lacks it. `make` takes such a vocab only where the
+caller says `drop_missing_bytes=True`.
+
 Sennrich et al. 2016 (BPE for translation); Radford et al. 2019, section 2.2 (on bytes).
 """
 
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
-from purelm.tokenizer.patterns import LONE_SURROGATE, resolve
+from purelm.tokenizer.patterns import LONE_SURROGATE, Pattern, resolve
 
 MOST_IDS = 2**24
+FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 Specials = Sequence[str] | Mapping[str, int]  # names of special tokens, or their ids where these are fixed
 
 
@@ -29,11 +36,15 @@ class BPE:
     vocab: dict[int, bytes]  # id -> bytes, special tokens included; bytes are unique, ids may have gaps
     merges: tuple[tuple[bytes, bytes], ...]  # by rank: the earlier is applied first
     special_tokens: tuple[str, ...]  # cut out of the text before `pattern` applies; each is in the vocab as UTF-8
-    pattern: str  # the pre-tokenizer's regular expression (`regex` syntax)
+    pattern: Pattern  # the pre-tokenizer: a regular expression (`regex` syntax), or a tuple of steps
     # True: a piece that is itself a token becomes that token whatever the merges say, and consecutive merges with the
     # same result share a rank. This is what tiktoken does, and the flag of this name in Hugging Face's files. It makes
     # no difference in a trained vocabulary, where the merges turn the bytes of each token into that token.
     ignore_merges: bool = False
+    normalizer: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None  # of the text between special tokens, `normalize`
+    # The special tokens that are looked for after all others are cut out and the rest is normalized. Empty where that
+    # cannot make a difference.
+    normalized_tokens: frozenset[str] = frozenset()
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -42,6 +53,7 @@ class BPE:
             return NotImplemented
         return (
             (self.pattern, self.ignore_merges) == (other.pattern, other.ignore_merges)
+            and (self.normalizer, self.normalized_tokens) == (other.normalizer, other.normalized_tokens)
             and set(self.special_tokens) == set(other.special_tokens)
             and self.merges == other.merges
             and self.vocab == other.vocab
@@ -56,14 +68,19 @@ def make(
     vocab: Mapping[int, bytes],
     merges: Iterable[tuple[bytes, bytes]],
     special_tokens: Specials = (),
-    pattern: str = "gpt2",
+    pattern: Pattern = "gpt2",
     *,
     ignore_merges: bool = False,
+    normalizer: str | None = None,
+    normalized_tokens: Iterable[str] = (),
+    drop_missing_bytes: bool = False,
 ) -> BPE:
     """A checked BPE; special tokens that the vocab lacks are appended with the next ids.
 
     special_tokens: names, or a mapping from name to id where the ids are fixed from outside. pattern: a name of
-    `purelm.tokenizer.patterns` or a regex. Raises ValueError that names the first thing that is wrong: an id that is
+    `purelm.tokenizer.patterns`, a regex, or a tuple of them. normalizer: None or a Unicode normal form.
+    normalized_tokens: the special tokens that are looked for in normalized text. drop_missing_bytes: whether bytes may
+    lack a token, see the top of this file. Raises ValueError that names the first thing that is wrong: an id that is
     not an int in range, two ids with the same bytes, one of the 256 single bytes missing, a merge that is listed twice,
     or a merge whose parts or result are not in the vocab.
 
@@ -83,10 +100,10 @@ def make(
         ids[token] = token_id
     special_tokens = _add_specials(vocab, ids, special_tokens)
     missing = [value for value in range(256) if bytes([value]) not in ids]
-    if missing:
+    if missing and not drop_missing_bytes:
         raise ValueError(
             f"vocab: {len(missing)} of the 256 single bytes are missing, the first is {bytes(missing[:1])!r}; "
-            "without them some texts have no encoding"
+            "without them some texts have no encoding (drop_missing_bytes=True: such bytes are dropped)"
         )
     merges = tuple(_pair(merge, rank) for rank, merge in enumerate(listed(merges, "merges", "pairs of bytes")))
     seen: dict[tuple[bytes, bytes], int] = {}
@@ -97,7 +114,43 @@ def make(
         for part, name in ((pair[0], "left part"), (pair[1], "right part"), (pair[0] + pair[1], "result")):
             if part not in ids:
                 raise ValueError(f"merges: the {name} of merge {rank}, {pair}, is not in the vocab: {part!r}")
-    return BPE(vocab, merges, special_tokens, resolve(pattern), bool(ignore_merges))
+    if normalizer not in (None, *FORMS):
+        raise ValueError(f"normalizer is {normalizer!r}; allowed are None, {', '.join(FORMS)}")
+    second = _second_pass(special_tokens, normalizer, listed(normalized_tokens, "normalized_tokens", "strings"))
+    pattern = resolve(pattern)
+    return BPE(vocab, merges, special_tokens, pattern, bool(ignore_merges), normalizer, second)  # type: ignore[arg-type]
+
+
+def _second_pass(special_tokens: tuple[str, ...], normalizer: str | None, names: list[str]) -> frozenset[str]:
+    """The value of BPE.normalized_tokens; ValueError for names that cannot be there."""
+    unknown = [name for name in names if name not in special_tokens]
+    if unknown:
+        raise ValueError(f"normalized_tokens: {unknown[0]!r} is not in special_tokens, {list(special_tokens)}")
+    if normalizer is None:
+        others = [name for name in special_tokens if name not in names]
+        return frozenset(names) if overlap(others, names) is not None else frozenset()
+    forms: dict[str, str] = {}
+    for name in names:
+        form = unicodedata.normalize(normalizer, name)  # type: ignore[arg-type]
+        if forms.setdefault(form, name) != name:
+            raise ValueError(f"normalized_tokens: {forms[form]!r} and {name!r} are equal in {normalizer}")
+    return frozenset(names)
+
+
+def overlap(first: Sequence[str], second: Sequence[str]) -> tuple[str, str] | None:
+    """A string of `first` and one of `second` that can share characters in some text, or None."""
+    for one, other, swap in ((first, second, False), (second, first, True)):
+        begins = {text[:k]: text for text in other for k in range(1, len(text) + 1)}
+        whole = set(other)
+        for text in one:
+            for k in range(len(text)):
+                found = begins.get(text[k:])  # a string that begins with the end of `text`
+                if found is None:
+                    inside = (text[k:end] for end in range(k + 1, len(text)) if text[k:end] in begins)
+                    found = next((part for part in inside if part in whole), None)
+                if found is not None:
+                    return (found, text) if swap else (text, found)
+    return None
 
 
 def listed(values, argument: str, what: str) -> list:
@@ -162,7 +215,7 @@ def with_special_tokens(bpe: BPE, special_tokens: Specials) -> BPE:
         ids.update(more)
     vocab = dict(bpe.vocab)
     names = _add_specials(vocab, {token: token_id for token_id, token in vocab.items()}, ids)
-    return BPE(vocab, bpe.merges, names, bpe.pattern, bpe.ignore_merges)
+    return replace(bpe, vocab=vocab, special_tokens=names)
 
 
 def vocab_size(bpe: BPE) -> int:

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 
 from purelm.tokenizer.blocks import Block, block_texts, file_blocks, file_bytes, look_ahead, text_blocks
 from purelm.tokenizer.engine import PAYS_FROM, choose
-from purelm.tokenizer.patterns import resolve
+from purelm.tokenizer.patterns import Pattern, resolve
 from purelm.tokenizer.splitting import special_matcher, split
 from purelm.workers import check_workers, in_processes
 
 
 def count_pieces(
     source: str | os.PathLike | Iterable[str],
-    pattern: str = "gpt2",
+    pattern: Pattern = "gpt2",
     special_tokens: tuple[str, ...] = (),
     *,
     n_workers: int | None = None,
@@ -69,7 +69,7 @@ def count_pieces(
     return counts
 
 
-def count_block(rules: tuple[str, tuple[str, ...]], block: Block) -> Counter[bytes]:
+def count_block(rules: tuple[Pattern, tuple[str, ...]], block: Block) -> Counter[bytes]:
     """The pre-tokens of one block by `regex`; rules: pattern and special tokens."""
     pattern, special_tokens = rules
     specials = special_matcher(frozenset(special_tokens)) if special_tokens else None

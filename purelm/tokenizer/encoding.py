@@ -3,6 +3,9 @@ r"""Text to ids: encode(bpe, text) -> numpy, with special tokens cut out first; 
     ids(text) = ids of each piece, one after the other        pieces: `splitting.split` between special tokens
     ids(piece) = ids of its bytes, then the first merge in rank order, again and again until none applies
 
+A BPE with a normalizer has the text between special tokens normalized first (see `normalize`); bytes that have no
+token are left out of a piece (see `bpe`).
+
 The compiled engine (`compiled.encoding`) gives the same ids, several times as fast as tiktoken, for the known patterns;
 `engine.choose` says when it is used.
 """
@@ -18,7 +21,8 @@ from purelm.tokenizer import tables
 from purelm.tokenizer.bpe import BPE
 from purelm.tokenizer.cuts import SAFE_SPACE
 from purelm.tokenizer.engine import choose
-from purelm.tokenizer.patterns import LONE_SURROGATE, family
+from purelm.tokenizer.normalize import is_plain, segments
+from purelm.tokenizer.patterns import LONE_SURROGATE, Pattern, safe_at_spaces
 from purelm.tokenizer.splitting import special_matcher, split
 
 _BLOCK = 1 << 15  # characters that are split at a time: a whole text is rarely ASCII, such a stretch often is
@@ -117,6 +121,7 @@ class PieceMemo(dict):
         self.old: dict[str, bytes] = {}
         self.merges = tables.pair_merges(bpe)
         self.byte_ids = tables.byte_ids(bpe)
+        self.drops = -1 in self.byte_ids
         self.whole = tables.whole_tokens(bpe)
         self.typecode = "H" if tables.dtype(bpe) == np.uint16 else "I"
 
@@ -126,7 +131,11 @@ class PieceMemo(dict):
             data = piece.encode()
             found = self.whole.get(data) if self.whole else None
             byte_ids = self.byte_ids
-            ids = [found] if found is not None else merge([byte_ids[value] for value in data], self.merges)
+            if found is not None:
+                ids = [found]
+            else:
+                ids = [byte_ids[value] for value in data]
+                ids = merge([i for i in ids if i >= 0] if self.drops else ids, self.merges)
             packed = array(self.typecode, ids).tobytes()
             if len(piece) > _LONGEST_KEPT:
                 return packed
@@ -150,8 +159,15 @@ def encode_python(bpe: BPE, text: str, allowed: frozenset[str], memo: PieceMemo)
 def _ordinary_spans(bpe: BPE, text: str, allowed: frozenset[str], packed: bytearray) -> Iterator[str]:
     """The texts between special tokens; the id of each special token is appended to `packed` after the text before."""
     start = 0
+    dtype = tables.dtype(bpe)
+    if not is_plain(bpe, text):
+        for span, token_id in segments(bpe, text, allowed):
+            yield span
+            if token_id >= 0:
+                packed += dtype.type(token_id).tobytes()
+        return
     if allowed:
-        ids, dtype = tables.special_ids(bpe), tables.dtype(bpe)
+        ids = tables.special_ids(bpe)
         for match in special_matcher(allowed).finditer(text):
             yield text[start : match.start()]
             packed += dtype.type(ids[match.group()]).tobytes()
@@ -159,9 +175,9 @@ def _ordinary_spans(bpe: BPE, text: str, allowed: frozenset[str], packed: bytear
     yield text[start:] if start else text
 
 
-def _blocks(text: str, pattern: str) -> Iterator[str]:
+def _blocks(text: str, pattern: Pattern) -> Iterator[str]:
     """`text` in blocks of about _BLOCK characters, cut where a known pattern allows it (see `cuts`)."""
-    if len(text) <= 2 * _BLOCK or family(pattern) is None:
+    if len(text) <= 2 * _BLOCK or not safe_at_spaces(pattern):
         yield text
         return
     start = 0

@@ -10,7 +10,7 @@ import sys
 from typing import Literal
 
 from purelm.caches import memo
-from purelm.tokenizer.patterns import family, known_family
+from purelm.tokenizer.patterns import Pattern, family, known_family
 
 Task = Literal["encode", "count", "merge"]
 
@@ -19,7 +19,7 @@ Task = Literal["encode", "count", "merge"]
 PAYS_FROM: dict[Task, int] = {"encode": 8_000_000, "count": 8_000_000, "merge": 400_000}
 
 
-def choose(engine: str, task: Task, n_bytes: int, pattern: str | None = None) -> Literal["python", "numba"]:
+def choose(engine: str, task: Task, n_bytes: int, pattern: Pattern | None = None) -> Literal["python", "numba"]:
     """The engine for a task on an input of `n_bytes`: what `engine` asks for, or by size where it is "auto".
 
     "auto" is "numba" for at least PAYS_FROM[task] bytes, where numba is installed, the machine is little-endian, and

@@ -17,7 +17,7 @@ from purelm.files import refuse_overwrite
 from purelm.tokenizer import tables
 from purelm.tokenizer.blocks import Block, block_texts, file_blocks, file_bytes, look_ahead, text_blocks
 from purelm.tokenizer.bpe import BPE, vocab_size
-from purelm.tokenizer.cuts import can_straddle
+from purelm.tokenizer.cuts import can_straddle, rules_for
 from purelm.tokenizer.encoding import encode
 from purelm.tokenizer.engine import PAYS_FROM, choose
 from purelm.workers import check_workers, in_processes, in_threads
@@ -63,7 +63,7 @@ def encode_file(
         for number, path in enumerate(paths):
             if number and between is not None:
                 yield between
-            yield from file_blocks(path, bpe.pattern, bpe.special_tokens)
+            yield from file_blocks(path, *rules_for(bpe))
 
     return _write(bpe, blocks(), out_path, engine, n_workers, total, total, progress)
 
@@ -106,7 +106,7 @@ def _write(
     # Here and not above: purelm.data imports torch, which a worker process does not need.
     from purelm.data.tokens import TokenWriter, open_tokens
 
-    task = Task(bpe, chosen, after, after is not None and _may_join(bpe.special_tokens, after))
+    task = Task(bpe, chosen, after, after is not None and _may_join(bpe, after))
     if chosen == "numba":
         results = in_threads(lambda block: encode_block(task, block), blocks, workers)
     else:
@@ -130,10 +130,13 @@ class Task(NamedTuple):
     join: bool  # whether documents may be joined by it and encoded as one text
 
 
-def _may_join(special_tokens: Sequence[str], eot: str) -> bool:
+def _may_join(bpe: BPE, eot: str) -> bool:
     """Whether `eot` between joined documents is always found: no special token, itself included, can overlap it."""
+    if eot in bpe.normalized_tokens:
+        return False
     return not any(
-        can_straddle(name, (eot,), spaces=False) or (name != eot and name.startswith(eot)) for name in special_tokens
+        can_straddle(name, (eot,), spaces=False) or (name != eot and name.startswith(eot))
+        for name in bpe.special_tokens
     )
 
 

@@ -1,6 +1,6 @@
 r"""The reference pre-tokenizer: text into pieces by `regex`, or by the standard library's `re` where the text is ASCII.
 
-    "".join(split(text, pattern)) == text        for every text and every pattern
+    "".join(split(text, pattern)) == text        for every text and every pattern without a `Removed` step
 
 `re` with ASCII classes cuts ASCII text into the same pieces, 2-3 times as fast as `regex`, which for its part takes as
 long as the whole of tiktoken's encode. Each known pattern is written out for `re` below.
@@ -9,7 +9,18 @@ long as the whole of tiktoken's encode. Each known pattern is written out for `r
 import re
 
 from purelm.caches import memo
-from purelm.tokenizer.patterns import CL100K, CL100K_V1, GPT2, O200K, QWEN, compile_pattern, resolve
+from purelm.tokenizer.patterns import (
+    CL100K,
+    CL100K_V1,
+    GPT2,
+    O200K,
+    QWEN,
+    SMOLLM,
+    Pattern,
+    Removed,
+    compile_pattern,
+    resolve,
+)
 
 # CPU time that a pattern which repeats groups may take: a hundred times what one without nested repetitions needs.
 PATIENCE_SECONDS, SECONDS_PER_CHARACTER = 10.0, 2e-5
@@ -24,6 +35,7 @@ _ASCII = {
     CL100K: _CL100K + r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
     CL100K_V1: _CL100K + _WHITE_SPACE,
     QWEN: _CL100K.replace("{1,3}+", "") + _WHITE_SPACE,
+    SMOLLM: r" ?[A-Za-z]++|'(?:[sdmt]|ll|ve|re)|[0-9]| ?[^\sA-Za-z0-9]++|\s++(?=[0-9])|\s++$|\s+(?!\S)|\s",
     O200K: rf"[^\r\nA-Za-z0-9]?(?:[A-Z]*+[a-z]++|[A-Z]++)(?:{_CONTRACTION})?"
     + r"|[0-9]{1,3}+| ?[^\sA-Za-z0-9]++[\r\n/]*+"
     + _WHITE_SPACE,
@@ -61,51 +73,83 @@ def _is_wild(pattern: str) -> bool:
     return False
 
 
-def split(text: str, pattern: str) -> list[str]:
+def split(text: str, pattern: Pattern) -> list[str]:
     r"""The pieces of `text`: the successive matches of `pattern` (a name or a regex), nothing lost between them.
 
     Text that a pattern of the user's own leaves unmatched comes back as pieces of its own (as Hugging Face's Split
-    with "isolated" does), so joining the pieces always gives the text back. Special tokens are ordinary text here.
+    with "isolated" does), so joining the pieces always gives the text back. Of a tuple of steps each splits the pieces
+    of the one before; only a `Removed` step loses text. Special tokens are ordinary text here.
 
     >>> split("Hello, world's end", "gpt2")
     ['Hello', ',', ' world', "'s", ' end']
     """
     pattern = resolve(pattern)
+    if not isinstance(pattern, str):
+        pieces = [text] if text else []
+        for step in pattern:
+            pieces = [part for piece in pieces for part in _split_step(piece, step)]
+        return pieces
+    return _split_by(text, pattern)
+
+
+def _split_step(text: str, step: str | Removed) -> list[str]:
+    if isinstance(step, str):
+        return _split_by(text, step)
+    parts = _spans(text, step.pattern)
+    return [text[start:end] for start, end, matched in parts if matched == step.invert]
+
+
+def _split_by(text: str, pattern: str) -> list[str]:
     ascii_matcher, matcher, wild = _matchers(pattern)
     if ascii_matcher is not None and text.isascii():
         return ascii_matcher.findall(text)
     if pattern in _ASCII:
         return matcher.findall(text)  # type: ignore[attr-defined]
-    # `regex` is some 4 times slower with a time limit, so only patterns that may need one have it.
-    seconds = PATIENCE_SECONDS + len(text) * SECONDS_PER_CHARACTER if wild else None
+    seconds = _seconds(text, wild)
     try:
         if matcher.groups == 0:  # type: ignore[attr-defined]
             pieces = matcher.findall(text, timeout=seconds)  # type: ignore[attr-defined]
             if sum(map(len, pieces)) == len(text):
                 return pieces if all(pieces) else [piece for piece in pieces if piece]
-        return _split_with_gaps(text, matcher, seconds)
     except TimeoutError:
-        assert seconds is not None
-        raise ValueError(
-            f"pattern {pattern!r}: no result after {seconds:.0f} s on {len(text):,} characters; it tries exponentially "
-            "many ways to match (as (a+)+b does): write it without a repetition inside of a repetition"
-        ) from None
+        raise _out_of_time(text, pattern, seconds) from None
+    return [text[start:end] for start, end, _ in _spans(text, pattern)]
 
 
-def _split_with_gaps(text: str, matcher, seconds: float | None = None) -> list[str]:
-    """Matches and what lies between them, empty ones dropped; also for patterns with groups, where findall differs."""
-    pieces, end = [], 0
-    for match in matcher.finditer(text, timeout=seconds):
-        start, stop = match.span()
-        if start == stop:
-            continue
-        if start > end:
-            pieces.append(text[end:start])
-        pieces.append(text[start:stop])
-        end = stop
+def _seconds(text: str, wild: bool) -> float | None:
+    """The time limit of matching, or None: `regex` is some 4 times slower with one, so only wild patterns have it."""
+    return PATIENCE_SECONDS + len(text) * SECONDS_PER_CHARACTER if wild else None
+
+
+def _out_of_time(text: str, pattern: str, seconds: float | None) -> ValueError:
+    return ValueError(
+        f"pattern {pattern!r}: no result after {seconds:.0f} s on {len(text):,} characters; it tries exponentially "
+        "many ways to match (as (a+)+b does): write it without a repetition inside of a repetition"
+    )
+
+
+def _spans(text: str, pattern: str) -> list[tuple[int, int, bool]]:
+    """(start, end, whether matched) of the matches and of what lies between them, empty ones dropped.
+
+    Also for patterns with groups, where findall differs.
+    """
+    _, matcher, wild = _matchers(pattern)
+    seconds = _seconds(text, wild)
+    parts, end = [], 0
+    try:
+        for match in matcher.finditer(text, timeout=seconds):  # type: ignore[attr-defined]
+            start, stop = match.span()
+            if start == stop:
+                continue
+            if start > end:
+                parts.append((end, start, False))
+            parts.append((start, stop, True))
+            end = stop
+    except TimeoutError:
+        raise _out_of_time(text, pattern, seconds) from None
     if end < len(text):
-        pieces.append(text[end:])
-    return pieces
+        parts.append((end, len(text), False))
+    return parts
 
 
 @memo(64)

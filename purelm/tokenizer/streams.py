@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from purelm.tokenizer import tables
 from purelm.tokenizer.bpe import BPE
-from purelm.tokenizer.cuts import last_cut
+from purelm.tokenizer.cuts import last_cut, rules_for
 from purelm.tokenizer.encoding import PieceMemo, check_surrogates, encode, encode_python
 from purelm.tokenizer.engine import PAYS_FROM, choose
 
@@ -59,6 +59,7 @@ def _safe_blocks(bpe: BPE, texts: Iterable[str], max_held: int) -> Iterator[str]
     held: list[str] = []
     n_held = 0
     wanted = BLOCK_CHARS  # characters at which to look for a cut
+    rules = rules_for(bpe)
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"text {number} is {type(text).__name__}: an iterable of str is expected")
@@ -70,7 +71,7 @@ def _safe_blocks(bpe: BPE, texts: Iterable[str], max_held: int) -> Iterator[str]
             if n_held < wanted:
                 continue
             joined = "".join(held)
-            cut = last_cut(joined, bpe.pattern, bpe.special_tokens)
+            cut = last_cut(joined, *rules)
             held, n_held = [joined[cut:]], n_held - cut
             if n_held > max_held:
                 raise ValueError(

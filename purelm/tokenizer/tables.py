@@ -99,8 +99,8 @@ def _whole_tokens(bpe: BPE) -> dict[bytes, int]:
 
 
 def byte_ids(bpe: BPE) -> list[int]:
-    """The id of each of the 256 single bytes."""
-    return once(bpe, "byte_ids", lambda bpe: [token_ids(bpe)[bytes([value])] for value in range(256)])
+    """The id of each of the 256 single bytes; -1 for one that has none and is dropped."""
+    return once(bpe, "byte_ids", lambda bpe: [token_ids(bpe).get(bytes([value]), -1) for value in range(256)])
 
 
 def special_ids(bpe: BPE) -> dict[str, int]:
@@ -134,7 +134,7 @@ def dtype(bpe: BPE) -> np.dtype:
 
 
 def fingerprint(bpe: BPE) -> str:
-    """sha256, hex, of all that decides ids: equal for two BPEs exactly when vocab, merges, specials and pattern are.
+    """sha256, hex, of all that decides ids: equal for two BPEs exactly when all their fields are.
 
     The order of the special tokens and of the vocab's entries decides nothing and is left out.
     """
@@ -144,7 +144,9 @@ def fingerprint(bpe: BPE) -> str:
 def _fingerprint(bpe: BPE) -> str:
     digest = hashlib.sha256(b"purelm BPE 1\n")
     special = sorted(bpe.special_tokens)
-    header = [bpe.pattern, special, bool(bpe.ignore_merges), len(bpe.vocab), len(bpe.merges)]
+    header: list[object] = [bpe.pattern, special, bool(bpe.ignore_merges), len(bpe.vocab), len(bpe.merges)]
+    if bpe.normalizer is not None or bpe.normalized_tokens:
+        header += [bpe.normalizer, sorted(bpe.normalized_tokens)]
     digest.update(json.dumps(header).encode() + b"\n")
     parts: list[bytes] = []
     for token_id, token in sorted(bpe.vocab.items()):

@@ -18,7 +18,7 @@ from purelm.tokenizer.bpe import BPE, MOST_IDS, make
 from purelm.tokenizer.counting import count_pieces
 from purelm.tokenizer.engine import choose
 from purelm.tokenizer.formats.alphabet import byte_characters
-from purelm.tokenizer.patterns import resolve
+from purelm.tokenizer.patterns import Pattern, resolve
 
 # The ids of the bytes under tie_break "hf", as in GPT-2's vocabulary and Hugging Face's trainer: bytes in the order of
 # the characters that stand for them, so the printable ones come first.
@@ -29,7 +29,7 @@ def train(
     source: str | os.PathLike | Iterable[str],
     vocab_size: int,
     special_tokens: Sequence[str] = (),
-    pattern: str = "gpt2",
+    pattern: Pattern = "gpt2",
     tie_break: Literal["course", "hf"] = "course",
     n_workers: int | None = None,
     progress: Callable[[str, int, int | None], None] | None = None,
@@ -44,7 +44,7 @@ def train(
             from one text into the next. The bytes are taken as they are: CRLF stays, a byte order mark too.
         vocab_size: at least 256 + the number of special tokens (not counting those that are a single byte).
         special_tokens: cut out of the text before anything else, so they take no part in merges.
-        pattern: "gpt2", "cl100k", "o200k", ... or a regex.
+        pattern: "gpt2", "cl100k", "o200k", ..., a regex, or a tuple of them.
         tie_break: among pairs of equal count, "course" takes the lexicographically greater pair of byte strings, "hf"
             the smaller pair of ids, as Hugging Face's trainer does. Under "course" byte b has id b. Under "hf" the
             bytes have GPT-2's order, so that merges and ids equal Hugging Face's, but for the ids of special tokens.
@@ -75,7 +75,7 @@ def train_from_counts(
     counts: Mapping[bytes, int],
     vocab_size: int,
     special_tokens: Sequence[str] = (),
-    pattern: str = "gpt2",
+    pattern: Pattern = "gpt2",
     tie_break: Literal["course", "hf"] = "course",
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> BPE:

@@ -13,7 +13,7 @@ from purelm.tokenizer import split
 from purelm.tokenizer.blocks import chunk_spans, read_span
 from purelm.tokenizer.cuts import chunks, last_cut, next_cut
 
-PATTERNS = ["gpt2", "cl100k", "o200k", "cl100k_v1", "qwen"]
+PATTERNS = ["gpt2", "cl100k", "o200k", "cl100k_v1", "qwen", "smollm"]
 # What the patterns tell apart: letters of both cases, digits, punctuation, contractions, all kinds of white space
 # (ASCII, U+0085, no-break, ideographic, line separator, and U+001C which only str.isspace counts), marks, numbers.
 ALPHABET = [

@@ -14,7 +14,7 @@ from purelm.tokenizer import resolve, split, splitting
 from purelm.tokenizer.compiled.classes import LETTER, LOWER, NEWLINE, NUMBER, SPACE, UPPER, class_table
 from purelm.tokenizer.patterns import CL100K, GPT2, NAMES, O200K, family
 
-PATTERNS = ["gpt2", "cl100k", "o200k", "cl100k_v1", "qwen"]
+PATTERNS = ["gpt2", "cl100k", "o200k", "cl100k_v1", "qwen", "smollm"]
 # Both cases, digits, contractions in any case (and the long s, which folds to s), every kind of white space, marks,
 # numbers that are no digits, letters without case, title case, modifier letters, wide and invisible characters.
 SIGNS = [

@@ -16,7 +16,7 @@ from purelm.tokenizer.blocks import Block, block_texts
 from purelm.tokenizer.compiled.classes import class_table
 from purelm.tokenizer.compiled.jit import loop
 from purelm.tokenizer.compiled.splitting import split_some
-from purelm.tokenizer.patterns import known_family
+from purelm.tokenizer.patterns import Pattern, known_family
 from purelm.tokenizer.splitting import special_matcher
 
 
@@ -148,7 +148,7 @@ def counter(table: tuple) -> Counter[bytes]:
 
 def count_in_threads(
     blocks: Iterator[Block],
-    pattern: str,
+    pattern: Pattern,
     special_tokens: tuple[str, ...],
     workers: int,
     report: Callable[[int], None],
@@ -197,7 +197,7 @@ def count_in_threads(
     return out
 
 
-def _block_adder(pattern: str, special_tokens: tuple[str, ...]):
+def _block_adder(pattern: Pattern, special_tokens: tuple[str, ...]):
     """add_block(table, block) -> table.
 
     Special tokens are counted as pieces of their own, and taken out of the sum in the end. No other piece is equal to

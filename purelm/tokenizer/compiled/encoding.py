@@ -6,6 +6,7 @@ BPE's pool and puts it back, or makes one where the pool is empty, so no two cal
 """
 
 from collections import deque
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -17,6 +18,7 @@ from purelm.tokenizer.compiled.classes import class_table
 from purelm.tokenizer.compiled.memo import DONE, GROW, encode_some, fill_whole, rehash
 from purelm.tokenizer.compiled.merging import fill_pairs
 from purelm.tokenizer.cuts import SAFE_SPACE_BYTES
+from purelm.tokenizer.normalize import is_plain, segments
 from purelm.tokenizer.patterns import known_family
 from purelm.tokenizer.splitting import special_matcher
 
@@ -34,20 +36,37 @@ def encode_numba(bpe: BPE, data: bytes, allowed: frozenset[str]) -> np.ndarray:
     except IndexError:
         memo = _empty_memo()
     dtype = tables.dtype(bpe)
-    parts = [_encode_block(bpe, data, spans, known, memo).astype(dtype) for spans in _blocks(bpe, data, allowed)]
+    data, found = _cut_out(bpe, data, allowed)
+    parts = [_encode_block(bpe, data, spans, known, memo).astype(dtype) for spans in _blocks(data, found)]
     pool.append(memo)
     if len(parts) == 1:
         return parts[0]
     return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
-def _blocks(bpe: BPE, data: bytes, allowed: frozenset[str]):
+def _cut_out(bpe: BPE, data: bytes, allowed: frozenset[str]) -> tuple[bytes, Iterable[tuple[int, int, int]]]:
+    """(text, (start, end, id) of the special tokens in it): `data`, or where it has to change its normalized spans."""
+    if bpe.normalizer is not None or bpe.normalized_tokens:
+        text = data.decode()
+        if not is_plain(bpe, text):
+            parts, found, end = [], [], 0
+            for part, token_id in segments(bpe, text, allowed):
+                parts.append(part.encode())
+                end += len(parts[-1])
+                if token_id >= 0:
+                    found.append((end, end, token_id))
+            return b"".join(parts), found
+    if not allowed:
+        return data, ()
+    ids = tables.once(bpe, "encoded_specials", _encoded_specials)
+    return data, ((*match.span(), ids[match.group()]) for match in special_matcher(allowed, True).finditer(data))
+
+
+def _blocks(data: bytes, found: Iterable[tuple[int, int, int]]):
     """Lists of (start, end, id of the special token that follows or -1), each list about _BLOCK bytes."""
-    names = tables.once(bpe, "encoded_specials", _encoded_specials)
     spans: list[tuple[int, int, int]] = []
     block_start = start = 0
-    found = (match.span() for match in special_matcher(allowed, True).finditer(data)) if allowed else ()
-    for end, after in chain(found, [(len(data), len(data))]):
+    for end, after, token_id in chain(found, [(len(data), len(data), -1)]):
         while end - block_start > _BLOCK:
             cut = SAFE_SPACE_BYTES.search(data, max(start + 1, block_start + _BLOCK - 1), end)
             if cut is None:
@@ -55,7 +74,7 @@ def _blocks(bpe: BPE, data: bytes, allowed: frozenset[str]):
             spans.append((start, cut.start(), -1))
             yield spans
             spans, block_start, start = [], cut.start(), cut.start()
-        spans.append((start, end, names[data[end:after]] if after > end else -1))
+        spans.append((start, end, token_id))
         start = after
         if start - block_start >= _BLOCK:
             yield spans
@@ -129,7 +148,7 @@ def _make_room(memo: dict[str, Any]) -> None:
 
 
 def _arrays(bpe: BPE) -> tuple[np.ndarray, ...]:
-    """(ids of the single bytes, table of merges, table of whole tokens or no rows, their bytes)."""
+    """(ids of the single bytes or -1, table of merges, table of whole tokens or no rows, their bytes)."""
     ids = tables.token_ids(bpe)
     n = len(bpe.merges)
     left = np.fromiter((ids[left] for left, _ in bpe.merges), np.int64, n)

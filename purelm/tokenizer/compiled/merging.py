@@ -48,9 +48,12 @@ def fill_pairs(pairs, left, right, merges):
 @loop
 def merge_short(data, start, end, byte_ids, pairs, places, values):
     """Merge data[start:end] in places[0] by scanning for the first merge; the number of ids. Quadratic: short only."""
-    n = end - start
-    for k in range(n):
-        places[0, k] = byte_ids[data[start + k]]
+    n = 0
+    for k in range(start, end):
+        byte_id = byte_ids[data[k]]
+        if byte_id >= 0:  # a byte without a token is dropped
+            places[0, n] = byte_id
+            n += 1
     for k in range(n - 1):
         values[k] = _merge_of(places[0, k], places[0, k + 1], pairs)
     while n > 1:
@@ -110,18 +113,23 @@ IDS, AFTER, BEFORE = 0, 1, 2
 def merge_long(data, start, end, byte_ids, pairs, out, n_out, places, values, heap):
     """Merge data[start:end] into out[n_out:] by a heap of (rank, place); the new n_out. O(n log n).
 
-    Scratch for n = end - start places: places (3, n) int64, values (n,) and heap (3 n,) uint64.
+    Scratch for n <= end - start places: places (3, n) int64, values (n,) and heap (3 n,) uint64.
     """
-    n = end - start
+    n = 0
     # places: the id of each, the next and the previous place in use (n and -1 beyond the ends). values: the merge of a
     # place with the next one, NO_MERGE for a place out of use. heap: rank << 32 | place; each merge adds at most two.
     high = np.uint64(0xFFFFFFFF00000000)
     low = np.uint64(0xFFFFFFFF)
     size = 0
-    for k in range(n):
-        places[IDS, k] = byte_ids[data[start + k]]
-        places[AFTER, k] = k + 1
-        places[BEFORE, k] = k - 1
+    for k in range(start, end):
+        byte_id = byte_ids[data[k]]
+        if byte_id >= 0:  # a byte without a token is dropped
+            places[IDS, n] = byte_id
+            places[AFTER, n] = n + 1
+            places[BEFORE, n] = n - 1
+            n += 1
+    if n == 0:
+        return n_out
     for k in range(n - 1):
         values[k] = _merge_of(places[IDS, k], places[IDS, k + 1], pairs)
         if values[k] != NO_MERGE:

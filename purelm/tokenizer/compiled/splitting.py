@@ -10,7 +10,7 @@ import numpy as np
 
 from purelm.tokenizer.compiled.classes import LETTER, LOWER, NEWLINE, NUMBER, SPACE, UPPER, class_table
 from purelm.tokenizer.compiled.jit import loop, part
-from purelm.tokenizer.patterns import known_family
+from purelm.tokenizer.patterns import Pattern, known_family
 
 _SOLID = LETTER | NUMBER | SPACE  # a character with none of these is [^\s\p{L}\p{N}]
 _NOT_PREFIX = LETTER | NUMBER | NEWLINE  # a character with none of these is [^\r\n\p{L}\p{N}]
@@ -150,6 +150,31 @@ def _gpt2_end(data, i, n, table, digits):
     return _white_space(data, i, n, table, True, False)  # \s++$|\s+(?!\S)|\s
 
 
+@loop  # a function of its own: inlined, it would make the loop of the other patterns longer
+def _smollm_end(data, i, n, table):
+    j = i
+    b = data[i]
+    if b == 0x27:  # '(?:[sdmt]|ll|ve|re)
+        end = _contraction(data, i, n, False)
+        if end:
+            return end
+    elif b == 0x20 and i + 1 < n:  # the optional space of letters and others
+        j = i + 1
+    bits, after = _char(data, j, n, table)
+    if bits & LETTER:  # ?\p{L}++
+        return _run(data, after, n, table, LETTER)
+    if bits & NUMBER:  # \p{N}, or the one space before it
+        return j if j > i else after
+    if bits & SPACE == 0:  # ?[^\s\p{L}\p{N}]++
+        return _run_without(data, after, n, table, _SOLID)
+    end = _run(data, i, n, table, SPACE)
+    if end < n:
+        bits, after = _char(data, end, n, table)
+        if bits & NUMBER:  # \s++(?=\p{N})
+            return end
+    return _white_space(data, i, n, table, True, False)  # \s++$|\s+(?!\S)|\s
+
+
 @part
 def _other_or_space(data, i, n, table, slash, at_end_whole):
     r""" ?[^\s\p{L}\p{N}]++[\r\n]*+ (with slash [\r\n/]*), then the white-space branches."""
@@ -232,6 +257,8 @@ def piece_end(data, i, n, table, family, digits):
         return _gpt2_end(data, i, n, table, digits)
     if family == 3:
         return _o200k_end(data, i, n, table, digits)
+    if family == 4:
+        return _smollm_end(data, i, n, table)
     return _cl100k_end(data, i, n, table, digits, family == 1)
 
 
@@ -246,7 +273,7 @@ def split_some(data, i, n, table, family, digits, ends):
     return count
 
 
-def split_ends(data: np.ndarray, pattern: str) -> np.ndarray:
+def split_ends(data: np.ndarray, pattern: Pattern) -> np.ndarray:
     """The byte offsets at which the pieces of the UTF-8 text `data` end, int64, rising, the last one len(data).
 
     data: uint8, one axis, valid UTF-8 (other bytes are cut somehow, and do no harm). pattern: a known one, by name or

@@ -6,6 +6,8 @@ import os
 from purelm.tokenizer.bpe import BPE, Specials, listed_specials, make
 from purelm.tokenizer.formats.alphabet import from_unicode, to_unicode, vocab_from_json, vocab_to_json
 from purelm.tokenizer.formats.text import parse_json, read_text, write_atomic
+from purelm.tokenizer.patterns import Pattern
+from purelm.tokenizer.tables import byte_ids
 
 
 def load_gpt2(
@@ -13,7 +15,7 @@ def load_gpt2(
     merges_path: str | os.PathLike,
     *,
     special_tokens: Specials | None = None,
-    pattern: str = "gpt2",
+    pattern: Pattern = "gpt2",
 ) -> BPE:
     """Read vocab.json and merges.txt.
 
@@ -55,6 +57,10 @@ def save_gpt2(bpe: BPE, vocab_path: str | os.PathLike, merges_path: str | os.Pat
     """Write vocab.json and merges.txt. They hold neither the pattern nor which tokens are special."""
     if bpe.ignore_merges:
         raise ValueError("bpe.ignore_merges is True, which merges.txt cannot say: use tokenizer.json")
+    if bpe.normalizer is not None or bpe.normalized_tokens:
+        raise ValueError(f"bpe.normalizer is {bpe.normalizer}, which these files cannot say: use tokenizer.json")
+    if -1 in byte_ids(bpe):
+        raise ValueError("bpe drops bytes that have no token, which these files cannot say: use tokenizer.json")
     lines = [f"{to_unicode(left)} {to_unicode(right)}\n" for left, right in bpe.merges]
     write_atomic(
         {

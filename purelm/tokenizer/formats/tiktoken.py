@@ -16,10 +16,11 @@ from collections.abc import Mapping
 from itertools import groupby, pairwise
 from pathlib import Path
 
+from purelm.tokenizer import tables
 from purelm.tokenizer.bpe import BPE, Specials, listed_specials, make
 from purelm.tokenizer.encoding import merge
 from purelm.tokenizer.formats.text import read_text, write_atomic
-from purelm.tokenizer.patterns import CL100K, GPT2, O200K
+from purelm.tokenizer.patterns import CL100K, GPT2, O200K, Pattern
 
 # What belongs to the published .tiktoken files beside their ranks: number of ranks, pattern, special tokens.
 # Source: tiktoken 0.14, openai_public.py.
@@ -35,7 +36,7 @@ PUBLISHED = {
 
 
 def load_tiktoken(
-    path: str | os.PathLike, *, pattern: str | None = None, special_tokens: Specials | None = None
+    path: str | os.PathLike, *, pattern: Pattern | None = None, special_tokens: Specials | None = None
 ) -> BPE:
     """Read a .tiktoken file; ids are its ranks, and encoding is tiktoken's, id for id.
 
@@ -84,6 +85,11 @@ def save_tiktoken(bpe: BPE, path: str | os.PathLike) -> None:
     and the merges must be those that tiktoken finds (see the top of this file).
     """
     name = os.fspath(path)
+    if bpe.normalizer is not None or bpe.normalized_tokens:
+        raise ValueError(f"{name}: bpe.normalizer is {bpe.normalizer}, which a .tiktoken file cannot say")
+    missing = [value for value in range(256) if tables.byte_ids(bpe)[value] < 0]
+    if missing:
+        raise ValueError(f"{name}: {len(missing)} of the 256 single bytes have no token; tiktoken needs all of them")
     special = {token.encode() for token in bpe.special_tokens} - {left + right for left, right in bpe.merges}
     ranks = {t: i for i, t in sorted(bpe.vocab.items()) if len(t) == 1 or t not in special}
     results = [result for result, _ in groupby(left + right for left, right in bpe.merges)]

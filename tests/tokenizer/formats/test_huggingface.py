@@ -6,7 +6,7 @@ import random
 import pytest
 
 from purelm.tokenizer import encode, load, save
-from purelm.tokenizer.formats import huggingface
+from purelm.tokenizer.formats import added_around, huggingface
 from purelm.tokenizer.formats.alphabet import byte_characters
 from tests.tokenizer.formats.test_formats import same
 
@@ -76,13 +76,19 @@ def _sequence(*steps):
         (_set("model", "dropout", 0.1), "model.dropout is 0.1"),
         (_set("model", "byte_fallback", True), "model.byte_fallback"),
         (_set("model", "end_of_word_suffix", "</w>"), "model.end_of_word_suffix"),
-        (_set("normalizer", {"type": "NFC"}), "the normalizer NFC changes the text"),
+        (_set("normalizer", {"type": "Lowercase"}), "the normalizer Lowercase changes the text; supported are NFC"),
+        (_set("normalizer", {"type": "NFC", "left": 1}), "the normalizer NFC has left 1, which is not known"),
+        (_set("normalizer", 3), "the normalizer damaged"),
         (_set("pre_tokenizer", None), r"the pre-tokenizer is \[None\]"),
         (_set("pre_tokenizer", {"type": "Metaspace"}), "Metaspace.*supported are ByteLevel"),
         (_set("pre_tokenizer", "add_prefix_space", True), "add_prefix_space"),
-        (_sequence({**SPLIT, "behavior": "Removed"}, BYTE_LEVEL), "behavior 'Removed'"),
-        (_sequence({**SPLIT, "invert": True}, BYTE_LEVEL), "invert True"),
-        (_sequence({**SPLIT, "pattern": {"String": "a"}}, BYTE_LEVEL), "only a Regex"),
+        (_sequence({**SPLIT, "behavior": "Dropped"}, BYTE_LEVEL), "behavior 'Dropped'"),
+        (_sequence({**SPLIT, "invert": 1}, BYTE_LEVEL), "invert 1"),
+        (_sequence({**SPLIT, "pattern": {"String": ""}}, BYTE_LEVEL), "can match no characters"),
+        (_sequence({**SPLIT, "pattern": {"Glob": "a"}}, BYTE_LEVEL), "supported are a Regex and a String"),
+        (_sequence({**SPLIT, "flags": 3}, BYTE_LEVEL), "the pre-tokenizer Split has flags 3, which is not known"),
+        (_sequence(BYTE_LEVEL, SPLIT), "Split after ByteLevel"),
+        (_set("model", "cache", 3), "model.cache is not known"),
         (_sequence({**SPLIT, "pattern": {"Regex": "("}}, BYTE_LEVEL), r"a group without \)"),
         (_sequence({**SPLIT, "pattern": {"Regex": r"\p{L}+$"}}, BYTE_LEVEL), r"Split: \$ at character 6 of"),
         (_sequence({**SPLIT, "pattern": {"Regex": "(?:a{900}){900}"}}, BYTE_LEVEL), "810,000 times in all"),
@@ -94,13 +100,10 @@ def _sequence(*steps):
         (_set("added_tokens", 0, "id", True), "no content or no id"),
         (_set("added_tokens", 0, "id", 1.0), "no content or no id"),
         (_set("added_tokens", 0, "content", ""), "no content or no id"),
-        (_append({"content": "x<|pad", "id": 302, "normalized": True}), "can overlap"),
-        (_append({"content": "pad", "id": 302, "normalized": True}), "can overlap"),
         (_append({"content": "\ud800", "id": 302}), "lone surrogate"),
         (_append({"content": "<new>", "id": 303}), "id 303, but .* gives it 302, the next"),
         (_sequence({**SPLIT, "pattern": {"Regex": r"\d{1,3}+|."}}, BYTE_LEVEL), "possessive interval"),
-        (_sequence(SPLIT, {**BYTE_LEVEL, "use_regex": True}), "splits twice"),
-        (_sequence({"type": "Digits"}, BYTE_LEVEL), "Digits"),
+        (_sequence({"type": "Punctuation"}, BYTE_LEVEL), "Punctuation"),
         (_set("added_tokens", 0, "lstrip", True), "'<.endoftext.>' has lstrip"),
         (_set("added_tokens", 0, "single_word", True), "single_word"),
         (_set("added_tokens", 0, {"id": 0}), "no content or no id"),
@@ -123,6 +126,23 @@ def test_what_would_change_ids_is_refused(trained, tmp_path, change, message):
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
+def test_all_that_is_refused_is_named_at_once(trained, tmp_path):
+    """One line names each key; oracle: the changes."""
+
+    def change(content):
+        content["model"] |= {"dropout": 0.5, "byte_fallback": True}
+        content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip"}]}
+        content["pre_tokenizer"]["add_prefix_space"] = True
+        content["added_tokens"][1] |= {"lstrip": True, "rstrip": True}
+        content["truncation"] = {"max_length": 3}
+
+    with pytest.raises(ValueError) as caught:
+        load(huggingface_file(trained(), tmp_path / "t.json", change))
+    for part in ("dropout", "byte_fallback", "normalizer Strip", "add_prefix_space", "lstrip", "rstrip", "truncation"):
+        assert part in str(caught.value), part
+    assert "\n" not in str(caught.value)
+
+
 def test_text_only_leaves_out_what_comes_after_encoding(trained, tmp_path):
     """Oracle: Hugging Face's encode(add_special_tokens=False) of a file with a begin-of-text token."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -140,6 +160,7 @@ def test_text_only_leaves_out_what_comes_after_encoding(trained, tmp_path):
     peer = tokenizers.Tokenizer.from_file(str(path))
     with pytest.raises(ValueError, match="adds tokens around a text"):
         load(path)
+    assert added_around(path) == ((399,), ()) and added_around(tmp_path / "t.json") == ((399,), ())
     for text in TEXTS:
         assert peer.encode(text).ids == [399, *encode(bpe, text).tolist()]
         assert peer.encode(text, add_special_tokens=False).ids == encode(load(path, text_only=True), text).tolist()
