@@ -29,6 +29,7 @@ from purelm.evals.accuracy import majority, pass_at_k, wilson
 from purelm.evals.tasks import TASKS, Example, Task
 from purelm.models import transformer
 from purelm.tokenizer import BPE, decode, encode, fingerprint
+from purelm.tokenizer.chat import Chat, encode_chat, load_chat
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Args:
     """Answer question sets with a model, and grade the answers."""
 
     model: Annotated[Place, tyro.conf.Positional]
-    """folder of open weights, .gguf file (with --tokenizer), or folder of a run"""
+    """folder of open weights, .gguf file, or folder of a run"""
     out: Place
     """folder of the results"""
     data: Place
@@ -48,6 +49,8 @@ class Args:
     """first examples of each set"""
     template: Text = "{prompt}"
     r"""text around the prompt, with \n for a new line"""
+    chat: bool = False
+    """put the text as a user's message into the chat template of the model's folder"""
     stop: tuple[Text, ...] = ()
     """strings that end an answer"""
     end: tuple[Text, ...] = ("<|endoftext|>", "<|im_end|>")
@@ -76,13 +79,14 @@ def main(args: Args) -> None:
     free = ("out", "tasks", "limit", "batch_size", "device")
     settings = {name: str(value) for name, value in asdict(args).items() if name not in free}
     settings["tokenizer_sha256"] = fingerprint(bpe)
+    chat = load_chat(args.model) if args.chat else None
     with locked(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
         _check_settings(args.out / "settings.json", settings)
         track.write_json(args.out / "settings.json", settings)
         summary = {}
         for name, examples in sets.items():
-            rows = _answer(args, name, examples, transformer.make(cfg), params, bpe)
+            rows = _answer(args, name, examples, transformer.make(cfg), params, bpe, chat)
             summary[name] = _summary(rows)
             _page(args.out / f"{name}.html", name, rows, summary[name])
         track.write_json(args.out / "summary.json", summary)
@@ -110,7 +114,9 @@ def _check_settings(path: Path, settings: dict[str, str]) -> None:
         raise ValueError(f"{path.parent}: has answers with other {', '.join(changed)}: give another --out")
 
 
-def _answer(args: Args, name: str, examples: list[Example], model: Any, params: Any, bpe: BPE) -> list[dict[str, Any]]:
+def _answer(
+    args: Args, name: str, examples: list[Example], model: Any, params: Any, bpe: BPE, chat: Chat | None
+) -> list[dict[str, Any]]:
     """Rows of all examples: those that lie there, and the others, which are written as they come."""
     path = args.out / f"{name}.jsonl"
     known = {row["id"]: row for row in track.read_rows(path)} if path.is_file() else {}
@@ -122,7 +128,8 @@ def _answer(args: Args, name: str, examples: list[Example], model: Any, params: 
     with progress_bar(name, len(left), "questions") as update:
         for at in range(0, len(left), per_batch):
             chosen = left[at : at + per_batch]
-            for example, texts in zip(chosen, _texts(args, TASKS[name], chosen, model, params, bpe), strict=True):
+            answered = _texts(args, TASKS[name], chosen, model, params, bpe, chat)
+            for example, texts in zip(chosen, answered, strict=True):
                 graded = [TASKS[name].grade(text, example) for text in texts]
                 answers = [g.answer for g in graded]
                 known[example.id] = {
@@ -137,7 +144,7 @@ def _answer(args: Args, name: str, examples: list[Example], model: Any, params: 
 
 
 def _texts(
-    args: Args, task: Task, examples: list[Example], model: Any, params: Any, bpe: BPE
+    args: Args, task: Task, examples: list[Example], model: Any, params: Any, bpe: BPE, chat: Chat | None
 ) -> list[list[str]]:
     """n_samples responses to each example. A prompt that does not fit keeps its end, as in any context window."""
     template = args.template.replace("\\n", "\n")
@@ -148,7 +155,10 @@ def _texts(
     prompts, keys = [], []
     for example in examples:
         text = template.replace("{prompt}", task.prompt(example))
-        ids = np.asarray(encode(bpe, text, allowed_special="all"), np.int64)[-room:].tolist()
+        if chat is None:
+            ids = np.asarray(encode(bpe, text, allowed_special="all"), np.int64)[-room:].tolist()
+        else:
+            ids = np.asarray(encode_chat(bpe, chat, [{"role": "user", "content": text}]), np.int64)[-room:].tolist()
         for k in range(args.n_samples):
             prompts.append(ids)
             key = random.fold_in(random.key(args.seed), zlib.crc32(example.id.encode()))

@@ -63,7 +63,7 @@ class Sft:
     run: Place
     """folder of the run"""
     model: Place
-    """folder of open weights, .gguf file (with --tokenizer), or folder of a run of `pretrain`"""
+    """folder of open weights, .gguf file, or folder of a run of `pretrain`"""
     train: Place
     """JSON lines"""
     heldout: Place | None = None
@@ -122,9 +122,7 @@ def load_model(
     """(params, configuration, tokenizer) of a folder of open weights, a .gguf file or a run's folder."""
     given = load_tokenizer(tokenizer, text_only=True) if tokenizer is not None else None
     if model.suffix == ".gguf":
-        if given is None:
-            raise ValueError(f"{model}: give the tokenizer of a .gguf file by --tokenizer")
-        return *gguf.load_weights(model, device=device), given
+        return gguf.load(model, device=device) if given is None else (*gguf.load_weights(model, device=device), given)
     if (model / "checkpoints").is_dir():
         params, cfg, bpe = load_run(model, None, device)
         return params, cfg, given or bpe

@@ -1,6 +1,6 @@
 """GGUF files, llama.cpp's: weights, dequantised, and the configuration that they have with them.
 
-    params, cfg = load_weights("SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32)
+    params, cfg, tokenizer = load("SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32)
 
 Llama (SmolLM2 and Mistral are), Qwen 2.5, Qwen 3 and OLMo 2, in any format that the package `gguf` dequantises.
 Parameters are those that `purelm.models.hf` reads from the same model's folder, but for what quantisation lost.
@@ -20,8 +20,10 @@ from purelm import tree
 from purelm.models.config import Config, RopeScaling
 from purelm.models.layers import leaves
 from purelm.models.leaves import Params
+from purelm.tokenizer import BPE, vocab_size
+from purelm.tokenizer import load as load_tokenizer
 
-__all__ = ["ARCHITECTURES", "Architecture", "load_weights"]
+__all__ = ["ARCHITECTURES", "Architecture", "load", "load_weights"]
 
 _OUTSIDE = {
     "token_embd.weight": "token_embeddings.weight",
@@ -82,6 +84,20 @@ _OTHERS = (
     "rope.freq_base", "rope.scaling.attn_factor", "rope.scaling.factor", "rope.scaling.finetuned",
     "rope.scaling.original_context_length", "rope.scaling.type", "vocab_size",
 )  # fmt: skip
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> tuple[Params, Config, BPE]:
+    """(params, cfg, tokenizer) of a GGUF file; errors as for `load_weights`, and for a tokenizer of another kind."""
+    params, cfg = load_weights(path, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(path)
+    if vocab_size(tokenizer) > cfg.vocab_size:
+        raise ValueError(f"{path}: has {vocab_size(tokenizer)} tokens, and embeddings of {cfg.vocab_size}")
+    return params, cfg, tokenizer
 
 
 def load_weights(
