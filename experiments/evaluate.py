@@ -10,6 +10,7 @@ example, the seed and the settings, not on the batch that it was in.
 
 import html
 import json
+import re
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ class Args:
     limit: Count | None = None
     """first examples of each set"""
     template: Text = "{prompt}"
-    r"""text around the prompt, with \n for a new line"""
+    r"""text around {prompt}, the question set's own, or around the bare {question}; \n is a new line"""
     chat: bool = False
     """put the text as a user's message into the chat template of the model's folder"""
     stop: tuple[Text, ...] = ()
@@ -154,7 +155,8 @@ def _texts(
     room = max(model.context_length - args.max_new_tokens, 1)
     prompts, keys = [], []
     for example in examples:
-        text = template.replace("{prompt}", task.prompt(example))
+        values = {"prompt": task.prompt(example), "question": example.question}
+        text = re.sub(r"\{(prompt|question)\}", lambda match, values=values: values[match[1]], template)
         if chat is None:
             ids = np.asarray(encode(bpe, text, allowed_special="all"), np.int64)[-room:].tolist()
         else:
