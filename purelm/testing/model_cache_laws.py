@@ -49,13 +49,13 @@ def decode_(case: Case) -> None:
 
 
 def lengths(case: Case) -> None:
-    """Prompts of different lengths, padded on the left with any tokens, go on as each does alone."""
+    """Prompts of different lengths, padded on the right with any tokens, go on as each does alone."""
     model, params, tokens = case.model, case.params, case.tokens_BT
     expected, (B, T) = logits_of(case), tokens.shape
     longest = max(T // 2, 2)
     n = torch.tensor([longest - (b + 1) % longest for b in range(B)], device=tokens.device)
-    at = torch.arange(longest, device=tokens.device) - (longest - n)[:, None]  # position of each slot in its row
-    prompts = torch.where(at >= 0, tokens.gather(1, at.clamp(min=0)), tokens[:, -1:])
+    real = torch.arange(longest, device=tokens.device) < n[:, None]
+    prompts = torch.where(real, tokens[:, :longest], tokens[:, -1:])
     found, state = model.prefill(params, prompts, _empty(case), lengths=n, n_positions=T)
     rows = torch.arange(B, device=tokens.device)
     for j in range(T - longest + 1):
