@@ -5,7 +5,7 @@ Legend: B rows at a time, N the most new tokens of any, V vocabulary, R rows in 
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -51,16 +51,27 @@ class Job:
     def prompt_of(self, row: int) -> int:
         return row // self.n_samples
 
+    def length_of(self, row: int) -> int:
+        return len(self.prompts[self.prompt_of(row)])
+
 
 @dataclass
 class _Batch:
     """The rows under way: rows and cache on the device, and what the host knows of them."""
 
+    job: Job
+    queue: deque[int]  # rows that have not begun, samples of a prompt beside each other
+    device: torch.device
+    dtype: torch.dtype
+    n_slots: int
+    n_most: int  # N
+    stops_V: Tensor
+    row_of: list[int | None]  # the row in each of the B places
+    n_read: list[int]  # new tokens of it that were read
+    generated: list[list[int]]  # these tokens, where there are stop strings to look for
     rows: Rows | None = None
     cache: Any = None
-    row_of: list[int | None] = field(default_factory=list)  # which row each of the B places holds
-    n_read: list[int] = field(default_factory=list)  # new tokens of it that were read
-    generated: list[list[int]] = field(default_factory=list)
+    held: tuple[int, Tensor, Any] | None = None  # a prompt whose samples have not all begun, its logits, its cache
 
 
 def pieces(job: Job) -> Iterator[list[Piece]]:
@@ -70,91 +81,105 @@ def pieces(job: Job) -> Iterator[list[Piece]]:
         return
     weight = job.model.unembedding(job.params)  # only its device and dtype are used
     device = weight.device
-    B = min(len(queue), job.batch_size or len(queue))
     # The last token needs no slot, since nothing is generated after it.
-    n_slots = max(len(job.prompts[job.prompt_of(row)]) + job.limits[row] - 1 for row in queue)
-    N = max(job.limits)
+    n_slots = max(job.length_of(row) + job.limits[row] - 1 for row in queue)
     stops_V = torch.zeros(job.model.vocab_size, dtype=torch.bool)
     stops_V[list(job.stop.ids)] = True
-    stops_V = stops_V.to(device)
-    step = make_step(job.model, job.sampling, job.stop, stops_V)
+    B = min(len(queue), job.batch_size or len(queue))
+    batch = _Batch(
+        job, queue, device, weight.dtype, n_slots, max(job.limits), stops_V.to(device), [None] * B, [0] * B,
+        [[] for _ in range(B)],
+    )  # fmt: skip
+    step = make_step(job.model, job.sampling, job.stop, batch.stops_V)
     if job.wrap_step is not None:
         step = job.wrap_step(step)
     read_every = job.read_every or (1 if device.type == "cpu" else 8)
-    batch = _Batch(None, None, [None] * B, [0] * B, [[] for _ in range(B)])
-    held: tuple[int, Tensor, Any] | None = None  # the last prompt, its logits and its cache, while samples are left
-
-    def admit(places: list[int], numbers: list[int], logits_BV: Tensor, cache: Any) -> None:
-        """Put these rows, whose prompts have these logits and caches, into these places."""
-        starts = [len(job.prompts[job.prompt_of(row)]) for row in numbers]
-        new = begin([job.limits[row] for row in numbers], uniforms(job.keys_R2[numbers], starts, N).to(device))
-        new = draw(logits_BV, new, job.sampling, job.stop, stops_V)
-        if batch.rows is None:
-            batch.rows, batch.cache = new, cache
-        else:
-            at = torch.tensor(places, device=device)
-            tree.map(lambda x, y: x.index_copy_(0, at, y), batch.rows, new)
-            batch.cache = insert_(batch.cache, at, cache)
-        for place, row in zip(places, numbers, strict=True):
-            batch.row_of[place], batch.n_read[place], batch.generated[place] = row, 0, []
-
-    def prefill(numbers: list[int]) -> tuple[Tensor, Any, list[int]]:
-        """(logits of each distinct prompt of these rows, cache, prompts), each prompt computed once."""
-        distinct = list(dict.fromkeys(job.prompt_of(row) for row in numbers))
-        rows = [job.prompts[p] for p in distinct]
-        longest = max(len(row) for row in rows)
-        tokens = torch.stack([torch.cat([row, row.new_zeros(longest - len(row))]) for row in rows]).to(device)
-        level = all(len(row) == longest for row in rows)
-        lengths = None if level else torch.tensor([len(row) for row in rows], device=device)
-        cache = job.model.init_cache(len(rows), n_slots, weight.dtype, device)
-        n_positions = job.model.context_length
-        logits, cache = job.model.prefill(job.params, tokens, cache, lengths=lengths, n_positions=n_positions)
-        return logits, with_lengths(cache), distinct
-
-    def fill() -> None:
-        nonlocal held
-        free = [place for place, row in enumerate(batch.row_of) if row is None]
-        numbers = [queue.popleft() for _ in range(min(len(free), len(queue)))]
-        old = [row for row in numbers if held is not None and job.prompt_of(row) == held[0]]
-        new = numbers[len(old) :]
-        if held is not None and old:
-            n = len(old)
-            admit(free[:n], old, held[1].expand(n, -1), take(held[2], [0] * n))
-        if new:
-            logits, cache, prompts = prefill(new)
-            last = prompts[-1]
-            more = bool(queue) and job.prompt_of(queue[0]) == last
-            held = (last, logits[-1:], take(cache, [len(prompts) - 1])) if more else None
-            if len(new) > len(prompts):
-                source = [prompts.index(job.prompt_of(row)) for row in new]
-                logits, cache = logits[source], take(cache, source)
-            admit(free[len(old) : len(numbers)], new, logits, cache)
-        elif not queue or (held is not None and job.prompt_of(queue[0]) != held[0]):
-            held = None
-
     while True:
         with torch.no_grad():
             if queue and None in batch.row_of:
-                fill()
-                n_steps = 0
+                _fill(batch)
+                found = _read(batch, 1)
+            elif any(row is not None for row in batch.row_of):
+                found = _read(batch, _advance(batch, step, read_every))
             else:
-                active = [(place, row) for place, row in enumerate(batch.row_of) if row is not None]
-                if not active:
-                    return
-                n_steps = min(read_every, max(job.limits[row] - batch.n_read[place] for place, row in active))
-                most = max(len(job.prompts[job.prompt_of(row)]) + batch.n_read[place] - 1 for place, row in active)
-                for i in range(n_steps):
-                    known: dict[str, int] = {}
-                    if job.wrap_step is None and device.type != "cpu":
-                        known = {"used": min(most + i, n_slots - 1)}
-                    batch.rows, batch.cache = step(job.params, batch.rows, batch.cache, **known)
-            found = _read(job, batch, max(n_steps, 1))
+                return
         yield found
 
 
-def _read(job: Job, batch: _Batch, n: int) -> list[Piece]:
+def _fill(batch: _Batch) -> None:
+    """Rows from the queue into the free places, each with its first token."""
+    job, queue = batch.job, batch.queue
+    free = [place for place, row in enumerate(batch.row_of) if row is None]
+    numbers = [queue.popleft() for _ in range(min(len(free), len(queue)))]
+    held, n_old = batch.held, 0
+    if held is not None:
+        n_old = sum(job.prompt_of(row) == held[0] for row in numbers)  # they are the first
+        _admit(batch, free[:n_old], numbers[:n_old], held[1].expand(n_old, -1), take(held[2], [0] * n_old))
+        batch.held = held if queue and job.prompt_of(queue[0]) == held[0] else None
+    if n_old == len(numbers):
+        return
+    numbers = numbers[n_old:]
+    prompts = list(dict.fromkeys(job.prompt_of(row) for row in numbers))
+    logits_BV, cache = _prefill(batch, [job.prompts[p] for p in prompts])
+    if queue and job.prompt_of(queue[0]) == prompts[-1]:
+        batch.held = prompts[-1], logits_BV[-1:], take(cache, [len(prompts) - 1])
+    if len(numbers) > len(prompts):
+        index = {p: i for i, p in enumerate(prompts)}
+        source = [index[job.prompt_of(row)] for row in numbers]
+        logits_BV, cache = logits_BV[source], take(cache, source)
+    _admit(batch, free[n_old : n_old + len(numbers)], numbers, logits_BV, cache)
+
+
+def _prefill(batch: _Batch, prompts: list[Tensor]) -> tuple[Tensor, Any]:
+    job, longest = batch.job, max(map(len, prompts))
+    padded = [torch.cat([p, p.new_zeros(longest - len(p))]) for p in prompts]
+    lengths = None
+    if any(len(p) < longest for p in prompts):
+        lengths = torch.tensor([len(p) for p in prompts], device=batch.device)
+    cache = job.model.init_cache(len(prompts), batch.n_slots, batch.dtype, batch.device)
+    logits_BV, cache = job.model.prefill(
+        job.params, torch.stack(padded).to(batch.device), cache, lengths=lengths,
+        n_positions=job.model.context_length,
+    )  # fmt: skip
+    return logits_BV, with_lengths(cache)
+
+
+def _admit(batch: _Batch, places: list[int], numbers: list[int], logits_BV: Tensor, cache: Any) -> None:
+    """Put these rows, after whose prompts these logits and this cache come, into these places."""
+    if not numbers:
+        return
+    job, device = batch.job, batch.device
+    starts = [job.length_of(row) for row in numbers]
+    uniforms_BN = uniforms(job.keys_R2[numbers], starts, batch.n_most).to(device)
+    new = begin([job.limits[row] for row in numbers], uniforms_BN)
+    new = draw(logits_BV, new, job.sampling, job.stop, batch.stops_V)
+    if batch.rows is None:  # the first time all places are filled
+        batch.rows, batch.cache = new, cache
+    else:
+        at = torch.tensor(places, device=device)
+        tree.map(lambda x, y: x.index_copy_(0, at, y), batch.rows, new)  # in place: a recorded step knows its memory
+        batch.cache = insert_(batch.cache, at, cache)
+    for place, row in zip(places, numbers, strict=True):
+        batch.row_of[place], batch.n_read[place], batch.generated[place] = row, 0, []
+
+
+def _advance(batch: _Batch, step: StepFn, read_every: int) -> int:
+    """Up to read_every steps, and not more than any row needs; their number."""
+    job = batch.job
+    active = [(row, n) for row, n in zip(batch.row_of, batch.n_read, strict=True) if row is not None]
+    n_steps = min(read_every, max(job.limits[row] - n for row, n in active))
+    longest = max(job.length_of(row) + n - 1 for row, n in active)
+    for i in range(n_steps):
+        known = {}
+        if job.wrap_step is None and batch.device.type != "cpu":  # a CPU reads the lengths themselves
+            known = {"used": min(longest + i, batch.n_slots - 1)}
+        batch.rows, batch.cache = step(job.params, batch.rows, batch.cache, **known)
+    return n_steps
+
+
+def _read(batch: _Batch, n: int) -> list[Piece]:
     """What the last n tokens of each row bring; finished rows leave their places. Waits for the device, once."""
-    rows = batch.rows
+    job, rows = batch.job, batch.rows
     assert rows is not None
     device, N = rows.n_B.device, rows.tokens_BN.shape[1]
     first_B1 = torch.tensor(batch.n_read, device=device).unsqueeze(-1)

@@ -166,8 +166,9 @@ def decode(
 
     Args:
         used: tokens of the longest row before this one, if the caller knows; attention then reads only the slots in
-            use. None: in eager mode on a CPU the value is taken from cache.length; on a GPU and under torch.compile
-            attention reads all slots under a mask, so that the host does not wait and one graph serves all lengths.
+            use. On a GPU, for rows of different lengths, an upper bound will do. None: in eager mode on a CPU the value
+            is taken from cache.length; on a GPU and under torch.compile attention reads all slots under a mask, so that
+            the host does not wait and one graph serves all lengths.
         blocks, n_positions: as for `prefill`.
     Returns:
         (logits_BV, cache); the given cache is unchanged (`decode_` writes into its memory and saves the copy).

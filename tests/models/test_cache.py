@@ -195,6 +195,9 @@ def test_masked_reads_are_those_of_known_length(lengths, monkeypatch):
     masked, after_masked = decode(PARAMS, TOKENS[:, 5], cache, CFG)
     torch.testing.assert_close(masked, known)
     torch.testing.assert_close(after_masked, after)
+    if lengths is not None:  # and where the host knows no more than that no row is longer than this
+        bounded, _ = decode(PARAMS, TOKENS[:, 5], cache, CFG, used=6)
+        torch.testing.assert_close(bounded, known)
 
 
 def test_differentiable():
