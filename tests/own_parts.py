@@ -73,8 +73,8 @@ def init_state(c, batch, n_slots, dtype, device):
 def apply_cached(c, params, x, ctx, ops, state, read):
     q, *new = project(c, params, x, ctx, ops)
     slots = read.slots
-    state = KV(*[slots.write(x, 1, slots.new_T, y.to(x.dtype)) for x, y in zip(state, new, strict=True)])
-    k, v = (x[:, read.read].to(q.dtype) for x in state)
+    state = KV(*[slots.write(x, y.to(x.dtype)) for x, y in zip(state, new, strict=True)])
+    k, v = (read.take(x).to(q.dtype) for x in state)
     return mixed(c, params, q, k, v, ops, causal=not slots.one, segment_ids=read.segment_ids), state
 
 

@@ -4,7 +4,7 @@
     out.tokens[0], out.logprobs[0], out.finish_reasons[0]
 
 A row's sample depends on its prompt and its key alone: the token at position i of the row is drawn with the key's i-th
-random number, whatever the other rows, the padding and max_new_tokens. Two remarks:
+random number, whatever the other rows, the padding, batch_size, read_every and max_new_tokens. Two remarks:
 
 - This holds up to rounding. A row's logits may differ in the last bits from one batch shape to another, which matters
   where two tokens are almost equally probable.
@@ -12,8 +12,10 @@ random number, whatever the other rows, the padding and max_new_tokens. Two rema
   make a row's sample depend on the others.
 """
 
-from purelm.generate.batched import Generation, Step, generate, stream
+from purelm.generate.batched import generate, stream
+from purelm.generate.rows import on_graph
 from purelm.generate.sampling import Sampling
 from purelm.generate.stops import Stop
+from purelm.generate.types import Generation, Progress, Sample, Step
 
-__all__ = ["Generation", "Sampling", "Step", "Stop", "generate", "stream"]
+__all__ = ["Generation", "Progress", "Sample", "Sampling", "Step", "Stop", "generate", "on_graph", "stream"]

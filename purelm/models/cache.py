@@ -4,8 +4,9 @@
     logits_BV, cache = prefill(params, prompts_BT, cache, cfg, lengths=lengths_B)
     logits_BV, cache = decode(params, tokens_B, cache, cfg)
 
-A slot holds one token of each row. Prompts of different lengths are padded on the left, so that the next token of every
-row goes into the same slot; `Cache.start` is the first slot of each row that is not padding.
+Token t of a row lies in slot t, and each row has its own length: prompts of different lengths are padded on the right.
+What stands in the slots after a row's last token is not seen, and is written over by the next tokens.
+`purelm.models.cache_rows` moves rows between caches.
 Legend: B batch, T positions, S slots, V vocabulary.
 """
 
@@ -28,7 +29,6 @@ from purelm.ops import REFERENCE, Ops
 
 __all__ = ["Cache", "CachedBlockFn", "cached_blocks", "decode", "decode_", "init_cache", "prefill"]
 
-Write = Callable[[Tensor, int, Tensor, Tensor], Tensor]  # as `Slots.write`
 # (one layer's params, x_BTD, ctx, state, what its mixer's `reads` returned) -> (x_BTD, state)
 CachedBlockFn = Callable[[Params, Tensor, Context, Any, Any], tuple[Tensor, Any]]
 
@@ -38,8 +38,23 @@ class Cache(NamedTuple):
 
     layers: tuple[Any, ...]  # the state of each layer's mixer, a tree of tensors whose first axis is the batch
     slots: Tensor  # (S,) int64: the slot indices 0 .. S-1
-    length: Tensor  # 0-d int64: slots in use, including those of padding
-    start: Tensor | None  # (B,) int64: first slot of each row that is not padding; None when no row is padded
+    length: Tensor  # int64: tokens of each row, (B,); or 0-d, where all rows have equally many
+
+    # For `purelm.models.cache_rows`.
+
+    def by_row(self) -> Any:
+        """The leaves whose first axis is the batch, `length` among them."""
+        states = tree.leaves(self.layers)
+        length = self.length.repeat(states[0].shape[0]) if self.length.ndim == 0 and states else self.length
+        return self.layers, length
+
+    def with_rows(self, parts: Any) -> "Cache":
+        """The cache of these leaves, as `by_row` gives them."""
+        return Cache(parts[0], self.slots, parts[1])
+
+    def emptied(self, rows_B: Tensor) -> "Cache":
+        """The cache in which rows where rows_B is True hold nothing."""
+        return self._replace(length=torch.where(rows_B, 0, self.length))
 
 
 def init_cache(
@@ -56,7 +71,7 @@ def init_cache(
     mixers = [kinds.layers[k].mixer for k in kinds.of]
     states = tuple(m.init_state(m.config, batch, max_len, dtype, device) for m in mixers)
     slots = torch.arange(max_len, device=device)
-    return Cache(states, slots, torch.zeros((), dtype=torch.int64, device=device), None)
+    return Cache(states, slots, torch.zeros((), dtype=torch.int64, device=device))
 
 
 def cached_blocks(
@@ -87,33 +102,53 @@ def prefill(
 ) -> tuple[Tensor, Cache]:
     """Processes T tokens a row at once and appends them to the cache; a long prompt may come in several chunks.
 
-    Waits for the device, since the host needs the value of cache.length.
+    Waits for the device, since the host needs the values of cache.length and lengths.
 
     Args:
         blocks: from `cached_blocks`; None: the blocks of cfg and ops without a wrapper.
-        lengths: row b's prompt is its last lengths[b] tokens, and the tokens before those are padding (any valid ids).
-            Allowed for the first chunk only, which must hold all of the padding.
-        last_only: logits of the last position, (B, V); else of all, (B, T, V), meaningless at padding.
+        lengths: (B,): row b has its first lengths[b] tokens, 0 to T, and the rest is padding (any valid ids). The
+            cache then has a length of its own for each row. None: all rows have T.
+        last_only: logits of each row's own last token, (B, V); else of all, (B, T, V). Those at padding, and those of a
+            row without a new token, mean nothing.
         n_positions: the sequence length that dynamic_ntk scales by, the same for all rows; give `decode` the same
             number. None: the number of slots, which depends on the longest row of the batch.
     Returns:
         (logits, cache); the given cache is unchanged. ValueError when the tokens do not fit.
     """
-    T = tokens_BT.shape[1]
-    used, size = int(cache.length), cache.slots.shape[0]
-    if used + T > size:
-        raise ValueError(f"cache: {T} tokens do not fit, {used} of {size} slots are in use")
-    if lengths is not None:
-        if used:
-            raise ValueError(f"lengths must be None unless the cache is empty, and it holds {used} slots")
-        if lengths.shape != tokens_BT.shape[:1] or not bool(((lengths >= 1) & (lengths <= T)).all()):
-            raise ValueError(f"lengths must be one number in 1..{T} for each row, got {lengths.tolist()}")
-        cache = cache._replace(start=T - lengths)
-    _check_positions(used + T, cache.start, cfg)
+    (n_rows, T), size = tokens_BT.shape, cache.slots.shape[0]
+    _check_rows(cache, n_rows)
+    before = _lengths(cache, n_rows)
+    new = [T] * n_rows if lengths is None else _checked(lengths, before, T)
+    for row, (n_before, n_new) in enumerate(zip(before, new, strict=True)):
+        if n_before + n_new > size:
+            where = "" if len(set(before)) == len(set(new)) == 1 else f" of row {row}"
+            raise ValueError(f"cache: {n_new} tokens{where} do not fit, {n_before} of {size} slots are in use")
+    longest = max(a + b for a, b in zip(before, new, strict=True))
+    _check_positions(longest, cfg)
     blocks = cached_blocks(cfg, ops, lambda f: f) if blocks is None else blocks
-    write = torch.Tensor.index_copy
-    h_BTD, cache = _run(params, tokens_BT, cache, cfg, ops, blocks, n_positions, used, False, write)
-    return readout(params, h_BTD[:, -1] if last_only else h_BTD, cfg, ops), cache
+    used = min(before), max(before)
+    # Slots that padding alone would need may lie beyond the last one.
+    level = used[0] == used[1] and used[1] + T <= size
+    slots = _slots(cache, n_rows, T, used, level, one=False, in_place=False)
+    h_BTD, cache = _run(params, tokens_BT, cache, slots, lengths, cfg, ops, blocks, n_positions)
+    if last_only and lengths is None:
+        h_BTD = h_BTD[:, -1]
+    elif last_only:
+        assert lengths is not None
+        h_BTD = h_BTD[slots.rows_B, (lengths.to(h_BTD.device) - 1).clamp(min=0)]
+    return readout(params, h_BTD, cfg, ops), cache
+
+
+def _checked(lengths: Tensor, before: list[int], T: int) -> list[int]:
+    """The lengths as a list; ValueError unless each is 0 to T, and 1 to T in a row that has no tokens yet."""
+    found = lengths.tolist()
+    if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.shape != (len(before),):
+        raise ValueError(f"lengths must be one integer for each of {len(before)} rows, got {found}")
+    for row, (n, n_before) in enumerate(zip(found, before, strict=True)):
+        least = 0 if n_before else 1
+        if not least <= n <= T:
+            raise ValueError(f"lengths must be in {least}..{T} in row {row}, which has {n_before} tokens, got {found}")
+    return found
 
 
 def decode(
@@ -130,15 +165,16 @@ def decode(
     """Processes one token a row and appends it to the cache; returns the logits of the next token.
 
     Args:
-        used: cache.length as an int, if the caller knows it; attention then reads only the slots in use. None: in eager
-            mode on a CPU the value is taken from cache.length; on a GPU and under torch.compile attention reads all
-            slots under a mask, so that the host does not wait and one graph serves every length.
+        used: tokens of the longest row before this one, if the caller knows; attention then reads only the slots in
+            use. On a GPU, for rows of different lengths, an upper bound will do. None: in eager mode on a CPU the value
+            is taken from cache.length; on a GPU and under torch.compile attention reads all slots under a mask, so that
+            the host does not wait and one graph serves all lengths.
         blocks, n_positions: as for `prefill`.
     Returns:
         (logits_BV, cache); the given cache is unchanged (`decode_` writes into its memory and saves the copy).
         A full cache raises ValueError if its length is known on the host, else an index error from the write.
     """
-    return _decode(params, tokens_B, cache, cfg, ops, blocks, used, n_positions, torch.Tensor.index_copy)
+    return _decode(params, tokens_B, cache, cfg, ops, blocks, used, n_positions, in_place=False)
 
 
 def decode_(
@@ -157,7 +193,7 @@ def decode_(
     The given cache stays valid: its `length` is unchanged, and the new entries lie in the slots after it.
     """
     with torch.no_grad():
-        return _decode(params, tokens_B, cache, cfg, ops, blocks, used, n_positions, torch.Tensor.index_copy_)
+        return _decode(params, tokens_B, cache, cfg, ops, blocks, used, n_positions, in_place=True)
 
 
 def _decode(
@@ -169,70 +205,86 @@ def _decode(
     blocks: Sequence[CachedBlockFn] | None,
     used: int | None,
     n_positions: int | None,
-    write: Write,
+    in_place: bool,
 ) -> tuple[Tensor, Cache]:
-    size = cache.slots.shape[0]
+    n_rows, size, level = tokens_B.shape[0], cache.slots.shape[0], cache.length.ndim == 0
+    _check_rows(cache, n_rows)
+    bounds = None if used is None else (used if level else 0, used)
     if not torch.compiler.is_compiling() and cache.length.device.type == "cpu":
-        length = int(cache.length)
-        if used not in (None, length):
-            raise ValueError(f"used must be the cache's length {length}, got {used}")
-        used = length
-        _check_positions(used + 1, cache.start, cfg)
-    if used is not None and used >= size:
+        before = _lengths(cache, n_rows)
+        bounds = min(before), max(before)
+        if used not in (None, bounds[1]):
+            raise ValueError(f"used must be the cache's length {bounds[1]}, got {used}")
+        level = bounds[0] == bounds[1]
+        _check_positions(bounds[1] + 1, cfg)
+    if bounds is not None and bounds[1] >= size:
         raise ValueError(f"cache: full, all of its {size} slots are in use")
     blocks = cached_blocks(cfg, ops, lambda f: f) if blocks is None else blocks
-    tokens_B1 = tokens_B.unsqueeze(-1)
-    h_B1D, cache = _run(params, tokens_B1, cache, cfg, ops, blocks, n_positions, used, True, write)
+    slots = _slots(cache, n_rows, 1, bounds, level, one=True, in_place=in_place)
+    h_B1D, cache = _run(params, tokens_B.unsqueeze(-1), cache, slots, None, cfg, ops, blocks, n_positions)
     return readout(params, h_B1D[:, 0], cfg, ops), cache
 
 
-def _check_positions(n_slots: int, start: Tensor | None, cfg: Config) -> None:
-    """ValueError where positions are learned and the longest row in `n_slots` slots exceeds context_length."""
-    if cfg.position == "learned" and (start is None or start.device.type == "cpu"):
-        longest = n_slots - (0 if start is None else int(start.min()))
-        if longest > cfg.context_length:
-            raise ValueError(
-                f"cache: a row of {longest} tokens is longer than context_length {cfg.context_length}, the number of "
-                "learned positions"
-            )
+def _check_rows(cache: Cache, n_rows: int) -> None:
+    states = tree.leaves(cache.layers)
+    held = cache.length.shape[0] if cache.length.ndim else states[0].shape[0] if states else n_rows
+    if held != n_rows:
+        raise ValueError(f"tokens must have the {held} rows of the cache, got {n_rows}")
+
+
+def _lengths(cache: Cache, n_rows: int) -> list[int]:
+    """The tokens of each row, on the host."""
+    return cache.length.tolist() if cache.length.ndim else [int(cache.length)] * n_rows
+
+
+def _check_positions(longest: int, cfg: Config) -> None:
+    """ValueError where positions are learned and a row would be longer than the context."""
+    if cfg.position == "learned" and longest > cfg.context_length:
+        raise ValueError(
+            f"cache: a row of {longest} tokens is longer than context_length {cfg.context_length}, the number of "
+            "learned positions"
+        )
+
+
+def _slots(
+    cache: Cache, n_rows: int, T: int, used: tuple[int, int] | None, level: bool, *, one: bool, in_place: bool
+) -> Slots:
+    length = cache.length[0] if level and cache.length.ndim else cache.length.expand(n_rows if not level else ())
+    if not level:
+        new_T = length.unsqueeze(-1) + torch.arange(T, device=length.device)
+    elif one:
+        new_T = length.reshape(1)
+    else:
+        assert used is not None
+        new_T = cache.slots[used[1] : used[1] + T]
+    rows_B = torch.arange(n_rows, device=length.device)
+    return Slots(new_T, cache.slots, length, used, rows_B, one, in_place)
 
 
 def _run(
     params: Params,
     tokens_BT: Tensor,
     cache: Cache,
+    slots: Slots,
+    lengths: Tensor | None,
     cfg: Config,
     ops: Ops,
     blocks: Sequence[CachedBlockFn],
     n_positions: int | None,
-    used: int | None,
-    one: bool,
-    write: Write,
 ) -> tuple[Tensor, Cache]:
-    """Final states of the new tokens, and the cache extended by them.
-
-    one: T is 1, and the token sees every earlier one (within its window), so that no causal mask is needed.
-    """
-    n_rows, T = tokens_BT.shape
-    if (states := tree.leaves(cache.layers)) and states[0].shape[0] != n_rows:
-        raise ValueError(f"tokens must have the {states[0].shape[0]} rows of the cache, got {n_rows}")
-    if one:
-        new_T = cache.length.reshape(1)
-    else:
-        assert used is not None
-        new_T = cache.slots[used : used + T]
-    slots = Slots(new_T, cache.slots, cache.length, cache.start, used, n_rows, one, write)
-    positions = new_T
-    if cache.start is not None:
-        positions = (new_T - cache.start.unsqueeze(-1)).clamp(min=0)
+    """Final states of the new tokens, and the cache extended by them."""
+    positions = slots.new_T
+    if cfg.position == "learned" and not slots.one:
+        positions = positions.clamp(max=cfg.context_length - 1)  # of padding, which may reach beyond
     x = embed(params, tokens_BT, positions, cfg, ops)
     kinds = kinds_of(cfg)
-    length = n_positions or cache.slots.shape[0]
-    by_kind = contexts(positions, None, cfg, kinds.ropes, length=length, dtype=x.dtype)
+    n = n_positions or cache.slots.shape[0]
+    by_kind = contexts(positions, None, cfg, kinds.ropes, length=n, dtype=x.dtype)
     reads = [layer.mixer.reads(layer.mixer.config, slots) for layer in kinds.layers]
     states = []
     for kind, layer, state in zip(kinds.of, params["layers"], cache.layers, strict=True):
         x, state = blocks[kind](layer, x, by_kind[kind], state, reads[kind])
         states.append(state)
     h = ops.final(apply_norm(kinds.norm, params, "ln_final", x, ops))
-    return h, Cache(tuple(states), cache.slots, cache.length + T, cache.start)
+    length = cache.length + (tokens_BT.shape[1] if lengths is None else lengths.to(cache.length))
+    return h, Cache(tuple(states), cache.slots, length)

@@ -59,7 +59,7 @@ class LogProbs(Protocol):
 
 
 class InitCache(Protocol):
-    """An empty cache, a tree of tensors, with room for max_len tokens in each row."""
+    """An empty cache with room for max_len tokens in each row: a tree of tensors whose first axis is the batch."""
 
     def __call__(
         self, batch: int, max_len: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
@@ -69,7 +69,7 @@ class InitCache(Protocol):
 class Prefill(Protocol):
     """(logits, cache) after T more tokens in each row: logits (B, V) of the last, or (B, T, V) if not last_only.
 
-    lengths: tokens of each row that are not padding, the last ones; None: all.
+    lengths: of each row only the first lengths[b] tokens count, and logits are those of its last one; None: all.
     n_positions: the sequence length for positions that scale with it (dynamic_ntk); None: the cache's size.
     """
 
@@ -89,7 +89,7 @@ class Prefill(Protocol):
 class Decode(Protocol):
     """(logits of the next token, cache) after one more token in each row.
 
-    used: tokens in the cache before, if the host knows; None: unknown. n_positions: as for `Prefill`.
+    used: tokens of the longest row before, if the host knows; None: unknown. n_positions: as for `Prefill`.
     """
 
     def __call__(

@@ -49,20 +49,28 @@ def decode_(case: Case) -> None:
 
 
 def lengths(case: Case) -> None:
-    """Prompts of different lengths, padded on the left with any tokens, go on as each does alone."""
+    """Prompts and second chunks of different lengths, padded on the right with any tokens, go on as each does alone."""
     model, params, tokens = case.model, case.params, case.tokens_BT
     expected, (B, T) = logits_of(case), tokens.shape
     longest = max(T // 2, 2)
-    n = torch.tensor([longest - (b + 1) % longest for b in range(B)], device=tokens.device)
-    at = torch.arange(longest, device=tokens.device) - (longest - n)[:, None]  # position of each slot in its row
-    prompts = torch.where(at >= 0, tokens.gather(1, at.clamp(min=0)), tokens[:, -1:])
-    found, state = model.prefill(params, prompts, _empty(case), lengths=n, n_positions=T)
     rows = torch.arange(B, device=tokens.device)
-    for j in range(T - longest + 1):
-        what = f"logits after a prompt of lengths {n.tolist()} in {longest} slots and {j} more tokens, and of apply,"
-        close(found, expected[rows, n - 1 + j], what, case.tolerance, ("row", "token id"))
-        if j < T - longest:
-            found, state = model.decode(params, tokens[rows, n + j], state, n_positions=T)
+
+    def chunk(start: Tensor, n: Tensor) -> Tensor:
+        at = start[:, None] + torch.arange(int(n.max()), device=tokens.device)
+        return torch.where(at < (start + n)[:, None], tokens.gather(1, at.clamp(max=T - 1)), tokens[:, -1:])
+
+    n = torch.tensor([longest - (b + 1) % longest for b in range(B)], device=tokens.device)
+    found, state = model.prefill(params, chunk(0 * n, n), _empty(case), lengths=n, n_positions=T)
+    what = f"logits after a prompt of lengths {n.tolist()}"
+    close(found, expected[rows, n - 1], f"{what} and of apply", case.tolerance, ("row", "token id"))
+    more = 1 + rows % 2
+    found, state = model.prefill(params, chunk(n, more), state, lengths=more, n_positions=T)
+    n, what = n + more, f"{what}, a chunk of lengths {more.tolist()}"
+    close(found, expected[rows, n - 1], f"{what} and of apply", case.tolerance, ("row", "token id"))
+    for j in range(T - int(n.max())):
+        found, state = model.decode(params, tokens[rows, n + j], state, n_positions=T)
+        text = f"{what}, {j + 1} more tokens, and of apply"
+        close(found, expected[rows, n + j], text, case.tolerance, ("row", "token id"))
 
 
 def cache_pure(case: Case) -> None:

@@ -57,7 +57,7 @@ def check_model(
 
     - cache: a prompt in chunks, then token by token, gives the logits of apply at each position.
     - decode_: equals decode.
-    - lengths: prompts padded on the left go on as each does alone.
+    - lengths: prompts and second chunks padded on the right go on as each does alone.
     - cache_pure: prefill and decode change no argument.
 
     What your model is not made for is left out by name, `laws=without(MODEL_LAWS, ...)`:

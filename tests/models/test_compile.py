@@ -8,7 +8,8 @@ import torch
 
 from purelm import random, tree
 from purelm.models import transformer
-from purelm.models.transformer import Config, apply, decode, init_cache, loss, prefill
+from purelm.models.cache_rows import insert_
+from purelm.models.transformer import Config, apply, decode, decode_, init_cache, loss, prefill
 from purelm.ops import REFERENCE
 from purelm.ops.sdpa import sdpa_attention
 
@@ -95,6 +96,26 @@ def test_decode_compiles_once():
         with torch.compiler.set_stance("default" if t == 3 else "fail_on_recompile"):
             logits, cache = compiled(params, tokens[:, t], cache)
         torch.testing.assert_close(logits, full[:, t])
+
+
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_decode_compiles_once_for_rows_of_different_lengths(position):
+    """Oracle: eager apply; lengths of rows are values in one graph, in place too, also after rows were exchanged."""
+    cfg = replace(CFG, position=position, window=(3, None))
+    params = transformer.init(random.key(0), cfg)
+    tokens = torch.randint(0, 29, (2, 16))
+    full = apply(params, tokens, cfg)
+    _, cache = prefill(params, tokens[:, :5], init_cache(cfg, 2, 16), cfg, lengths=torch.tensor([2, 5]))
+    _, other = prefill(params, tokens[1:, :9], init_cache(cfg, 1, 16), cfg)
+    compiled = torch.compile(lambda p, t, c: decode_(p, t, c, cfg), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for step in range(8):
+            if step == 4:
+                cache = insert_(cache, [1], other)
+            n = cache.length.tolist()
+            with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
+                logits, cache = compiled(params, tokens[[0, 1], n], cache)
+            torch.testing.assert_close(logits, full[[0, 1], n])
 
 
 def test_regional_compilation():

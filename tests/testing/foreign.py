@@ -80,7 +80,7 @@ def recurrent(step=step, hidden=None, cross_entropy=cross_entropy):
         h, states = cache.h, []
         for t in range(tokens.shape[1]):
             new = step(params, h, params["embedding"][tokens[:, t]])
-            h = new if lengths is None else torch.where((t >= tokens.shape[1] - lengths)[:, None], new, h)
+            h = new if lengths is None else torch.where((t < lengths)[:, None], new, h)
             states.append(h)
         logits = torch.stack(states, 1) @ params["head"].T
         return logits[:, -1] if last_only else logits, State(h)

@@ -216,6 +216,11 @@ def fills_given(params, tokens, cache, **options):
     return logits, cache._replace(h=cache.h.copy_(state.h))
 
 
+def pads_once(params, tokens, cache, *, lengths=None, **options):
+    """Takes lengths for those of a prompt's first chunk, which finds an empty cache."""
+    return recurrent().prefill(params, tokens, cache, lengths=None if bool(cache.h.any()) else lengths, **options)
+
+
 def keeps_old(params, tokens, cache, **options):
     return recurrent().decode(params, tokens, cache, **options)[0], cache
 
@@ -296,7 +301,10 @@ MUTANTS = {
     ),
     "the old cache": (replaced(decode_=keeps_old), "decode_", "caches of decode_ and decode at position 4 differ at h"),
     "lengths unread": (
-        without_options("prefill", "lengths"), "lengths", "logits after a prompt of lengths [3, 2, 1] in 4 slots and 0",
+        without_options("prefill", "lengths"), "lengths", "logits after a prompt of lengths [3, 2, 1] and of apply",
+    ),
+    "lengths of a later chunk unread": (
+        replaced(prefill=pads_once), "lengths", "[3, 2, 1], a chunk of lengths [1, 2, 1] and of apply differ in row ",
     ),
     "writes to the cache": (
         replaced(prefill=fills_given), "cache_pure", "prefill: argument 0.cache.h was written to",

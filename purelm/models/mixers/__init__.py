@@ -23,16 +23,34 @@ __all__ = ["Cost", "CostOfMixer", "Mixer", "Slots", "not_cached"]
 
 
 class Slots(NamedTuple):
-    """The slots of a cache that T new tokens of each row go into, and those in use before them."""
+    """The slots of a cache that T new tokens of each row go into, and those in use before them.
 
-    new_T: Tensor  # (T,) int64: the slots of the new tokens
+    Token t of a row lies in slot t. Rows are level where all have equally many tokens before the new ones.
+    """
+
+    new_T: Tensor  # int64: the slots of the new tokens, (T,) of level rows, else (B, T)
     every_S: Tensor  # (S,) int64: all slots, 0 .. S-1
-    length: Tensor  # 0-d int64: slots in use before the new tokens
-    start: Tensor | None  # (B,) int64: first slot of each row that is not padding; None when no row is padded
-    used: int | None  # the value of `length` where the host knows it, else None
-    n_rows: int  # B
+    length: Tensor  # int64: tokens before the new ones, 0-d of level rows, else (B,)
+    used: tuple[int, int] | None  # (least, most) tokens before the new ones, where the host knows them
+    rows_B: Tensor  # (B,) int64: 0 .. B-1
     one: bool  # True in `decode`: T is 1, and the new token sees every earlier one (within its window)
-    write: Callable[[Tensor, int, Tensor, Tensor], Tensor]  # (x, axis, indices, values): index_copy or index_copy_
+    in_place: bool  # whether `write` writes into the memory of the given tensor
+
+    def write(self, x: Tensor, values: Tensor) -> Tensor:
+        """x (B, S, ...) with values (B, T, ...) in the slots of the new tokens.
+
+        The slots of padding after a row's last token are written too, as far as there are any.
+        """
+        if self.new_T.ndim == 1:
+            return (x.index_copy_ if self.in_place else x.index_copy)(1, self.new_T, values)
+        if self.one:
+            put = x.index_put_ if self.in_place else x.index_put
+            return put((self.rows_B, self.new_T[:, 0]), values[:, 0])
+        n = values.shape[1]
+        token_BS = self.every_S - self.length.unsqueeze(-1)  # which of the new tokens a slot gets
+        gets = (token_BS >= 0) & (token_BS < n)
+        spread = values[self.rows_B.unsqueeze(-1), token_BS.clamp(0, n - 1)]
+        return torch.where(gets.reshape(*gets.shape, *(1,) * (x.ndim - 2)), spread, x)
 
 
 class Cost(NamedTuple):

@@ -135,8 +135,14 @@ class Reads(NamedTuple):
     """Which slots of the cache every attention layer reads in one pass."""
 
     slots: Slots
-    read: slice  # the slots whose keys and values are read
-    segment_ids: Any  # ids for ops.attention that hide some slots of `read`, such as padding; None: none is hidden
+    read: slice | Tensor  # the slots whose keys and values are read: the same in all rows, or (B, N) int64
+    segment_ids: Any  # ids for ops.attention that hide some of them, such as those after a row's end; None: none
+
+    def take(self, x_BS: Tensor) -> Tensor:
+        """Of x (B, S, ...), one entry a slot, the entries that are read."""
+        if isinstance(self.read, slice):
+            return x_BS[:, self.read]
+        return x_BS[self.slots.rows_B.unsqueeze(-1), self.read]
 
 
 def _init_state(c: Attention, batch: int, n_slots: int, dtype: torch.dtype, device: Any) -> KV:
@@ -153,27 +159,27 @@ def reads(c: Any, slots: Slots) -> Reads:
         ids = None if seen_BS is None else (torch.ones_like(seen_BS[:, :1]), seen_BS)
         return Reads(slots, read, ids)
     assert slots.used is not None
-    end, ids = slots.used + slots.new_T.shape[0], None
-    if slots.start is not None:
-        real = (slots.every_S[:end] >= slots.start.unsqueeze(-1)).to(torch.int64)
-        ids = (real[:, slots.used :], real)
-    return Reads(slots, slice(0, end), ids)
+    T, longest = slots.new_T.shape[-1], slots.used[1]
+    if slots.length.ndim == 0:
+        return Reads(slots, slice(0, longest + T), None)  # padding comes after all tokens of its row, which see none
+    # Keys are read in such an order that those of the new tokens are the last T of every row, where causal attention
+    # and windows expect them; a shorter row has no keys in front.
+    at_BN = torch.arange(-longest, T, device=slots.every_S.device) + slots.length.unsqueeze(-1)
+    real_BN = (at_BN >= 0).to(torch.int64)
+    return Reads(slots, at_BN.clamp(0, slots.every_S.shape[0] - 1), (torch.ones_like(real_BN[:, :T]), real_BN))
 
 
 def _by_one(c: Any, slots: Slots) -> tuple[slice, Int[Tensor, "b s"] | None]:
     """For one new token: the slots to read, and for each of them 1 if the token sees it, else 0 (None: sees all)."""
-    seen = None
-    if slots.used is None:
-        read = slice(0, slots.every_S.shape[0])
-        seen = slots.every_S <= slots.length
-        if c.window is not None:
-            seen = seen & (slots.every_S >= slots.length - c.window)
-    else:
-        read = slice(0 if c.window is None else max(0, slots.used - c.window), slots.used + 1)
-    if slots.start is not None:
-        begun = slots.every_S[read] >= slots.start.unsqueeze(-1)
-        seen = begun if seen is None else seen & begun
-    return read, None if seen is None else seen.to(torch.int64).expand(slots.n_rows, -1)
+    least, most = (0, slots.every_S.shape[0] - 1) if slots.used is None else slots.used
+    read = slice(0 if c.window is None else max(0, least - c.window), most + 1)
+    if slots.used is not None and slots.length.ndim == 0:
+        return read, None
+    last, at = slots.length.unsqueeze(-1), slots.every_S[read]
+    seen = at <= last
+    if c.window is not None:
+        seen = seen & (at >= last - c.window)
+    return read, seen.to(torch.int64).expand(slots.rows_B.shape[0], -1)
 
 
 def _apply_cached(
@@ -181,8 +187,8 @@ def _apply_cached(
 ) -> tuple[Float[Tensor, "b t d"], KV]:
     q, k, v = _project(c, params, x_BTD, ctx, ops)
     slots = reads.slots
-    state = KV(*[slots.write(x, 1, slots.new_T, new.to(x.dtype)) for x, new in zip(state, (k, v), strict=True)])
-    keys, values = (x[:, reads.read].to(q.dtype) for x in state)
+    state = KV(*[slots.write(x, new.to(x.dtype)) for x, new in zip(state, (k, v), strict=True)])
+    keys, values = (reads.take(x).to(q.dtype) for x in state)
     if slots.one:
         # The query comes after all keys that were read, and `reads` applied the window: segment_ids is the only mask.
         o = ops.attention(
