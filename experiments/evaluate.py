@@ -156,7 +156,7 @@ def _texts(
     prompts, keys = [], []
     for example in examples:
         values = {"prompt": task.prompt(example), "question": example.question}
-        text = re.sub(r"\{(prompt|question)\}", lambda match, values=values: values[match[1]], template)
+        text = "".join(values.get(part, part) for part in re.split(r"\{(prompt|question)\}", template))
         if chat is None:
             ids = np.asarray(encode(bpe, text, allowed_special="all"), np.int64)[-room:].tolist()
         else:
