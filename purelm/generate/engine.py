@@ -49,9 +49,11 @@ class Job:
     read_every: int | None
 
     def prompt_of(self, row: int) -> int:
+        """The number of the row's prompt."""
         return row // self.n_samples
 
     def length_of(self, row: int) -> int:
+        """The number of tokens of the row's prompt."""
         return len(self.prompts[self.prompt_of(row)])
 
 

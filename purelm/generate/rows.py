@@ -25,6 +25,8 @@ from purelm.transforms import cuda_graph
 
 __all__ = ["Rows", "StepFn", "begin", "draw", "make_step", "on_graph", "uniforms"]
 
+PLAIN = Sampling()
+
 StepFn = Callable[..., tuple["Rows", Any]]  # (params, rows, cache, *, used=None) -> (rows, cache)
 
 
@@ -78,7 +80,7 @@ def draw(logits_BV: Tensor, rows: Rows, sampling: Sampling, stop: Stop, stops_V:
         allowed_BV = torch.where(stops_V & early_B1, -torch.inf, logits_BV)
     log_probs_BV = distribution(allowed_BV, **vars(sampling))
     model_BV = log_probs_BV
-    if sampling != Sampling() or allowed_BV is not logits_BV:
+    if sampling != PLAIN or allowed_BV is not logits_BV:
         model_BV = log_softmax(logits_BV.to(log_probs_BV.dtype))
     at_B1 = rows.n_B.clamp(max=rows.tokens_BN.shape[1] - 1).unsqueeze(-1)
     next_B = pick(log_probs_BV, rows.uniforms_BN.gather(1, at_B1).squeeze(-1))

@@ -296,8 +296,9 @@ MUTANTS = {
     "truncated backward": (recurrent(detached), "gradients", "gradients of the loss are not its slopes: at embedding "),
     "no forward mode": (recurrent(no_forward_mode), "jvp", "raised "),
     "reads values": (recurrent(refuses_nan), "per_sample", "raised RuntimeError"),
-    "chunks start anew": (
-        replaced(prefill=restarts), "cache", "logits of prefill's second chunk (positions 3 to 4, the last) and of",
+    "chunks start anew": (  # of equal lengths or not
+        replaced(prefill=restarts), "cache lengths",
+        "logits of prefill's second chunk (positions 3 to 4, the last) and of",
     ),
     "the old cache": (replaced(decode_=keeps_old), "decode_", "caches of decode_ and decode at position 4 differ at h"),
     "lengths unread": (
