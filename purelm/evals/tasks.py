@@ -9,12 +9,12 @@ Word problems (GSM8K, SVAMP, ASDiv, MAWPS) have a number as answer: the last one
 """
 
 import csv
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from purelm.align.graders import equal, gsm8k_gold, last_number, mmlu_letter
+from purelm.data.json_lines import json_rows
 
 __all__ = ["TASKS", "Example", "Graded", "Task", "few_shot"]
 
@@ -50,22 +50,6 @@ def few_shot(task: Task, shots: Sequence[tuple[Example, str]], example: Example)
     return "\n\n".join([*(f"{task.prompt(shot)} {response}" for shot, response in shots), task.prompt(example)])
 
 
-def _rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    """(where, row) of a JSON-lines file."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: not a JSON object")
-            yield where, row
-
-
 def _field(row: dict[str, Any], where: str, name: str) -> Any:
     if name not in row:
         raise ValueError(f"{where}: lacks {name!r}; its fields are {', '.join(row)}")
@@ -79,7 +63,7 @@ def _number(x: Any) -> str:
 
 def _gsm8k(path: Path) -> list[Example]:
     found: list[Example] = []
-    for where, row in _rows(path):
+    for where, row in json_rows(path):
         gold = gsm8k_gold(str(_field(row, where, "answer")))
         if gold is None:
             raise ValueError(f"{where}: its answer has no '#### number'")
@@ -89,7 +73,7 @@ def _gsm8k(path: Path) -> list[Example]:
 
 def _svamp(path: Path) -> list[Example]:
     found: list[Example] = []
-    for where, row in _rows(path):
+    for where, row in json_rows(path):
         body, question = (str(_field(row, where, name)).strip() for name in ("Body", "Question"))
         body = body if body.endswith((".", "?", "!")) else f"{body}."
         found.append(Example(f"svamp-{len(found)}", f"{body} {question}", _number(_field(row, where, "Answer"))))
@@ -99,7 +83,7 @@ def _svamp(path: Path) -> list[Example]:
 def _asdiv(path: Path) -> list[Example]:
     """Problems whose answer begins with a number; the few others ("Tom", "1/3; 2/3") are left out."""
     found: list[Example] = []
-    for i, (where, row) in enumerate(_rows(path)):
+    for i, (where, row) in enumerate(json_rows(path)):
         gold = str(_field(row, where, "answer")).split(" (")[0].strip()
         try:
             float(gold)
@@ -112,7 +96,7 @@ def _asdiv(path: Path) -> list[Example]:
 
 def _mawps(path: Path) -> list[Example]:
     found: list[Example] = []
-    for where, row in _rows(path):
+    for where, row in json_rows(path):
         gold = _number(_field(row, where, "target"))
         found.append(Example(f"mawps-{len(found)}", str(_field(row, where, "input")).strip(), gold))
     return found
