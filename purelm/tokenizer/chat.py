@@ -86,8 +86,21 @@ def encode_chat(
     transformers' apply_chat_template. Where no message holds one, the two give equal ids.
     """
     parts = _render(chat, messages, add_generation_prompt, variables)
+    return encode_parts(bpe, [(text, own or allow_special_in_messages) for text, own in parts])
+
+
+def encode_parts(bpe: BPE, parts: Sequence[tuple[str, bool]]) -> np.ndarray:
+    """The ids of the joined texts of `parts`, (text, own), as `encode` gives them; own texts alone hold special tokens.
+
+    A special token's text that lies in another part, wholly or partly, is ordinary text.
+
+    >>> from purelm.tokenizer import make
+    >>> bpe = make({i: bytes([i]) for i in range(256)}, [], ["<end>"])
+    >>> encode_parts(bpe, [("a<end>", True), ("<end>", False)]).tolist()
+    [97, 256, 60, 101, 110, 100, 62]
+    """
     text = "".join(part for part, _ in parts)
-    if allow_special_in_messages or not bpe.special_tokens:
+    if not bpe.special_tokens:
         return encode(bpe, text)
     spans, foreign = _special_spans(bpe, text, parts)
     if not foreign:
