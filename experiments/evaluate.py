@@ -10,9 +10,9 @@ example, the seed and the settings, not on the batch that it was in.
 
 import html
 import json
-import re
 import zlib
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,15 +22,18 @@ import tyro
 
 from experiments import limits
 from experiments.console import pick_device, program, progress_bar, say
+from experiments.generate import known_text
 from experiments.limits import Count, Place, Range, Seed, Text
 from experiments.lock import locked
-from experiments.sft import load_model
+from experiments.open_model import open_model
+from experiments.pairs import filled, text_of
 from purelm import generate, random, track, tree
+from purelm.dist.agreement import fingerprint as tensors_of
 from purelm.evals.accuracy import majority, pass_at_k, wilson
 from purelm.evals.tasks import TASKS, Example, Task
 from purelm.models import transformer
-from purelm.tokenizer import BPE, decode, encode, fingerprint
-from purelm.tokenizer.chat import Chat, encode_chat, load_chat
+from purelm.tokenizer import BPE, fingerprint, token_to_id
+from purelm.tokenizer.chat import Chat, encode_chat, encode_parts, load_chat
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,10 @@ def main(args: Args) -> None:
     if args.n_samples > 1 and args.temperature == 0.0:
         raise ValueError("n_samples: several greedy answers are all the same; give a temperature")
     sets = {name: _examples(args, name) for name in args.tasks}
-    params, cfg, bpe = load_model(args.model, args.tokenizer, device)
-    free = ("out", "tasks", "limit", "batch_size", "device")
+    params, cfg, bpe = open_model(args.model, args.tokenizer, device)
+    free = ("out", "model", "data", "tokenizer", "tasks", "limit", "batch_size", "device")  # compared by what they hold
     settings = {name: str(value) for name, value in asdict(args).items() if name not in free}
-    settings["tokenizer_sha256"] = fingerprint(bpe)
+    settings |= {"model": tensors_of(params), "tokenizer": fingerprint(bpe)}
     chat = load_chat(args.model) if args.chat else None
     with locked(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
@@ -110,9 +113,9 @@ def _check_settings(path: Path, settings: dict[str, str]) -> None:
     if not path.is_file():
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in settings if before.get(name) != settings[name]]
+    changed = [f"{name} ({before.get(name)})" for name in settings if before.get(name) != settings[name]]
     if changed:
-        raise ValueError(f"{path.parent}: has answers with other {', '.join(changed)}: give another --out")
+        raise ValueError(f"{path.parent}: has answers with another {', '.join(changed)}: give another --out")
 
 
 def _answer(
@@ -120,7 +123,11 @@ def _answer(
 ) -> list[dict[str, Any]]:
     """Rows of all examples: those that lie there, and the others, which are written as they come."""
     path = args.out / f"{name}.jsonl"
-    known = {row["id"]: row for row in track.read_rows(path)} if path.is_file() else {}
+    track.drop_rows(path, lambda row: False)  # but for a last line that a kill cut short
+    known = {row["id"]: row for row in track.read_rows(path)}
+    other = [x.id for x in examples if x.id in known and (known[x.id]["question"], known[x.id]["gold"]) != x[1:3]]
+    if other:
+        raise ValueError(f"{path}: {other[0]} is another question than in {args.data}: give another --out")
     sink = track.jsonl_sink(path)
     left = [x for x in examples if x.id not in known]
     if len(left) < len(examples):
@@ -147,23 +154,22 @@ def _answer(
 def _texts(
     args: Args, task: Task, examples: list[Example], model: Any, params: Any, bpe: BPE, chat: Chat | None
 ) -> list[list[str]]:
-    """n_samples responses to each example. A prompt that does not fit keeps its end, as in any context window."""
-    template = args.template.replace("\\n", "\n")
+    """n_samples responses to each example. Of a prompt that does not fit the end is kept, and it is said."""
     device = tree.leaves(params)[0].device
-    ends = tuple(i for i, piece in bpe.vocab.items() if piece.decode("utf-8", "replace") in args.end
-                 and piece.decode("utf-8", "replace") in bpe.special_tokens)  # fmt: skip
+    ends = tuple(token_to_id(bpe, name) for name in args.end if name in bpe.special_tokens)
     room = max(model.context_length - args.max_new_tokens, 1)
     prompts, keys = [], []
     for example in examples:
-        values = {"prompt": task.prompt(example), "question": example.question}
-        text = "".join(values.get(part, part) for part in re.split(r"\{(prompt|question)\}", template))
-        if chat is None:
-            ids = np.asarray(encode(bpe, text, allowed_special="all"), np.int64)[-room:].tolist()
-        else:
-            ids = np.asarray(encode_chat(bpe, chat, [{"role": "user", "content": text}]), np.int64)[-room:].tolist()
+        # Special tokens are the template's alone: in a question they are ordinary text.
+        parts = filled(args.template, {"prompt": task.prompt(example), "question": example.question})
+        ids = encode_parts(bpe, parts)
+        if chat is not None:
+            ids = encode_chat(bpe, chat, [{"role": "user", "content": text_of(parts)}])
+        if len(ids) > room:
+            say(f"{example.id}: of the prompt's {len(ids)} tokens the last {room} fit before {args.max_new_tokens} new")
+        key = random.fold_in(random.key(args.seed), zlib.crc32(example.id.encode()))
         for k in range(args.n_samples):
-            prompts.append(ids)
-            key = random.fold_in(random.key(args.seed), zlib.crc32(example.id.encode()))
+            prompts.append(ids.astype(np.int64)[-room:].tolist())
             keys.append(random.fold_in(key, k))
     out = generate.generate(
         model,
@@ -173,7 +179,7 @@ def _texts(
         max_new_tokens=args.max_new_tokens,
         sampling=generate.Sampling(temperature=args.temperature),
         stop=generate.Stop(ends, args.stop),
-        decode_fn=lambda ids: decode(bpe, [i for i in ids if i in bpe.vocab]),
+        decode_fn=partial(known_text, bpe),
     )
     texts = out.texts or []
     return [texts[i : i + args.n_samples] for i in range(0, len(texts), args.n_samples)]

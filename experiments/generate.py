@@ -6,7 +6,7 @@ Text appears as it is sampled. The same prompt, seed and settings give the same 
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,6 +71,11 @@ def load_run(run: Path, step: int | None, device: torch.device) -> tuple[Any, tr
     return trees["params"], transformer.config_from_dict(meta["config"]["model"]), bpe
 
 
+def known_text(bpe: BPE, ids: Sequence[int]) -> str:
+    """The text of ids, without those that are no token: a model may have more rows than its tokenizer has tokens."""
+    return decode(bpe, [i for i in ids if i in bpe.vocab])
+
+
 def prompt_ids(bpe: BPE, prompt: str) -> list[int]:
     """The ids of the prompt after the delimiter, which precedes every document in training."""
     end = [i for i, token in bpe.vocab.items() if token == END.encode()]
@@ -108,14 +113,14 @@ def text_stream(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop=Stop(stops, stop_strings),
-        decode_fn=lambda tokens: decode(bpe, tokens),
+        decode_fn=lambda tokens: known_text(bpe, tokens),
     )
     for step in steps:
         token = step.tokens[0]
         if token is None or token in stops:
             continue
         new.append(token)
-        text = decode(bpe, new)
+        text = known_text(bpe, new)
         # A character whose last bytes are not sampled yet decodes to U+FFFD: hold it back.
         whole = text.rstrip("\ufffd") if step.finish_reasons[0] is None else text
         yield whole[shown:]

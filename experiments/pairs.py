@@ -1,16 +1,23 @@
 """Prompts and responses from JSON-lines files, by templates, as token ids."""
 
-import json
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from purelm.tokenizer import BPE, encode
+from experiments.console import say
+from purelm.align.responses import response_batch
+from purelm.data.json_lines import json_rows
+from purelm.tokenizer import BPE
+from purelm.tokenizer.chat import encode_parts
 
-__all__ = ["Pair", "encoded", "read_pairs"]
+__all__ = ["Example", "Pair", "batch_of", "content", "filled", "read_examples", "read_pairs", "text_of"]
+
+Parts = list[tuple[str, bool]]  # pieces of a text, and whether the template wrote them
 
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -18,8 +25,16 @@ _FIELD = re.compile(r"\{(\w+)\}")
 class Pair(NamedTuple):
     """One example as text."""
 
-    prompt: str
-    response: str
+    prompt: Parts
+    response: Parts
+
+
+class Example(NamedTuple):
+    """A pair as text and as ids."""
+
+    pair: Pair
+    prompt: np.ndarray
+    response: np.ndarray
 
 
 def read_pairs(path: Path, prompt: str, response: str, limit: int | None = None) -> list[Pair]:
@@ -27,55 +42,80 @@ def read_pairs(path: Path, prompt: str, response: str, limit: int | None = None)
 
     ValueError with the number of the line: what is not JSON, lacks a field, or has one that is neither text nor number.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
     pairs: list[Pair] = []
-    with open(path, encoding="utf-8") as file:
+    for where, row in json_rows(path):
+        if limit is not None and len(pairs) == limit:
+            break
         try:
-            for number, line in enumerate(file, 1):
-                if limit is not None and len(pairs) == limit:
-                    break
-                if line.strip():
-                    row = _row(line, f"{path}, line {number}")
-                    pairs.append(Pair(*(_filled(t, row, f"{path}, line {number}") for t in (prompt, response))))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start} of a line)") from None
+            pairs.append(Pair(filled(prompt, row), filled(response, row)))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     if not pairs:
         raise ValueError(f"{path}: has no rows")
     return pairs
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: not a JSON object")
-    return row
+def filled(template: str, values: Mapping[str, Any]) -> Parts:
+    r"""The template with values in place of {name}, and a new line for \n; a value is not a template again."""
+    parts = []
+    for i, part in enumerate(_FIELD.split(template.replace("\\n", "\n"))):
+        if i % 2 == 0:
+            parts.append((part, True))
+        elif isinstance(values.get(part), (str, int, float)):
+            parts.append((str(values[part]), False))
+        else:
+            raise ValueError(f"has no text or number {part!r}; its fields are {', '.join(values)}")
+    return parts
 
 
-def _filled(template: str, row: dict[str, Any], where: str) -> str:
-    """The template with the row's values; what stands in a value is not a template again."""
-
-    def value(match: re.Match[str]) -> str:
-        name = match[1]
-        if not isinstance(row.get(name), (str, int, float)):
-            raise ValueError(f"{where}: has no text or number {name!r}; its fields are {', '.join(row)}")
-        return str(row[name])
-
-    return _FIELD.sub(value, template)
+def text_of(parts: Parts) -> str:
+    """All pieces as one text."""
+    return "".join(text for text, _ in parts)
 
 
-def encoded(bpe: BPE, pairs: Sequence[Pair], before: Sequence[int], after: Sequence[int]) -> list[tuple[Any, Any]]:
-    """(ids of the prompt, ids of the response) of each pair; `before` begins the prompt, `after` ends the response.
+def read_examples(
+    path: Path,
+    bpe: BPE,
+    prompt: str,
+    response: str,
+    *,
+    before: Sequence[int],
+    after: Sequence[int],
+    max_length: int,
+    overlong: str,
+    limit: int | None = None,
+) -> list[Example]:
+    """The examples of a file: `before` begins each prompt, `after` ends each response.
 
-    Special tokens in the text are text: no example can end itself.
+    Special tokens of the templates are special; in the data they are ordinary text, so that no example ends itself. Of
+    more than max_length tokens, overlong "error" names the first, "truncate" cuts the end of the response (and leaves
+    the example out where the prompt alone is too long), "drop" leaves it out.
     """
-    return [
-        (
-            np.concatenate([np.asarray(before, np.int64), np.asarray(encode(bpe, p.prompt), np.int64)]),
-            np.concatenate([np.asarray(encode(bpe, p.response), np.int64), np.asarray(after, np.int64)]),
-        )
-        for p in pairs
-    ]
+    kept: list[Example] = []
+    pairs = read_pairs(path, prompt, response, limit)
+    for i, pair in enumerate(pairs):
+        p, r = (encode_parts(bpe, parts).astype(np.int64) for parts in pair)
+        p, r = np.concatenate([np.asarray(before, np.int64), p]), np.concatenate([r, np.asarray(after, np.int64)])
+        n = len(p) + len(r)
+        if n > max_length and overlong == "error":
+            raise ValueError(f"{path}: example {i} has {n} tokens, more than max_length {max_length}")
+        if n <= max_length or (overlong == "truncate" and len(p) < max_length):
+            kept.append(Example(pair, p, r[: max_length - len(p)]))
+    if len(kept) < len(pairs):
+        say(f"{path}: {len(pairs) - len(kept):,} of {len(pairs):,} examples are longer than max_length and left out")
+    return kept
+
+
+def content(examples: Sequence[Example]) -> str:
+    """A hash of all ids."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for ids in (example.prompt, example.response):
+            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+    return digest.hexdigest()
+
+
+def batch_of(examples: Sequence[Example], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """The examples as a batch of `align.responses`, of a length that is a multiple of 32."""
+    made = response_batch([x.prompt for x in examples], [x.response for x in examples], pad_id=pad, multiple_of=32)
+    return {name: x.to(device) for name, x in made.items()}

@@ -7,7 +7,7 @@ names it; with `--resume-anyway` it is written to metrics.jsonl instead.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +79,26 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + name, json.loads(json.dumps(value, default=str))
 
 
-def may_change(name: str) -> bool:
-    return any(name == field or name.startswith(field + ".") for field in MAY_CHANGE)
+def may_change(name: str, free: Sequence[str] = MAY_CHANGE) -> bool:
+    return any(name == field or name.startswith(field + ".") for field in free)
 
 
 def differences(
-    saved: Mapping[str, Any], config: Mapping[str, Any], fingerprints: Mapping[str, str]
+    saved: Mapping[str, Any],
+    config: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+    free: Sequence[str] = MAY_CHANGE,
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(name, given, saved) of each field that differs from the checkpoint's meta; what an older meta lacks passes."""
+    """(name, given, saved) of each field that differs from the checkpoint's meta; what an older meta lacks passes.
+
+    free: fields that may differ, with all fields within them.
+    """
     before, now = dict(flat(saved["config"])), dict(flat(config))
     # rope_scaling is one field (None) or several: a field that one side lacks counts as None.
     groups = {name.split(".")[0] for name in before}
     for name in sorted({*before, *now}):
         known = name in before or ("." in name and name.split(".")[0] in groups)
-        if known and not may_change(name) and before.get(name) != now.get(name):
+        if known and not may_change(name, free) and before.get(name) != now.get(name):
             yield name, now.get(name), before.get(name)
     for name, value in fingerprints.items():
         known = saved.get("fingerprints", {}).get(name, value)

@@ -14,36 +14,45 @@ with the wanted response), checkpoints/, and export/, a folder that transformers
 """
 
 import dataclasses
+import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
 
-from experiments import limits
+from experiments import limits, resume
 from experiments.config import Optim
 from experiments.console import in_bf16, pick_device, program, progress_bar, say
-from experiments.generate import load_run
+from experiments.generate import known_text
 from experiments.limits import Count, Factor, Place, Seed, Text, Whole
 from experiments.lock import locked
-from experiments.pairs import encoded, read_pairs
-from experiments.setup import make_core, make_schedule
+from experiments.open_model import open_model
+from experiments.pairs import Example, batch_of, content, read_examples, text_of
+from experiments.setup import make_core, make_deterministic, make_schedule
 from experiments.signals import asked_to_stop
 from purelm import checkpoint, generate, random, track, tree
 from purelm.align import lora
-from purelm.align.responses import response_batch
+from purelm.dist.agreement import fingerprint as tensors_of
+from purelm.dist.agreement import non_finite_ranks
 from purelm.dist.world import World
-from purelm.models import gguf, hf, transformer
+from purelm.models import hf, transformer
 from purelm.models.leaves import of_kind
 from purelm.optim import adamw
-from purelm.tokenizer import BPE, decode, fingerprint
-from purelm.tokenizer import load as load_tokenizer
+from purelm.tokenizer import BPE, fingerprint, token_to_id
+from purelm.tokenizer import save as save_tokenizer
 from purelm.train import FULL, MIXED, TrainState, init_state, make_step
+
+# May differ when a run goes on; files and the model are compared by what they hold.
+FREE = (
+    "steps", "save_every", "eval_every", "log_every", "keep_last", "export", "generations", "max_new_tokens", "device",
+    "microbatches", "resume", "run", "train", "heldout", "tokenizer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,78 +116,75 @@ class Sft:
 def main(cfg: Sft) -> None:
     limits.check(cfg)
     device = pick_device(cfg.device)
+    if cfg.lora.rank and cfg.optim.name != "adamw":
+        raise ValueError(f"optim.name is {cfg.optim.name}: low-rank updates are trained by adamw")
     there = checkpoint.latest(cfg.run / "checkpoints")
     if there is not None and not cfg.resume:
         raise ValueError(f"run {cfg.run} has a checkpoint of step {there}: give --resume, or another --run")
     if there is None and cfg.resume:
         raise ValueError(f"run {cfg.run} has no checkpoint to go on from")
+    make_deterministic()
     with locked(cfg.run):
-        _run(cfg, device, there)
+        _run(cfg, device)
 
 
-def load_model(
-    model: Path, tokenizer: Path | None, device: torch.device
-) -> tuple[Any, transformer.Config, BPE]:
-    """(params, configuration, tokenizer) of a folder of open weights, a .gguf file or a run's folder."""
-    given = load_tokenizer(tokenizer, text_only=True) if tokenizer is not None else None
-    if model.suffix == ".gguf":
-        return gguf.load(model, device=device) if given is None else (*gguf.load_weights(model, device=device), given)
-    if (model / "checkpoints").is_dir():
-        params, cfg, bpe = load_run(model, None, device)
-        return params, cfg, given or bpe
-    if given is not None:
-        return *hf.load_weights(model, dtype=torch.float32, device=device), given
-    return hf.load(model, dtype=torch.float32, device=device)
-
-
-def _run(cfg: Sft, device: torch.device, done: int | None) -> None:
-    params, config, bpe = load_model(cfg.model, cfg.tokenizer, device)
+def _run(cfg: Sft, device: torch.device) -> None:
+    params, config, bpe = open_model(cfg.model, cfg.tokenizer, device)
     begin, end = _special(bpe, cfg.begin, "begin"), _special(bpe, cfg.end, "end")
     if cfg.max_length > config.context_length:
         raise ValueError(f"max_length is {cfg.max_length}: the model's context_length is {config.context_length}")
-    as_ids = partial(encoded, bpe, before=begin, after=end)
-    prompt, response = (t.replace("\\n", "\n") for t in (cfg.prompt, cfg.response))
-    pairs = _fitting(cfg, as_ids(read_pairs(cfg.train, prompt, response)), cfg.train)
+    examples = partial(
+        read_examples, bpe=bpe, prompt=cfg.prompt, response=cfg.response, before=begin, after=end,
+        max_length=cfg.max_length, overlong=cfg.overlong,
+    )  # fmt: skip
+    pairs = examples(cfg.train)
     if len(pairs) < cfg.batch_size:
         raise ValueError(f"{cfg.train}: {len(pairs)} pairs of at most {cfg.max_length} tokens; batch_size is more")
-    wanted, heldout = [], []
-    if cfg.heldout is not None:
-        wanted = read_pairs(cfg.heldout, prompt, response, cfg.eval_pairs)
-        heldout = _fitting(cfg, as_ids(wanted), cfg.heldout)
+    heldout = examples(cfg.heldout, limit=cfg.eval_pairs) if cfg.heldout is not None else []
     model = transformer.make(config)
     pad = (end or begin or [0])[0]
-    meta = {"sft": _plain(cfg), "model": dataclasses.asdict(config), "tokenizer": fingerprint(bpe)}
     state, step, whole = _training(cfg, model, params, device)
-    if done is not None:
-        state = _resumed(cfg, state, meta, done)
-    first = done or 0
+    fields = {name: x for name, x in dataclasses.asdict(cfg).items() if name != "model"}
+    meta = {
+        "config": json.loads(json.dumps({**fields, "model": dataclasses.asdict(config)}, default=str)),
+        "fingerprints": {
+            "model": tensors_of(params), "train": content(pairs), "heldout": content(heldout),
+            "tokenizer": fingerprint(bpe),
+        },
+    }  # fmt: skip
+    metrics_file, generations_file = cfg.run / "metrics.jsonl", cfg.run / "generations.jsonl"
+    first = 0
+    if cfg.resume:
+        first, state = _resumed(cfg, state, meta)
+    for file in (metrics_file, generations_file):  # rows that come again, and what a run without checkpoint left
+        track.drop_rows(file, lambda row: first == 0 or row["step"] > first)
     cfg.run.mkdir(parents=True, exist_ok=True)
-    track.write_json(cfg.run / "config.json", meta)
-    emit = track.jsonl_sink(cfg.run / "metrics.jsonl")
+    track.write_json(cfg.run / "config.json", meta["config"])
+    save_tokenizer(bpe, cfg.run / "tokenizer.json")
+    emit = track.jsonl_sink(metrics_file)
     say(f"{tree.n_params(state.params):,} parameters are trained of {tree.n_params(params):,}, on {device}; "
         f"{len(pairs):,} pairs")  # fmt: skip
-
-    def batch(i: int) -> dict[str, torch.Tensor]:
-        chosen = [pairs[k] for k in _order(cfg.seed, len(pairs), i, cfg.batch_size)]
-        return _batch(cfg, chosen, pad, device)
 
     def evaluate(number: int) -> None:
         if heldout:
             emit({"step": number, **_evaluate(cfg, model, whole(state.params), heldout, pad, device)})
             if cfg.generations:
-                _generations(cfg, model, whole(state.params), wanted, as_ids, bpe, end, number)
+                _generations(cfg, model, whole(state.params), heldout[: cfg.generations], bpe, end, number)
 
     def save(number: int) -> None:
         trees = {"params": state.params, "opt_state": state.opt_state}
-        checkpoint.save(cfg.run / "checkpoints", number, trees, meta=meta, keep_last=cfg.keep_last)
+        for name, values in trees.items():
+            if non_finite_ranks(values):
+                raise ValueError(f"{name} hold inf or nan after step {number}: nothing is saved; lower optim.lr")
+        checkpoint.save(cfg.run / "checkpoints", number, trees, meta=meta, keep_last=cfg.keep_last, finite=True)
 
     if first == 0:
         evaluate(0)
-    number = first
     with progress_bar("fine-tuning", cfg.steps, "steps") as update, asked_to_stop(World(0, 1, device)) as asked:
         for i in range(first, cfg.steps):
             before = time.perf_counter()
-            data = batch(i)
+            chosen = [pairs[k] for k in _order(cfg.seed, len(pairs), i, cfg.batch_size)]
+            data = batch_of(chosen, pad, device)
             state, metrics = step(state, data)
             number = i + 1
             values = {name: float(x) for name, x in metrics.items()}
@@ -189,52 +195,29 @@ def _run(cfg: Sft, device: torch.device, done: int | None) -> None:
                 emit({"step": number, **values, "tokens_per_second": round(rate, 1)})
             update(number, f"loss {values['loss']:.3f}  {rate:,.0f} tokens/s")
             signal = asked()
+            # Evaluated before it is saved: what is saved has its rows, and rows after a checkpoint are written again.
+            if not signal and (number == cfg.steps or (cfg.eval_every and number % cfg.eval_every == 0)):
+                evaluate(number)
             if number == cfg.steps or signal or (cfg.save_every and number % cfg.save_every == 0):
                 save(number)
-            if signal:
+            if signal and number < cfg.steps:
                 say(f"step {number:,} is saved in {cfg.run}: the same command and --resume go on from there")
                 raise SystemExit(128 + signal)
-            if number == cfg.steps or (cfg.eval_every and number % cfg.eval_every == 0):
-                evaluate(number)
-    if cfg.export and not (cfg.run / "export").exists():
-        ids = {"eos_token_id": end[0], "pad_token_id": pad} if end else {}
-        hf.save(cfg.run / "export", tree.to(whole(state.params), "cpu"), config, bpe, fields=ids)
-    for row in track.read_rows(cfg.run / "metrics.jsonl")[-2:]:
+    if cfg.export:
+        _export(cfg, whole(state.params), config, bpe, {"eos_token_id": end[0], "pad_token_id": pad} if end else {})
+    for row in track.read_rows(metrics_file)[-2:]:
         print("  ".join(f"{name} {track.show(value)}" for name, value in row.items()))
-    print(f"{cfg.run}: config.json, metrics.jsonl, generations.jsonl, checkpoints/, export/")
-
-
-def _plain(cfg: Sft) -> dict[str, Any]:
-    """The configuration as JSON has it, without what may change when a run goes on."""
-    free = ("resume", "steps", "save_every", "eval_every", "log_every", "keep_last", "export", "generations", "device")
-    found = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in free}
-    return {name: value if isinstance(value, (int, float, str, dict, type(None))) else str(value)
-            for name, value in found.items()}  # fmt: skip
+    print(f"{cfg.run}: config.json, metrics.jsonl, generations.jsonl, checkpoints/{', export/' * cfg.export}")
 
 
 def _special(bpe: BPE, token: str, name: str) -> list[int]:
     """The id of a special token; no id for the empty text."""
     if not token:
         return []
-    found = [i for i, piece in bpe.vocab.items() if piece == token.encode() and token in bpe.special_tokens]
-    if not found:
+    if token not in bpe.special_tokens:
         some = ", ".join(sorted(bpe.special_tokens)[:8]) or "none"
         raise ValueError(f"{name}: the tokenizer has no special token {token!r}; it has {some}")
-    return found[:1]
-
-
-def _fitting(cfg: Sft, pairs: list[tuple[Any, Any]], path: Any) -> list[tuple[Any, Any]]:
-    """The pairs that are trained on; ValueError names one that is too long, with overlong "error"."""
-    kept = []
-    for i, (prompt, response) in enumerate(pairs):
-        n = len(prompt) + len(response)
-        if n > cfg.max_length and cfg.overlong == "error":
-            raise ValueError(f"{path}: example {i} has {n} tokens, more than max_length {cfg.max_length}")
-        if n <= cfg.max_length or (cfg.overlong == "truncate" and len(prompt) < cfg.max_length):
-            kept.append((prompt, response[: cfg.max_length - len(prompt)]))
-    if len(kept) < len(pairs):
-        say(f"{path}: {len(pairs) - len(kept):,} of {len(pairs):,} examples are longer than max_length and left out")
-    return kept
+    return [token_to_id(bpe, token)]
 
 
 def _order(seed: int, n: int, i: int, batch_size: int) -> list[int]:
@@ -243,11 +226,6 @@ def _order(seed: int, n: int, i: int, batch_size: int) -> list[int]:
     key = random.fold_in(random.fold_in(random.key(seed), 1), i // per_epoch)
     at = (i % per_epoch) * batch_size
     return random.permutation(key, n)[at : at + batch_size].tolist()
-
-
-def _batch(cfg: Sft, pairs: list[tuple[Any, Any]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    made = response_batch([p for p, _ in pairs], [r for _, r in pairs], pad_id=pad, multiple_of=32)
-    return {name: x.to(device) for name, x in made.items()}
 
 
 def _training(
@@ -277,29 +255,29 @@ def _training(
     return init_state(adapters, plain, precision), step, lambda x: lora.merge(params, x, alpha=cfg.lora.alpha)
 
 
-def _resumed(cfg: Sft, state: TrainState, meta: dict[str, Any], done: int) -> TrainState:
+def _resumed(cfg: Sft, state: TrainState, meta: dict[str, Any]) -> tuple[int, TrainState]:
+    """(step, state) of the newest checkpoint; ValueError names what differs from the run that it is of."""
+    done, saved = resume.newest(cfg.run)
+    found = resume.differences(saved, meta["config"], meta["fingerprints"], FREE)
+    if lines := [f"{name} {now!r} is not that of the checkpoint, {before!r}" for name, now, before in found]:
+        raise ValueError(f"--resume: {'; '.join(lines)}: the run would go on as another one")
+    if done > cfg.steps:
+        raise ValueError(f"steps must be at least {done}, those of the checkpoint that is resumed, got {cfg.steps}")
     like = {"params": state.params, "opt_state": state.opt_state}
-    trees, saved = checkpoint.load(cfg.run / "checkpoints", done, like=like)
-    for part, now in meta.items():
-        before = saved.get(part)
-        if before != now:
-            names = [k for k in now if before.get(k) != now[k]] if isinstance(now, dict) and before else [part]
-            raise ValueError(f"run {cfg.run}: {part} is not that of the checkpoint: {', '.join(names)}")
-    if done >= cfg.steps:
-        raise ValueError(f"run {cfg.run} is finished: {done} of {cfg.steps} steps; with more --steps it goes on")
+    trees, _ = checkpoint.load(cfg.run / "checkpoints", done, like=like)
     say(f"resumed from step {done:,}")
     step = torch.full((), done, dtype=torch.int64, device=state.step.device)
-    return TrainState(trees["params"], trees["opt_state"], step)
+    return done, TrainState(trees["params"], trees["opt_state"], step)
 
 
 @torch.no_grad()
 def _evaluate(
-    cfg: Sft, model: transformer.Model, params: Any, pairs: list[tuple[Any, Any]], pad: int, device: torch.device
+    cfg: Sft, model: transformer.Model, params: Any, examples: list[Example], pad: int, device: torch.device
 ) -> dict[str, float]:
     """Mean loss of held-out response tokens, in nats."""
     total = count = 0.0
-    for start in range(0, len(pairs), cfg.batch_size):
-        batch = _batch(cfg, pairs[start : start + cfg.batch_size], pad, device)
+    for start in range(0, len(examples), cfg.batch_size):
+        batch = batch_of(examples[start : start + cfg.batch_size], pad, device)
         log_p, _ = model.log_probs(params, batch)
         total -= float(log_p.double().sum())
         count += float(batch["weights"].sum())
@@ -307,27 +285,32 @@ def _evaluate(
 
 
 def _generations(
-    cfg: Sft, model: transformer.Model, params: Any, pairs: list[Any], as_ids: Any, bpe: BPE, end: list[int], step: int
+    cfg: Sft, model: transformer.Model, params: Any, examples: list[Example], bpe: BPE, end: list[int], step: int
 ) -> None:
-    """Greedy continuations of the first held-out prompts, appended to generations.jsonl."""
-    sink = track.jsonl_sink(cfg.run / "generations.jsonl")
-    chosen = [p for p in pairs if len(as_ids([p])[0][0]) < cfg.max_length][: cfg.generations]
-    prompts = [as_ids([p])[0][0].tolist() for p in chosen]
-    if not prompts:
-        return
+    """Greedy continuations of held-out prompts, appended to generations.jsonl."""
     out = generate.generate(
         model,
         params,
-        prompts,
+        [x.prompt.tolist() for x in examples],
         random.key(cfg.seed).to(tree.leaves(params)[0].device),
         max_new_tokens=cfg.max_new_tokens,
         sampling=generate.Sampling(temperature=0.0),
         stop=generate.Stop(tuple(end)),
-        decode_fn=lambda ids: decode(bpe, [i for i in ids if i in bpe.vocab]),  # a model may have more rows than tokens
+        decode_fn=partial(known_text, bpe),
     )
-    for pair, ids, reason, text in zip(chosen, out.tokens, out.finish_reasons, out.texts or [], strict=True):
-        row = {"step": step, "prompt": pair.prompt, "response": text, "wanted": pair.response}
+    sink = track.jsonl_sink(cfg.run / "generations.jsonl")
+    for x, ids, reason, text in zip(examples, out.tokens, out.finish_reasons, out.texts or [], strict=True):
+        row = {"step": step, "prompt": text_of(x.pair.prompt), "response": text, "wanted": text_of(x.pair.response)}
         sink({**row, "n_tokens": len(ids), "finish_reason": reason})
+
+
+def _export(cfg: Sft, params: Any, config: transformer.Config, bpe: BPE, fields: dict[str, Any]) -> None:
+    """The model as open weights, in place of an earlier export of the run."""
+    new, place = cfg.run / "export.new", cfg.run / "export"
+    shutil.rmtree(new, ignore_errors=True)
+    hf.save(new, tree.to(params, "cpu"), config, bpe, fields=fields)
+    shutil.rmtree(place, ignore_errors=True)
+    new.rename(place)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Oracles: the graders on the rows that were written; the run without a break.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,12 +73,32 @@ def test_answers_are_graded_shown_and_go_on(inputs, tmp_path):
     said = evaluate(inputs, tmp_path / "b", *flags, "--batch-size", "3")
     assert "2 of 7 answers are there" in said
     assert rows(tmp_path / "b/svamp.jsonl") == found
+    # A line that a kill cut short is answered again.
+    path = tmp_path / "b/svamp.jsonl"
+    path.write_text(path.read_text()[:-20])
+    evaluate(inputs, tmp_path / "b", *flags)
+    assert rows(path) == found
+
+
+def test_answers_of_another_model_or_to_other_questions_are_not_mixed(inputs, tmp_path):
+    """The same paths, with other contents."""
+    folder = tmp_path / "inputs"
+    shutil.copytree(inputs, folder)
+    evaluate(folder, tmp_path / "out", "--tasks", "svamp", "--limit", "2")
+    (folder / "data/deep/svamp.test.jsonl").write_text("\n".join(map(json.dumps, ROWS[::-1])) + "\n")
+    said = evaluate(folder, tmp_path / "out", "--tasks", "svamp", status=2)
+    assert "svamp-0 is another question than in" in said
+    _, cfg, bpe = hf.load(folder / "weights")
+    shutil.rmtree(folder / "weights")
+    hf.save(folder / "weights", transformer.init(random.key(1), cfg), cfg, bpe)
+    assert "has answers with another model (" in evaluate(folder, tmp_path / "out", "--tasks", "svamp", status=2)
 
 
 def test_what_is_wrong_is_named(inputs, tmp_path):
     evaluate(inputs, tmp_path / "out", "--tasks", "svamp", "--limit", "1")
     cases = [
-        (("--tasks", "svamp", "--temperature", "0.5"), "has answers with other temperature: give another --out"),
+        (("--tasks", "svamp", "--temperature", "0.5"), "has answers with another temperature (0.0): give"),
+        (("--tasks", "svamp", "--template", "{x}"), "has answers with another template"),
         (("--tasks", "gpqa"), "tasks: gpqa: not known; there are gsm8k, svamp"),
         (("--tasks", "gsm8k"), "gsm8k: no file **/gsm8k-test.jsonl in"),
         (("--n-samples", "2", "--tasks", "svamp"), "several greedy answers are all the same; give a temperature"),

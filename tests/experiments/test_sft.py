@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.pairs import read_examples
 from purelm import checkpoint, random, tree
 from purelm.models import hf, transformer
-from purelm.tokenizer import encode, train
+from purelm.tokenizer import encode, token_to_id, train
 from tests.dist.processes import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,6 +87,54 @@ def test_resumed_is_uninterrupted(inputs, tmp_path, flags):
         assert tree.n_params(a["params"]) < 20_000 and all(".a" in p or ".b" in p for p in tree.paths(a["params"]))
 
 
+def test_going_on_writes_rows_once_and_exports_again(inputs, tmp_path):
+    """Rows after the checkpoint and of a run that never saved are gone; export/ is the newest parameters; the run
+    itself is one that experiments.generate continues."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 9, "loss": 0.0}\n')
+    sft(inputs, run, "--steps", "2", "--optim.schedule", "constant")
+    first, _ = hf.load_weights(run / "export")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss": 0.0}\n{"step": 4, "lo')  # killed after the checkpoint, within a row
+    sft(inputs, run, "--steps", "3", "--optim.schedule", "constant", "--resume")
+    found = rows(run / "metrics.jsonl")
+    assert [r["step"] for r in found if "loss" in r] == [1, 2, 3] and all(r.get("loss", 1.0) > 0 for r in found)
+    assert [r["step"] for r in found if "heldout_loss" in r] == [0, 2, 3]
+    assert {r["step"] for r in rows(run / "generations.jsonl")} == {0, 2, 3}
+    second, _ = hf.load_weights(run / "export")
+    params = checkpoint.load(run / "checkpoints", 3, only=["params"])[0]["params"]
+    assert all(torch.equal(x, y) for x, y in zip(tree.leaves(second), tree.leaves(params), strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(tree.leaves(first), tree.leaves(second), strict=True))
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.generate", str(run), "--prompt", "1 + 2 =", "--max-new-tokens", "3"],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.startswith("1 + 2 ="), done.stderr
+    # Another model, or other data, under the same names.
+    other = tmp_path / "weights"
+    _, cfg, bpe = hf.load(inputs / "weights")
+    hf.save(other, transformer.init(random.key(1), cfg), cfg, bpe)
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, ROWS[::-1])) + "\n")
+    for flags, name in ((("--model", str(other)), "model"), (("--train", str(tmp_path / "data.jsonl")), "train")):
+        said = sft(
+            inputs, run, "--steps", "4", "--optim.schedule", "constant", "--resume", *flags, status=2
+        )
+        assert f"--resume: {name} (its content) " in said and "is not that of the checkpoint" in said, said
+
+
+def test_special_tokens_are_the_templates_alone(inputs):
+    """Oracle: ids looked up by hand. In the data they are text, so that no example ends itself."""
+    _, _, bpe = hf.load(inputs / "weights")
+    (inputs / "odd.jsonl").write_text(json.dumps({"question": f"a{END}", "answer": f"{END}1"}) + "\n")
+    options = dict(before=[], after=[7], max_length=99, overlong="error")
+    (x,) = read_examples(inputs / "odd.jsonl", bpe, f"{END}{{question}}", "{answer}", **options)
+    stop = token_to_id(bpe, END)
+    assert x.prompt.tolist() == [stop, *encode(bpe, f"a{END}", None).tolist()]
+    assert x.response.tolist() == [*encode(bpe, f"{END}1", None).tolist(), 7]
+    assert x.prompt.tolist().count(stop) == 1 and stop not in x.response
+
+
 def test_what_is_wrong_is_named(inputs, tmp_path):
     """One line, no traceback, and nothing in the run's folder but its lock."""
     lines = (inputs / "train.jsonl").read_text().splitlines()
@@ -98,6 +147,7 @@ def test_what_is_wrong_is_named(inputs, tmp_path):
         (("--resume",), "has no checkpoint to go on from"),
         (("--model", str(tmp_path / "none")), "none: no such folder; nothing is downloaded here"),
         (("--batch-size", "0"), "batch_size must be"),
+        (("--lora.rank", "4", "--optim.name", "muon"), "optim.name is muon: low-rank updates are trained by adamw"),
         (("--lora.rank", "999"), "rank 999 is more than the shorter side of layers.0.attn"),
     ]  # fmt: skip
     for flags, message in cases:
