@@ -23,6 +23,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from experiments.bench.decode import SIZES as DECODE_SIZES
 from experiments.bench.norms import copy_bandwidth
 from experiments.bench.report import publish, row
 from experiments.console import pick_device, program, say
@@ -35,13 +36,7 @@ from purelm.models import transformer
 PACKAGES = ("torch", "transformers", "purelm")
 KEY = random.key(0)
 
-# vocab, d_model, layers, heads, d_ff
-SIZES = {
-    "tiny": (64, 32, 2, 2, 64),
-    "3m": (1024, 192, 4, 6, 512),
-    "22m": (10_000, 512, 4, 16, 1344),
-    "134m": (32_000, 768, 12, 12, 2048),
-}
+SIZES = {"tiny": (64, 32, 2, 2, 64), **DECODE_SIZES}
 
 
 @dataclass(frozen=True)

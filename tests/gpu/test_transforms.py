@@ -6,7 +6,10 @@ import torch
 from tests.test_transform_table import cells_of
 from tools.transform_table import found, rows
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator (make gpu-test)"),
+]
 
 
 @pytest.mark.parametrize("name", rows(torch.device("cpu")))

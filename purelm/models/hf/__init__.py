@@ -129,7 +129,7 @@ def save(
         raise ValueError(f"save: the tokenizer has {vocab_size(tokenizer)} ids, and cfg.vocab_size is {cfg.vocab_size}")
     if cfg.position == "rope":
         params, cfg = with_layout(params, cfg, "half")
-    with staging(folder.parent if folder.parent != Path("") else Path(".")) as staged:
+    with staging(folder.parent) as staged:
         made = staged / "made"
         made.mkdir()
         (made / "config.json").write_text(json.dumps({**content, **(fields or {})}, indent=2) + "\n")

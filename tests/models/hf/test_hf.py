@@ -278,9 +278,17 @@ def test_nothing_is_downloaded_and_nothing_overwritten(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
 
 
-def test_generate_takes_it(tmp_path):
-    """The README's use: a Model of the loaded configuration."""
-    made("llama").save_pretrained(tmp_path)
+def test_generation_of_several_rows(tmp_path):
+    """Greedy, prompts of different lengths, two at a time: the ids of each prompt alone in transformers."""
+    model = made("olmo3")
+    model.save_pretrained(tmp_path)
     params, cfg = hf.load_weights(tmp_path)
-    assert hasattr(generate, "generate") and transformer.make(cfg).context_length == 80
-    assert tree.paths(params) == tree.paths(transformer.make(cfg).init(random.key(0)))
+    prompts = [IDS[:1, :n] for n in (3, 11, 7)]
+    wanted = [model.generate(p, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0) for p in prompts]
+    greedy = generate.Sampling(temperature=0.0)
+    out = generate.generate(
+        transformer.make(cfg), params, [p[0] for p in prompts], random.key(0), max_new_tokens=9, sampling=greedy,
+        batch_size=2,
+    )  # fmt: skip
+    for prompt, ids, theirs in zip(prompts, out.tokens, wanted, strict=True):
+        assert ids.tolist() == theirs[0, prompt.shape[1] :].tolist()

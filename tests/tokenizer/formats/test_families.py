@@ -16,6 +16,7 @@ from purelm.testing import strategies as plm
 from purelm.tokenizer import encode, encode_file, encode_iterable, load
 from purelm.tokenizer.formats import huggingface
 from purelm.tokenizer.formats.alphabet import byte_characters
+from tests.tokenizer.formats.merges import random_merges
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 DIGITS = {"type": "Digits", "individual_digits": True}
@@ -33,15 +34,7 @@ def random_file(rng):
             vocab[character] = len(vocab)
     letters = [c for c in "ab ce123" if ord(c) not in missing]
     pool = [characters[ord(letter)] for letter in letters] + [characters[0xC3], characters[0xA9]]
-    merges = []
-    for _ in range(rng.randint(0, 14)):
-        left, right = rng.choices(pool, k=2)
-        if [left, right] not in merges and len(left + right) < 7:
-            if left + right not in vocab:
-                vocab[left + right] = len(vocab)
-                pool.append(left + right)
-            merges.append([left, right])
-    rng.shuffle(merges)
+    merges = random_merges(rng, vocab, pool)
     following, added = len(vocab), []
     for name in rng.sample(["ab", "b", " a", "a b", "<x>", "<x", "x>y", "  ", "\u00e9", "e\u0301"], rng.randint(0, 4)):
         token = {"content": name, "id": vocab.get(name, following), "normalized": rng.random() < 0.5}

@@ -8,6 +8,7 @@ import pytest
 from purelm.tokenizer import encode, load, save
 from purelm.tokenizer.formats import added_around, huggingface
 from purelm.tokenizer.formats.alphabet import byte_characters
+from tests.tokenizer.formats.merges import random_merges
 from tests.tokenizer.formats.test_formats import same
 
 BYTES = {value: bytes([value]) for value in range(256)}
@@ -191,15 +192,7 @@ def random_file(rng):
     characters = byte_characters()
     vocab = {character: value for value, character in enumerate(characters)}
     pool = [characters[ord(letter)] for letter in "ab c"]
-    merges = []
-    for _ in range(rng.randint(0, 14)):
-        left, right = rng.choices(pool, k=2)
-        if [left, right] not in merges and len(left + right) < 7:
-            if left + right not in vocab:
-                vocab[left + right] = len(vocab)
-                pool.append(left + right)
-            merges.append([left, right])
-    rng.shuffle(merges)
+    merges = random_merges(rng, vocab, pool)
     following, added = len(vocab), []
     mixed = rng.random() < 0.3
     for name in rng.sample(["ab", "b", "bc", " a", "a b", "<x>", "<x", "x>y", "bb", "  "], rng.randint(0, 3)):
