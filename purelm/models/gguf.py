@@ -22,6 +22,7 @@ from purelm.models.layers import leaves
 from purelm.models.leaves import Params
 from purelm.tokenizer import BPE, vocab_size
 from purelm.tokenizer import load as load_tokenizer
+from purelm.tokenizer.formats.gguf import open_gguf
 
 __all__ = ["ARCHITECTURES", "Architecture", "load", "load_weights"]
 
@@ -112,26 +113,14 @@ def load_weights(
     """
     if not dtype.is_floating_point:
         raise ValueError(f"load_weights: dtype must be floating, got {dtype}")
-    reader = open_gguf(path)
     what = str(path)
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    reader = open_gguf(path)
     values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     stored = {t.name: t for t in reader.tensors}
     cfg = _config(values, stored, what)
     return _read(stored, ARCHITECTURES[values["general.architecture"]], cfg, what, dtype, device), cfg
-
-
-def open_gguf(path: str | os.PathLike) -> Any:
-    """The package's reader of a file; ValueError if it is none."""
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError("models.gguf needs gguf: pip install 'purelm[gguf]'") from None
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        return gguf.GGUFReader(path)
-    except Exception as error:  # numpy's and the package's own, of whatever kind a broken file leads to
-        raise ValueError(f"{path}: not a GGUF file, or cut short ({type(error).__name__}: {error})") from None
 
 
 def _config(values: Mapping[str, Any], stored: Mapping[str, Any], what: str) -> Config:

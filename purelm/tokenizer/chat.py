@@ -31,6 +31,7 @@ from purelm.caches import on_clear
 from purelm.tokenizer import tables
 from purelm.tokenizer.bpe import BPE
 from purelm.tokenizer.encoding import encode
+from purelm.tokenizer.formats.gguf import metadata_of
 from purelm.tokenizer.formats.text import parse_json, read_text
 from purelm.tokenizer.splitting import special_matcher
 
@@ -134,12 +135,15 @@ def _special_spans(bpe: BPE, text: str, parts: Sequence[tuple[str, bool]]) -> tu
 
 
 def load_chat(folder: str | os.PathLike) -> Chat:
-    """The chat template of a model's folder: chat_template.jinja, else tokenizer_config.json or chat_template.json.
+    """The chat template of a model's folder: chat_template.jinja, else tokenizer_config.json or chat_template.json;
+    or of a .gguf file.
 
     bos_token and eos_token are those of tokenizer_config.json. Where there are several templates, the one that is named
     "default" is taken.
     """
     folder = Path(folder)
+    if folder.suffix == ".gguf":
+        return _of_gguf(folder)
     config = _object(folder / "tokenizer_config.json")
     template = None
     if (folder / "chat_template.jinja").exists():
@@ -161,6 +165,16 @@ def load_chat(folder: str | os.PathLike) -> Chat:
             f"{folder}: no chat template in chat_template.jinja, tokenizer_config.json or chat_template.json"
         )
     return Chat(template, _token(config, "bos_token"), _token(config, "eos_token"))
+
+
+def _of_gguf(path: Path) -> Chat:
+    key, ids = "tokenizer.chat_template", [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos")]
+    found = metadata_of(path, [key, "tokenizer.ggml.tokens", *ids])
+    if not isinstance(found.get(key), str):
+        raise ValueError(f"{path}: no {key}")
+    tokens = found.get("tokenizer.ggml.tokens", [])
+    bos, eos = (tokens[i] if isinstance(i := found.get(name), int) and 0 <= i < len(tokens) else None for name in ids)
+    return Chat(found[key], bos, eos)
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -241,7 +241,7 @@ def test_full_cache():
     prefill(PARAMS, TOKENS[:, :4], cache, CFG, lengths=torch.tensor([1, 4]))
 
 
-def test_bad_arguments():
+def test_bad_arguments(unchecked):
     _, cache = prefill(PARAMS, TOKENS[:, :4], empty(CFG), CFG)
     with pytest.raises(ValueError, match="used must be the cache's length 4, got 3"):
         decode(PARAMS, TOKENS[:, 4], cache, CFG, used=3)

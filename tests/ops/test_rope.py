@@ -239,6 +239,6 @@ def test_heads_are_not_taken_for_positions(f, unchecked):
         (lambda: frequencies(4, 1e4, RopeScaling("ntk", 1e300)), "is not finite"),
     ],
 )
-def test_numbers_without_a_meaning_are_named(make, message):
+def test_numbers_without_a_meaning_are_named(make, message, unchecked):
     with pytest.raises(ValueError, match=message):
         make()

@@ -347,3 +347,23 @@ def test_without_jinja2(tmp_path, monkeypatch):
         render(Chat(""), [])
     monkeypatch.undo()
     assert render(Chat("x"), []) == "x"
+
+
+def test_gguf_files(tmp_path):
+    """The template and the tokens of the metadata; a file without a template is named."""
+    gguf = pytest.importorskip("gguf")
+
+    def written(name, **strings):
+        writer = gguf.GGUFWriter(tmp_path / name, "llama")
+        writer.add_token_list(["a", "<s>", "</s>"])
+        writer.add_bos_token_id(1)
+        for key, value in strings.items():
+            writer.add_string(f"tokenizer.{key}", value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        return tmp_path / name
+
+    assert load_chat(written("with.gguf", chat_template="T")) == Chat("T", "<s>", None)
+    with pytest.raises(ValueError, match=r"without.gguf: no tokenizer.chat_template"):
+        load_chat(written("without.gguf"))

@@ -17,7 +17,7 @@ deepseek-coder is llama.cpp's. A name that is not in PRE is refused, not guessed
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from purelm.tokenizer.bpe import BPE, make
@@ -57,22 +57,37 @@ PRE = {
 _KEY = "tokenizer.ggml."
 
 
-def load_gguf(path: str | os.PathLike) -> BPE:
-    """The tokenizer of a GGUF file; ImportError without the package gguf, ValueError for what `from_gguf` refuses."""
+def open_gguf(path: str | os.PathLike) -> Any:
+    """The package gguf's reader of a file; ImportError without the package, ValueError for a file that is no GGUF."""
     try:
         import gguf
     except ImportError:
         raise ImportError("a .gguf file needs gguf, which is not installed: pip install 'purelm[gguf]'") from None
-    name = os.fspath(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{name}: no such file")
+        raise FileNotFoundError(f"{os.fspath(path)}: no such file")
     try:
-        fields = gguf.GGUFReader(path).fields
-        keys = (_KEY + key for key in ("model", "pre", "tokens", "token_type", "merges"))
-        metadata = {key: fields[key].contents() for key in keys if key in fields}
+        return gguf.GGUFReader(path)
     except Exception as error:  # the reader's own errors are of any kind, IndexError for a short file among them
-        raise ValueError(f"{name}: not a GGUF file, or cut short ({type(error).__name__}: {error})") from None
-    return from_gguf(metadata, name)
+        raise _broken(path, error) from None
+
+
+def _broken(path: str | os.PathLike, error: Exception) -> ValueError:
+    return ValueError(f"{os.fspath(path)}: not a GGUF file, or cut short ({type(error).__name__}: {error})")
+
+
+def metadata_of(path: str | os.PathLike, keys: Iterable[str]) -> dict[str, Any]:
+    """The values of these keys of a GGUF file, as far as it has them; errors as `open_gguf`."""
+    fields = open_gguf(path).fields
+    try:
+        return {key: fields[key].contents() for key in keys if key in fields}
+    except Exception as error:
+        raise _broken(path, error) from None
+
+
+def load_gguf(path: str | os.PathLike) -> BPE:
+    """The tokenizer of a GGUF file; ImportError without the package gguf, ValueError for what `from_gguf` refuses."""
+    keys = (_KEY + key for key in ("model", "pre", "tokens", "token_type", "merges"))
+    return from_gguf(metadata_of(path, keys), os.fspath(path))
 
 
 def from_gguf(metadata: Mapping[str, Any], name: str = "gguf") -> BPE:
