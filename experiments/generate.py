@@ -16,6 +16,7 @@ import tyro
 
 from experiments.console import pick_device, program, say
 from experiments.limits import Count, Range, Seed, Share, Text, Whole
+from experiments.ops import ops_for_generation
 from purelm import checkpoint, random, tree
 from purelm.generate import Sampling, Stop, stream
 from purelm.models import transformer
@@ -106,7 +107,7 @@ def text_stream(
     new: list[int] = []
     shown = 0
     steps = stream(
-        transformer.make(cfg),
+        transformer.make(cfg, ops_for_generation(cfg)),
         params,
         [keep],
         key.to(device),

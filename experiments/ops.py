@@ -2,10 +2,11 @@
 
 from typing import Literal
 
-from purelm.ops import REFERENCE, Ops
+from purelm.models.config import Config
+from purelm.ops import REFERENCE, Ops, few_rows
 from purelm.ops.sdpa import sdpa_attention
 
-__all__ = ["SDPA", "OpsName", "ops_named"]
+__all__ = ["SDPA", "OpsName", "ops_for_generation", "ops_named"]
 
 # sdpa: PyTorch's attention, everything else in torch primitives; fused: the kernels of purelm.kernels (on a CPU their
 # references); reference: everything in torch primitives, attention too.
@@ -20,3 +21,9 @@ def ops_named(name: OpsName) -> Ops:
 
         return FUSED
     return {"sdpa": SDPA, "reference": REFERENCE}[name]
+
+
+def ops_for_generation(cfg: Config) -> Ops:
+    """Ops for decoding: PyTorch's attention where the model has no softcap, and products of few rows on all cores."""
+    ops = REFERENCE if cfg.attention_softcap is not None else SDPA
+    return ops._replace(linear=few_rows.linear, linear_out=few_rows.linear, unembed=few_rows.linear)
