@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from experiments.console import say
-from purelm.align.responses import response_batch
+from purelm import random
+from purelm.align.responses import packed_responses, response_batch
 from purelm.data.json_lines import json_rows
+from purelm.data.packing import first_fit
 from purelm.tokenizer import BPE
 from purelm.tokenizer.chat import encode_parts
 
-__all__ = ["Example", "Pair", "batch_of", "content", "filled", "read_examples", "read_pairs", "text_of"]
+__all__ = ["Example", "Pair", "batch_maker", "batch_of", "content", "filled", "read_examples", "read_pairs", "text_of"]
 
 Parts = list[tuple[str, bool]]  # pieces of a text, and whether the template wrote them
 
@@ -27,6 +29,7 @@ class Pair(NamedTuple):
 
     prompt: Parts
     response: Parts
+    gold: Parts  # what a response is graded by
 
 
 class Example(NamedTuple):
@@ -37,7 +40,7 @@ class Example(NamedTuple):
     response: np.ndarray
 
 
-def read_pairs(path: Path, prompt: str, response: str, limit: int | None = None) -> list[Pair]:
+def read_pairs(path: Path, prompt: str, response: str, gold: str, limit: int | None = None) -> list[Pair]:
     """A Pair of each row of a JSON-lines file; {name} in a template is the row's field of that name.
 
     ValueError with the number of the line: what is not JSON, lacks a field, or has one that is neither text nor number.
@@ -47,7 +50,7 @@ def read_pairs(path: Path, prompt: str, response: str, limit: int | None = None)
         if limit is not None and len(pairs) == limit:
             break
         try:
-            pairs.append(Pair(filled(prompt, row), filled(response, row)))
+            pairs.append(Pair(filled(prompt, row), filled(response, row), filled(gold, row)))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     if not pairs:
@@ -79,6 +82,7 @@ def read_examples(
     prompt: str,
     response: str,
     *,
+    gold: str,
     before: Sequence[int],
     after: Sequence[int],
     max_length: int,
@@ -92,9 +96,9 @@ def read_examples(
     the example out where the prompt alone is too long), "drop" leaves it out.
     """
     kept: list[Example] = []
-    pairs = read_pairs(path, prompt, response, limit)
+    pairs = read_pairs(path, prompt, response, gold, limit)
     for i, pair in enumerate(pairs):
-        p, r = (encode_parts(bpe, parts).astype(np.int64) for parts in pair)
+        p, r = (encode_parts(bpe, parts).astype(np.int64) for parts in (pair.prompt, pair.response))
         p, r = np.concatenate([np.asarray(before, np.int64), p]), np.concatenate([r, np.asarray(after, np.int64)])
         n = len(p) + len(r)
         if n > max_length and overlong == "error":
@@ -119,3 +123,37 @@ def batch_of(examples: Sequence[Example], pad: int, device: torch.device) -> dic
     """The examples as a batch of `align.responses`, of a length that is a multiple of 32."""
     made = response_batch([x.prompt for x in examples], [x.response for x in examples], pad_id=pad, multiple_of=32)
     return {name: x.to(device) for name, x in made.items()}
+
+
+def batch_maker(
+    examples: Sequence[Example], batch_size: int, seed: int, pad: int, *, packed: int | None
+) -> tuple[int, Callable[[int], dict[str, torch.Tensor]]]:
+    """(number of rows, function that makes the batch of step i, on the CPU): a pure function of (examples, seed, i).
+
+    A row is one example, and a batch is as long as its longest; or with `packed` rows of that many predictions hold
+    several. Every row comes once an epoch, in an order of its own; the last few, that fill no batch, wait for the next.
+    """
+    order_key, plan_key = random.fold_in(random.key(seed), 1), random.fold_in(random.key(seed), 2)
+    rows = [[k] for k in range(len(examples))]
+    if packed is not None:
+        sizes = [len(x.prompt) + len(x.response) - 1 for x in examples]
+        shuffled = (k for k in random.permutation(plan_key, len(examples)).tolist() if sizes[k] > 0)
+        rows = list(first_fit(shuffled, lambda k: sizes[k], packed, open_rows=256))
+
+    def packed_row(numbers: list[int]) -> dict[str, np.ndarray]:
+        chosen = [examples[k] for k in numbers]
+        assert packed is not None
+        (row,) = packed_responses([x.prompt for x in chosen], [x.response for x in chosen], packed, pad_id=pad)
+        return row
+
+    def batch(i: int) -> dict[str, torch.Tensor]:
+        per_epoch = len(rows) // batch_size
+        at = (i % per_epoch) * batch_size
+        order = random.permutation(random.fold_in(order_key, i // per_epoch), len(rows))
+        chosen = [rows[k] for k in order[at : at + batch_size].tolist()]
+        if packed is None:
+            return batch_of([examples[k] for (k,) in chosen], pad, torch.device("cpu"))
+        made = [packed_row(numbers) for numbers in chosen]
+        return {name: torch.from_numpy(np.stack([row[name] for row in made])) for name in made[0]}
+
+    return len(rows), batch

@@ -63,6 +63,7 @@ class Job(NamedTuple):
     wrap_block: Wrap
     precision: Precision
     microbatches: int
+    loss_chunk: int | None = None  # tokens whose logits are held at a time; None: all
 
 
 class Run(NamedTuple):
@@ -106,7 +107,7 @@ def alone(job: Job, device: torch.device, *, compiled: bool, graph: bool) -> Run
 
 def _step(job: Job, model: transformer.Model, optimizer: Optimizer, strategy: Strategy) -> Any:
     return make_step(
-        model.loss,
+        partial(model.loss, chunk=job.loss_chunk),
         optimizer,
         job.schedule,
         strategy=strategy,

@@ -124,10 +124,25 @@ def _series(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
     return [p[0] for p in pairs], [p[1] for p in pairs]
 
 
+PANELS = (
+    ("loss", "training loss, nats per token"),
+    ("heldout_bits_per_byte", "held-out bits per byte"),
+    ("lr", "learning rate"),
+    ("grad_norm", "gradient norm"),
+)
+
+
 def plot_curves(
-    rows: Sequence[Row], path: str | Path, *, floor: float | None = None, floor_label: str = "entropy of the source"
+    rows: Sequence[Row],
+    path: str | Path,
+    *,
+    panels: Sequence[tuple[str, str]] = PANELS,
+    floor: float | None = None,
+    floor_label: str = "entropy of the source",
 ) -> None:
-    """curves.png: loss, held-out bits per byte (with the floor, where it is known), learning rate and gradient norm."""
+    """curves.png: four panels, (name in the rows, title) each; by default loss, held-out bits per byte (with the floor,
+    where it is known), learning rate and gradient norm. Names that begin with heldout_, or "reward", have few points.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -141,17 +156,11 @@ def plot_curves(
     FigureCanvasAgg(figure)
     # Margins that fit these labels: matplotlib's automatic layout takes as long as drawing.
     axes = figure.subplots(2, 2, gridspec_kw={"left": 0.08, "right": 0.98, "bottom": 0.07, "top": 0.95, "hspace": 0.28})
-    panels = [
-        ("loss", "training loss, nats per token"),
-        ("heldout_bits_per_byte", "held-out bits per byte"),
-        ("lr", "learning rate"),
-        ("grad_norm", "gradient norm"),
-    ]
     for axis, (name, title) in zip(axes.flat, panels, strict=True):
         x, y = _series(rows, name)
-        if name == "heldout_bits_per_byte":
+        if name.startswith("heldout_") or name == "reward":
             axis.plot(x, y, marker="o", markersize=3)
-            if floor is not None:
+            if floor is not None and name == "heldout_bits_per_byte":
                 axis.axhline(floor, color="black", linestyle="--", linewidth=1, label=f"{floor_label}: {floor:.4f}")
                 axis.legend()
         else:

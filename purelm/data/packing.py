@@ -6,8 +6,8 @@ of a piece is the first token of the next), so that each prediction is still mad
 ... within a row; 0 marks padding.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from purelm.data.checks import check_int
 
-__all__ = ["pack", "packed_rows"]
+__all__ = ["first_fit", "pack", "packed_rows"]
+
+T = TypeVar("T")
 
 Row = dict[str, np.ndarray]
 
@@ -76,6 +78,40 @@ def pack(
     return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 
+def first_fit(
+    items: Iterable[T], size: Callable[[T], int], capacity: int, *, open_rows: int = 64
+) -> Iterator[list[T]]:
+    """Rows of items whose sizes sum to at most capacity: each goes into the oldest open row that has room for it.
+
+    ValueError for an item that is larger than a row, or of no size. open_rows: as for `packed_rows`.
+
+    >>> list(first_fit([3, 2, 1, 2], size=lambda n: n, capacity=4))
+    [[3, 1], [2, 2]]
+    """
+    check_int("capacity", capacity, 1)
+    check_int("open_rows", open_rows, 1)
+    rows: list[list[T]] = []
+    rooms: list[int] = []
+    for number, item in enumerate(items):
+        needed = size(item)
+        if not 0 < needed <= capacity:
+            raise ValueError(f"item {number} has size {needed}; sizes are 1 to capacity, {capacity}")
+        at = next((at for at, room in enumerate(rooms) if room >= needed), None)
+        if at is None:
+            if len(rows) == open_rows:
+                del rooms[0]
+                yield rows.pop(0)
+            at = len(rows)
+            rows.append([])
+            rooms.append(capacity)
+        rows[at].append(item)
+        rooms[at] -= needed
+        if not rooms[at]:
+            del rooms[at]
+            yield rows.pop(at)
+    yield from rows
+
+
 def _sequential(documents: Iterable[Sequence[int] | np.ndarray], length: int) -> Iterator[list[np.ndarray]]:
     pieces: list[np.ndarray] = []
     room = length
@@ -95,27 +131,13 @@ def _sequential(documents: Iterable[Sequence[int] | np.ndarray], length: int) ->
 def _first_fit(
     documents: Iterable[Sequence[int] | np.ndarray], length: int, n_open: int
 ) -> Iterator[list[np.ndarray]]:
-    rows: list[list[np.ndarray]] = []
-    rooms: list[int] = []
-    for document in documents:
-        ids = _ids(document)
-        for start in range(0, len(ids) - 1, length):
-            piece = ids[start : start + length + 1]
-            needed = len(piece) - 1
-            at = next((at for at, room in enumerate(rooms) if room >= needed), None)
-            if at is None:
-                if len(rows) == n_open:
-                    del rooms[0]
-                    yield rows.pop(0)
-                at = len(rows)
-                rows.append([])
-                rooms.append(length)
-            rows[at].append(piece)
-            rooms[at] -= needed
-            if not rooms[at]:
-                del rooms[at]
-                yield rows.pop(at)
-    yield from rows
+    def pieces() -> Iterator[np.ndarray]:
+        for document in documents:
+            ids = _ids(document)
+            for start in range(0, len(ids) - 1, length):
+                yield ids[start : start + length + 1]
+
+    return first_fit(pieces(), lambda piece: len(piece) - 1, length, open_rows=n_open)
 
 
 def _ids(document: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -6,15 +6,18 @@ Oracles: the uninterrupted run, to the last bit; transformers, for what is expor
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from experiments.pairs import read_examples
+from experiments.pairs import Example, Pair, batch_maker, batch_of, read_examples
 from purelm import checkpoint, random, tree
 from purelm.models import hf, transformer
 from purelm.tokenizer import encode, token_to_id, train
+from tests.dist import processes
 from tests.dist.processes import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,13 +68,20 @@ def test_it_learns_and_exports(inputs, tmp_path):
     assert len(last) == 16 and sum(r["response"] == r["wanted"] for r in last) >= 14
     assert {r["finish_reason"] for r in last} <= {"stop_id", "length"}
     params, cfg, bpe = hf.load(tmp_path / "run/export")
+    assert (tmp_path / "run/report.html").read_text().count("[wanted]") == 12
+    assert (tmp_path / "run/curves.png").stat().st_size > 1000
     ids = torch.from_numpy(encode(bpe, "1 + 2 =").astype("int64"))[None]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export", attn_implementation="eager").eval()
     torch.testing.assert_close(transformer.apply(params, ids, cfg), theirs(ids).logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "flags", [pytest.param((), marks=pytest.mark.slow, id="all"), ("--lora.rank", "4", "--microbatches", "2")]
+    "flags",
+    [
+        pytest.param((), marks=pytest.mark.slow, id="all"),
+        pytest.param(("--packing", "--batch-size", "2"), marks=pytest.mark.slow, id="packing"),
+        ("--lora.rank", "4", "--microbatches", "2"),
+    ],
 )
 def test_resumed_is_uninterrupted(inputs, tmp_path, flags):
     """Oracle: the run of 6 steps without a break, to the last bit."""
@@ -83,7 +93,7 @@ def test_resumed_is_uninterrupted(inputs, tmp_path, flags):
     a, b = (checkpoint.load(tmp_path / name / "checkpoints", 6)[0] for name in ("whole", "part"))
     assert tree.structure(a) == tree.structure(b)
     assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
-    if flags:
+    if "--lora.rank" in flags:
         assert tree.n_params(a["params"]) < 20_000 and all(".a" in p or ".b" in p for p in tree.paths(a["params"]))
 
 
@@ -123,11 +133,99 @@ def test_going_on_writes_rows_once_and_exports_again(inputs, tmp_path):
         assert f"--resume: {name} (its content) " in said and "is not that of the checkpoint" in said, said
 
 
+def test_generations_are_graded(inputs, tmp_path):
+    """Oracles: int() of both texts; the entropy of softmax of the logits, by its definition."""
+    sft(inputs, tmp_path / "run", "--steps", "30", "--eval-every", "0", "--generations", "5", "--grade", "number")
+    made = [r for r in rows(tmp_path / "run/generations.jsonl") if r["step"] == 30]
+    assert [r["gold"] for r in made] == [f" {row['answer']}" for row in ROWS[:5]]
+    for r in made:
+        digits = [word for word in r["response"].split() if word.isdigit()]
+        assert r["reward"] == float(bool(digits) and int(digits[-1]) == int(r["gold"])), r
+    (last,) = [r for r in rows(tmp_path / "run/metrics.jsonl") if r["step"] == 30 and "heldout_loss" in r]
+    for name, key in (("reward", "reward"), ("heldout_tokens", "n_tokens"), ("heldout_entropy", "entropy")):
+        assert last[name] == pytest.approx(sum(r[key] for r in made) / 5)
+    params, cfg, bpe = hf.load(tmp_path / "run/export")
+    row = made[0]
+    prompt, response = encode(bpe, row["prompt"]).tolist(), encode(bpe, row["response"]).tolist()
+    response += [token_to_id(bpe, END)] * (row["finish_reason"] == "stop_id")
+    logits = transformer.apply(params, torch.tensor([prompt + response]), cfg)[0, len(prompt) - 1 : -1].double()
+    p = torch.softmax(logits, -1)
+    # Five decimals are written.
+    assert row["entropy"] == pytest.approx(float(-(p * p.log()).sum(-1).mean()), abs=1e-4)
+    assert "grade: responses to held-out prompts" in sft(
+        inputs, tmp_path / "other", "--grade", "number", "--generations", "0", status=2
+    )
+
+
+def _examples(n, seed=0):
+    draw = np.random.default_rng(seed)
+    ids = [(draw.integers(1, 99, draw.integers(1, 9)), draw.integers(1, 99, draw.integers(1, 9))) for _ in range(n)]
+    return [Example(Pair([], [], []), p, r) for p, r in ids]
+
+
+@pytest.mark.parametrize("packed", [None, 20])
+def test_every_example_once_an_epoch(packed):
+    """Oracle: the responses themselves; within an epoch each is a target once, whatever the rows are."""
+    examples = _examples(23)
+    n_rows, batch = batch_maker(examples, 1, 5, 0, packed=packed)
+    epochs = []
+    for epoch in range(2):
+        targets: Counter = Counter()
+        for i in range(epoch * n_rows, (epoch + 1) * n_rows):
+            made = batch(i)
+            assert packed is None or made["tokens"].shape == (1, packed)
+            targets.update(made["targets"][made["weights"] == 1].tolist())
+        assert targets == Counter(int(t) for x in examples for t in x.response)
+        epochs.append([batch(i)["tokens"].tolist() for i in range(epoch * n_rows, (epoch + 1) * n_rows)])
+    assert epochs[0] != epochs[1]
+    if packed is None:
+        assert n_rows == 23
+    else:
+        assert sorted(map(str, epochs[0])) == sorted(map(str, epochs[1])) and n_rows < 15
+    wide, _ = batch_maker(examples, 4, 5, 0, packed=packed)
+    assert wide == n_rows
+
+
+def test_packed_rows_have_the_loss_of_their_examples():
+    """Oracle: the batch in which each example is a row. fp64: what is left is the order of sums."""
+    examples = _examples(9, 1)
+    cfg = transformer.Config(99, 32, 16, 2, 2)
+    params = transformer.init(random.key(0), cfg, dtype=torch.float64)
+    n_rows, _ = batch_maker(examples, 1, 0, 0, packed=24)
+    packed = batch_maker(examples, n_rows, 0, 0, packed=24)[1](0)
+    plain = batch_of(examples, 0, torch.device("cpu"))
+    assert "segment_ids" in packed and packed["tokens"].numel() < plain["tokens"].numel()
+    a, b = (transformer.loss(params, x, cfg)[0] for x in (packed, plain))
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--parallel.mode", "ddp", "--lora.rank", "2"), ("--parallel.mode", "fsdp")])
+def test_two_processes_train_as_one(inputs, tmp_path, flags):
+    """Oracle: one process. fp32 sums in another order: 1e-4 of the loss after four steps. Either resumes the other."""
+    common = ["--steps", "4", "--optim.schedule", "constant", "--eval-every", "2", "--grade", "exact", *flags]
+    sft(inputs, tmp_path / "one", *common)
+    command = ["--model", inputs / "weights", "--train", inputs / "train.jsonl", "--heldout", inputs / "heldout.jsonl",
+               *FLAGS, *common]  # fmt: skip
+    done = processes.under_torchrun("experiments.sft", "--run", tmp_path / "two", *command, n_ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [sorted(r) for r in one] == [sorted(r) for r in two] and len(one) == 7
+    for a, b in zip(one, two, strict=True):
+        for name in {"loss", "n_targets", "heldout_loss", "heldout_entropy", "grad_norm"} & set(a):
+            assert b[name] == pytest.approx(a[name], rel=1e-3 if name == "grad_norm" else 1e-4), (name, a, b)
+    generations = [[r["prompt"] for r in rows(tmp_path / name / "generations.jsonl")] for name in ("one", "two")]
+    assert generations[0] == generations[1]
+    common[1] = "5"
+    sft(inputs, tmp_path / "two", *common, "--resume")
+    assert rows(tmp_path / "two/metrics.jsonl")[-1]["step"] == 5
+
+
 def test_special_tokens_are_the_templates_alone(inputs):
     """Oracle: ids looked up by hand. In the data they are text, so that no example ends itself."""
     _, _, bpe = hf.load(inputs / "weights")
     (inputs / "odd.jsonl").write_text(json.dumps({"question": f"a{END}", "answer": f"{END}1"}) + "\n")
-    options = dict(before=[], after=[7], max_length=99, overlong="error")
+    options = dict(gold="{answer}", before=[], after=[7], max_length=99, overlong="error")
     (x,) = read_examples(inputs / "odd.jsonl", bpe, f"{END}{{question}}", "{answer}", **options)
     stop = token_to_id(bpe, END)
     assert x.prompt.tolist() == [stop, *encode(bpe, f"a{END}", None).tolist()]

@@ -1,0 +1,92 @@
+"""Held-out pairs of a fine-tuning run: their loss, and continuations of their prompts, graded and written down."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from experiments.finetune.config import Sft
+from experiments.finetune.setup import CHUNK, Ready
+from experiments.generate import known_text
+from experiments.grading import grader_named
+from experiments.ops import ops_for_generation, ops_named
+from experiments.pairs import Example, batch_of, text_of
+from purelm import generate, random, track, tree
+from purelm.align.responses import response_batch
+from purelm.models import transformer
+
+
+class Heldout:
+    """Evaluates on all processes, each its share of the pairs; the first writes generations.jsonl."""
+
+    def __init__(self, cfg: Sft, ready: Ready):
+        self.cfg, self.ready = cfg, ready
+        cap = ready.model.attention_softcap
+        self.model = transformer.make(ready.model, ops_named("reference" if cap is not None else "sdpa"))
+        self.generating = transformer.make(ready.model, ops_for_generation(ready.model))
+        self.chunk = max(CHUNK // (4 * ready.model.vocab_size), 1)
+        self.reward = grader_named(cfg.grade)
+
+    @torch.no_grad()
+    def evaluate(self, params: Any, step: int) -> dict[str, float]:
+        """{"heldout_loss", ...}: nats a token of the responses; with generations their mean reward, length, entropy."""
+        ready, cfg = self.ready, self.cfg
+        if not ready.heldout:
+            return {}
+        params = tree.cast(params, ready.precision.compute)
+        rank, size = ready.world.rank, ready.world.size
+        total = count = 0.0
+        mine = ready.heldout[rank::size]
+        for start in range(0, len(mine), cfg.batch_size):
+            batch = batch_of(mine[start : start + cfg.batch_size], ready.pad, ready.world.device)
+            log_p, _ = self.model.log_probs(params, batch, chunk=self.chunk)
+            total -= float(log_p.double().sum())
+            count += float(batch["weights"].sum())
+        chosen = ready.heldout[: cfg.generations]
+        rows = self._continued(params, chosen[rank::size], step)
+        found: list[Any] = [(total, count, rows)]
+        if size > 1:
+            found = [None] * size
+            dist.all_gather_object(found, (total, count, rows))
+        row = {"heldout_loss": sum(x[0] for x in found) / max(sum(x[1] for x in found), 1.0)}
+        # Rank r has prompts r, r + size, ...
+        rows = [found[i % size][2][i // size] for i in range(len(chosen))]
+        if rows and ready.first:
+            sink = track.jsonl_sink(cfg.run / "generations.jsonl")
+            for one in rows:
+                sink(one)
+        if rows:
+            for name, key in (("heldout_tokens", "n_tokens"), ("heldout_entropy", "entropy"), ("reward", "reward")):
+                if key in rows[0]:
+                    row[name] = sum(one[key] for one in rows) / len(rows)
+        return row
+
+    def _continued(self, params: Any, examples: list[Example], step: int) -> list[dict[str, Any]]:
+        """Greedy continuations: prompt, response, gold, parts of the reward, length, mean entropy of its tokens."""
+        if not examples:
+            return []
+        ready, cfg, device = self.ready, self.cfg, self.ready.world.device
+        prompts = [x.prompt.tolist() for x in examples]
+        out = generate.generate(
+            self.generating, params, prompts, random.key(cfg.seed).to(device), max_new_tokens=cfg.max_new_tokens,
+            sampling=generate.Sampling(temperature=0.0), stop=generate.Stop(tuple(ready.end)),
+            decode_fn=partial(known_text, ready.bpe), batch_size=max(cfg.batch_size, 16),
+        )  # fmt: skip
+        rows = []
+        for i, (x, ids, reason) in enumerate(zip(examples, out.tokens, out.finish_reasons, strict=True)):
+            text = (out.texts or [])[i]
+            gold = text_of(x.pair.gold)
+            row: dict[str, Any] = {
+                "step": step, "prompt": text_of(x.pair.prompt), "response": text, "wanted": text_of(x.pair.response),
+                "gold": gold, "n_tokens": len(ids), "finish_reason": reason, "entropy": 0.0,
+            }  # fmt: skip
+            if len(ids):
+                batch = response_batch([prompts[i]], [ids.numpy()], pad_id=ready.pad)
+                batch = {name: value.to(device) for name, value in batch.items()}
+                _, entropy = self.model.log_probs(params, batch, chunk=self.chunk)
+                row["entropy"] = round(float(entropy.double().sum() / batch["weights"].sum().clamp(min=1.0)), 5)
+            if self.reward is not None:
+                row |= self.reward(text, gold)
+            rows.append(row)
+        return rows

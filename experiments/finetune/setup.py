@@ -1,0 +1,153 @@
+"""From a configuration of `experiments.sft` to the functions and data of a run: all checked, nothing written."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from experiments import resume
+from experiments.console import can_compile, in_bf16, say
+from experiments.finetune.config import MAY_CHANGE, Sft
+from experiments.finetune.lora import low_rank
+from experiments.open_model import open_model
+from experiments.ops import ops_named
+from experiments.pairs import Example, batch_maker, content, read_examples
+from experiments.parallel import Job, Run, alone, layout
+from experiments.setup import make_core, make_deterministic, make_schedule
+from purelm import tree
+from purelm.dist.agreement import check_same
+from purelm.dist.agreement import fingerprint as tensors_of
+from purelm.dist.world import World
+from purelm.models import transformer
+from purelm.tokenizer import BPE, fingerprint, token_to_id
+from purelm.train import FULL, MIXED, Precision
+from purelm.transforms import remat
+
+LOGITS = 2**30  # bytes of fp32 logits from which on a chunk's are held at a time
+CHUNK = 2**28
+
+
+class Ready(NamedTuple):
+    """The functions and data of a run."""
+
+    model: transformer.Config
+    bpe: BPE
+    run: Run
+    batch: Callable[[int], dict[str, torch.Tensor]]  # this process's part of step i's batch
+    heldout: list[Example]
+    pad: int
+    end: list[int]
+    precision: Precision
+    world: World
+    meta: dict[str, Any]  # of checkpoints
+    done: int  # steps of the checkpoint that the run goes on from
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which alone prints and writes."""
+        return self.world.rank == 0
+
+
+def start(cfg: Sft, world: World) -> Ready:
+    """ValueError names what does not fit: files, model, checkpoint, other processes."""
+    if cfg.batch_size % (world.size * cfg.microbatches):
+        parts = f"{world.size} processes x {cfg.microbatches} microbatches"
+        raise ValueError(f"batch_size {cfg.batch_size} is not divisible by {parts}")
+    if cfg.lora.rank and cfg.optim.name != "adamw":
+        raise ValueError(f"optim.name is {cfg.optim.name}: low-rank updates are trained by adamw")
+    if cfg.lora.rank and world.size > 1 and cfg.parallel.mode != "ddp":
+        raise ValueError(f"parallel.mode is {cfg.parallel.mode}: low-rank updates are small, and every process has all")
+    if cfg.grade != "none" and not (cfg.heldout and cfg.generations):
+        raise ValueError("grade: responses to held-out prompts are graded: give --heldout, and --generations")
+    make_deterministic()
+    params, model, bpe = open_model(cfg.model, cfg.tokenizer, world.device)
+    begin, end = _special(bpe, cfg.begin, "begin"), _special(bpe, cfg.end, "end")
+    if cfg.max_length > model.context_length:
+        raise ValueError(f"max_length is {cfg.max_length}: the model's context_length is {model.context_length}")
+    examples = partial(
+        read_examples, bpe=bpe, prompt=cfg.prompt, response=cfg.response, gold=cfg.gold or cfg.response, before=begin,
+        after=end, max_length=cfg.max_length, overlong=cfg.overlong,
+    )  # fmt: skip
+    pairs = examples(cfg.train)
+    heldout = examples(cfg.heldout, limit=cfg.eval_pairs) if cfg.heldout is not None else []
+    pad = (end or begin or [0])[0]
+    n_rows, rows = batch_maker(
+        pairs, cfg.batch_size, cfg.seed, pad, packed=cfg.max_length if cfg.packing else None,
+    )  # fmt: skip
+    if n_rows < cfg.batch_size:
+        raise ValueError(f"{cfg.train}: {n_rows} rows of at most {cfg.max_length} tokens; batch_size is more")
+
+    def batch(i: int) -> dict[str, torch.Tensor]:
+        n = cfg.batch_size // world.size
+        return {k: x[world.rank * n : world.rank * n + n].to(world.device) for k, x in rows(i).items()}
+
+    fields = {name: x for name, x in dataclasses.asdict(cfg).items() if name != "model"}
+    meta = {
+        "config": json.loads(json.dumps({**fields, "model": dataclasses.asdict(model)}, default=str)),
+        "fingerprints": {
+            "model": tensors_of(params), "train": content(pairs), "heldout": content(heldout),
+            "tokenizer": fingerprint(bpe),
+        },
+    }  # fmt: skip
+    done = _checked(cfg, meta) if cfg.resume else 0
+    check_same(resume.for_ranks(meta["config"], {**meta["fingerprints"], "newest checkpoint": done}))
+    precision = MIXED if in_bf16(cfg.compute, world.device) else FULL
+    run = _run_of(cfg, world, params, model, precision)
+    if world.rank == 0:
+        trained = f"low-rank updates of {tree.n_params(params):,}" if cfg.lora.rank else f"{tree.n_params(params):,}"
+        where = f"{world.size} processes, {cfg.parallel.mode}" if world.size > 1 else str(world.device)
+        packed = f" in {n_rows:,} rows of {cfg.max_length} tokens" if cfg.packing else ""
+        say(f"{trained} parameters are trained, on {where}; {len(pairs):,} pairs{packed}")
+    return Ready(model, bpe, run, batch, heldout, pad, end, precision, world, meta, done)
+
+
+def _run_of(cfg: Sft, world: World, params: Any, model: transformer.Config, precision: Precision) -> Run:
+    compiled = cfg.compile == "yes" or (cfg.compile == "auto" and cfg.packing and can_compile(world.device))
+    n_tokens = cfg.batch_size // (world.size * cfg.microbatches) * cfg.max_length
+    chunk = cfg.loss_chunk
+    if chunk is None and 4 * n_tokens * model.vocab_size > LOGITS:
+        chunk = max(CHUNK // (4 * model.vocab_size), 1)
+    table = transformer.leaves(model)
+    job = Job(
+        model=model,
+        init=lambda: params,
+        core=make_core(cfg.optim, table),
+        max_norm=cfg.optim.clip,
+        whole_matrices=cfg.optim.name == "muon",
+        schedule=make_schedule(cfg.optim, cfg.steps),
+        # PyTorch's attention has no soft cap: with one, attention is the reference's.
+        ops=ops_named("reference" if cfg.ops == "sdpa" and model.attention_softcap is not None else cfg.ops),
+        wrap_block=remat if cfg.remat else transformer.identity,
+        precision=precision,
+        microbatches=cfg.microbatches,
+        loss_chunk=chunk,
+    )
+    if cfg.lora.rank:
+        return low_rank(cfg, world, job, params, compiled=compiled)
+    if world.size == 1:
+        return alone(job, world.device, compiled=compiled, graph=False)
+    return layout(world, cfg.parallel, job, compiled=compiled)
+
+
+def _special(bpe: BPE, token: str, name: str) -> list[int]:
+    """The id of a special token; no id for the empty text."""
+    if not token:
+        return []
+    if token not in bpe.special_tokens:
+        some = ", ".join(sorted(bpe.special_tokens)[:8]) or "none"
+        raise ValueError(f"{name}: the tokenizer has no special token {token!r}; it has {some}")
+    return [token_to_id(bpe, token)]
+
+
+def _checked(cfg: Sft, meta: dict[str, Any]) -> int:
+    """Steps of the newest checkpoint; ValueError names what differs from the run that it is of."""
+    done, saved = resume.newest(cfg.run)
+    found = resume.differences(saved, meta["config"], meta["fingerprints"], MAY_CHANGE)
+    if lines := [f"{name} {now!r} is not that of the checkpoint, {before!r}" for name, now, before in found]:
+        raise ValueError(f"--resume: {'; '.join(lines)}: the run would go on as another one")
+    if done > cfg.steps:
+        raise ValueError(f"steps must be at least {done}, those of the checkpoint that is resumed, got {cfg.steps}")
+    return done
