@@ -139,8 +139,20 @@ def load_chat(folder: str | os.PathLike) -> Chat:
     or of a .gguf file.
 
     bos_token and eos_token are those of tokenizer_config.json. Where there are several templates, the one that is named
-    "default" is taken.
+    "default" is taken. ValueError where there is none.
     """
+    found = find_chat(folder)
+    if found is None and Path(folder).suffix == ".gguf":
+        raise ValueError(f"{folder}: no {_GGUF_TEMPLATE}")
+    if found is None:
+        raise ValueError(
+            f"{folder}: no chat template in chat_template.jinja, tokenizer_config.json or chat_template.json"
+        )
+    return found
+
+
+def find_chat(folder: str | os.PathLike) -> Chat | None:
+    """`load_chat`, or None for a model without a template. What is there and damaged is a ValueError here too."""
     folder = Path(folder)
     if folder.suffix == ".gguf":
         return _of_gguf(folder)
@@ -160,21 +172,22 @@ def load_chat(folder: str | os.PathLike) -> Chat:
             if "default" not in named:
                 raise ValueError(f"{folder / name}: none of the chat templates {list(named)} is named 'default'")
             template = named["default"]
-    if not isinstance(template, str):
-        raise ValueError(
-            f"{folder}: no chat template in chat_template.jinja, tokenizer_config.json or chat_template.json"
-        )
+    if template is None:
+        return None
     return Chat(template, _token(config, "bos_token"), _token(config, "eos_token"))
 
 
-def _of_gguf(path: Path) -> Chat:
-    key, ids = "tokenizer.chat_template", [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos")]
-    found = metadata_of(path, [key, "tokenizer.ggml.tokens", *ids])
-    if not isinstance(found.get(key), str):
-        raise ValueError(f"{path}: no {key}")
+_GGUF_TEMPLATE = "tokenizer.chat_template"
+
+
+def _of_gguf(path: Path) -> Chat | None:
+    ids = [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos")]
+    found = metadata_of(path, [_GGUF_TEMPLATE, "tokenizer.ggml.tokens", *ids])
+    if not isinstance(found.get(_GGUF_TEMPLATE), str):
+        return None
     tokens = found.get("tokenizer.ggml.tokens", [])
     bos, eos = (tokens[i] if isinstance(i := found.get(name), int) and 0 <= i < len(tokens) else None for name in ids)
-    return Chat(found[key], bos, eos)
+    return Chat(found[_GGUF_TEMPLATE], bos, eos)
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -257,9 +270,10 @@ def _worker() -> subprocess.Popen:
     if not _WORKER:
         program = resources.files("purelm.tokenizer").joinpath("chat_worker.py").read_text("utf-8")
         pipe = subprocess.PIPE
-        # -P: the folder in which this process runs is no place to import from.
+        # -P: the folder in which this process runs is no place to import from. A process group of its own: a
+        # terminal's Ctrl-C is for us, and `_ask` ends the worker where that stops a rendering.
         command = [sys.executable, "-P", "-c", program]
-        worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, process_group=0)
         _WORKER.append((os.getpid(), worker))
     return _WORKER[0][1]
 
