@@ -46,6 +46,7 @@ from purelm.models.leaves import of_kind
 from purelm.optim import adamw
 from purelm.tokenizer import BPE, fingerprint, token_to_id
 from purelm.tokenizer import save as save_tokenizer
+from purelm.tokenizer.chat import Chat, find_chat
 from purelm.train import FULL, MIXED, TrainState, init_state, make_step
 
 # May differ when a run goes on; files and the model are compared by what they hold.
@@ -130,6 +131,7 @@ def main(cfg: Sft) -> None:
 
 def _run(cfg: Sft, device: torch.device) -> None:
     params, config, bpe = open_model(cfg.model, cfg.tokenizer, device)
+    chat = _chat(cfg, bpe)
     begin, end = _special(bpe, cfg.begin, "begin"), _special(bpe, cfg.end, "end")
     if cfg.max_length > config.context_length:
         raise ValueError(f"max_length is {cfg.max_length}: the model's context_length is {config.context_length}")
@@ -204,7 +206,8 @@ def _run(cfg: Sft, device: torch.device) -> None:
                 say(f"step {number:,} is saved in {cfg.run}: the same command and --resume go on from there")
                 raise SystemExit(128 + signal)
     if cfg.export:
-        _export(cfg, whole(state.params), config, bpe, {"eos_token_id": end[0], "pad_token_id": pad} if end else {})
+        _export(cfg, whole(state.params), config, bpe, {"eos_token_id": end[0], "pad_token_id": pad} if end else {},
+                chat)  # fmt: skip
     for row in track.read_rows(metrics_file)[-2:]:
         print("  ".join(f"{name} {track.show(value)}" for name, value in row.items()))
     print(f"{cfg.run}: config.json, metrics.jsonl, generations.jsonl, checkpoints/{', export/' * cfg.export}")
@@ -304,11 +307,22 @@ def _generations(
         sink({**row, "n_tokens": len(ids), "finish_reason": reason})
 
 
-def _export(cfg: Sft, params: Any, config: transformer.Config, bpe: BPE, fields: dict[str, Any]) -> None:
+def _chat(cfg: Sft, bpe: BPE) -> Chat | None:
+    """The model's chat template, for its export; None where it has none that goes with the tokenizer."""
+    chat = find_chat(cfg.model)
+    if chat is not None and (lacks := hf.chat_lacks(bpe, chat)):
+        say(f"export/ will have no chat template: its {', '.join(lacks)} is no special token of the tokenizer")
+        return None
+    return chat
+
+
+def _export(
+    cfg: Sft, params: Any, config: transformer.Config, bpe: BPE, fields: dict[str, Any], chat: Chat | None
+) -> None:
     """The model as open weights, in place of an earlier export of the run."""
     new, place = cfg.run / "export.new", cfg.run / "export"
     shutil.rmtree(new, ignore_errors=True)
-    hf.save(new, tree.to(params, "cpu"), config, bpe, fields=fields)
+    hf.save(new, tree.to(params, "cpu"), config, bpe, fields=fields, chat=chat)
     shutil.rmtree(place, ignore_errors=True)
     new.rename(place)
 
