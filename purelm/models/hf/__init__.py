@@ -154,7 +154,7 @@ def save(
 def _write_chat(folder: Path, chat: Chat, cfg: Config) -> None:
     (folder / "chat_template.jinja").write_text(chat.template, encoding="utf-8", newline="")
     content = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # of any tokenizer.json; others would put parts of their own there
+        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
         "model_max_length": cfg.context_length,
         "clean_up_tokenization_spaces": False,
         **{name: getattr(chat, name) for name in TOKENS},
