@@ -66,6 +66,8 @@ def counted():
         {"sampling": SAMPLING, "stop": Stop([3, 4, 5, 6, 7], min_new_tokens=9)},
         {"stop": Stop(strings=["a", "b", "c", "d"]), "decode_fn": letters},
         {"stop": Stop([0, 1], strings=["a", "b", "c"], min_new_tokens=2), "decode_fn": letters},
+        {"stop": Stop(strings=[*letters(range(26))], min_new_tokens=4), "decode_fn": letters},
+        {"stop": Stop(range(13), strings=[*letters(range(13))]), "decode_fn": letters},
         {"key": random.split(KEY, 1)},
     ],
 )
@@ -156,8 +158,10 @@ def test_dynamic_positions():
     model, params = transformer.make(scaled), transformer.init(random.key(1), scaled, dtype=torch.float64)
     new = list(continued(model, params, [1, 2, 3], KEY, empty_past(model, params, 50), max_new_tokens=20))
     prompt = [1, 2, 3, *(x.token for x in new), 4]
-    found = [x.token for x in continued(model, params, prompt, KEY, new[-1].past, max_new_tokens=20)]
-    assert found == generate(model, params, [prompt], KEY, max_new_tokens=20).tokens[0].tolist()
+    found = list(continued(model, params, prompt, KEY, new[-1].past, max_new_tokens=20))
+    out = generate(model, params, [prompt], KEY, max_new_tokens=20)
+    assert [x.token for x in found] == out.tokens[0].tolist()
+    torch.testing.assert_close(torch.tensor([x.logprob for x in found]), out.logprobs[0], rtol=1e-6, atol=1e-6)
 
 
 def test_what_is_refused():

@@ -214,12 +214,18 @@ def test_pieces_are_whole_characters_and_add_up(inputs):
     key = random.fold_in(random.fold_in(random.key(0), 0), 0)
     out = generate.generate(model, params, [ids], key, max_new_tokens=400, sampling=voice.sampling)
     assert "".join(x.piece for x in steps) == known_text(bpe, out.tokens[0].tolist())
-    shown = ""
+    shown, within = "", []
     for n, x in enumerate(steps, 1):
         shown += x.piece
         assert x.talk.turns == (("x", shown),)
         done = b"".join(bpe.vocab.get(i, b"") for i in out.tokens[0][:n].tolist())
-        assert shown == codecs.getincrementaldecoder("utf-8")("replace").decode(done, n == len(steps))
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        assert shown == decoder.decode(done, n == len(steps))
+        within += [n] if decoder.getstate()[0] else []
+    # An answer that is cut within a character ends with U+FFFD.
+    cut = list(speak(dataclasses.replace(voice, max_new_tokens=within[0]), talk, "x", ids))
+    assert "".join(x.piece for x in cut) == known_text(bpe, out.tokens[0][: within[0]].tolist())
+    assert cut[-1].piece.endswith("\ufffd")
 
 
 def test_no_text_becomes_a_special_token(inputs):
