@@ -134,9 +134,7 @@ def _tokens(
                 logits_BV, cache = _prefill(model, params, ids, past, weight)
                 rows = draw(logits_BV, rows, sampling, stop, stops_V)
             else:
-                # On a CPU the length is read from the cache.
-                known = {} if device.type == "cpu" else {"used": len(ids) + len(new) - 1}
-                rows, cache = step(params, rows, cache, **known)
+                rows, cache = step(params, rows, cache, used=len(ids) + len(new) - 1)
             at = min(len(new), limit - 1)
             drawn = (rows.token_B[0], rows.logprobs_BN[0, at], rows.model_logprobs_BN[0, at])
             marks = (rows.open_B[0], rows.stopped_B[0], rows.bad_B[0])
