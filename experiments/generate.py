@@ -62,6 +62,8 @@ def load_run(run: Path, step: int | None, device: torch.device) -> tuple[Any, tr
     meta = checkpoint.read_manifest(run / "checkpoints", step)["meta"]
     if "model" not in meta.get("config", {}):
         raise ValueError(f"run {run}: its checkpoints do not hold the configuration of a model")
+    if (meta["config"].get("lora") or {}).get("rank"):
+        raise ValueError(f"run {run}: its checkpoints hold low-rank updates alone: give the whole model, {run}/export")
     made_with = meta.get("fingerprints", {}).get("tokenizer", "none")  # "none": not recorded
     if made_with not in ("none", fingerprint(bpe)):
         raise ValueError(

@@ -190,7 +190,7 @@ def _export(cfg: Sft, ready: Ready, params: Any) -> None:
     new, place = cfg.run / "export.new", cfg.run / "export"
     shutil.rmtree(new, ignore_errors=True)
     fields = {"eos_token_id": ready.end[0], "pad_token_id": ready.pad} if ready.end else {}
-    hf.save(new, tree.to(params, "cpu"), ready.model, ready.bpe, fields=fields)
+    hf.save(new, tree.to(params, "cpu"), ready.model, ready.bpe, fields=fields, chat=ready.chat)
     shutil.rmtree(place, ignore_errors=True)
     new.rename(place)
 

@@ -21,8 +21,9 @@ from purelm import tree
 from purelm.dist.agreement import check_same
 from purelm.dist.agreement import fingerprint as tensors_of
 from purelm.dist.world import World
-from purelm.models import transformer
+from purelm.models import hf, transformer
 from purelm.tokenizer import BPE, fingerprint, token_to_id
+from purelm.tokenizer.chat import Chat, find_chat
 from purelm.train import FULL, MIXED, Precision
 from purelm.transforms import remat
 
@@ -35,6 +36,7 @@ class Ready(NamedTuple):
 
     model: transformer.Config
     bpe: BPE
+    chat: Chat | None  # the model's template, for its export
     run: Run
     batch: Callable[[int], dict[str, torch.Tensor]]  # this process's part of step i's batch
     heldout: list[Example]
@@ -101,7 +103,8 @@ def start(cfg: Sft, world: World) -> Ready:
         where = f"{world.size} processes, {cfg.parallel.mode}" if world.size > 1 else str(world.device)
         packed = f" in {n_rows:,} rows of {cfg.max_length} tokens" if cfg.packing else ""
         say(f"{trained} parameters are trained, on {where}; {len(pairs):,} pairs{packed}")
-    return Ready(model, bpe, run, batch, heldout, pad, end, precision, world, meta, done)
+    chat = _chat(cfg, bpe, world.rank == 0)
+    return Ready(model, bpe, chat, run, batch, heldout, pad, end, precision, world, meta, done)
 
 
 def _run_of(cfg: Sft, world: World, params: Any, model: transformer.Config, precision: Precision) -> Run:
@@ -140,6 +143,16 @@ def _special(bpe: BPE, token: str, name: str) -> list[int]:
         some = ", ".join(sorted(bpe.special_tokens)[:8]) or "none"
         raise ValueError(f"{name}: the tokenizer has no special token {token!r}; it has {some}")
     return [token_to_id(bpe, token)]
+
+
+def _chat(cfg: Sft, bpe: BPE, says: bool) -> Chat | None:
+    """The model's chat template; None where it has none that goes with the tokenizer."""
+    chat = find_chat(cfg.model)
+    if chat is not None and (lacks := hf.chat_lacks(bpe, chat)):
+        if says:
+            say(f"export/ will have no chat template: its {', '.join(lacks)} is no special token of the tokenizer")
+        return None
+    return chat
 
 
 def _checked(cfg: Sft, meta: dict[str, Any]) -> int:

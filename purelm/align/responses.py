@@ -17,7 +17,7 @@ from torch import Tensor
 
 from purelm.data.packing import packed_rows
 
-__all__ = ["packed_responses", "response_batch", "tokenize_prompt_and_output"]
+__all__ = ["packed_responses", "packed_windows", "response_batch", "tokenize_prompt_and_output"]
 
 Ids = Sequence[int] | np.ndarray
 Overlong = Literal["error", "truncate", "drop"]
@@ -113,6 +113,28 @@ def packed_responses(
         for name in ("tokens", "targets"):
             row[name] = np.where(row[name] >= _RESPONSE, row[name] - _RESPONSE, row[name])
         yield row
+
+
+def packed_windows(documents: Iterable[Ids], context_length: int) -> dict[str, Tensor]:
+    """{"tokens", "targets"}, each (N, T): all documents, one after the other, cut into windows of T = context_length.
+
+    Every token but the first is a target once, also across the borders of windows and of documents; of n tokens in all
+    N = floor((n - 1) / T), and what is left at the end is dropped. Documents see each other: the course's packing.
+    `data.packing` and `packed_responses` keep them apart.
+
+    >>> rows = packed_windows([[1, 2, 3], [4, 5], [6]], 2)
+    >>> rows["tokens"].tolist(), rows["targets"].tolist()
+    ([[1, 2], [3, 4]], [[2, 3], [4, 5]])
+    """
+    if not isinstance(context_length, int) or context_length < 1:
+        raise ValueError(f"context_length must be an integer of at least 1, got {context_length!r}")
+    given = [_ids(document, f"documents[{i}]") for i, document in enumerate(documents)]
+    ids = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *given]))
+    n = max(len(ids) - 1, 0) // context_length
+    if not n:
+        raise ValueError(f"documents: {len(ids)} tokens, and a window and its targets take {context_length + 1}")
+    end = n * context_length
+    return {"tokens": ids[:end].view(n, -1), "targets": ids[1 : end + 1].view(n, -1)}
 
 
 _RESPONSE = 2**40  # no id is as large

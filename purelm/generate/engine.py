@@ -18,7 +18,7 @@ from purelm.generate.stops import LENGTH, STOP_ID, STOP_STRING, Decode, Stop, st
 from purelm.models.cache_rows import insert_, take, with_lengths
 from purelm.models.model import Model
 
-__all__ = ["Job", "Piece", "pieces"]
+__all__ = ["Job", "Piece", "bad_message", "pieces"]
 
 
 class Piece(NamedTuple):
@@ -213,7 +213,7 @@ def _read(batch: _Batch, n: int) -> list[Piece]:
         if tokens:
             found.append(Piece(row, tokens, logprobs, model_logprobs, reason))
     if bad:
-        raise ValueError(_bad_message(bad))
+        raise ValueError(bad_message(bad))
     if cut:
         rows.open_B.index_fill_(0, torch.tensor(cut, device=device), False)
     return found
@@ -229,7 +229,8 @@ def _string_end(job: Job, generated: list[int], tokens: list[int]) -> int | None
     return None
 
 
-def _bad_message(bad: list[tuple[int, int]]) -> str:
+def bad_message(bad: list[tuple[int, int]]) -> str:
+    """What is said of rows whose logits are not finite: (row, its new tokens) of each."""
     by_n: dict[int, list[int]] = {}
     for row, n in sorted(bad)[:8]:
         by_n.setdefault(n, []).append(row)

@@ -56,6 +56,12 @@ class Cache(NamedTuple):
         """The cache in which rows where rows_B is True hold nothing."""
         return self._replace(length=torch.where(rows_B, 0, self.length))
 
+    def shortened(self, n: int) -> "Cache | None":
+        """The cache of each row's first n tokens; None if a state has no axis of slots, as that of a recurrence."""
+        if any(x.ndim < 2 or x.shape[1] != len(self.slots) for x in tree.leaves(self.layers)):
+            return None
+        return self._replace(length=torch.full_like(self.length, n))
+
 
 def init_cache(
     cfg: Config,

@@ -6,7 +6,8 @@
 
 A cache is a tree whose leaves have the batch as first axis. One that has others too, or lengths, says so by three
 methods, as `purelm.models.cache.Cache` does: by_row(), the tree of the leaves that have it; with_rows(that tree), the
-cache of these; and emptied(rows_B), the cache in which rows where rows_B is True have length 0.
+cache of these; and emptied(rows_B), the cache in which rows where rows_B is True have length 0. One that can forget its
+last tokens has shortened(n) too.
 Legend: B batch, N rows given.
 """
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from purelm import tree
 
-__all__ = ["insert", "insert_", "keep", "take", "with_lengths"]
+__all__ = ["insert", "insert_", "keep", "shortened", "take", "with_lengths"]
 
 Rows = Sequence[int] | Tensor  # row numbers; a tensor on the cache's device, (N,) int64, spares the host a copy
 
@@ -50,6 +51,11 @@ def keep(cache: Any, rows_B: Tensor) -> Any:
     A row that begins anew never reaches the end of its slots, however often it is given a token and emptied.
     """
     return cache.emptied(~rows_B) if hasattr(cache, "emptied") else cache
+
+
+def shortened(cache: Any, n: int) -> Any | None:
+    """The cache of the first n tokens of each row, of which each has at least n; None where a cache cannot forget."""
+    return cache.shortened(n) if hasattr(cache, "shortened") else None
 
 
 def with_lengths(cache: Any) -> Any:

@@ -20,7 +20,7 @@ The course's class, function by function:
 """
 
 from purelm.tokenizer.bpe import BPE, make, token_dtype, vocab_size, with_special_tokens
-from purelm.tokenizer.chat import Chat, encode_chat, load_chat, render
+from purelm.tokenizer.chat import Chat, encode_chat, find_chat, load_chat, render
 from purelm.tokenizer.decoding import decode, decode_bytes, decode_iterable, decode_next, decode_with_offsets
 from purelm.tokenizer.encoding import encode
 from purelm.tokenizer.files import encode_documents, encode_file
@@ -56,6 +56,7 @@ __all__ = [
     "encode_documents",
     "encode_file",
     "encode_iterable",
+    "find_chat",
     "fingerprint",
     "from_gguf",
     "load",

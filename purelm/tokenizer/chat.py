@@ -9,7 +9,7 @@ trim_blocks, lstrip_blocks, loop controls, raise_exception, strftime_now, tojson
 on time, memory and output, see `chat_worker`. jinja2 comes with torch.
 
 Whose text is whose. In `encode_chat` a special token is one only where the template wrote all of it: its own text and
-constants, bos_token, eos_token, and roles that are one word. A message that says "<|im_end|>" is encoded as ordinary
+constants, its TOKENS, and roles that are one word. A message that says "<|im_end|>" is encoded as ordinary
 text, so it cannot end a turn.
 """
 
@@ -39,19 +39,22 @@ SECONDS = 5  # of CPU time for one rendering, rounded up to the next whole one
 MEMORY_BYTES = 1 << 30
 MOST_CHARACTERS = 1 << 24
 
+TOKENS = ("bos_token", "eos_token", "pad_token")
+
 Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat template and the texts of the two tokens that templates name; None where the tokenizer has none."""
+    """A chat template and the texts of the tokens that templates name; None where the tokenizer has none."""
 
     template: str
     bos_token: str | None = None
     eos_token: str | None = None
+    pad_token: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("template", "bos_token", "eos_token"):
+        for name in ("template", *TOKENS):
             value = getattr(self, name)
             if not isinstance(value, str) and (name == "template" or value is not None):
                 raise ValueError(f"{name} is {type(value).__name__} {value!r:.80}; give a str")
@@ -138,9 +141,18 @@ def load_chat(folder: str | os.PathLike) -> Chat:
     """The chat template of a model's folder: chat_template.jinja, else tokenizer_config.json or chat_template.json;
     or of a .gguf file.
 
-    bos_token and eos_token are those of tokenizer_config.json. Where there are several templates, the one that is named
-    "default" is taken.
+    Its TOKENS are those of tokenizer_config.json. Where there are several templates, the one that is named "default" is
+    taken. ValueError where there is none.
     """
+    found = find_chat(folder)
+    if found is None:
+        files = "chat template in chat_template.jinja, tokenizer_config.json or chat_template.json"
+        raise ValueError(f"{folder}: no {_GGUF_TEMPLATE if Path(folder).suffix == '.gguf' else files}")
+    return found
+
+
+def find_chat(folder: str | os.PathLike) -> Chat | None:
+    """`load_chat`, or None for a model without a template. What is there and damaged is a ValueError here too."""
     folder = Path(folder)
     if folder.suffix == ".gguf":
         return _of_gguf(folder)
@@ -160,21 +172,22 @@ def load_chat(folder: str | os.PathLike) -> Chat:
             if "default" not in named:
                 raise ValueError(f"{folder / name}: none of the chat templates {list(named)} is named 'default'")
             template = named["default"]
-    if not isinstance(template, str):
-        raise ValueError(
-            f"{folder}: no chat template in chat_template.jinja, tokenizer_config.json or chat_template.json"
-        )
-    return Chat(template, _token(config, "bos_token"), _token(config, "eos_token"))
+    if template is None:
+        return None
+    return Chat(template, *(_token(config, name) for name in TOKENS))
 
 
-def _of_gguf(path: Path) -> Chat:
-    key, ids = "tokenizer.chat_template", [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos")]
-    found = metadata_of(path, [key, "tokenizer.ggml.tokens", *ids])
-    if not isinstance(found.get(key), str):
-        raise ValueError(f"{path}: no {key}")
+_GGUF_TEMPLATE = "tokenizer.chat_template"
+
+
+def _of_gguf(path: Path) -> Chat | None:
+    ids = [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "padding")]
+    found = metadata_of(path, [_GGUF_TEMPLATE, "tokenizer.ggml.tokens", *ids])
+    if not isinstance(found.get(_GGUF_TEMPLATE), str):
+        return None
     tokens = found.get("tokenizer.ggml.tokens", [])
-    bos, eos = (tokens[i] if isinstance(i := found.get(name), int) and 0 <= i < len(tokens) else None for name in ids)
-    return Chat(found[key], bos, eos)
+    texts = (tokens[i] if isinstance(i := found.get(name), int) and 0 <= i < len(tokens) else None for name in ids)
+    return Chat(found[_GGUF_TEMPLATE], *texts)
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -203,8 +216,8 @@ def _render(chat: Chat, messages, add_generation_prompt: bool, variables: dict[s
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise ValueError(f"messages[{number}] is {type(message).__name__}; give {{'role': ..., 'content': ...}}")
-    tokens = {"bos_token": chat.bos_token, "eos_token": chat.eos_token}
-    tokens = {name: text for name, text in tokens.items() if text is not None and name not in variables}
+    tokens = {name: getattr(chat, name) for name in TOKENS if name not in variables}
+    tokens = {name: text for name, text in tokens.items() if text is not None}
     given = {
         "tools": None, "documents": None, **tokens, **variables,
         "messages": [dict(message) for message in messages], "add_generation_prompt": bool(add_generation_prompt),
@@ -257,9 +270,10 @@ def _worker() -> subprocess.Popen:
     if not _WORKER:
         program = resources.files("purelm.tokenizer").joinpath("chat_worker.py").read_text("utf-8")
         pipe = subprocess.PIPE
-        # -P: the folder in which this process runs is no place to import from.
+        # -P: the folder in which this process runs is no place to import from. A process group of its own: a
+        # terminal's Ctrl-C is for us, and `_ask` ends the worker where that stops a rendering.
         command = [sys.executable, "-P", "-c", program]
-        worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, process_group=0)
         _WORKER.append((os.getpid(), worker))
     return _WORKER[0][1]
 

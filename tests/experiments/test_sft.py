@@ -4,6 +4,7 @@ Oracles: the uninterrupted run, to the last bit; transformers, for what is expor
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.open_model import open_model
 from experiments.pairs import Example, Pair, batch_maker, batch_of, read_examples
 from purelm import checkpoint, random, tree
 from purelm.models import hf, transformer
 from purelm.tokenizer import encode, token_to_id, train
+from purelm.tokenizer.chat import Chat, find_chat, load_chat
 from tests.dist import processes
 from tests.dist.processes import ENVIRONMENT
 
@@ -94,7 +97,25 @@ def test_resumed_is_uninterrupted(inputs, tmp_path, flags):
     assert tree.structure(a) == tree.structure(b)
     assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
     if "--lora.rank" in flags:
+        with pytest.raises(ValueError, match=r"hold low-rank updates alone: give the whole model, .*part/export"):
+            open_model(tmp_path / "part", None, torch.device("cpu"))
         assert tree.n_params(a["params"]) < 20_000 and all(".a" in p or ".b" in p for p in tree.paths(a["params"]))
+
+
+def test_the_export_has_the_models_chat_template(inputs, tmp_path):
+    """And none whose tokens the tokenizer lacks, which is said. Oracle: load_chat on both folders."""
+    params, cfg, bpe = hf.load(inputs / "weights")
+    chat = Chat("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", None, END)
+    folder = tmp_path / "inputs"
+    hf.save(folder / "weights", params, cfg, bpe, chat=chat)
+    for name in ("train.jsonl", "heldout.jsonl"):
+        shutil.copy(inputs / name, folder)
+    sft(folder, tmp_path / "run", "--steps", "1")
+    assert load_chat(tmp_path / "run/export") == chat
+    (folder / "weights/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    said = sft(folder, tmp_path / "other", "--steps", "1")
+    assert "export/ will have no chat template: its eos_token '</s>' is no special token" in said
+    assert find_chat(tmp_path / "other/export") is None
 
 
 def test_going_on_writes_rows_once_and_exports_again(inputs, tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from purelm import checkpoint, random, tree
 from purelm.data import random_windows
-from purelm.generate import Sampling, generate
+from purelm.generate import Sampling, continued, empty_past, generate
 from purelm.models import transformer
 from purelm.ops import REFERENCE
 from purelm.ops.sdpa import sdpa_attention
@@ -198,6 +198,19 @@ def test_greedy_generation_equals_that_of_the_cpu():
         model, tree.to(params, CUDA), prompts, random.key(1, device=CUDA), max_new_tokens=20, sampling=greedy
     )
     assert [x.tolist() for x in a.tokens] == [x.tolist() for x in b.tokens]
+
+
+def test_a_row_goes_on_from_its_past():
+    """The second turn, whose beginning is in the cache. Oracle: generate of the whole prompt; fp64, so no near ties."""
+    cfg = transformer.Config(vocab_size=97, context_length=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2)
+    model = transformer.make(cfg)
+    params = tree.to(transformer.init(random.key(0), cfg, dtype=torch.float64), "cuda")
+    key = random.key(1).to("cuda")
+    first = list(continued(model, params, [1, 2, 3], key, empty_past(model, params), max_new_tokens=20))
+    prompt = [1, 2, 3, *(x.token for x in first), 4]
+    second = [x.token for x in continued(model, params, prompt, key, first[-1].past, max_new_tokens=20)]
+    for ids, found in (([1, 2, 3], [x.token for x in first]), (prompt, second)):
+        assert found == generate(model, params, [ids], key, max_new_tokens=20).tokens[0].tolist()
 
 
 def test_param_dtype_of_masters():

@@ -3,15 +3,18 @@
 Oracle: transformers on the folder that is written.
 """
 
+import io
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from purelm import tree
 from purelm.models import gguf, hf, transformer
-from purelm.tokenizer import decode, encode
+from purelm.tokenizer import decode, encode, encode_chat, load_chat, render
+from tests.programs import run_here
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # transformers' own
 
@@ -47,3 +50,25 @@ def test_the_same_logits_and_tokens_in_transformers(file, tmp_path):
         found.append(int(logits.argmax(-1)))
         logits, cache = model.decode(params, torch.tensor(found[-1:]), cache)
     assert found[: len(wanted)] == wanted and decode(bpe, found)
+
+
+def test_it_talks(file, tmp_path):
+    """What the model is known to say, in a conversation by its template; and that template, its text and ids in
+    transformers on the folder that is written."""
+    from transformers import AutoTokenizer
+
+    with patch("sys.stdin", io.StringIO("What is the capital of France?\nAnd of Italy?\n")):
+        done = run_here("experiments.chat", file, "--temperature", 0)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "The capital of France is Paris.\nThe capital of Italy is Rome.\n"
+    params, cfg, bpe = gguf.load(file)
+    chat = load_chat(file)
+    hf.save(tmp_path / "smol", params, cfg, bpe, chat=chat)
+    assert load_chat(tmp_path / "smol") == chat
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "smol")
+    talk = [{"role": "user", "content": "Hi, 12 \u00e9?"}, {"role": "assistant", "content": "Yes."}]
+    for messages, prompt in ((talk, False), (talk[:1], True)):
+        text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        assert text == render(chat, messages, prompt)
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
+        assert ids == encode_chat(bpe, chat, messages, prompt).tolist()

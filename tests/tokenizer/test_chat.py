@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from purelm.caches import clear_caches
 from purelm.tokenizer import chat as chat_module
 from purelm.tokenizer import encode, make, tables, train
-from purelm.tokenizer.chat import Chat, encode_chat, load_chat, render
+from purelm.tokenizer.chat import Chat, encode_chat, find_chat, load_chat, render
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -320,6 +320,7 @@ def test_folders(tmp_path):
     """Where the template may lie, in which order; tokens as text or as objects; what is missing or damaged is named."""
     with pytest.raises(ValueError, match=r"no chat template in chat_template\.jinja, tokenizer_config\.json or"):
         load_chat(tmp_path)
+    assert find_chat(tmp_path) is None
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "C"}))
     assert load_chat(tmp_path) == Chat("C")
     config = {"chat_template": "A", "bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>"}
@@ -333,6 +334,8 @@ def test_folders(tmp_path):
         load_chat(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("J")
     assert load_chat(tmp_path) == Chat("J")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    assert find_chat(tmp_path) == Chat("J", None, None, "<pad>")
     (tmp_path / "tokenizer_config.json").write_text("[1")
     with pytest.raises(ValueError, match=r"tokenizer_config.json, line 1, column \d+"):
         load_chat(tmp_path)
@@ -367,3 +370,4 @@ def test_gguf_files(tmp_path):
     assert load_chat(written("with.gguf", chat_template="T")) == Chat("T", "<s>", None)
     with pytest.raises(ValueError, match=r"without.gguf: no tokenizer.chat_template"):
         load_chat(written("without.gguf"))
+    assert find_chat(tmp_path / "without.gguf") is None

@@ -3,7 +3,7 @@
     params, cfg, tokenizer = load("SmolLM2-135M-Instruct", dtype=torch.float32)
     model = transformer.make(cfg)
     logits_BTV = model.apply(params, tokens_BT)
-    save("mine", params, cfg, tokenizer)      # transformers' from_pretrained("mine") loads it
+    save("mine", params, cfg, tokenizer)      # transformers' from_pretrained("mine") loads it; chat=load_chat(...) too
 
 Llama 3 (SmolLM2 is one), Mistral, Qwen 2.5, Qwen 3, OLMo 2, OLMo 3 and GPT-2. Nothing is downloaded. What a table
 (`families.FAMILIES`) does not know is refused by name: an architecture, a field that could change the result, a tensor.
@@ -27,11 +27,12 @@ from purelm.models.hf.families import FAMILIES, Family
 from purelm.models.hf.weights import Stored, files_of, read, stored_by, write
 from purelm.models.layers import leaves
 from purelm.models.leaves import Params, check_params
-from purelm.tokenizer import BPE, vocab_size
+from purelm.tokenizer import BPE, token_to_id, vocab_size
 from purelm.tokenizer import load as load_tokenizer
 from purelm.tokenizer import save as save_tokenizer
+from purelm.tokenizer.chat import TOKENS, Chat
 
-__all__ = ["FAMILIES", "Family", "load", "load_weights", "save", "stored_by", "with_layout"]
+__all__ = ["FAMILIES", "Family", "chat_lacks", "load", "load_weights", "save", "stored_by", "with_layout"]
 
 
 def load(
@@ -100,6 +101,7 @@ def save(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
     fields: dict[str, Any] | None = None,
+    chat: Chat | None = None,
 ) -> None:
     """Writes a new folder that transformers loads: config.json, safetensors files and, if given, tokenizer.json.
 
@@ -111,6 +113,8 @@ def save(
         dtype: of the files; None: that of the parameters.
         max_shard_bytes: size of one file of several.
         fields: more fields of config.json, such as {"eos_token_id": 2}.
+        chat: written as chat_template.jinja and, with its tokens, tokenizer_config.json; the ids of these tokens go
+            into config.json, unless fields has them. They must be special tokens of the tokenizer.
     """
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -127,6 +131,12 @@ def save(
         content["dtype"] = str(next(iter(dtypes))).removeprefix("torch.")
     if tokenizer is not None and vocab_size(tokenizer) > cfg.vocab_size:
         raise ValueError(f"save: the tokenizer has {vocab_size(tokenizer)} ids, and cfg.vocab_size is {cfg.vocab_size}")
+    if chat is not None:
+        if tokenizer is None:
+            raise ValueError("save: chat needs a tokenizer, whose special tokens its template writes")
+        if lacks := chat_lacks(tokenizer, chat):
+            raise ValueError(f"save: chat names {', '.join(lacks)}, no special token of the tokenizer")
+        content |= {f"{name}_id": token_to_id(tokenizer, text) for name in TOKENS if (text := getattr(chat, name))}
     if cfg.position == "rope":
         params, cfg = with_layout(params, cfg, "half")
     with staging(folder.parent) as staged:
@@ -136,7 +146,26 @@ def save(
         write(made, params, family, cfg, dtype, max_shard_bytes)
         if tokenizer is not None:
             save_tokenizer(tokenizer, made / "tokenizer.json")
+        if chat is not None:
+            _write_chat(made, chat, cfg)
         made.rename(folder)
+
+
+def _write_chat(folder: Path, chat: Chat, cfg: Config) -> None:
+    (folder / "chat_template.jinja").write_text(chat.template, encoding="utf-8", newline="")
+    content = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
+        "model_max_length": cfg.context_length,
+        "clean_up_tokenization_spaces": False,
+        **{name: getattr(chat, name) for name in TOKENS},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def chat_lacks(tokenizer: BPE, chat: Chat) -> list[str]:
+    """The tokens that a chat names and that are no special tokens of the tokenizer, as "eos_token '</s>'"."""
+    named = {name: getattr(chat, name) for name in TOKENS}
+    return [f"{name} {text!r}" for name, text in named.items() if text and text not in tokenizer.special_tokens]
 
 
 def with_layout(params: Params, cfg: Config, layout: Any) -> tuple[Params, Config]:
