@@ -6,7 +6,8 @@ import json
 import pytest
 
 from purelm.evals.accuracy import majority, pass_at_k, wilson
-from purelm.evals.tasks import TASKS, few_shot
+from purelm.evals.shots import few_shot
+from purelm.evals.tasks import TASKS
 
 
 def written(path, rows):
