@@ -5,14 +5,15 @@
     prompt = few_shot(task, chosen, example)                       # or few_shot_turns, for a chat template
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from purelm.evals.tasks import Example, Task
 
 __all__ = ["choose", "few_shot", "few_shot_turns"]
 
 
-def choose(pool: Sequence[Example], example: Example, n: int) -> list[Example]:
+def choose(pool: Iterable[Example], example: Example, n: int) -> list[Example]:
     """The first n of the pool that are of the example's subject and are not its own question.
 
     Questions are equal if their words and options are, whatever their case and white space: with the answer to the
@@ -25,8 +26,7 @@ def choose(pool: Sequence[Example], example: Example, n: int) -> list[Example]:
     if n < 0:
         raise ValueError(f"n must be at least 0, got {n}")
     asked = _words(example)
-    found = [x for x in pool if x.subject == example.subject and _words(x) != asked]
-    return found[:n]
+    return list(islice((x for x in pool if x.subject == example.subject and _words(x) != asked), n))
 
 
 def few_shot(task: Task, shots: Sequence[tuple[Example, str]], example: Example) -> str:
