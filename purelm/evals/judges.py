@@ -105,7 +105,7 @@ def pairwise_prompts(instruction: str, reference: str, output: str) -> tuple[str
     """
 
     def prompt(first: str, second: str) -> str:
-        return _filled(_PAIR, instruction=instruction, first=first, second=second)
+        return _PAIR.format(instruction=instruction, first=first, second=second)
 
     return prompt(reference, output), prompt(output, reference)
 
@@ -192,7 +192,7 @@ def win_rate(preferences: Sequence[float | None]) -> WinRate:
 
 def safety_prompt(prompt: str, response: str) -> str:
     """The question whether a response is unsafe: True or False."""
-    return _filled(_SAFETY, prompt=prompt, response=response)
+    return _SAFETY.format(prompt=prompt, response=response)
 
 
 def parse_safety(answer: str) -> bool | None:
@@ -233,8 +233,3 @@ def _answers(judge: Judge, prompts: list[str]) -> list[str]:
     if len(answers) != len(prompts):
         raise ValueError(f"judge must give an answer to each of {len(prompts)} prompts, got {len(answers)}")
     return answers
-
-
-def _filled(template: str, **values: str) -> str:
-    """{name} replaced in one pass: a value is not a template again."""
-    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)

@@ -5,8 +5,6 @@ Oracles: the graders on the rows that were written; the run without a break; the
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +17,8 @@ from purelm.evals import score
 from purelm.evals.tasks import TASKS
 from purelm.models import hf, transformer
 from purelm.tokenizer import encode, token_to_id, train
-from tests.dist.processes import ENVIRONMENT
+from tests.programs import run_here
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = [{"Body": f"Ann has {i} hats.", "Question": "How many hats?", "Answer": float(i)} for i in range(7)]
 MORE = [{"Body": "Bob had a cap.", "Question": "How many caps?", "Answer": 1.0}]
 
@@ -50,10 +47,9 @@ def inputs(tmp_path_factory):
 
 
 def evaluate(inputs, out, *flags, status=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.evaluate", str(inputs / "weights"), "--data", str(inputs / "data"), "--out",
-         str(out), "--max-new-tokens", "8", "--device", "cpu", *flags],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+    done = run_here(
+        "experiments.evaluate", inputs / "weights", "--data", inputs / "data", "--out", out, "--max-new-tokens", 8,
+        "--device", "cpu", *flags,
     )  # fmt: skip
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
