@@ -12,9 +12,8 @@ the tools take that do, and OUT/TASK-answers.jsonl has the rows. The same comman
 An answer depends on the example, the seed and the settings, not on the batch that it was in.
 """
 
-import json
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +24,7 @@ from experiments.answers import Answering, answer
 from experiments.console import pick_device, program
 from experiments.eval_page import write_page
 from experiments.eval_sets import NO_SHOTS, Asked, read_set, read_shots
+from experiments.eval_settings import keep_settings
 from experiments.eval_summary import summary_of, summary_of_open
 from experiments.eval_text import score_text
 from experiments.limits import Count, Place, Range, Seed, Text, Whole
@@ -105,8 +105,6 @@ def main(args: Args) -> None:
     params, cfg, bpe = open_model(args.model, args.tokenizer, device)
     if args.text and args.window > cfg.context_length:
         raise ValueError(f"window must be at most {cfg.context_length}, the model's context, got {args.window}")
-    settings = {name: str(value) for name, value in asdict(args).items() if name not in FREE}
-    settings |= {"model": tensors_of(params), "tokenizer": fingerprint(bpe)}
     ends = tuple(token_to_id(bpe, name) for name in args.end if name in bpe.special_tokens)
     how = Answering(
         transformer.make(cfg), params, bpe, load_chat(args.model) if args.chat else None, args.template,
@@ -116,8 +114,7 @@ def main(args: Args) -> None:
     summary: dict[str, dict[str, Any]] = {}
     with locked(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-        _check_settings(args.out / "settings.json", settings)
-        track.write_json(args.out / "settings.json", settings)
+        keep_settings(args.out, args, FREE, model=tensors_of(params), tokenizer=fingerprint(bpe))
         for asked in sets:
             summary[asked.name] = _evaluate(args, how, asked)
         for file in args.text:
@@ -170,18 +167,6 @@ def _places(args: Args, name: str) -> list[Path]:
         return [args.out / f"{name}.jsonl", args.out / f"{name}.html"]
     names = (f"{name}-answers.jsonl", f"{name}.html", f"{name}-outputs{OPEN[name].suffix}")
     return [args.out / x for x in names]
-
-
-def _check_settings(path: Path, settings: dict[str, str]) -> None:
-    """ValueError if answers of another model or of other settings lie there."""
-    if not path.is_file():
-        return
-    # A setting that is not in the file was not there yet, and had no effect.
-    before = {x.name: str(x.default) for x in fields(Args) if x.default is not MISSING}
-    before |= json.loads(path.read_text(encoding="utf-8"))
-    changed = [f"{name} ({before.get(name)})" for name in settings if before.get(name) != settings[name]]
-    if changed:
-        raise ValueError(f"{path.parent}: has answers with another {', '.join(changed)}: give another --out")
 
 
 def _evaluate(args: Args, how: Answering, asked: Asked) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from purelm.evals.tasks import Example
 
 def rows_of(*answers, gold="4"):
     """A row of each tuple of answers; an answer is right if it is the gold one by value."""
-    return [{"answers": [*some], "right": [x is not None and float(x) == float(gold) for x in some]} for some in answers]
+    right = [[x is not None and float(x) == float(gold) for x in some] for some in answers]
+    return [{"answers": [*some], "right": hits} for some, hits in zip(answers, right, strict=True)]
 
 
 def test_several_samples():
