@@ -132,8 +132,9 @@ def _voice(args: Args) -> Voice:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     context = min(args.context, cfg.context_length)
     return Voice(
-        transformer.make(cfg, ops_for_generation(cfg)), params, bpe, chat, begin, ends, sampling, args.max_new_tokens, context, args.seed
-    )
+        transformer.make(cfg, ops_for_generation(cfg)), params, bpe, chat, begin, ends, sampling, args.max_new_tokens,
+        context, args.seed,
+    )  # fmt: skip
 
 
 def _reader(terminal: bool) -> Callable[[], str | None]:

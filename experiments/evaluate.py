@@ -1,39 +1,49 @@
-"""Answer question sets with a model, grade the answers, and show them.
+r"""Answer question sets with a model, grade the answers, and show them; measure its loss on texts.
 
     python -m experiments.evaluate SmolLM2-135M-Instruct --tasks gsm8k mmlu --data data --out evals/smol
+    python -m experiments.evaluate SmolLM2-135M-Instruct --tasks gsm8k mmlu --data data --out evals/five --shots 5
     python -m experiments.evaluate runs/math/export --tasks svamp --data data --out evals/math --limit 200
+    python -m experiments.evaluate runs/math/export --tasks alpaca_eval simple_safety_tests --data data --out evals/open
+    python -m experiments.evaluate runs/math/export --text heldout.txt --out evals/text
 
-Writes OUT/TASK.jsonl, a row an example as soon as its batch is done, TASK.html to browse right and wrong answers, and
-summary.json with 95 % intervals. The same command again goes on where it was stopped. An answer depends on the
-example, the seed and the settings, not on the batch that it was in.
+Writes OUT/TASK.jsonl, a row an example as soon as its batch is done, TASK.html to browse the answers, and summary.json
+with 95 % intervals. Answers of alpaca_eval and simple_safety_tests are not graded: TASK-outputs.json or .jsonl is what
+the tools take that do, and OUT/TASK-answers.jsonl has the rows. The same command again goes on where it was stopped.
+An answer depends on the example, the seed and the settings, not on the batch that it was in.
 """
 
-import html
-import json
-import zlib
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
 import tyro
 
 from experiments import limits
-from experiments.console import pick_device, program, progress_bar, say
-from experiments.generate import known_text
-from experiments.limits import Count, Place, Range, Seed, Text
+from experiments.answers import Answering, answer
+from experiments.console import pick_device, program
+from experiments.eval_page import write_page
+from experiments.eval_sets import NO_SHOTS, Asked, read_set, read_shots
+from experiments.eval_settings import keep_settings
+from experiments.eval_summary import summary_of, summary_of_open
+from experiments.eval_text import score_text
+from experiments.limits import Count, Place, Range, Seed, Text, Whole
 from experiments.lock import locked
 from experiments.open_model import open_model
-from experiments.pairs import filled, text_of
-from purelm import generate, random, track, tree
+from experiments.ops import ops_for_generation
+from experiments.pairs import filled
+from purelm import generate, track
 from purelm.dist.agreement import fingerprint as tensors_of
-from purelm.evals.accuracy import majority, pass_at_k, wilson
-from purelm.evals.tasks import TASKS, Example, Task
+from purelm.evals.open_ended import OPEN
 from purelm.models import transformer
-from purelm.tokenizer import BPE, fingerprint, token_to_id
-from purelm.tokenizer.chat import Chat, encode_chat, encode_parts, load_chat
+from purelm.tokenizer import fingerprint, token_to_id
+from purelm.tokenizer.chat import load_chat
+
+# May differ where answers are there: what they hold is compared, or they change no answer.
+FREE = (
+    "out", "model", "data", "tokenizer", "tasks", "limit", "batch_size", "device", "shots_file", "generator", "text",
+    "window", "stride", "begin",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,28 +54,47 @@ class Args:
     """folder of open weights, .gguf file, or folder of a run"""
     out: Place
     """folder of the results"""
-    data: Place
+    data: Place | None = None
     """folder with the question sets: gsm8k-test.jsonl, svamp.test.jsonl, mmlu/*_test.csv, ... anywhere in it"""
-    tasks: tuple[Text, ...] = ("gsm8k",)
-    """of gsm8k, svamp, asdiv, mawps, mmlu"""
+    tasks: tuple[Text, ...] = ()
+    """of gsm8k, svamp, asdiv, mawps, mmlu, alpaca_eval, simple_safety_tests; without --text, gsm8k if none is given"""
     tokenizer: Place | None = None
     limit: Count | None = None
     """first examples of each set"""
+    shots: Whole = 0
+    """worked examples before each question, from the set's other split (gsm8k-train.jsonl, svamp.train.jsonl,
+    mmlu/*_dev.csv, ... in data), of the question's subject, and never the question itself. Without --chat an answer
+    then ends at an empty line, as those of the examples do"""
+    shots_seed: Seed | None = None
+    """choose them in an order of this seed; without, the first ones"""
+    shots_file: Place | None = None
+    """worked examples of one's own: JSON lines of {"question", "response"}; all of them, in their order"""
     template: Text = "{prompt}"
     r"""text around {prompt}, the question set's own, or around the bare {question}; \n is a new line"""
     chat: bool = False
-    """put the text as a user's message into the chat template of the model's folder"""
+    """put the text as a user's message into the chat template of the model's folder or .gguf file; worked examples are
+    turns of user and assistant before it"""
     stop: tuple[Text, ...] = ()
     """strings that end an answer"""
     end: tuple[Text, ...] = ("<|endoftext|>", "<|im_end|>")
     """special tokens that end an answer, where the tokenizer has them"""
     n_samples: Count = 1
-    """answers to each question: pass@k and maj@k"""
+    """answers to each question: pass@1, 2, 4, ..., k and maj@k"""
     temperature: Annotated[float, Range(1e-6, 1e6, or_zero=True)] = 0.0
     """0: greedy"""
     max_new_tokens: Count = 256
     batch_size: Count = 16
     seed: Seed = 0
+    generator: Text = ""
+    """name of the model in the outputs of alpaca_eval; default that of its folder or file"""
+    text: tuple[Place, ...] = ()
+    """texts whose loss is measured: .txt, .jsonl (field "text"), also .gz and .zst"""
+    window: Count = 1024
+    """tokens that the model reads of a text at a time"""
+    stride: Count | None = None
+    """tokens from one window to the next; default half a window, so that a token has half a window before it"""
+    begin: Text = "<|endoftext|>"
+    """special token before each document of a text, where the tokenizer has it"""
     device: str = "auto"
 
 
@@ -73,159 +102,87 @@ class Args:
 def main(args: Args) -> None:
     limits.check(args)
     device = pick_device(args.device)
-    unknown = [name for name in args.tasks if name not in TASKS]
-    if unknown:
-        raise ValueError(f"tasks: {', '.join(unknown)}: not known; there are {', '.join(TASKS)}")
-    if args.n_samples > 1 and args.temperature == 0.0:
-        raise ValueError("n_samples: several greedy answers are all the same; give a temperature")
-    sets = {name: _examples(args, name) for name in args.tasks}
+    sets = _checked(args)
     params, cfg, bpe = open_model(args.model, args.tokenizer, device)
-    free = ("out", "model", "data", "tokenizer", "tasks", "limit", "batch_size", "device")  # compared by what they hold
-    settings = {name: str(value) for name, value in asdict(args).items() if name not in free}
-    settings |= {"model": tensors_of(params), "tokenizer": fingerprint(bpe)}
+    if args.text and args.window > cfg.context_length:
+        raise ValueError(f"window must be at most {cfg.context_length}, the model's context, got {args.window}")
+    ends = tuple(token_to_id(bpe, name) for name in args.end if name in bpe.special_tokens)
+    model = transformer.make(cfg, ops_for_generation(cfg))
     chat = load_chat(args.model) if args.chat else None
+    how = Answering(
+        model, params, bpe, chat, args.template,
+        args.n_samples, generate.Sampling(temperature=args.temperature), generate.Stop(ends, args.stop),
+        args.max_new_tokens, args.batch_size, args.seed,
+    )  # fmt: skip
+    summary: dict[str, dict[str, Any]] = {}
     with locked(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-        _check_settings(args.out / "settings.json", settings)
-        track.write_json(args.out / "settings.json", settings)
-        summary = {}
-        for name, examples in sets.items():
-            rows = _answer(args, name, examples, transformer.make(cfg), params, bpe, chat)
-            summary[name] = _summary(rows)
-            _page(args.out / f"{name}.html", name, rows, summary[name])
+        keep_settings(args.out, args, FREE, model=tensors_of(params), tokenizer=fingerprint(bpe))
+        for asked in sets:
+            summary[asked.name] = _evaluate(args, how, asked)
+        for file in args.text:
+            summary[f"text {file}"] = score_text(
+                how.model, params, bpe, file, args.out / "text.jsonl", window=args.window,
+                stride=args.stride or max(args.window // 2, 1), begin=args.begin,
+            )  # fmt: skip
         track.write_json(args.out / "summary.json", summary)
     for name, found in summary.items():
-        print("  ".join([f"{name:8}", *(f"{k} {track.show(v)}" for k, v in found.items())]))
-    print(f"{args.out}: summary.json, {', '.join(f'{name}.jsonl, {name}.html' for name in summary)}")
+        shown = (f"{k} {track.show(v)}" for k, v in found.items() if not isinstance(v, dict))
+        print("  ".join([f"{name:8}", *shown]))
+    files = [path.name for asked in sets for path in _places(args, asked.name)]
+    print(f"{args.out}: summary.json, {', '.join(files + ['text.jsonl'] * bool(args.text))}")
 
 
-def _examples(args: Args, name: str) -> list[Example]:
-    task = TASKS[name]
-    files = sorted(args.data.glob(task.files))
-    if not files:
-        raise ValueError(f"tasks: {name}: no file {task.files} in {args.data}")
-    found = [example for file in files for example in task.load(file)]
-    return found[: args.limit]
+def _checked(args: Args) -> list[Asked]:
+    """The question sets; ValueError for what is wrong before a model is read and anything is written."""
+    if args.n_samples > 1 and args.temperature == 0.0:
+        raise ValueError("n_samples: several greedy answers are all the same; give a temperature")
+    if args.shots and args.shots_file is not None:
+        raise ValueError("shots and shots_file: give one of them")
+    if args.stride is not None and args.stride > args.window:
+        raise ValueError(f"stride must be at most window {args.window}, got {args.stride}: tokens would be left out")
+    try:
+        filled(args.template, {"prompt": "", "question": ""})
+    except ValueError as error:
+        raise ValueError(f"template: {error}") from None
+    tasks = tuple(dict.fromkeys(args.tasks)) or (() if args.text else ("gsm8k",))
+    if tasks and args.data is None:
+        raise ValueError(f"data: give the folder with the question sets of {', '.join(tasks)}")
+    given = NO_SHOTS if args.shots_file is None else read_shots(args.shots_file)
+    data = args.data or Path()
+    sets = [read_set(name, data, args.limit, args.shots, args.shots_seed, given) for name in tasks]
+    missing = [file for file in args.text if not file.is_file()]
+    if missing:
+        raise ValueError(f"text {missing[0]}: no such file")
+    inputs: Iterable[Path | None] = (*args.text, args.shots_file, *(file for asked in sets for file in asked.files))
+    written = [place for name in tasks for place in _places(args, name)]
+    written += [args.out / name for name in ("text.jsonl", "settings.json", "summary.json")]
+    outputs = {path.resolve() for path in written}
+    for path in inputs:
+        if path is not None and path.resolve() in outputs:
+            raise ValueError(f"out {args.out}: {path} would be written over: give another --out")
+    return sets
 
 
-def _check_settings(path: Path, settings: dict[str, str]) -> None:
-    """ValueError if answers of another model or of other settings lie there."""
-    if not path.is_file():
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [f"{name} ({before.get(name)})" for name in settings if before.get(name) != settings[name]]
-    if changed:
-        raise ValueError(f"{path.parent}: has answers with another {', '.join(changed)}: give another --out")
+def _places(args: Args, name: str) -> list[Path]:
+    """The files of a set: rows, page, and the outputs that a judge takes."""
+    if name not in OPEN:  # -answers: a file of questions is called alpaca_eval.jsonl
+        return [args.out / f"{name}.jsonl", args.out / f"{name}.html"]
+    names = (f"{name}-answers.jsonl", f"{name}.html", f"{name}-outputs{OPEN[name].suffix}")
+    return [args.out / x for x in names]
 
 
-def _answer(
-    args: Args, name: str, examples: list[Example], model: Any, params: Any, bpe: BPE, chat: Chat | None
-) -> list[dict[str, Any]]:
-    """Rows of all examples: those that lie there, and the others, which are written as they come."""
-    path = args.out / f"{name}.jsonl"
-    track.drop_rows(path, lambda row: False)  # but for a last line that a kill cut short
-    known = {row["id"]: row for row in track.read_rows(path)}
-    other = [x.id for x in examples if x.id in known and (known[x.id]["question"], known[x.id]["gold"]) != x[1:3]]
-    if other:
-        raise ValueError(f"{path}: {other[0]} is another question than in {args.data}: give another --out")
-    sink = track.jsonl_sink(path)
-    left = [x for x in examples if x.id not in known]
-    if len(left) < len(examples):
-        say(f"{name}: {len(examples) - len(left):,} of {len(examples):,} answers are there")
-    per_batch = max(args.batch_size // args.n_samples, 1)
-    with progress_bar(name, len(left), "questions") as update:
-        for at in range(0, len(left), per_batch):
-            chosen = left[at : at + per_batch]
-            answered = _texts(args, TASKS[name], chosen, model, params, bpe, chat)
-            for example, texts in zip(chosen, answered, strict=True):
-                graded = [TASKS[name].grade(text, example) for text in texts]
-                answers = [g.answer for g in graded]
-                known[example.id] = {
-                    "id": example.id, "question": example.question, "gold": example.gold, "responses": texts,
-                    "answers": answers, "right": [g.right for g in graded],
-                }  # fmt: skip
-                sink(known[example.id])
-            done = [known[x.id] for x in examples if x.id in known]
-            share = sum(row["right"][0] for row in done) / len(done)
-            update(at + len(chosen), f"{100 * share:.1f} % right")
-    return [known[x.id] for x in examples]
-
-
-def _texts(
-    args: Args, task: Task, examples: list[Example], model: Any, params: Any, bpe: BPE, chat: Chat | None
-) -> list[list[str]]:
-    """n_samples responses to each example. Of a prompt that does not fit the end is kept, and it is said."""
-    device = tree.leaves(params)[0].device
-    ends = tuple(token_to_id(bpe, name) for name in args.end if name in bpe.special_tokens)
-    room = max(model.context_length - args.max_new_tokens, 1)
-    prompts, keys = [], []
-    for example in examples:
-        # Special tokens are the template's alone: in a question they are ordinary text.
-        parts = filled(args.template, {"prompt": task.prompt(example), "question": example.question})
-        ids = encode_parts(bpe, parts)
-        if chat is not None:
-            ids = encode_chat(bpe, chat, [{"role": "user", "content": text_of(parts)}])
-        if len(ids) > room:
-            say(f"{example.id}: of the prompt's {len(ids)} tokens the last {room} fit before {args.max_new_tokens} new")
-        key = random.fold_in(random.key(args.seed), zlib.crc32(example.id.encode()))
-        for k in range(args.n_samples):
-            prompts.append(ids.astype(np.int64)[-room:].tolist())
-            keys.append(random.fold_in(key, k))
-    out = generate.generate(
-        model,
-        params,
-        prompts,
-        torch.stack(keys).to(device),
-        max_new_tokens=args.max_new_tokens,
-        sampling=generate.Sampling(temperature=args.temperature),
-        stop=generate.Stop(ends, args.stop),
-        decode_fn=partial(known_text, bpe),
-    )
-    texts = out.texts or []
-    return [texts[i : i + args.n_samples] for i in range(0, len(texts), args.n_samples)]
-
-
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Shares of right answers, with the interval of the first samples'."""
-    n, k = len(rows), len(rows[0]["right"])
-    right = sum(row["right"][0] for row in rows)
-    low, high = wilson(right, n)
-    found = {
-        "n": n, "right": right, "accuracy": right / n, "low": low, "high": high,
-        "unparsed": sum(row["answers"][0] is None for row in rows),
-    }  # fmt: skip
-    if k > 1:
-        found["mean accuracy"] = sum(sum(row["right"]) / k for row in rows) / n
-        found[f"pass@{k}"] = sum(pass_at_k(k, sum(row["right"]), k) for row in rows) / n
-        chosen = [majority(row["answers"]) for row in rows]
-        found[f"maj@{k}"] = sum(
-            answer is not None and row["right"][row["answers"].index(answer)]
-            for answer, row in zip(chosen, rows, strict=True)
-        ) / n  # fmt: skip
+def _evaluate(args: Args, how: Answering, asked: Asked) -> dict[str, Any]:
+    """The summary of a set, after its answers, page and outputs are written."""
+    rows_file, page, *outputs = _places(args, asked.name)
+    rows = answer(how, asked, rows_file, args.data or Path())
+    found = summary_of(asked.examples, rows) if asked.grade is not None else summary_of_open(rows)
+    write_page(page, asked.name, asked.examples, rows, found)
+    for path in outputs:
+        texts = [row["responses"][0] for row in rows]
+        generator = args.generator or args.model.resolve().name.removesuffix(".gguf")
+        track.write_text(path, OPEN[asked.name].text(asked.examples, texts, generator))
     return found
-
-
-def _page(path: Path, name: str, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    """A page of its own with all answers; buttons show the right ones, the wrong ones, or all."""
-    cells = []
-    for row in rows:
-        kind = "right" if row["right"][0] else "wrong"
-        said = "<hr>".join(html.escape(text) for text in row["responses"])
-        answers = ", ".join(map(str, row["answers"]))
-        cells.append(
-            f'<tr class="{kind}"><td>{html.escape(row["id"])}</td><td>{html.escape(row["question"])}</td>'
-            f"<td>{said}</td><td>{html.escape(answers)}</td><td>{html.escape(row['gold'])}</td></tr>"
-        )
-    shown = ", ".join(f"{k} {track.show(v)}" for k, v in summary.items())
-    style = "td{vertical-align:top;white-space:pre-wrap;border-top:1px solid #ccc}.wrong td{background:#fee}"
-    script = "const show=k=>document.querySelectorAll('tr').forEach(r=>r.hidden=k&&r.className&&r.className!=k)"
-    track.write_text(
-        path,
-        f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{style}</style><script>{script}</script>"
-        f"<h1>{name}</h1><p>{html.escape(shown)}</p><p><button onclick=\"show('')\">all</button> "
-        "<button onclick=\"show('right')\">right</button> <button onclick=\"show('wrong')\">wrong</button></p>"
-        f"<table><tr><th>id<th>question<th>response<th>answer<th>gold</tr>{''.join(cells)}</table>",
-    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-__all__ = ["majority", "pass_at_k", "wilson"]
+__all__ = ["majority", "pass_at_k", "powers", "wilson"]
 
 
 def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -36,11 +37,25 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def majority(answers: Sequence[str | None]) -> str | None:
+def majority(answers: Sequence[str | None], key: Callable[[str], Any] = str) -> str | None:
     """The answer that most samples give (maj@k); the first of those that tie; None if no sample has one.
 
-    >>> majority(["3", None, "4", "4"])
-    '4'
+    key: answers of equal keys are one answer, of which the first form is given back.
+
+    >>> majority(["3", None, "4", "4"]), majority(["3", "3", "4.0", "4", "4.00"], float)
+    ('4', '4.0')
     """
-    counts = Counter(answer for answer in answers if answer is not None)
-    return counts.most_common(1)[0][0] if counts else None
+    given = [answer for answer in answers if answer is not None]
+    keys = [key(answer) for answer in given]
+    return given[keys.index(Counter(keys).most_common(1)[0][0])] if given else None
+
+
+def powers(k: int) -> list[int]:
+    """1, 2, 4, ... below k, and k: for which j to report pass@j of k samples.
+
+    >>> powers(6), powers(8), powers(1)
+    ([1, 2, 4, 6], [1, 2, 4, 8], [1])
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    return [*(1 << i for i in range((k - 1).bit_length())), k]

@@ -6,17 +6,21 @@
     verdict = task.grade(response, examples[0])     # Graded(answer="72", right=True)
 
 Word problems (GSM8K, SVAMP, ASDiv, MAWPS) have a number as answer: the last one in the response. MMLU has a letter.
+Worked examples before the question: `purelm.evals.shots`. Sets without a known answer: `purelm.evals.open_ended`.
 """
 
 import csv
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from purelm.align.graders import equal, gsm8k_gold, last_number, mmlu_letter
 from purelm.data.json_lines import json_rows
 
-__all__ = ["TASKS", "Example", "Graded", "Task", "few_shot"]
+__all__ = ["TASKS", "Example", "Graded", "Task", "csv_rows"]
+
+_CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's notes for a calculator
 
 
 class Example(NamedTuple):
@@ -27,6 +31,7 @@ class Example(NamedTuple):
     gold: str  # a number, or a letter
     subject: str = ""
     options: tuple[str, ...] = ()
+    solution: str = ""  # the way to the answer, where the set has it
 
 
 class Graded(NamedTuple):
@@ -43,11 +48,17 @@ class Task(NamedTuple):
     prompt: Callable[[Example], str]
     grade: Callable[[str, Example], Graded]
     files: str  # pattern of its files in a folder of data
+    response: Callable[[Example], str] | None = None  # as worked examples answer
+    shot_files: str = ""  # pattern of the split that worked examples are from, read by `load`; "" if there is none
 
 
-def few_shot(task: Task, shots: Sequence[tuple[Example, str]], example: Example) -> str:
-    """The prompt after worked examples, (example, response) each, with an empty line between."""
-    return "\n\n".join([*(f"{task.prompt(shot)} {response}" for shot, response in shots), task.prompt(example)])
+def csv_rows(path: Path) -> list[list[str]]:
+    """The rows of a CSV file, quoted new lines and all; ValueError names the file if it is no CSV in UTF-8."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return list(csv.reader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not CSV in UTF-8 ({error})") from None
 
 
 def _field(row: dict[str, Any], where: str, name: str) -> Any:
@@ -64,10 +75,13 @@ def _number(x: Any) -> str:
 def _gsm8k(path: Path) -> list[Example]:
     found: list[Example] = []
     for where, row in json_rows(path):
-        gold = gsm8k_gold(str(_field(row, where, "answer")))
+        answer = str(_field(row, where, "answer"))
+        gold = gsm8k_gold(answer)
         if gold is None:
             raise ValueError(f"{where}: its answer has no '#### number'")
-        found.append(Example(f"gsm8k-{len(found)}", str(_field(row, where, "question")).strip(), gold))
+        solution = _CALCULATION.sub("", answer.rpartition("####")[0]).strip()
+        question = str(_field(row, where, "question")).strip()
+        found.append(Example(f"gsm8k-{len(found)}", question, gold, solution=solution))
     return found
 
 
@@ -103,17 +117,16 @@ def _mawps(path: Path) -> list[Example]:
 
 
 def _mmlu(path: Path) -> list[Example]:
-    """A CSV file of one subject, named SUBJECT_test.csv: question, four options, letter; no header."""
+    """A CSV file of one subject, named SUBJECT_SPLIT.csv: question, four options, letter; no header."""
     name = path.stem.rsplit("_", 1)[0]
     found: list[Example] = []
-    with open(path, encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if len(row) != 6 or row[5].strip() not in ("A", "B", "C", "D"):
-                raise ValueError(f"{path}, row {number}: needs a question, four options and A, B, C or D; got {row}")
-            options = tuple(x.strip() for x in row[1:5])
-            found.append(
-                Example(f"mmlu-{name}-{number - 1}", row[0].strip(), row[5].strip(), name.replace("_", " "), options)
-            )
+    for number, row in enumerate(csv_rows(path), 1):
+        if len(row) != 6 or row[5].strip() not in ("A", "B", "C", "D"):
+            raise ValueError(f"{path}, row {number}: needs a question, four options and A, B, C or D; got {row}")
+        options = tuple(x.strip() for x in row[1:5])
+        found.append(
+            Example(f"mmlu-{name}-{number - 1}", row[0].strip(), row[5].strip(), name.replace("_", " "), options)
+        )
     return found
 
 
@@ -122,6 +135,8 @@ def _word_problem(example: Example) -> str:
 
 
 def _multiple_choice(example: Example) -> str:
+    if len(example.options) != 4:
+        raise ValueError(f"a multiple choice question has 4 options, got {len(example.options)}")
     lines = [f"{letter}. {text}" for letter, text in zip("ABCD", example.options, strict=True)]
     return "\n".join(
         [
@@ -135,6 +150,14 @@ def _multiple_choice(example: Example) -> str:
     )
 
 
+def _worked_number(example: Example) -> str:
+    return f"{example.solution} The answer is {example.gold}.".strip()
+
+
+def _worked_letter(example: Example) -> str:
+    return f"The correct answer is {example.gold}."
+
+
 def _by_number(response: str, example: Example) -> Graded:
     answer = last_number(response)
     return Graded(answer, answer is not None and equal(answer, example.gold).equal)
@@ -146,9 +169,11 @@ def _by_letter(response: str, example: Example) -> Graded:
 
 
 TASKS: dict[str, Task] = {
-    "gsm8k": Task(_gsm8k, _word_problem, _by_number, "**/gsm8k-test.jsonl"),
-    "svamp": Task(_svamp, _word_problem, _by_number, "**/svamp.test.jsonl"),
-    "asdiv": Task(_asdiv, _word_problem, _by_number, "**/asdiv.test.jsonl"),
-    "mawps": Task(_mawps, _word_problem, _by_number, "**/mawps.test.jsonl"),
-    "mmlu": Task(_mmlu, _multiple_choice, _by_letter, "**/mmlu/*_test.csv"),
+    "gsm8k": Task(
+        _gsm8k, _word_problem, _by_number, "**/gsm8k-test.jsonl", _worked_number, "**/gsm8k-train.jsonl"
+    ),
+    "svamp": Task(_svamp, _word_problem, _by_number, "**/svamp.test.jsonl", _worked_number, "**/svamp.train.jsonl"),
+    "asdiv": Task(_asdiv, _word_problem, _by_number, "**/asdiv.test.jsonl", _worked_number, "**/asdiv.train.jsonl"),
+    "mawps": Task(_mawps, _word_problem, _by_number, "**/mawps.test.jsonl", _worked_number, "**/mawps.train.jsonl"),
+    "mmlu": Task(_mmlu, _multiple_choice, _by_letter, "**/mmlu/*_test.csv", _worked_letter, "**/mmlu/*_dev.csv"),
 }

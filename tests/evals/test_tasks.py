@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from purelm.evals.accuracy import majority, pass_at_k, wilson
-from purelm.evals.tasks import TASKS, few_shot
+from purelm.evals.accuracy import majority, pass_at_k, powers, wilson
+from purelm.evals.shots import few_shot
+from purelm.evals.tasks import TASKS
 
 
 def written(path, rows):
@@ -46,6 +47,11 @@ def test_mmlu(tmp_path):
     assert "about world religions." in prompt and prompt.endswith("A. one\nB. two, or so\nC. 3\nD. 4\nAnswer:")
     assert TASKS["mmlu"].grade("The correct answer is B. Because", example) == ("B", True)
     assert TASKS["mmlu"].grade("C", example) == ("C", False)
+    with pytest.raises(ValueError, match="a multiple choice question has 4 options, got 0"):
+        TASKS["mmlu"].prompt(example._replace(options=()))
+    path.write_bytes(b"\xff,b,c\n")
+    with pytest.raises(ValueError, match=r"religions_test.csv: not CSV in UTF-8"):
+        TASKS["mmlu"].load(path)
     path.write_text("a,b,c\n")
     with pytest.raises(ValueError, match=r"religions_test.csv, row 1: needs a question, four options and A, B, C or D"):
         TASKS["mmlu"].load(path)
@@ -102,6 +108,27 @@ def test_pass_at_k():
             assert pass_at_k(n, right, k) == pytest.approx(share)
     with pytest.raises(ValueError, match="needs 1 <= k <= n"):
         pass_at_k(2, 1, 3)
+
+
+def test_powers():
+    """Oracle: the definition, counted."""
+    for k in range(1, 70):
+        assert powers(k) == [j for j in range(1, k + 1) if j == k or bin(j).count("1") == 1]
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        powers(0)
+
+
+def test_majority_by_value():
+    """Oracle: votes counted by float."""
+    for answers in itertools.product(["4", "4.0", "5", None], repeat=4):
+        votes = [float(x) for x in answers if x is not None]
+        got = majority(answers, float)
+        if not votes:
+            assert got is None
+            continue
+        most = max(map(votes.count, votes))
+        first = next(x for x in answers if x is not None and votes.count(float(x)) == most)
+        assert got == first
 
 
 def test_majority():
