@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from purelm.align.graders import equal, gsm8k_gold, last_number, mmlu_letter
 from purelm.data.json_lines import json_rows
+from purelm.evals import countdown
 
 __all__ = ["TASKS", "Example", "Graded", "Task", "few_shot"]
 
@@ -151,4 +152,5 @@ TASKS: dict[str, Task] = {
     "asdiv": Task(_asdiv, _word_problem, _by_number, "**/asdiv.test.jsonl"),
     "mawps": Task(_mawps, _word_problem, _by_number, "**/mawps.test.jsonl"),
     "mmlu": Task(_mmlu, _multiple_choice, _by_letter, "**/mmlu/*_test.csv"),
+    "countdown": Task(countdown.load, countdown.prompt, countdown.grade, "**/countdown*test.jsonl"),
 }
