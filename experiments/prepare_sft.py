@@ -204,7 +204,8 @@ def _steps(args: Args, bpe: BPE | None, of_openr1: bool) -> list[Step]:
         texts = asked if args.dedupe_prompts else both
         steps.append(unique(texts, exact if args.dedupe == "exact" else normalised))
     if args.decontaminate:
-        tests = index((x for path in args.decontaminate for file in test_files(path) for x in test_questions(file)), args.ngram)
+        files = [file for path in args.decontaminate for file in test_files(path)]
+        tests = index((x for file in files for x in test_questions(file)), args.ngram)
         say(f"decontaminate: {len(tests.ids):,} questions, {len(tests.runs):,} runs of {args.ngram} words, "
             f"{len(tests.short):,} shorter questions")  # fmt: skip
         texts = (lambda row: (*asked(row), row["response"])) if args.decontaminate_responses else asked
@@ -263,6 +264,8 @@ def _write_removed(file: IO[str], step: str, found: Removed) -> None:
 
 def _line(row: Row) -> str:
     line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
+    for mark in "\x85\u2028\u2029":  # ends of lines to Unicode, and to readers that ask Unicode
+        line = line.replace(mark, f"\\u{ord(mark):04x}")
     try:
         line.encode()
     except UnicodeEncodeError:  # half a surrogate pair, in a field that is no prompt or response

@@ -6,7 +6,7 @@ Problem i of a seed is the same however many are taken. Each comes with a soluti
 are drawn, combined in a random order by random operations in exact fractions, and kept if the value may be a target.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ from purelm.align.data.cleaning import Row
 __all__ = ["Game", "Problem", "countdown", "countdown_prompt", "countdown_question", "countdown_row"]
 
 MOST_NUMBERS = 12  # so that a solution has fewer characters and brackets than the grader reads
-TRIES = 10_000  # without a new problem, before the ranges are said to have no more
+DRAWS = 100  # within a candidate, before it is given up
+TRIES = 1000  # candidates without a new problem, before the ranges are said to have no more
 
 
 class Game(NamedTuple):
@@ -40,7 +41,8 @@ class Problem(NamedTuple):
 def countdown(game: Game, seed: int) -> Iterator[Problem]:
     """Problems without end; ValueError if the ranges are wrong, or, in time, that there are no more within them.
 
-    The numbers drawn are the raw bits of NumPy's PCG64 of (seed, j) for candidate j, which no version changes.
+    What is drawn for candidate j are the raw bits of NumPy's PCG64 of (seed, j), which no version changes; a candidate
+    that is there already, or makes none, is passed over.
     """
     _check(game, seed)
     return _problems(game, seed)
@@ -59,7 +61,7 @@ def _problems(game: Game, seed: int) -> Iterator[Problem]:
             seen.add(name)
             last = candidate
             yield found
-    raise ValueError(f"countdown: {len(seen)} problems, and {TRIES} tries in a row give no other: widen the ranges")
+    raise ValueError(f"countdown: {len(seen)} problems, and {TRIES} tries give no other: widen the ranges")
 
 
 def _candidate(game: Game, seed: int, number: int) -> Problem | None:
@@ -71,7 +73,16 @@ def _candidate(game: Game, seed: int, number: int) -> Problem | None:
     def between(low: int, high: int) -> int:
         return low + below(high - low + 1)
 
-    numbers = tuple(between(*game.numbers) for _ in range(between(*game.n_numbers)))
+    size = between(*game.n_numbers)
+    for _ in range(DRAWS):
+        numbers = tuple(between(*game.numbers) for _ in range(size))
+        if (found := _combined(game, numbers, below)) is not None:
+            return found
+    return None
+
+
+def _combined(game: Game, numbers: tuple[int, ...], below: Callable[[int], int]) -> Problem | None:
+    """The problem that the numbers in a random order and random operations make; None if its value is no target."""
     parts = [(Fraction(x), str(x)) for x in numbers]
     while len(parts) > 1:
         a, text_a = parts.pop(below(len(parts)))

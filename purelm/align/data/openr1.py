@@ -60,7 +60,7 @@ def correct(judges: Sequence[str] = JUDGES, complete: bool = True) -> Step:
     """Keeps of each row the generations that a judge finds right and, if `complete`, whose reasoning came to its end.
 
     Reasons of rows that have none: "no generation", "none complete", "none correct" (of the complete ones). Kept rows
-    have "pass_rate", that before.
+    have "pass_rate", that before, or what they have as such already.
     """
     named = (COMPLETE, *JUDGES, "finish_reasons")
 
@@ -76,7 +76,7 @@ def correct(judges: Sequence[str] = JUDGES, complete: bool = True) -> Step:
         if not kept:
             return Removed(row, "none correct")
         lists = {name: [row[name][i] for i in kept] for name in ("generations", *named) if row.get(name) is not None}
-        return {**row, **lists, "pass_rate": pass_rate(row, judges)}
+        return {**row, **lists, "pass_rate": _known_rate(row, judges)}
 
     return filtered("correct", look)
 
@@ -97,13 +97,17 @@ def each_generation(rows: Iterable[Row]) -> Iterator[Row]:
     for row in rows:
         n = len(row["generations"])
         lists = [name for name in ("generations", COMPLETE, *JUDGES, "finish_reasons") if row.get(name) is not None]
-        rate = row.get("pass_rate", pass_rate(row))
+        rate = _known_rate(row, JUDGES)
         for i in range(n):
             yield {**row, **{name: [row[name][i]] for name in lists}, "pass_rate": rate}
 
 
 def _about(row: Row) -> Row:
     """What is kept of a row beside its texts."""
-    rate = row.get("pass_rate", pass_rate(row))
+    rate = _known_rate(row, JUDGES)
     kept = {name: row[name] for name in ("answer", "uuid", "collection", "source") if row.get(name) is not None}
     return {**kept, "pass_rate": rate}
+
+
+def _known_rate(row: Row, judges: Sequence[str]) -> float | None:
+    return row["pass_rate"] if "pass_rate" in row else pass_rate(row, judges)
