@@ -75,7 +75,7 @@ def countdown_range(source: str) -> tuple[int, int]:
     return first, last
 
 
-def test_files(path: Path) -> list[Path]:
+def question_files(path: Path) -> list[Path]:
     """The file, or those of a folder that have the names of test sets of `evals.tasks`."""
     if path.is_file():
         return [path]
@@ -87,7 +87,7 @@ def test_files(path: Path) -> list[Path]:
     return found
 
 
-def test_questions(path: Path) -> list[tuple[str, str]]:
+def questions_in(path: Path) -> list[tuple[str, str]]:
     """(id, question) of a test set: a file of `evals.tasks`, or any of a kind above."""
     for task in TASKS.values():
         if path.match(task.files) or (path.suffix == ".csv" and task.files.endswith(".csv")):

@@ -29,7 +29,7 @@ import tyro
 
 import purelm
 from experiments.console import program, progress_bar, say
-from experiments.data_kinds import Kind, identity, kind_of, rows_from, test_files, test_questions
+from experiments.data_kinds import Kind, identity, kind_of, question_files, questions_in, rows_from
 from experiments.limits import Count, Place, Range, Share, Text, Whole
 from purelm.align.data import (
     Counts,
@@ -187,7 +187,7 @@ def _settings(args: Args, bpe: BPE | None) -> dict[str, Any]:
     values = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
     return {
         "settings": values | {"game": args.game._asdict()}, "tokenizer": None if bpe is None else fingerprint(bpe),
-        "decontaminate": [identity(str(file)) for path in args.decontaminate for file in test_files(path)],
+        "decontaminate": [identity(str(file)) for path in args.decontaminate for file in question_files(path)],
     }  # fmt: skip
 
 
@@ -204,8 +204,8 @@ def _steps(args: Args, bpe: BPE | None, of_openr1: bool) -> list[Step]:
         texts = asked if args.dedupe_prompts else both
         steps.append(unique(texts, exact if args.dedupe == "exact" else normalised))
     if args.decontaminate:
-        files = [file for path in args.decontaminate for file in test_files(path)]
-        tests = index((x for file in files for x in test_questions(file)), args.ngram)
+        files = [file for path in args.decontaminate for file in question_files(path)]
+        tests = index((x for file in files for x in questions_in(file)), args.ngram)
         say(f"decontaminate: {len(tests.ids):,} questions, {len(tests.runs):,} runs of {args.ngram} words, "
             f"{len(tests.short):,} shorter questions")  # fmt: skip
         texts = (lambda row: (*asked(row), row["response"])) if args.decontaminate_responses else asked
