@@ -30,7 +30,8 @@ HEAVY = (
 EVERYTHING = (
     "import purelm, purelm.tree, purelm.random, purelm.transforms, purelm.ops, purelm.models.transformer, "
     "purelm.optim, purelm.train, purelm.checkpoint, purelm.track, purelm.generate, purelm.tokenizer, "
-    "purelm.data, purelm.accounting, purelm.evals.tasks, purelm.align.lora, purelm.align.graders, purelm.testing"
+    "purelm.data, purelm.accounting, purelm.evals.tasks, purelm.align.lora, purelm.align.graders, "
+    "purelm.align.data.openr1, purelm.testing"
 )
 
 

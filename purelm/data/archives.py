@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-__all__ = ["Stream", "allowed_endings", "streams"]
+__all__ = ["Stream", "allowed_endings", "bare_name", "file_blocks", "streams"]
 
 TEXT_ENDINGS = (".txt", ".jsonl")
 PACKED_ENDINGS = (".gz", ".zst")
@@ -48,15 +48,9 @@ def allowed_endings() -> str:
     return f"{', '.join(TEXT_ENDINGS)} (also with {' or '.join(PACKED_ENDINGS)}) and .zip"
 
 
-def _bare_name(name: str) -> str:
-    while name.endswith(PACKED_ENDINGS):
-        name = name[: name.rindex(".")]
-    return name
-
-
 def _is_listed(name: str) -> bool:
     """Whether a path inside a folder or archive counts as text, by the rule at the head of this file."""
-    parts = _bare_name(name.lower()).split("/")
+    parts = bare_name(name.lower()).split("/")
     if any(part.startswith(".") or part == "__macosx" for part in parts):
         return False
     return parts[-1].endswith(TEXT_ENDINGS) and parts[-1].rsplit(".", 1)[0] not in NOT_TEXT_STEMS
@@ -75,13 +69,27 @@ def streams(path: Path, label: str) -> Iterator[Stream]:
     if path.name.lower().endswith(".zip"):
         yield from _zip_streams(path, label)
         return
-    name = _bare_name(path.name.lower())
+    name = bare_name(path.name.lower())
     # A name such as x.gz does not say what is inside: it is read as text.
     if name.endswith(TEXT_ENDINGS) or (name != path.name.lower() and "." not in name):
         with open(path, "rb") as file:
             yield _stream(file, path.name, label)
         return
     raise ValueError(f"{label}: unknown kind of file; files that end in {allowed_endings()} are read")
+
+
+def file_blocks(path: Path, label: str) -> Iterator[bytes]:
+    """One file, whatever it is called; unpacked where its name ends in .gz or .zst."""
+    check_is_file(path, label)
+    with open(path, "rb") as file:
+        yield from _stream(file, path.name, label).blocks
+
+
+def bare_name(name: str) -> str:
+    """A name without its endings .gz and .zst."""
+    while name.endswith(PACKED_ENDINGS):
+        name = name[: name.rindex(".")]
+    return name
 
 
 def check_is_file(path: Path, label: str) -> None:

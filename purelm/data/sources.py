@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from purelm.data.archives import Stream, allowed_endings, streams
 from purelm.data.checks import check_int
 
-__all__ = ["DELIMITER", "cut_point", "documents", "parse_hub"]
+__all__ = ["DELIMITER", "cut_point", "documents", "hub_records", "lines", "parse_hub"]
 
 DELIMITER = "<|endoftext|>"
 MOST_DOCUMENT_BYTES = 1 << 23  # a long book has 4 MB; encoding a text of one repeated letter takes 90 times its bytes
@@ -168,19 +168,20 @@ def cut_point(data: bytes | bytearray, limit: int) -> int:
 
 def _jsonl(stream: Stream, field: str, encodings: tuple[str, ...]) -> Iterator[str]:
     place = _Place(stream.label, 0, 1)
-    for raw in _lines(stream.blocks, stream.label):
+    for raw in lines(stream.blocks, stream.label):
         if raw.strip():
             yield _json_text(raw, place, field, encodings)
         place = place._replace(offset=place.offset + len(raw), line=place.line + 1)
 
 
-def _lines(blocks: Iterator[bytes], label: str) -> Iterator[bytes]:
+def lines(blocks: Iterable[bytes], label: str) -> Iterator[bytes]:
+    """The lines of a stream, each with its newline; ValueError for one longer than MOST_LINE_BYTES."""
     parts: list[bytes] = []  # of a line longer than a block; joined when it is complete
     for block in blocks:
         if sum(map(len, parts)) > MOST_LINE_BYTES:
             raise ValueError(f"{label}: a line is longer than {MOST_LINE_BYTES >> 20} MiB: not JSON lines?")
-        *lines, rest = block.split(b"\n")
-        for line in lines:
+        *complete, rest = block.split(b"\n")
+        for line in complete:
             yield b"".join((*parts, line, b"\n")) if parts else line + b"\n"
             parts = []
         if rest:
@@ -233,6 +234,12 @@ def parse_hub(source: str) -> tuple[str, str | None, str]:
 
 
 def _hub(source: str, field: str) -> Iterator[str]:
+    for where, record in hub_records(source):
+        yield _field(record, field, where)
+
+
+def hub_records(source: str) -> Iterator[tuple[str, Any]]:
+    """(where, record) of each record of "hub:owner/name[:config][:split]", streamed; errors: as in `documents`."""
     name, config, split = parse_hub(source)
     try:
         import datasets
@@ -255,5 +262,5 @@ def _hub(source: str, field: str) -> Iterator[str]:
                 f"{source}: cannot be read ({type(error).__name__}: {reason}); "
                 "is there a network, and is the name right?"
             ) from error
-        yield _field(record, field, f"{source}: record {index}")
+        yield f"{source}: record {index}", record
         index += 1

@@ -10,46 +10,16 @@ Worked examples before the question: `purelm.evals.shots`. Sets without a known 
 """
 
 import csv
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from purelm.align.data.examples import without_calculator
 from purelm.align.graders import equal, gsm8k_gold, last_number, mmlu_letter
 from purelm.data.json_lines import json_rows
+from purelm.evals import countdown
+from purelm.evals.task import Example, Graded, Task
 
 __all__ = ["TASKS", "Example", "Graded", "Task", "csv_rows"]
-
-_CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's notes for a calculator
-
-
-class Example(NamedTuple):
-    """One question."""
-
-    id: str  # unique in its set
-    question: str
-    gold: str  # a number, or a letter
-    subject: str = ""
-    options: tuple[str, ...] = ()
-    solution: str = ""  # the way to the answer, where the set has it
-
-
-class Graded(NamedTuple):
-    """What a response answers, None where nothing could be read, and whether that is right."""
-
-    answer: str | None
-    right: bool
-
-
-class Task(NamedTuple):
-    """A question set."""
-
-    load: Callable[[Path], list[Example]]  # ValueError names file and line of a bad row
-    prompt: Callable[[Example], str]
-    grade: Callable[[str, Example], Graded]
-    files: str  # pattern of its files in a folder of data
-    response: Callable[[Example], str] | None = None  # as worked examples answer
-    shot_files: str = ""  # pattern of the split that worked examples are from, read by `load`; "" if there is none
 
 
 def csv_rows(path: Path) -> list[list[str]]:
@@ -79,7 +49,7 @@ def _gsm8k(path: Path) -> list[Example]:
         gold = gsm8k_gold(answer)
         if gold is None:
             raise ValueError(f"{where}: its answer has no '#### number'")
-        solution = _CALCULATION.sub("", answer.rpartition("####")[0]).strip()
+        solution = without_calculator(answer.rpartition("####")[0]).strip()
         question = str(_field(row, where, "question")).strip()
         found.append(Example(f"gsm8k-{len(found)}", question, gold, solution=solution))
     return found
@@ -176,4 +146,5 @@ TASKS: dict[str, Task] = {
     "asdiv": Task(_asdiv, _word_problem, _by_number, "**/asdiv.test.jsonl", _worked_number, "**/asdiv.train.jsonl"),
     "mawps": Task(_mawps, _word_problem, _by_number, "**/mawps.test.jsonl", _worked_number, "**/mawps.train.jsonl"),
     "mmlu": Task(_mmlu, _multiple_choice, _by_letter, "**/mmlu/*_test.csv", _worked_letter, "**/mmlu/*_dev.csv"),
+    "countdown": Task(countdown.load, countdown.prompt, countdown.grade, "**/countdown*test.jsonl"),
 }

@@ -79,6 +79,8 @@ COUNTS = {"gsm8k": 1319, "svamp": 1000, "mawps": 2065}
 def test_the_real_files(shared_data):
     """As many examples as lines; every gold answer is right by its own grader; ids are unique."""
     for name, task in TASKS.items():
+        if name == "countdown":  # made, not read
+            continue
         files = sorted(shared_data.glob(task.files))
         assert files, name
         examples = [x for file in files for x in task.load(file)]
