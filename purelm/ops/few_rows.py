@@ -7,6 +7,7 @@ machines cannot ask for all that memory gives; the products of a batch, though, 
 rows of W are a batch of blocks.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,7 +27,8 @@ def linear(
     blocks = next((n for n in BLOCKS if O % n == 0), 1)
     if x.device.type != "cpu" or x.dtype.itemsize < 4 or not 0 < n_rows <= MOST_ROWS or blocks == 1 or x.shape[-1] == 0:
         return _plain.linear(x, weight_OI, bias_O)
-    x_IR = x.reshape(n_rows, x.shape[-1]).mT
-    y_NbR = weight_OI.unflatten(0, (blocks, O // blocks)) @ x_IR
+    # bmm, since the operator @ would fold the blocks into one product again.
+    x_NIR = x.reshape(n_rows, x.shape[-1]).mT.expand(blocks, -1, -1)
+    y_NbR = torch.bmm(weight_OI.unflatten(0, (blocks, O // blocks)), x_NIR)
     y = y_NbR.flatten(0, 1).mT.reshape(*x.shape[:-1], O)
     return y if bias_O is None else y + bias_O
