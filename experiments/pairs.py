@@ -11,13 +11,25 @@ import torch
 
 from experiments.console import say
 from purelm import random
-from purelm.align.responses import packed_responses, response_batch
+from purelm.align.chats import assistant_tokens
+from purelm.align.responses import masked_batch, packed_masked
 from purelm.data.json_lines import json_rows
 from purelm.data.packing import first_fit
-from purelm.tokenizer import BPE
-from purelm.tokenizer.chat import encode_parts
+from purelm.tokenizer import BPE, decode
+from purelm.tokenizer.chat import Chat, encode_chat, encode_parts
 
-__all__ = ["Example", "Pair", "batch_maker", "batch_of", "content", "filled", "read_examples", "read_pairs", "text_of"]
+__all__ = [
+    "Example",
+    "Pair",
+    "batch_maker",
+    "batch_of",
+    "content",
+    "filled",
+    "read_chats",
+    "read_examples",
+    "read_pairs",
+    "text_of",
+]
 
 Parts = list[tuple[str, bool]]  # pieces of a text, and whether the template wrote them
 
@@ -33,11 +45,17 @@ class Pair(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A pair as text and as ids."""
+    """A pair as text, and its ids."""
 
     pair: Pair
-    prompt: np.ndarray
-    response: np.ndarray
+    ids: np.ndarray
+    mask: np.ndarray  # bool: which of them are trained
+    n_prompt: int  # ids of what a model is asked: all before the response, or before a conversation's last answer
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """What a model is asked."""
+        return self.ids[: self.n_prompt]
 
 
 def read_pairs(path: Path, prompt: str, response: str, gold: str, limit: int | None = None) -> list[Pair]:
@@ -104,24 +122,76 @@ def read_examples(
         if n > max_length and overlong == "error":
             raise ValueError(f"{path}: example {i} has {n} tokens, more than max_length {max_length}")
         if n <= max_length or (overlong == "truncate" and len(p) < max_length):
-            kept.append(Example(pair, p, r[: max_length - len(p)]))
-    if len(kept) < len(pairs):
-        say(f"{path}: {len(pairs) - len(kept):,} of {len(pairs):,} examples are longer than max_length and left out")
+            ids = np.concatenate([p, r])[:max_length]
+            kept.append(Example(pair, ids, np.arange(len(ids)) >= len(p), len(p)))
+    _say_left_out(path, len(kept), len(pairs))
     return kept
 
 
+def read_chats(
+    path: Path,
+    bpe: BPE,
+    chat: Chat,
+    *,
+    gold: str,
+    ends: Sequence[int],
+    max_length: int,
+    overlong: str,
+    limit: int | None = None,
+) -> list[Example]:
+    """The conversations of a file of {"messages": [{"role", "content"}, ...]}, by a model's template.
+
+    Every message of the assistant is trained (`align.chats`), and the last one is what held-out prompts are asked for.
+    overlong: as for `read_examples`; a conversation of which no trained token is left counts as too long.
+    """
+    kept: list[Example] = []
+    n = 0
+
+    def encode(messages: Sequence[Any], opens_an_answer: bool) -> np.ndarray:
+        return encode_chat(bpe, chat, messages, opens_an_answer)
+
+    for where, row in json_rows(path):
+        if limit is not None and n == limit:
+            break
+        n += 1
+        messages = row.get("messages")
+        try:
+            if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+                raise ValueError(f"has no list 'messages'; its fields are {', '.join(row)}")
+            ids, mask = assistant_tokens(encode, messages, ends)
+            last = max(k for k, m in enumerate(messages) if m.get("role") == "assistant")
+            answer = [(str(messages[last].get("content", "")), False)]
+            wanted = filled(gold, row) if gold else answer
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if len(ids) > max_length and overlong == "error":
+            raise ValueError(f"{where}: has {len(ids)} tokens, more than max_length {max_length}")
+        n_prompt = len(encode(messages[:last], True))
+        if len(ids) <= max_length or (overlong == "truncate" and n_prompt < max_length and mask[:max_length].any()):
+            prompt = [(decode(bpe, ids[:n_prompt].tolist()), True)]
+            kept.append(Example(Pair(prompt, answer, wanted), ids[:max_length], mask[:max_length], n_prompt))
+    if not n:
+        raise ValueError(f"{path}: has no rows")
+    _say_left_out(path, len(kept), n)
+    return kept
+
+
+def _say_left_out(path: Path, n_kept: int, n: int) -> None:
+    if n_kept < n:
+        say(f"{path}: {n - n_kept:,} of {n:,} examples are longer than max_length and left out")
+
+
 def content(examples: Sequence[Example]) -> str:
-    """A hash of all ids."""
+    """A hash of all ids, and of which are trained."""
     digest = hashlib.sha256()
-    for example in examples:
-        for ids in (example.prompt, example.response):
-            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+    for x in examples:
+        digest.update(len(x.ids).to_bytes(8, "little") + x.ids.tobytes() + x.mask.tobytes())
     return digest.hexdigest()
 
 
 def batch_of(examples: Sequence[Example], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
     """The examples as a batch of `align.responses`, of a length that is a multiple of 32."""
-    made = response_batch([x.prompt for x in examples], [x.response for x in examples], pad_id=pad, multiple_of=32)
+    made = masked_batch([x.ids for x in examples], [x.mask for x in examples], pad_id=pad, multiple_of=32)
     return {name: x.to(device) for name, x in made.items()}
 
 
@@ -136,14 +206,14 @@ def batch_maker(
     order_key, plan_key = random.fold_in(random.key(seed), 1), random.fold_in(random.key(seed), 2)
     rows = [[k] for k in range(len(examples))]
     if packed is not None:
-        sizes = [len(x.prompt) + len(x.response) - 1 for x in examples]
+        sizes = [len(x.ids) - 1 for x in examples]
         shuffled = (k for k in random.permutation(plan_key, len(examples)).tolist() if sizes[k] > 0)
         rows = list(first_fit(shuffled, lambda k: sizes[k], packed, open_rows=256))
 
     def packed_row(numbers: list[int]) -> dict[str, np.ndarray]:
         chosen = [examples[k] for k in numbers]
         assert packed is not None
-        (row,) = packed_responses([x.prompt for x in chosen], [x.response for x in chosen], packed, pad_id=pad)
+        (row,) = packed_masked([(x.ids, x.mask) for x in chosen], packed, pad_id=pad)
         return row
 
     def batch(i: int) -> dict[str, torch.Tensor]:

@@ -41,6 +41,9 @@ class Sft:
     """JSON lines of an evaluation"""
     tokenizer: Place | None = None
     """tokenizer.json; default that of the model's folder"""
+    chat: bool = False
+    """rows are conversations, {"messages": [{"role", "content"}, ...]}, written by the chat template of the model's
+    folder; all answers of the assistant are trained, and no template below is used but gold's"""
     prompt: Text = "{prompt}"
     response: Text = "{response}"
     end: Text = "<|endoftext|>"

@@ -14,7 +14,7 @@ from experiments.finetune.config import MAY_CHANGE, Sft
 from experiments.finetune.lora import low_rank
 from experiments.open_model import open_model
 from experiments.ops import ops_named
-from experiments.pairs import Example, batch_maker, content, read_examples
+from experiments.pairs import Example, batch_maker, content, read_chats, read_examples
 from experiments.parallel import Job, Run, alone, layout
 from experiments.setup import make_core, make_deterministic, make_schedule
 from purelm import tree
@@ -69,10 +69,17 @@ def start(cfg: Sft, world: World) -> Ready:
     begin, end = _special(bpe, cfg.begin, "begin"), _special(bpe, cfg.end, "end")
     if cfg.max_length > model.context_length:
         raise ValueError(f"max_length is {cfg.max_length}: the model's context_length is {model.context_length}")
-    examples = partial(
-        read_examples, bpe=bpe, prompt=cfg.prompt, response=cfg.response, gold=cfg.gold or cfg.response, before=begin,
-        after=end, max_length=cfg.max_length, overlong=cfg.overlong,
-    )  # fmt: skip
+    limits: dict[str, Any] = {"max_length": cfg.max_length, "overlong": cfg.overlong}
+    template = _chat(cfg, bpe, world.rank == 0)
+    if cfg.chat:
+        if template is None:
+            raise ValueError(f"chat: {cfg.model} has no chat template that goes with the tokenizer")
+        examples: Any = partial(read_chats, bpe=bpe, chat=template, gold=cfg.gold, ends=end, **limits)
+    else:
+        examples = partial(
+            read_examples, bpe=bpe, prompt=cfg.prompt, response=cfg.response, gold=cfg.gold or cfg.response,
+            before=begin, after=end, **limits,
+        )  # fmt: skip
     pairs = examples(cfg.train)
     heldout = examples(cfg.heldout, limit=cfg.eval_pairs) if cfg.heldout is not None else []
     pad = (end or begin or [0])[0]
@@ -103,8 +110,7 @@ def start(cfg: Sft, world: World) -> Ready:
         where = f"{world.size} processes, {cfg.parallel.mode}" if world.size > 1 else str(world.device)
         packed = f" in {n_rows:,} rows of {cfg.max_length} tokens" if cfg.packing else ""
         say(f"{trained} parameters are trained, on {where}; {len(pairs):,} pairs{packed}")
-    chat = _chat(cfg, bpe, world.rank == 0)
-    return Ready(model, bpe, chat, run, batch, heldout, pad, end, precision, world, meta, done)
+    return Ready(model, bpe, template, run, batch, heldout, pad, end, precision, world, meta, done)
 
 
 def _run_of(cfg: Sft, world: World, params: Any, model: transformer.Config, precision: Precision) -> Run:

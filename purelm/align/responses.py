@@ -17,7 +17,14 @@ from torch import Tensor
 
 from purelm.data.packing import packed_rows
 
-__all__ = ["packed_responses", "packed_windows", "response_batch", "tokenize_prompt_and_output"]
+__all__ = [
+    "masked_batch",
+    "packed_masked",
+    "packed_responses",
+    "packed_windows",
+    "response_batch",
+    "tokenize_prompt_and_output",
+]
 
 Ids = Sequence[int] | np.ndarray
 Overlong = Literal["error", "truncate", "drop"]
@@ -56,13 +63,33 @@ def response_batch(
     rows = list(_rows(prompts, responses, max_length, overlong))
     if not rows:
         raise ValueError("no pair of a prompt and a response is left")
-    longest = max(max(len(ids) for ids, _ in rows) - 1, 1)
+    masks = [np.arange(len(ids)) >= n_prompt for ids, n_prompt in rows]
+    return masked_batch([ids for ids, _ in rows], masks, pad_id=pad_id, multiple_of=multiple_of)
+
+
+def masked_batch(
+    rows: Sequence[Ids], masks: Sequence[Sequence[bool] | np.ndarray], *, pad_id: int, multiple_of: int = 1
+) -> dict[str, Tensor]:
+    """`response_batch` of rows in which any tokens are trained, such as several answers of one conversation.
+
+    masks: for each row, which of its tokens have weight 1. The first token of a row is predicted from nothing, and has
+    none.
+
+    >>> masked_batch([[5, 6, 7]], [[True, False, True]], pad_id=0)["weights"].tolist()
+    [[0.0, 1.0]]
+    """
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be at least 1, got {multiple_of}")
+    if len(rows) != len(masks) or not rows:
+        raise ValueError(f"{len(rows)} rows and {len(masks)} masks; one of each is needed, and at least one")
+    longest = max(max(len(ids) for ids in rows) - 1, 1)
     T = -(-longest // multiple_of) * multiple_of
     padded = np.full((len(rows), T + 1), pad_id, np.int64)
     weights = np.zeros((len(rows), T), np.float32)
-    for b, (ids, n_prompt) in enumerate(rows):
+    for b, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+        ids = _ids(row, f"rows[{b}]")
         padded[b, : len(ids)] = ids
-        weights[b, max(n_prompt - 1, 0) : max(len(ids) - 1, 0)] = 1.0
+        weights[b, : max(len(ids) - 1, 0)] = _mask(mask, ids, b)[1:]
     tokens = torch.from_numpy(padded)
     return {
         "tokens": tokens[:, :-1].contiguous(),
@@ -95,17 +122,35 @@ def packed_responses(
     stay whole. ValueError names a pair of more than context_length predictions.
     """
     pairs = ((np.asarray(p, np.int64), np.asarray(r, np.int64)) for p, r in zip(prompts, responses, strict=True))
+    rows = ((np.concatenate([p, r]), np.arange(len(p) + len(r)) >= len(p)) for p, r in pairs)
+    return packed_masked(rows, context_length, pad_id=pad_id, open_rows=open_rows, what="pair")
+
+
+def packed_masked(
+    rows: Iterable[tuple[Ids, Sequence[bool] | np.ndarray]],
+    context_length: int,
+    *,
+    pad_id: int = 0,
+    open_rows: int = 64,
+    what: str = "row",
+) -> Iterator[dict[str, np.ndarray]]:
+    """`packed_responses` of (ids, mask) in which any tokens are trained (`masked_batch`). what: how an error calls one.
+
+    >>> row, = packed_masked([([5, 6, 7], [False, True, False]), ([8, 9], [False, True])], 4)
+    >>> row["targets"].tolist(), row["weights"].tolist()
+    ([6, 7, 9, 0], [1.0, 0.0, 1.0, 0.0])
+    """
 
     def documents() -> Iterator[np.ndarray]:
-        for i, (prompt, response) in enumerate(pairs):
-            n = len(prompt) + len(response)
-            if n - 1 > context_length:
+        for i, (row, mask) in enumerate(rows):
+            ids = _ids(row, f"{what} {i}")
+            if len(ids) - 1 > context_length:
                 most = f"a row of context_length {context_length} holds {context_length + 1}"
-                raise ValueError(f"pair {i} has {n} tokens; {most}")
-            if n < 2:
+                raise ValueError(f"{what} {i} has {len(ids)} tokens; {most}")
+            if len(ids) < 2:
                 continue
             # The packer moves ids about and does not look at them, so an offset carries the mark through it.
-            yield np.concatenate([prompt, response + _RESPONSE])
+            yield ids + _RESPONSE * _mask(mask, ids, i)
 
     for row in packed_rows(documents(), context_length, open_rows=open_rows, pad_id=pad_id):
         of_response = row["targets"] >= _RESPONSE
@@ -138,6 +183,13 @@ def packed_windows(documents: Iterable[Ids], context_length: int) -> dict[str, T
 
 
 _RESPONSE = 2**40  # no id is as large
+
+
+def _mask(mask: Sequence[bool] | np.ndarray, ids: np.ndarray, number: int) -> np.ndarray:
+    found = np.asarray(mask)
+    if found.shape != ids.shape or found.dtype != np.bool_:
+        raise ValueError(f"mask {number} must be {len(ids)} bools, one a token, got {found.dtype} {found.shape}")
+    return found
 
 
 def _rows(

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from experiments.open_model import open_model
-from experiments.pairs import Example, Pair, batch_maker, batch_of, read_examples
+from experiments.pairs import Example, Pair, batch_maker, batch_of, read_chats, read_examples
 from purelm import checkpoint, random, tree
 from purelm.models import hf, transformer
-from purelm.tokenizer import encode, token_to_id, train
-from purelm.tokenizer.chat import Chat, find_chat, load_chat
+from purelm.tokenizer import decode, encode, token_to_id, train
+from purelm.tokenizer.chat import Chat, encode_chat, find_chat, load_chat
 from tests.dist import processes
 from tests.dist.processes import ENVIRONMENT
 
@@ -178,10 +178,51 @@ def test_generations_are_graded(inputs, tmp_path):
     )
 
 
+def test_conversations(inputs, tmp_path):
+    """All answers are trained, by the model's template. Oracles: ids put together by hand; a prompt that is asked."""
+    params, cfg, bpe = hf.load(inputs / "weights")
+    chat = Chat("{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }} {% endfor %}"
+                "{% if add_generation_prompt %}assistant:{% endif %}", None, END)  # fmt: skip
+    messages = [
+        {"role": "user", "content": f"1{END}"}, {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "3"}, {"role": "assistant", "content": "4"},
+    ]  # fmt: skip
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    stop = token_to_id(bpe, END)
+    (x,) = read_chats(tmp_path / "chats.jsonl", bpe, chat, gold="", ends=[stop], max_length=99, overlong="error")
+    assert x.ids.tolist() == encode_chat(bpe, chat, messages, False).tolist()
+    assert decode(bpe, x.ids[x.mask].tolist()) == f"2{END}4{END}"
+    assert decode(bpe, x.prompt.tolist()).endswith("user:3<|endoftext|> assistant:")
+    assert x.ids.tolist().count(stop) == 4  # the user's is text
+    (y,) = read_chats(tmp_path / "chats.jsonl", bpe, chat, gold="", ends=[stop], max_length=len(x.ids) - 2,
+                      overlong="truncate")  # fmt: skip
+    assert y.ids.tolist() == x.ids[:-2].tolist() and y.mask.tolist() == x.mask[:-2].tolist()
+
+    weights = tmp_path / "weights"
+    hf.save(weights, params, cfg, bpe, chat=chat)
+    talk = [{"messages": [{"role": "user", "content": r["question"]},
+                          {"role": "assistant", "content": str(r["answer"])}]} for r in ROWS]  # fmt: skip
+    for name in ("train", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, talk)) + "\n")
+    flags = ["--steps", "60", "--chat", "--max-length", "32", "--grade", "exact", "--generations", "16"]
+    sft(tmp_path, tmp_path / "run", *flags)
+    made = [r for r in rows(tmp_path / "run/generations.jsonl") if r["step"] == 60]
+    assert [r["wanted"] for r in made] == [str(r["answer"]) for r in ROWS]
+    assert sum(r["reward"] for r in made) >= 13 and {r["finish_reason"] for r in made} == {"stop_id"}
+    assert load_chat(tmp_path / "run/export") == chat
+    (tmp_path / "train.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
+    assert "train.jsonl, line 1: messages: none is the assistant's" in sft(
+        tmp_path, tmp_path / "other", *flags, status=2
+    )
+    assert "has no chat template" in sft(inputs, tmp_path / "other", *flags, status=2)
+
+
 def _examples(n, seed=0):
     draw = np.random.default_rng(seed)
     ids = [(draw.integers(1, 99, draw.integers(1, 9)), draw.integers(1, 99, draw.integers(1, 9))) for _ in range(n)]
-    return [Example(Pair([], [], []), p, r) for p, r in ids]
+    return [
+        Example(Pair([], [], []), np.concatenate([p, r]), np.arange(len(p) + len(r)) >= len(p), len(p)) for p, r in ids
+    ]
 
 
 @pytest.mark.parametrize("packed", [None, 20])
@@ -196,7 +237,7 @@ def test_every_example_once_an_epoch(packed):
             made = batch(i)
             assert packed is None or made["tokens"].shape == (1, packed)
             targets.update(made["targets"][made["weights"] == 1].tolist())
-        assert targets == Counter(int(t) for x in examples for t in x.response)
+        assert targets == Counter(int(t) for x in examples for t in x.ids[x.mask])
         epochs.append([batch(i)["tokens"].tolist() for i in range(epoch * n_rows, (epoch + 1) * n_rows)])
     assert epochs[0] != epochs[1]
     if packed is None:
@@ -249,9 +290,10 @@ def test_special_tokens_are_the_templates_alone(inputs):
     options = dict(gold="{answer}", before=[], after=[7], max_length=99, overlong="error")
     (x,) = read_examples(inputs / "odd.jsonl", bpe, f"{END}{{question}}", "{answer}", **options)
     stop = token_to_id(bpe, END)
+    response = x.ids[x.mask].tolist()
     assert x.prompt.tolist() == [stop, *encode(bpe, f"a{END}", None).tolist()]
-    assert x.response.tolist() == [*encode(bpe, f"{END}1", None).tolist(), 7]
-    assert x.prompt.tolist().count(stop) == 1 and stop not in x.response
+    assert response == [*encode(bpe, f"{END}1", None).tolist(), 7]
+    assert x.prompt.tolist().count(stop) == 1 and stop not in response
 
 
 def test_what_is_wrong_is_named(inputs, tmp_path):
