@@ -110,7 +110,7 @@ def group_token_mean_denominator(mask_BT: Tensor, *, group_size: int) -> Number:
     n_rows = mask_BT.shape[:-1].numel()
     if group_size < 1 or n_rows % group_size:
         raise ValueError(f"group_size must divide the number of sequences, {n_rows}, got {group_size}")
-    return torch.tensor(float(n_rows // group_size), device=mask_BT.device)
+    return torch.full((), float(n_rows // group_size), device=mask_BT.device)
 
 
 def constant(
@@ -175,7 +175,7 @@ def sum_norm(loss_BT: Loss, mask_BT: Tensor, *, length: float, denominator: Give
 
 def sum_norm_denominator(mask_BT: Tensor, *, length: float) -> Number:
     """L: the same for a part and for the whole."""
-    return torch.tensor(_length(length), device=mask_BT.device)
+    return torch.full((), _length(length), device=mask_BT.device)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -21,7 +21,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from purelm.align.tokens import like_tokens, mean, ratio_of, same_shape, share, unmasked
+from purelm.align.tokens import (
+    like_tokens,
+    log_ratio_and_advantages,
+    ratio_of,
+    region_aux,
+    same_shape,
+    share,
+    unmasked,
+)
 
 __all__ = ["Region", "cispo", "clip", "dual_clip", "reinforce", "two_sided", "unclipped"]
 
@@ -42,9 +50,9 @@ def reinforce(
     tensor([[0.5000, 1.0000]])
     """
     same_shape(mask_BT, log_probs=log_probs_BT)
-    zero = torch.zeros((), device=mask_BT.device)
-    loss = -like_tokens(advantages, mask_BT) * unmasked(log_probs_BT, mask_BT)
-    return loss, {"clipped_low": zero, "clipped_high": zero, "ratio_mean": share(mask_BT != 0, mask_BT)}
+    lp = unmasked(log_probs_BT, mask_BT)
+    nothing = torch.zeros_like(lp)
+    return -like_tokens(advantages, mask_BT) * lp, region_aux(torch.ones_like(lp), nothing, nothing, mask_BT)
 
 
 def unclipped(log_probs_BT: Tokens, log_ratio_BT: Tokens, advantages: Tensor, mask_BT: Tensor) -> tuple[Tokens, Aux]:
@@ -52,9 +60,10 @@ def unclipped(log_probs_BT: Tokens, log_ratio_BT: Tokens, advantages: Tensor, ma
 
     dl/dlp = -w A.
     """
-    w, adv = _parts(log_probs_BT, log_ratio_BT, advantages, mask_BT)
-    nothing = torch.zeros_like(mask_BT, dtype=torch.bool)
-    return -w * adv, _aux(w, nothing, nothing, mask_BT)
+    log_w, adv = log_ratio_and_advantages(log_probs_BT, log_ratio_BT, advantages, mask_BT)
+    w = ratio_of(log_w)
+    nothing = torch.zeros_like(w)
+    return -w * adv, region_aux(w, nothing, nothing, mask_BT)
 
 
 def clip(
@@ -75,7 +84,8 @@ def clip(
     >>> clip(log_ratio, log_ratio, torch.tensor([[1.0]]), torch.ones(1, 2))[0]
     tensor([[-0.5000, -1.2000]])
     """
-    w, adv = _parts(log_probs_BT, log_ratio_BT, advantages, mask_BT)
+    log_w, adv = log_ratio_and_advantages(log_probs_BT, log_ratio_BT, advantages, mask_BT)
+    w = ratio_of(log_w)
     return _clipped(w, adv, low, high), _clip_aux(w, adv, mask_BT, low, high)
 
 
@@ -89,14 +99,15 @@ def dual_clip(
     high: float = 0.2,
     c: float = 3.0,
 ) -> tuple[Tokens, Aux]:
-    """`clip`, for A < 0 never above c |A|: min(c |A|, max(w, 1 - low) |A|) (arXiv:1912.09729 equation 5).
+    """`clip`, for A < 0 never above c |A|: min(c |A|, max(w, 1 - low) |A|) (arXiv:1912.09729).
 
     dl/dlp = that of `clip`, but 0 where A < 0 and w > c. c must be above 1. verl always applies it, OpenRLHF and slime
     when asked. aux has `clipped_dual`, the share of tokens bounded by c, which counts in `clipped_high` too.
     """
     if not c > 1:
         raise ValueError(f"c must be above 1, got {c}")
-    w, adv = _parts(log_probs_BT, log_ratio_BT, advantages, mask_BT)
+    log_w, adv = log_ratio_and_advantages(log_probs_BT, log_ratio_BT, advantages, mask_BT)
+    w = ratio_of(log_w)
     clipped = _clipped(w, adv, low, high)
     loss = torch.where(adv < 0, torch.minimum(clipped, -c * adv), clipped)
     dual = (adv < 0) & (w > c)
@@ -114,14 +125,15 @@ def two_sided(
     high: float = 0.2,
     delta: float = 4.0,
 ) -> tuple[Tokens, Aux]:
-    """l = -min(min(w, delta) A, clip(w, 1 - low, 1 + high) A): INTELLECT-2's (arXiv:2505.07291 equation 2).
+    """l = -min(min(w, delta) A, clip(w, 1 - low, 1 + high) A): INTELLECT-2's (arXiv:2505.07291).
 
     dl/dlp = that of `clip`, but 0 where w > delta too. With delta > 1 + high it is `dual_clip` with c = delta, which is
     asserted: with a smaller delta the bound would cut A > 0 below 1 + high. TRL's `delta`, which is off by default.
     """
     if not delta > 1 + high:
         raise ValueError(f"delta must be above 1 + high = {1 + high:g}, got {delta}")
-    w, adv = _parts(log_probs_BT, log_ratio_BT, advantages, mask_BT)
+    log_w, adv = log_ratio_and_advantages(log_probs_BT, log_ratio_BT, advantages, mask_BT)
+    w = ratio_of(log_w)
     _check_bounds(low, high)
     loss = -torch.minimum(w.clamp(max=delta) * adv, w.clamp(1 - low, 1 + high) * adv)
     dual = (adv < 0) & (w > delta)
@@ -145,15 +157,10 @@ def cispo(
     """
     if not 0 <= floor < cap:
         raise ValueError(f"floor and cap must have 0 <= floor < cap, got {floor} and {cap}")
-    w, adv = _parts(log_probs_BT, log_ratio_BT.detach(), advantages, mask_BT)
+    log_w, adv = log_ratio_and_advantages(log_probs_BT, log_ratio_BT.detach(), advantages, mask_BT)
+    w = ratio_of(log_w)
     loss = -w.clamp(floor, cap) * adv * unmasked(log_probs_BT, mask_BT)
-    return loss, _aux(w, w < floor, w > cap, mask_BT)
-
-
-def _parts(log_probs_BT: Tensor, log_ratio_BT: Tensor, advantages: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """w, 1 where masked, and A per token, 0 where masked."""
-    same_shape(mask_BT, log_probs=log_probs_BT, log_ratio=log_ratio_BT)
-    return ratio_of(unmasked(log_ratio_BT, mask_BT)), like_tokens(advantages, mask_BT)
+    return loss, region_aux(w, w < floor, w > cap, mask_BT)
 
 
 def _clipped(w: Tensor, adv: Tensor, low: float, high: float) -> Tensor:
@@ -168,8 +175,4 @@ def _check_bounds(low: float, high: float) -> None:
 
 def _clip_aux(w: Tensor, adv: Tensor, mask: Tensor, low: float, high: float, dual: Tensor | None = None) -> Aux:
     above = (adv > 0) & (w > 1 + high)
-    return _aux(w, (adv < 0) & (w < 1 - low), above if dual is None else above | dual, mask)
-
-
-def _aux(w: Tensor, below: Tensor, above: Tensor, mask: Tensor) -> Aux:
-    return {"clipped_low": share(below, mask), "clipped_high": share(above, mask), "ratio_mean": mean(w, mask)}
+    return region_aux(w, (adv < 0) & (w < 1 - low), above if dual is None else above | dual, mask)

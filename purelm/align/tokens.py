@@ -7,7 +7,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["like_tokens", "mean", "ratio_of", "row_count", "row_sum", "same_shape", "share", "unmasked"]
+__all__ = [
+    "like_tokens",
+    "log_ratio_and_advantages",
+    "mean",
+    "ratio_of",
+    "region_aux",
+    "row_count",
+    "row_sum",
+    "same_shape",
+    "share",
+    "unmasked",
+]
 
 # exp of this is finite in fp32, which ends at e^88.7, and so is its product with an advantage of up to 1000.
 LARGEST_LOG_RATIO = 80.0
@@ -47,6 +58,14 @@ def like_tokens(advantages: Tensor, mask_BT: Tensor) -> Float[Tensor, "*b t"]:
     return unmasked(advantages.detach().expand(wanted), mask_BT)
 
 
+def log_ratio_and_advantages(
+    log_probs_BT: Tensor, log_ratio_BT: Tensor, advantages: Tensor, mask_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A region's log w and A per token, both 0 where masked, after a look at all shapes."""
+    same_shape(mask_BT, log_probs=log_probs_BT, log_ratio=log_ratio_BT)
+    return unmasked(log_ratio_BT, mask_BT), like_tokens(advantages, mask_BT)
+
+
 def ratio_of(log_ratio_BT: Float[Tensor, "*b t"]) -> Float[Tensor, "*b t"]:
     """w = exp(log w), finite: above log w = 80 it is e^80, with gradient 0."""
     return log_ratio_BT.clamp(max=LARGEST_LOG_RATIO).exp()
@@ -71,3 +90,12 @@ def mean(x_BT: Float[Tensor, "*b t"], mask_BT: Tensor) -> Float[Tensor, ""]:
 def share(condition_BT: Tensor, mask_BT: Tensor) -> Float[Tensor, ""]:
     """Share of the tokens that count for which the condition holds, detached; 0 of none."""
     return mean(condition_BT.to(torch.float32), mask_BT)
+
+
+def region_aux(ratio_BT: Tensor, below_BT: Tensor, above_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
+    """What every region reports: shares held back from below and from above, and the mean ratio."""
+    return {
+        "clipped_low": share(below_BT, mask_BT),
+        "clipped_high": share(above_BT, mask_BT),
+        "ratio_mean": mean(ratio_BT, mask_BT),
+    }
