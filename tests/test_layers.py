@@ -25,7 +25,7 @@ ARROWS = {
     "data": "random files caches",  # no model
     "tokenizer": "data files caches workers",  # no model
     "generate": "tree random ops devices transforms models.model models.tokens models.cache_rows",  # no model family
-    "align": "tree random data workers",  # no model
+    "align": "tree random devices data workers",  # no model
     "evals": "tree random ops data tokenizer generate align models.model models.tokens",  # no model family
     "accounting": "tree models",
     "kernels": "tree transforms ops devices optim caches",  # optim for AdamW alone
