@@ -5,7 +5,7 @@
     batch["advantages"], aux = advantages_of(objective, rewards_B, group_size=8)
     loss, metrics = policy_loss(objective, {**batch, "log_probs": log_p_BT})
 
-`recipes` has those of GRPO, DAPO, Olmo 3 and others. A batch is a dict of tensors; other entries than these are ignored:
+`recipes` has those of GRPO, DAPO, Olmo 3 and others. A batch is a dict of tensors; entries beside these are ignored:
 
     log_probs (B, T)          lp, of the parameters that are trained, at the temperature of sampling
     mask (B, T)               not 0 on tokens that count; what lies elsewhere has no influence, not even nan
