@@ -162,3 +162,14 @@ def for_ranks(config: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, 
     same = {name: repr(value) for name, value in flat(config) if name not in MAY_DIFFER}
     return {**same, **{name: str(value) for name, value in extra.items()}}
 
+
+
+def checked(run: Path, steps: int, meta: Mapping[str, Any], free: Sequence[str]) -> int:
+    """Steps of the newest checkpoint; ValueError names what differs from the run that it is of, but for `free`."""
+    done, saved = newest(run)
+    found = differences(saved, meta["config"], meta["fingerprints"], free)
+    if lines := [f"{name} {now!r} is not that of the checkpoint, {before!r}" for name, now, before in found]:
+        raise ValueError(f"--resume: {'; '.join(lines)}: the run would go on as another one")
+    if done > steps:
+        raise ValueError(f"steps must be at least {done}, those of the checkpoint that is resumed, got {steps}")
+    return done

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -261,3 +262,12 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     # Off: a debugging aid that costs a pass over each new buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def check_run_folder(run: Path, resumes: bool) -> None:
+    """ValueError for a checkpoint that is not meant to be resumed, and for none where one is."""
+    there = checkpoint.latest(run / "checkpoints")
+    if there is not None and not resumes:
+        raise ValueError(f"run {run} has a checkpoint of step {there}: give --resume, or another --run")
+    if there is None and resumes:
+        raise ValueError(f"run {run} has no checkpoint to go on from")

@@ -16,7 +16,6 @@ It leaves in the run's folder: config.json, metrics.jsonl, generations.jsonl (he
 graded), curves.png and report.html, checkpoints/, and export/, a folder that transformers' from_pretrained loads.
 """
 
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,16 +27,17 @@ import tyro
 
 from experiments import limits
 from experiments.console import pick_device, program, progress_bar, say
+from experiments.export import export
 from experiments.finetune.config import Sft
 from experiments.finetune.heldout import Heldout
 from experiments.finetune.report import finish
 from experiments.finetune.setup import Ready, start
 from experiments.lock import locked
+from experiments.setup import check_run_folder
 from experiments.signals import asked_to_stop
-from purelm import checkpoint, track, tree
+from purelm import track
 from purelm.dist import world
 from purelm.dist.agreement import non_finite_ranks
-from purelm.models import hf
 from purelm.tokenizer import save as save_tokenizer
 from purelm.train import TrainState
 
@@ -52,17 +52,9 @@ def main(cfg: Sft) -> None:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             here = here._replace(device=device)
-        _check_folder(cfg)
+        check_run_folder(cfg.run, cfg.resume)
         with locked(cfg.run) if here.rank == 0 else nullcontext():
             _run(cfg, start(cfg, here))
-
-
-def _check_folder(cfg: Sft) -> None:
-    there = checkpoint.latest(cfg.run / "checkpoints")
-    if there is not None and not cfg.resume:
-        raise ValueError(f"run {cfg.run} has a checkpoint of step {there}: give --resume, or another --run")
-    if there is None and cfg.resume:
-        raise ValueError(f"run {cfg.run} has no checkpoint to go on from")
 
 
 def _run(cfg: Sft, ready: Ready) -> None:
@@ -84,7 +76,7 @@ def _run(cfg: Sft, ready: Ready) -> None:
                 batch = ready.batch(i)
                 state, metrics = ready.run.step(state, batch)
                 number = i + 1
-                log.add(_Pending(number, metrics, batch["tokens"].numel() * ready.world.size))
+                log.add(_Pending(number, metrics, batch["tokens"].numel() * ready.world.size, time.perf_counter()))
                 signal = asked()
                 last = number == cfg.steps
                 evaluates = not signal and (last or (cfg.eval_every and number % cfg.eval_every == 0))
@@ -106,7 +98,8 @@ def _run(cfg: Sft, ready: Ready) -> None:
     if not ready.first:
         return
     if cfg.export:
-        _export(cfg, ready, params)
+        fields = {"eos_token_id": ready.end[0], "pad_token_id": ready.pad} if ready.end else {}
+        export(cfg.run, params, ready.model, ready.bpe, fields, ready.chat)
     finish(cfg, ready.meta["config"])
 
 
@@ -116,6 +109,7 @@ class _Pending(NamedTuple):
     number: int
     metrics: dict[str, torch.Tensor]
     tokens: int  # positions of all processes, padding among them
+    at: float  # the clock when it had been started, which on a CPU is when it had been done
 
 
 class _Log:
@@ -138,16 +132,16 @@ class _Log:
         """Read the step that is pending."""
         if self.pending is None:
             return
-        (number, metrics, tokens), self.pending = self.pending, None
+        (number, metrics, tokens, at), self.pending = self.pending, None
         values = {name: float(x) for name, x in metrics.items()}
         values.pop("non_finite_rank", None)
         if not np.isfinite(values["loss"]):
             raise ValueError(f"loss is {values['loss']} at step {number}: lower optim.lr ({self.cfg.optim.lr})")
         self.tokens += tokens
-        rate = self.tokens / (time.perf_counter() - self.since)
+        rate = self.tokens / max(at - self.since, 1e-9)
         if number % self.cfg.log_every == 0 or number == self.cfg.steps:
             self.emit({"step": number, **values, "tokens_per_second": round(rate, 1)})
-            self.begin()
+            self.since, self.tokens = at, 0
         self.update(number, f"loss {values['loss']:.3f}  {rate:,.0f} tokens/s")
 
 
@@ -183,16 +177,6 @@ def _save(cfg: Sft, ready: Ready, state: TrainState, number: int) -> None:
         if non_finite_ranks(values):
             raise ValueError(f"{name} hold inf or nan after step {number}: nothing is saved; lower optim.lr")
     ready.run.save(cfg.run / "checkpoints", number, trees, meta=ready.meta, keep_last=cfg.keep_last, finite=True)
-
-
-def _export(cfg: Sft, ready: Ready, params: Any) -> None:
-    """The model as open weights, in place of an earlier export of the run."""
-    new, place = cfg.run / "export.new", cfg.run / "export"
-    shutil.rmtree(new, ignore_errors=True)
-    fields = {"eos_token_id": ready.end[0], "pad_token_id": ready.pad} if ready.end else {}
-    hf.save(new, tree.to(params, "cpu"), ready.model, ready.bpe, fields=fields, chat=ready.chat)
-    shutil.rmtree(place, ignore_errors=True)
-    new.rename(place)
 
 
 if __name__ == "__main__":

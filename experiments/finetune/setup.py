@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -66,11 +67,11 @@ def start(cfg: Sft, world: World) -> Ready:
         raise ValueError("grade: responses to held-out prompts are graded: give --heldout, and --generations")
     make_deterministic()
     params, model, bpe = open_model(cfg.model, cfg.tokenizer, world.device)
-    begin, end = _special(bpe, cfg.begin, "begin"), _special(bpe, cfg.end, "end")
+    begin, end = special_ids(bpe, cfg.begin, "begin"), special_ids(bpe, cfg.end, "end")
     if cfg.max_length > model.context_length:
         raise ValueError(f"max_length is {cfg.max_length}: the model's context_length is {model.context_length}")
     limits: dict[str, Any] = {"max_length": cfg.max_length, "overlong": cfg.overlong}
-    template = _chat(cfg, bpe, world.rank == 0)
+    template = template_of(cfg.model, bpe, says=world.rank == 0)
     if cfg.chat:
         if template is None:
             raise ValueError(f"chat: {cfg.model} has no chat template that goes with the tokenizer")
@@ -101,7 +102,7 @@ def start(cfg: Sft, world: World) -> Ready:
             "tokenizer": fingerprint(bpe),
         },
     }  # fmt: skip
-    done = _checked(cfg, meta) if cfg.resume else 0
+    done = resume.checked(cfg.run, cfg.steps, meta, MAY_CHANGE) if cfg.resume else 0
     check_same(resume.for_ranks(meta["config"], {**meta["fingerprints"], "newest checkpoint": done}))
     precision = MIXED if in_bf16(cfg.compute, world.device) else FULL
     run = _run_of(cfg, world, params, model, precision)
@@ -116,9 +117,6 @@ def start(cfg: Sft, world: World) -> Ready:
 def _run_of(cfg: Sft, world: World, params: Any, model: transformer.Config, precision: Precision) -> Run:
     compiled = cfg.compile == "yes" or (cfg.compile == "auto" and cfg.packing and can_compile(world.device))
     n_tokens = cfg.batch_size // (world.size * cfg.microbatches) * cfg.max_length
-    chunk = cfg.loss_chunk
-    if chunk is None and 4 * n_tokens * model.vocab_size > LOGITS:
-        chunk = max(CHUNK // (4 * model.vocab_size), 1)
     table = transformer.leaves(model)
     job = Job(
         model=model,
@@ -132,7 +130,7 @@ def _run_of(cfg: Sft, world: World, params: Any, model: transformer.Config, prec
         wrap_block=remat if cfg.remat else transformer.identity,
         precision=precision,
         microbatches=cfg.microbatches,
-        loss_chunk=chunk,
+        loss_chunk=loss_chunk(cfg.loss_chunk, n_tokens, model.vocab_size),
     )
     if cfg.lora.rank:
         return low_rank(cfg, world, job, params, compiled=compiled)
@@ -141,7 +139,14 @@ def _run_of(cfg: Sft, world: World, params: Any, model: transformer.Config, prec
     return layout(world, cfg.parallel, job, compiled=compiled)
 
 
-def _special(bpe: BPE, token: str, name: str) -> list[int]:
+def loss_chunk(given: int | None, n_tokens: int, vocab_size: int) -> int | None:
+    """Tokens whose logits are held at a time: the given number, else all, or 256 MiB where all would take 1 GiB."""
+    if given is None and 4 * n_tokens * vocab_size > LOGITS:
+        return max(CHUNK // (4 * vocab_size), 1)
+    return given
+
+
+def special_ids(bpe: BPE, token: str, name: str) -> list[int]:
     """The id of a special token; no id for the empty text."""
     if not token:
         return []
@@ -151,22 +156,11 @@ def _special(bpe: BPE, token: str, name: str) -> list[int]:
     return [token_to_id(bpe, token)]
 
 
-def _chat(cfg: Sft, bpe: BPE, says: bool) -> Chat | None:
-    """The model's chat template; None where it has none that goes with the tokenizer."""
-    chat = find_chat(cfg.model)
+def template_of(model: Path, bpe: BPE, *, says: bool) -> Chat | None:
+    """The model's chat template; None where it has none that goes with the tokenizer, which is said."""
+    chat = find_chat(model)
     if chat is not None and (lacks := hf.chat_lacks(bpe, chat)):
         if says:
             say(f"export/ will have no chat template: its {', '.join(lacks)} is no special token of the tokenizer")
         return None
     return chat
-
-
-def _checked(cfg: Sft, meta: dict[str, Any]) -> int:
-    """Steps of the newest checkpoint; ValueError names what differs from the run that it is of."""
-    done, saved = resume.newest(cfg.run)
-    found = resume.differences(saved, meta["config"], meta["fingerprints"], MAY_CHANGE)
-    if lines := [f"{name} {now!r} is not that of the checkpoint, {before!r}" for name, now, before in found]:
-        raise ValueError(f"--resume: {'; '.join(lines)}: the run would go on as another one")
-    if done > cfg.steps:
-        raise ValueError(f"steps must be at least {done}, those of the checkpoint that is resumed, got {cfg.steps}")
-    return done

@@ -1,0 +1,86 @@
+"""What a run of `experiments.grpo` is made of; every field is a flag."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from experiments.config import Optim
+from experiments.grading import GradeName
+from experiments.limits import Count, Place, Range, Seed, Text, Whole
+
+# May differ when a run goes on; files and the model are compared by what they hold.
+MAY_CHANGE = (
+    "steps", "save_every", "eval_every", "eval_prompts", "log_every", "keep_last", "export", "shown", "device",
+    "rows_per_pass", "sample_rows", "resume", "run", "train", "heldout", "tokenizer", "remat", "loss_chunk",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """Train a language model on rewards of its own answers."""
+
+    run: Place
+    """folder of the run"""
+    model: Place
+    """folder of open weights, .gguf file, or folder of a run"""
+    train: Place
+    """JSON lines of problems"""
+    heldout: Place | None = None
+    """JSON lines of problems that are answered greedily at each evaluation"""
+    tokenizer: Place | None = None
+    prompt: Text = "{prompt}"
+    """template of a prompt; {name} is a field of the row"""
+    gold: Text = "{response}"
+    """template of the right answer"""
+    grade: GradeName = "number"
+    """reward of an answer, as for `sft`"""
+    chat: bool = False
+    """the prompt is a user's message, written by the chat template of the model's folder"""
+    begin: Text = ""
+    """special token before the prompt"""
+    end: Text = "<|endoftext|>"
+    """special token that ends an answer"""
+    stop: tuple[Text, ...] = ()
+    """strings that end an answer, </answer> say"""
+    recipe: Text = "course2026_grpo"
+    """of `python -m experiments.recipes`: the objective, epochs, minibatches, what becomes of flat groups. Its
+    optimizer's settings are for its own models, and not taken"""
+    steps: Count = 100
+    """rollout batches"""
+    prompts: Count = 16
+    """prompts of a rollout batch"""
+    group_size: Count = 8
+    """answers to each"""
+    max_new_tokens: Count = 64
+    temperature: Annotated[float, Range(1e-6, 1e3)] = 1.0
+    """of sampling, and of the log-probabilities that are trained"""
+    epochs: Count | None = None
+    """passes over a rollout batch; default the recipe's"""
+    minibatches: Count | None = None
+    """optimizer steps that divide a rollout batch; default the recipe's"""
+    old_log_probs: Literal["recomputed", "sampler"] = "recomputed"
+    """of the policy before the update: by the trainer, or as the sampler had them"""
+    max_rounds: Count = 10
+    """recipes that replace flat groups: rounds of prompts for one batch"""
+    optim: Optim = field(
+        default_factory=lambda: Optim(lr=1e-5, schedule="constant", warmup_steps=0, weight_decay=0.0)
+    )
+    rows_per_pass: Count = 32
+    """rows of a forward and backward pass: same result, less memory"""
+    sample_rows: Count = 128
+    """rows that are sampled at a time"""
+    seed: Seed = 0
+    eval_every: Whole = 10
+    """rollout batches from one evaluation to the next; 0: only at the end"""
+    eval_prompts: Count = 64
+    shown: Whole = 4
+    """rollouts written to rollouts.jsonl at each evaluation"""
+    save_every: Whole = 50
+    keep_last: Count = 2
+    log_every: Count = 1
+    compute: Literal["auto", "fp32", "bf16"] = "auto"
+    remat: bool = False
+    loss_chunk: Count | None = None
+    """as for `sft`"""
+    device: str = "auto"
+    export: bool = True
+    resume: bool = False

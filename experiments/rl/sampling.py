@@ -1,0 +1,125 @@
+"""Rollout batches: answers to problems, graded; a pure function of (parameters, seed, number of the batch)."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from experiments.generate import known_text
+from experiments.grading import Reward
+from experiments.rl.problems import Problem, order
+from purelm import generate, random
+from purelm.align.collect import Collected, add_round, full, take
+from purelm.align.groups import grouped
+from purelm.align.recipe import Recipe
+from purelm.align.rollouts import Rollouts, of_generation
+from purelm.align.rollouts import take as rows_of
+from purelm.models.model import Model
+from purelm.tokenizer import BPE
+
+__all__ = ["Batch", "Sampler", "answers", "collect"]
+
+
+class Batch(NamedTuple):
+    """Rollouts of P problems, G answers each, row p G + g."""
+
+    problems: list[Problem]
+    rollouts: Rollouts
+    texts: list[str]
+    parts: list[dict[str, float]]  # of each row's reward, "reward" among them, before what lengths add
+    n_sampled: int  # groups, those that were not kept among them
+
+
+class Sampler(NamedTuple):
+    """What answers depend on beside the parameters."""
+
+    model: Model
+    bpe: BPE
+    stop: generate.Stop
+    max_new_tokens: int
+    rows: int  # at a time
+    reward: Reward
+    wrap_step: Callable[[Any], Any] | None = None
+
+
+def answers(
+    sampler: Sampler, params: Any, problems: Sequence[Problem], key: Tensor, *, n_samples: int, temperature: float
+) -> tuple[generate.Generation, list[dict[str, float]]]:
+    """n_samples answers to each problem, and their rewards by part."""
+    out = generate.generate(
+        sampler.model,
+        params,
+        [x.ids.tolist() for x in problems],
+        key,
+        max_new_tokens=sampler.max_new_tokens,
+        n_samples=n_samples,
+        sampling=generate.Sampling(temperature=temperature),
+        stop=sampler.stop,
+        decode_fn=partial(known_text, sampler.bpe),
+        batch_size=sampler.rows,
+        wrap_step=sampler.wrap_step,
+    )
+    texts = out.texts or []
+    return out, [sampler.reward(text, problems[i // n_samples].gold) for i, text in enumerate(texts)]
+
+
+def collect(
+    sampler: Sampler, recipe: Recipe, params: Any, problems: Sequence[Problem], *, prompts: int, seed: int, i: int,
+    max_rounds: int, device: torch.device,
+) -> Batch:  # fmt: skip
+    """Rollout batch i: `prompts` groups of recipe.group_size answers.
+
+    Where the recipe replaces flat groups, other problems take their place in further rounds, at most max_rounds; else
+    there is one round.
+    """
+    several = recipe.flat_groups in ("rounds", "refill")
+    state, kept, n_sampled = Collected(), [], 0
+    for r in range(max_rounds if several else 1):
+        draw = i * max_rounds + r if several else i
+        chosen = [problems[k] for k in order(len(problems), prompts, seed, draw)]
+        key = random.fold_in(random.fold_in(random.key(seed), 2), draw).to(device)
+        G = recipe.group_size
+        out, parts = answers(sampler, params, chosen, key, n_samples=G, temperature=recipe.temperature)
+        rewards = [part["reward"] for part in parts]
+        rollouts = of_generation([x.ids for x in chosen], out, rewards, n_samples=G)
+        round_of = Batch(chosen, rollouts, out.texts or [], parts, len(chosen))
+        n_sampled += len(chosen)
+        groups = [_group(round_of, p, G) for p in range(len(chosen))]
+        if not several:
+            kept = groups
+            break
+        # Fewer than wanted after the last round raise, and say why.
+        state = add_round(state, groups, grouped(rollouts.rewards_B, G), max_rounds=max_rounds)
+        if full(state, prompts):
+            break
+    if several:
+        found, _ = take(state, prompts)
+        kept = list(found)
+    return _joined(kept, n_sampled)._replace(n_sampled=n_sampled)
+
+
+def _group(batch: Batch, p: int, size: int) -> Batch:
+    rows = range(p * size, p * size + size)
+    return Batch(
+        [batch.problems[p]], rows_of(batch.rollouts, rows), [batch.texts[k] for k in rows],
+        [batch.parts[k] for k in rows], 1,
+    )  # fmt: skip
+
+
+def _joined(groups: Sequence[Batch], n: int) -> Batch:
+    rollouts = Rollouts(
+        [x for g in groups for x in g.rollouts.prompts],
+        [x for g in groups for x in g.rollouts.responses],
+        [x for g in groups for x in g.rollouts.sampler_log_probs],
+        [x for g in groups for x in g.rollouts.finish_reasons],
+        torch.cat([g.rollouts.rewards_B for g in groups]),
+    )
+    return Batch(
+        [x for g in groups for x in g.problems],
+        rollouts,
+        [x for g in groups for x in g.texts],
+        [x for g in groups for x in g.parts],
+        n,
+    )

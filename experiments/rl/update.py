@@ -1,0 +1,144 @@
+"""What a rollout batch does to the parameters: advantages, epochs, minibatches, passes of a few rows."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from purelm import random, tree
+from purelm.align.advantages import Aux
+from purelm.align.filters import zero_gradient
+from purelm.align.groups import grouped, row_groups
+from purelm.align.objective import Objective, advantages_of, policy_loss
+from purelm.align.recipe import Recipe
+from purelm.align.rollouts import Rollouts, rollout_batch
+from purelm.align.whole import drop_zero_advantage, with_token_weights
+from purelm.models.model import Model
+from purelm.train import TrainState
+
+__all__ = ["Trainer", "loss_of", "minibatches", "padded", "prepared", "update"]
+
+OF_MODEL = ("tokens", "targets", "weights")
+
+
+class Trainer(NamedTuple):
+    """What an update depends on beside state and rollouts."""
+
+    model: Model
+    recipe: Recipe
+    step: Callable[[int], Callable[[TrainState, Any], tuple[TrainState, dict[str, Tensor]]]]  # by number of passes
+    rows_per_pass: int
+    pad_id: int
+    chunk: int | None
+    compute: torch.dtype
+    recompute: bool  # old log-probabilities, else the sampler's
+    reference: Any | None  # parameters that a KL term compares with
+    drops: bool  # whether rows of advantage 0 are left out before the forward pass
+    seed: int
+
+
+def loss_of(model: Model, objective: Objective, temperature: float, chunk: int | None) -> Callable[..., Any]:
+    """(params, batch) -> (loss, metrics): `policy_loss` of the model's log-probabilities at this temperature.
+
+    The batch has tokens, targets, weights (the mask), token_weights, n_tokens, and the entries that the objective
+    needs; a sum over rows, so that passes add up.
+    """
+
+    def loss(params: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        of_model = {name: batch[name] for name in OF_MODEL}
+        log_p_BT, entropy_BT = model.log_probs(params, of_model, temperature=temperature, chunk=chunk)
+        rest = {name: x for name, x in batch.items() if name not in (*OF_MODEL, "denominator")}
+        whole = {**rest, "mask": batch["weights"], "log_probs": log_p_BT, "entropy": entropy_BT}
+        return policy_loss(objective, whole)
+
+    return loss
+
+
+def prepared(trainer: Trainer, params: Any, rollouts: Rollouts, device: torch.device) -> tuple[dict[str, Tensor], Aux]:
+    """(batch of all rows with advantages, old and reference log-probabilities; what the advantages report)."""
+    recipe = trainer.recipe
+    batch = rollout_batch(rollouts, pad_id=trainer.pad_id, multiple_of=32)
+    rewards_B = rollouts.rewards_B
+    if recipe.length_reward is not None:
+        rewards_B = rewards_B + recipe.length_reward(torch.tensor([len(x) for x in rollouts.responses]))
+    advantages, aux = advantages_of(recipe.objective, rewards_B, group_size=recipe.group_size)
+    batch = {name: x.to(device) for name, x in {**batch, "advantages": advantages}.items()}
+    batch["old_log_probs"] = batch["sampler_log_probs"]
+    if trainer.recompute:
+        batch["old_log_probs"] = log_probs(trainer, params, batch)
+    if recipe.objective.kl is not None:
+        batch["ref_log_probs"] = log_probs(trainer, trainer.reference, batch)
+    if recipe.flat_groups == "drop":
+        keep_P = ~zero_gradient(grouped(rollouts.rewards_B, recipe.group_size))
+        keep_B = row_groups(keep_P, recipe.group_size).to(device)
+        batch = {name: x[keep_B] for name, x in batch.items()}
+    return batch, aux
+
+
+@torch.no_grad()
+def log_probs(trainer: Trainer, params: Any, batch: dict[str, Tensor]) -> Tensor:
+    """(B, T) log-probabilities of the targets at the temperature of sampling, in the dtype that is trained in."""
+    params = tree.cast(params, trainer.compute)
+    found = []
+    for at in range(0, len(batch["tokens"]), trainer.rows_per_pass):
+        some = {name: batch[name][at : at + trainer.rows_per_pass] for name in OF_MODEL}
+        found.append(
+            trainer.model.log_probs(params, some, temperature=trainer.recipe.temperature, chunk=trainer.chunk)[0]
+        )
+    return torch.cat(found)
+
+
+def minibatches(
+    batch: dict[str, Tensor], group_size: int, n: int, seed: int, i: int, epoch: int
+) -> Iterator[dict[str, Tensor]]:
+    """The batch's groups in an order of their own, dealt into n parts as equal as can be; groups stay whole."""
+    P = len(batch["tokens"]) // group_size
+    key = random.fold_in(random.fold_in(random.fold_in(random.key(seed), 3), i), epoch)
+    shuffled = random.permutation(key, P)
+    for part in shuffled.tensor_split(min(n, P)) if P else ():
+        rows = (part.unsqueeze(-1) * group_size + torch.arange(group_size)).flatten()
+        yield {name: x[rows.to(x.device)] for name, x in batch.items()}
+
+
+def padded(batch: dict[str, Tensor], multiple: int) -> dict[str, Tensor]:
+    """The batch with rows of no weight added, so that their number is a multiple; 0-d entries stay."""
+    B = len(batch["tokens"])
+    extra = -B % multiple
+    if not extra:
+        return batch
+
+    def longer(x: Tensor) -> Tensor:
+        return torch.cat([x, x.new_zeros(extra, *x.shape[1:])]) if x.ndim and len(x) == B else x
+
+    return {name: longer(x) for name, x in batch.items()}
+
+
+def update(
+    trainer: Trainer, state: TrainState, rollouts: Rollouts, i: int, *, epochs: int, n_minibatches: int,
+    device: torch.device,
+) -> tuple[TrainState, list[dict[str, float]], Aux]:  # fmt: skip
+    """(state, metrics of each optimizer step, what the advantages report) after rollout batch i.
+
+    A minibatch in which no row has an advantage makes no step: its gradient is 0, and momentum alone would move the
+    parameters.
+    """
+    recipe = trainer.recipe
+    batch, aux = prepared(trainer, state.params, rollouts, device)
+    found: list[dict[str, float]] = []
+    for epoch in range(epochs):
+        for part in minibatches(batch, recipe.group_size, n_minibatches, trainer.seed, i, epoch):
+            part = {**part, "mask": part["weights"]}
+            n_rows = len(part["tokens"])
+            part = with_token_weights(recipe.objective, part)
+            if trainer.drops:
+                part = drop_zero_advantage(recipe.objective, part)
+            n_trained = len(part["tokens"])
+            if not n_trained:
+                continue
+            part["n_tokens"] = (part.pop("mask") != 0).sum().to(torch.float32).clamp(min=1.0)
+            n_passes = -(-n_trained // trainer.rows_per_pass)
+            part = padded(part, n_passes)
+            state, metrics = trainer.step(n_passes)(state, part)
+            found.append({name: float(x) for name, x in metrics.items()} | {"rows_trained": n_trained / n_rows})
+    return state, found, aux
