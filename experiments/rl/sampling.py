@@ -90,10 +90,15 @@ def collect(
         if not several:
             kept = groups
             break
-        # Fewer than wanted after the last round raise, and say why.
-        state = add_round(state, groups, grouped(rollouts.rewards_B, G), max_rounds=max_rounds)
+        state = add_round(state, groups, grouped(rollouts.rewards_B, G), max_rounds=None)
         if full(state, prompts):
             break
+    if several and not full(state, prompts):
+        raise ValueError(
+            f"rollout batch {i + 1}: of {n_sampled} groups in {max_rounds} rounds, rewards differ in "
+            f"{len(state.groups)}, and {prompts} are wanted: the problems are too easy or too hard; filter them, raise "
+            "max_rounds, or take a recipe that keeps or drops flat groups"
+        )
     if several:
         found, _ = take(state, prompts)
         kept = list(found)

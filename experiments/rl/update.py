@@ -67,6 +67,8 @@ def prepared(trainer: Trainer, params: Any, rollouts: Rollouts, device: torch.de
     batch["old_log_probs"] = batch["sampler_log_probs"]
     if trainer.recompute:
         batch["old_log_probs"] = log_probs(trainer, params, batch)
+        gap_BT = (batch["old_log_probs"] - batch["sampler_log_probs"]).abs() * (batch["weights"] != 0)
+        aux = {**aux, "sampler_gap_largest": gap_BT.amax()}
     if recipe.objective.kl is not None:
         batch["ref_log_probs"] = log_probs(trainer, trainer.reference, batch)
     if recipe.flat_groups == "drop":
