@@ -278,3 +278,111 @@ def test_rollout_rewards():
     assert metadata == {"format_reward": 2 / 3, "answer_reward": 1 / 3, "reward": 1 / 3}
     raw, _ = A["run_compute_rollout_rewards"](question_only, [r"\boxed{5}", "5"], ["5", "5"])
     assert raw.tolist() == [1.0, 0.0]
+
+
+REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.5], dtype=torch.float64)
+
+
+def test_group_normalized_rewards():
+    """Oracle: each group by hand, with the unbiased deviation."""
+    groups = REWARDS.view(2, 3)
+    centred = groups - groups.mean(1, keepdim=True)
+    deviation = (centred.square().sum(1, keepdim=True) / 2).sqrt()
+    f = A["run_compute_group_normalized_rewards"]
+    for options, expected in (
+        ({}, centred / (deviation + 1e-6)),
+        ({"advantage_normalizer": "none"}, centred),
+        ({"advantage_normalizer": "mean", "advantage_eps": 0.0}, centred / groups.mean(1, keepdim=True)),
+        ({"baseline": "none"}, groups),
+    ):
+        torch.testing.assert_close(f(REWARDS, 3, **options)[0], expected.flatten(), **EXACT)
+    reward_fn = lambda text, gold: {"reward": float(text == gold), "format_reward": 1.0}  # noqa: E731
+    for by_std, expected in ((True, 2**-0.5), (False, 0.5)):
+        found, raw, means = A["run_compute_group_normalized_rewards_2025"](reward_fn, "ab", "ac", 2, 1e-6, by_std)
+        assert found.tolist() == pytest.approx([expected, -expected], rel=1e-5)
+        assert raw.tolist() == [1, 0] and means == {"reward": 0.5, "format_reward": 1.0}
+
+
+def _policy(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    lp, old = (-torch.rand(6, 5, generator=g, dtype=torch.float64) * 2 for _ in range(2))
+    mask = torch.arange(5) < torch.tensor([5, 4, 3, 2, 1, 5]).unsqueeze(-1)
+    return lp.requires_grad_(), old, mask
+
+
+@pytest.mark.parametrize("method", ["none", "noclip", "grpo", "gspo"])
+def test_policy_gradient_losses(method):
+    """Oracle: the formulas of the handouts, token by token."""
+    lp, old, mask = _policy()
+    lp = lp.detach()
+    losses, _ = A["run_compute_policy_gradient_loss"](REWARDS, lp, method, old, 0.2, mask)
+    for i in range(6):
+        T = int(mask[i].sum())
+        for t in range(T):
+            w = math.exp(float(lp[i, t] - old[i, t]))
+            if method == "gspo":
+                w = math.exp(sum(float(lp[i, s] - old[i, s]) for s in range(T)) / T)
+            a, clipped = float(REWARDS[i]), min(max(w, 0.8), 1.2)
+            expected = {"none": -a * float(lp[i, t]), "noclip": -w * a}.get(method, -min(w * a, clipped * a))
+            assert float(losses[i, t]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss_type", ["no_baseline", "reinforce_with_baseline", "grpo_clip"])
+def test_a_microbatch_of_2025(loss_type):
+    """Oracle: autograd through the mean over rows of the mean over tokens, divided by the number of microbatches."""
+    lp, old, mask = _policy(1)
+    advantages, raw = (REWARDS - 0.5).unsqueeze(-1), REWARDS.unsqueeze(-1)
+    loss, _ = A["run_grpo_microbatch_train_step"](lp, mask, 4, loss_type, raw, advantages, old, 0.1)
+    own = lp.detach().requires_grad_()
+    w = (own - old).exp()
+    each = {
+        "no_baseline": -raw * own,
+        "reinforce_with_baseline": -advantages * own,
+        "grpo_clip": -torch.minimum(w * advantages, w.clamp(0.9, 1.1) * advantages),
+    }[loss_type]
+    expected = ((each * mask).sum(1) / mask.sum(1)).mean() / 4
+    torch.testing.assert_close(loss, expected, **EXACT)
+    torch.testing.assert_close(lp.grad, torch.autograd.grad(expected, own)[0], **EXACT)
+    losses, _ = A["run_compute_policy_gradient_loss_2025"](own, loss_type, raw, advantages, old, 0.1)
+    torch.testing.assert_close(losses, each, **EXACT)
+
+
+class Bigrams(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(400, 400, generator=torch.Generator().manual_seed(0)).double())
+
+    def forward(self, ids):
+        return SimpleNamespace(logits=self.table[ids % 400])
+
+
+@pytest.mark.parametrize("normalization", [("sequence", None), ("constant", 24)])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_train_step_of_2026(normalization, steps):
+    """Oracle: the whole batch at once, by autograd and plain SGD."""
+    prompts = ["a b", "a b", "c", "c", "d e f", "d e f"]
+    answers = ["x", "y z", "u v w", "x", "y", "z z"]
+    golds = ["x", "x", "x", "x", "y", "y"]
+    reward_fn = lambda text, gold: {"reward": float(text == gold)}  # noqa: E731
+    tokenizer = SimpleNamespace(pad_token_id=0, encode=lambda text, **_: [ord(c) for c in text.replace(" ", "")])
+    model = Bigrams()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loss, found = A["run_grpo_train_step"](
+        model, tokenizer, optimizer, steps, None, reward_fn, prompts, answers, golds, 2,
+        loss_normalization=normalization[0], normalization_constant=normalization[1],
+    )  # fmt: skip
+    assert found["reward"] == 0.5
+    own = Bigrams().table
+    total = 0.0
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        pair = [float(answers[j] == golds[j]) for j in (i - i % 2, i - i % 2 + 1)]
+        centred = float(answer == golds[i]) - sum(pair) / 2
+        advantage = centred / (abs(pair[0] - pair[1]) / math.sqrt(2) + 1e-6)
+        ids = tokenizer.encode(prompt + answer)
+        log_p = [own[a].log_softmax(-1)[b] for a, b in pairwise(ids)][-len(answer.replace(" ", "")) :]
+        n = len(log_p) * 6 if normalization[0] == "sequence" else normalization[1]
+        total = total - advantage * sum(log_p) / n
+    expected = torch.autograd.grad(total, own)[0]
+    # Rewards are fp32, and so are advantages.
+    assert float(loss) == pytest.approx(float(total), abs=1e-6)
+    torch.testing.assert_close(model.table.detach(), (own - expected).detach(), rtol=0, atol=1e-6)
