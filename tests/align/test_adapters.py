@@ -384,5 +384,5 @@ def test_a_train_step_of_2026(normalization, steps):
         total = total - advantage * sum(log_p) / n
     expected = torch.autograd.grad(total, own)[0]
     # Rewards are fp32, and so are advantages.
-    assert float(loss) == pytest.approx(float(total), abs=1e-6)
+    assert float(loss) == pytest.approx(float(total.detach()), abs=1e-6)
     torch.testing.assert_close(model.table.detach(), (own - expected).detach(), rtol=0, atol=1e-6)
