@@ -11,7 +11,7 @@ import pytest
 from tests.dist.processes import ENVIRONMENT, ROOT, script_launcher
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-TWENTY_LINES, FLASH, LAWS, MANY = BLOCKS  # a new program gets a test
+TWENTY_LINES, FLASH, LAWS, DAPO, MANY = BLOCKS  # a new program gets a test
 WAYS = re.findall(r'way == "(\w+)":', MANY)
 
 
@@ -50,6 +50,22 @@ def test_a_fault_of_a_layer_is_found_by_its_law(tmp_path):
     """Sums of 512 squares in bf16: what the comment beside the print says, and no other law."""
     (line,) = run(tmp_path, LAWS).splitlines()
     assert line.startswith("check_op: dtypes: in torch.bfloat16, the value")
+
+
+def test_an_objective(tmp_path):
+    """Oracle: the formulas of DAPO (arXiv:2503.14476), token by token, on the tensors that the program makes."""
+    names: dict = {}
+    exec(DAPO.replace("import torch\n", "import torch\ntorch.manual_seed(1)\n", 1), names)
+    found = names["rewards_B"].double().view(2, 2)
+    advantages = ((found - found.mean(1, keepdim=True)) / (found.std(1, keepdim=True) + 1e-6)).flatten()
+    ratio = (names["log_probs_BT"] - names["old_BT"]).detach().double().exp()
+    total, n = 0.0, 0
+    for b in range(4):
+        for t in range(int(names["mask_BT"][b].sum())):
+            w, a = float(ratio[b, t]), float(advantages[b])
+            total, n = total - min(w * a, min(max(w, 0.8), 1.28) * a), n + 1
+    assert float(names["loss"].detach()) == pytest.approx(total / n, rel=1e-5)
+    assert "clipped_high" in run(tmp_path, DAPO)
 
 
 @pytest.fixture(scope="module")
