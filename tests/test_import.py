@@ -31,7 +31,7 @@ EVERYTHING = (
     "import purelm, purelm.tree, purelm.random, purelm.transforms, purelm.ops, purelm.models.transformer, "
     "purelm.optim, purelm.train, purelm.checkpoint, purelm.track, purelm.generate, purelm.tokenizer, "
     "purelm.data, purelm.accounting, purelm.evals.tasks, purelm.align.lora, purelm.align.graders, "
-    "purelm.align.data.openr1, purelm.testing"
+    "purelm.align.data.openr1, purelm.align.recipes, purelm.testing"
 )
 
 

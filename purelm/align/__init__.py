@@ -6,6 +6,8 @@
     lora        init and merge of low-rank updates
     graders     whether an answer is right, and rewards
     data        rows of prompts and responses: read, cleaned, counted
+    objective   the loss of a policy from advantages, ratios, regions, weights and aggregation; recipes has known ones
+    filters     which prompts and groups teach something; shaping, collect and controllers stand beside it
 
 The loss of supervised fine-tuning is the model's own, `model.loss`, on such a batch. Import these by name:
 `from purelm.align import lora`. README.md has CS336's adapters, each in a few lines of these.

@@ -117,7 +117,7 @@ def adapted(
         aggregate = partial(aggregation.group_token_mean, **{**aggregate.keywords, "group_size": G})
     if _calls(aggregate, aggregation.constant) and aggregate.keywords["length"] == recipe.max_new_tokens:
         aggregate = partial(aggregation.constant, **{**aggregate.keywords, "length": L})
-    if _calls(length_reward, shaping.soft_overlong) and L != recipe.max_new_tokens:
+    if _calls(length_reward, shaping.soft_overlong) and L is not None and L != recipe.max_new_tokens:
         buffer = max(1, round(length_reward.keywords["buffer"] * L / length_reward.keywords["longest"]))
         length_reward = partial(shaping.soft_overlong, longest=L, buffer=buffer)
     changed = {"length_reward": length_reward, "group_size": G, "max_new_tokens": L, **changes}

@@ -75,10 +75,11 @@ def drop_zero_advantage(objective: Objective, batch: Batch) -> dict[str, Any]:
 
 def _ignores_zero(objective: Objective) -> bool:
     """Whether, on an example off-policy, rows of advantage 0 change nothing."""
-    B, T = 8, 6
+    B, T = 64, 256  # so many that a share of 2e-4 of the tokens is more than one, as in clip_cov
     at = torch.arange(B * T, dtype=torch.float64).view(B, T)
-    lp, old = -1.5 + at.sin(), -1.5 + (2 * at).cos()
-    advantages = torch.tensor([1.0, 0.0, -1.0, 0.0, 0.0, 2.0, -0.5, 0.0], dtype=torch.float64)
+    lp = 4 * at.sin() - 4
+    old = lp + 0.4 * (2 * at).cos()
+    advantages = torch.tensor([1.0, 0.0, -1.0, 0.0, 0.0, 2.0, -0.5, 0.0], dtype=torch.float64).repeat(B // 8)
     batch = {"old_log_probs": old, "sampler_log_probs": old + (3 * at).sin() / 4, "ref_log_probs": old, "entropy": -lp,
              "advantages": advantages, "mask": torch.ones(B, T), "token_weights": torch.ones(B, T)}  # fmt: skip
     for f in (objective.region, objective.ratio, objective.weight, objective.kl):  # entries of the user's own
