@@ -174,10 +174,12 @@ def test_luspo_is_gspo_s_losses_times_lengths():
 
 
 def test_long_rows_in_bf16():
-    """Sums and counts in fp32: 300 losses of 1 have the mean 1, and bf16 counts to 256."""
-    loss, mask = torch.ones(2, 300, dtype=torch.bfloat16), torch.ones(2, 300, dtype=torch.bfloat16)
+    """Sums and counts in fp32: 301 losses of 1 have the mean 1 and the sum 301, which is no number of bf16."""
+    loss, mask = torch.ones(2, 301, dtype=torch.bfloat16), torch.ones(2, 301, dtype=torch.bfloat16)
     assert ag.token_mean(loss, mask) == 1 and ag.sequence_mean(loss, mask) == 1
-    assert ag.token_mean_denominator(mask) == 600 and ag.sequence_sum(loss, mask) == 300
+    assert ag.token_mean_denominator(mask) == 602 and ag.sequence_sum(loss, mask) == 301
+    for f, _, options, _ in CASES.values():
+        assert f(loss, mask, **options).dtype == torch.float32
 
 
 def test_more_padding_and_other_orders():

@@ -208,7 +208,7 @@ SEQUENCES = torch.cartesian_prod(*[torch.arange(V)] * LENGTH)  # all of them
 
 
 def log_probs_of(theta):
-    """(V^LENGTH, LENGTH): of each sequence's tokens, of a policy with a table of logits for each prefix of one token."""
+    """Of each sequence (V^LENGTH, LENGTH), by a policy of a table of logits: one row for each previous token."""
     log_p = torch.log_softmax(theta, -1)  # (LENGTH, previous token, token)
     before = torch.cat([torch.zeros(len(SEQUENCES), 1, dtype=torch.long), SEQUENCES[:, :-1]], 1)
     return log_p[torch.arange(LENGTH), before, SEQUENCES]
