@@ -3,6 +3,9 @@
     responses   pairs of prompts and responses as batches, padded or packed
     masked      masked_mean, masked_normalize: the denominator is an argument
     logits      log-probabilities and entropies of logits that another library's model gives
+    ratios, regions, regions_token, regions_sequence, regions_batch, weights, divergences, aggregation
+                policy losses, composed of functions of log-probabilities, advantages and a mask
+    tokens      what these share: masking, sums of rows, shares
     lora        init and merge of low-rank updates
     graders     whether an answer is right, and rewards
     data        rows of prompts and responses: read, cleaned, counted

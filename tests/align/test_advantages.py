@@ -260,6 +260,8 @@ def test_value_of_codapo():
     lp = torch.tensor([[-1.0, -2.0], [-1.0, -2.0]])
     _, aux = adv.codapo(r, lp)
     torch.testing.assert_close(aux["value"], torch.tensor([float(np.exp(-1.5)), 0.0]))
+    _, aux = adv.codapo(torch.tensor([[1.0, 0.5]]), lp[:1])  # a reward of `right` itself is not right
+    torch.testing.assert_close(aux["value"], torch.tensor([float(np.exp(-1.5))]))
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("positive_only", "pass_at_k", "pass_at_k_std", "gpg")])
