@@ -278,3 +278,38 @@ def test_rollout_rewards():
     assert metadata == {"format_reward": 2 / 3, "answer_reward": 1 / 3, "reward": 1 / 3}
     raw, _ = A["run_compute_rollout_rewards"](question_only, [r"\boxed{5}", "5"], ["5", "5"])
     assert raw.tolist() == [1.0, 0.0]
+
+
+class Bigrams(torch.nn.Module):
+    """logits_t = a row of a table, chosen by the token at t."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.table = torch.nn.Parameter(torch.randn(2000, 2000, generator=generator, dtype=torch.float64))
+
+    def forward(self, ids):
+        return SimpleNamespace(logits=self.table[ids])
+
+
+def test_per_instance_dpo_loss(tmp_path, monkeypatch):
+    """-log s(b (d_w - d_l)) in Python's numbers, from bigram log-probabilities of the answers alone: the prompt's
+    cancel, and the end token counts. The gradient: -b s(-b d) at the chosen answer's first token."""
+    (tmp_path / "prompt").write_text("### In:\n{instruction}\n\n### Out:\n{response}\n")
+    monkeypatch.setitem(A, "ALPACA", tmp_path / "prompt")
+    lm, ref = Bigrams(0), Bigrams(1)
+    tokenizer, beta = Words(), 0.5
+    loss = A["run_compute_per_instance_dpo_loss"](lm, ref, tokenizer, beta, "what is", "yes so", "no idea at all")
+
+    def total(model, answer):
+        ids = [*tokenizer.encode(f"Out:\n{answer}", add_special_tokens=False), tokenizer.eos_token_id]
+        rows = model.table.detach()
+        return math.fsum(math.log(softmax(rows[i].tolist())[j]) for i, j in pairwise(ids))
+
+    d = math.fsum(sign * (total(lm, x) - total(ref, x)) for sign, x in ((1, "yes so"), (-1, "no idea at all")))
+    assert loss.shape == () and loss.item() == pytest.approx(math.log(1 + math.exp(-beta * d)), rel=1e-9)
+    loss.backward()
+    out, yes, no = (tokenizer.encode(x)[1] for x in ("Out:", "yes", "no"))
+    share = 1 / (1 + math.exp(beta * d))
+    assert lm.table.grad[out, yes].item() == pytest.approx(-beta * share, rel=1e-9)
+    assert lm.table.grad[out, no].item() == pytest.approx(beta * share, rel=1e-9) and ref.table.grad is None
