@@ -17,7 +17,10 @@ from purelm.data.packing import first_fit
 from purelm.tokenizer import BPE
 from purelm.tokenizer.chat import encode_parts
 
-__all__ = ["Example", "Pair", "batch_maker", "batch_of", "content", "filled", "read_examples", "read_pairs", "text_of"]
+__all__ = [
+    "Example", "Pair", "batch_maker", "batch_of", "content", "filled", "read_examples", "read_pairs", "rows_of_step",
+    "text_of",
+]  # fmt: skip
 
 Parts = list[tuple[str, bool]]  # pieces of a text, and whether the template wrote them
 
@@ -125,15 +128,23 @@ def batch_of(examples: Sequence[Example], pad: int, device: torch.device) -> dic
     return {name: x.to(device) for name, x in made.items()}
 
 
+def rows_of_step(i: int, n_rows: int, batch_size: int, seed: int) -> list[int]:
+    """The numbers of step i's rows: each once an epoch, in an order of its own; the last few wait for the next."""
+    per_epoch = n_rows // batch_size
+    at = (i % per_epoch) * batch_size
+    order_key = random.fold_in(random.key(seed), 1)
+    return random.permutation(random.fold_in(order_key, i // per_epoch), n_rows)[at : at + batch_size].tolist()
+
+
 def batch_maker(
     examples: Sequence[Example], batch_size: int, seed: int, pad: int, *, packed: int | None
 ) -> tuple[int, Callable[[int], dict[str, torch.Tensor]]]:
     """(number of rows, function that makes the batch of step i, on the CPU): a pure function of (examples, seed, i).
 
     A row is one example, and a batch is as long as its longest; or with `packed` rows of that many predictions hold
-    several. Every row comes once an epoch, in an order of its own; the last few, that fill no batch, wait for the next.
+    several. Rows come in the order of `rows_of_step`.
     """
-    order_key, plan_key = random.fold_in(random.key(seed), 1), random.fold_in(random.key(seed), 2)
+    plan_key = random.fold_in(random.key(seed), 2)
     rows = [[k] for k in range(len(examples))]
     if packed is not None:
         sizes = [len(x.prompt) + len(x.response) - 1 for x in examples]
@@ -147,10 +158,7 @@ def batch_maker(
         return row
 
     def batch(i: int) -> dict[str, torch.Tensor]:
-        per_epoch = len(rows) // batch_size
-        at = (i % per_epoch) * batch_size
-        order = random.permutation(random.fold_in(order_key, i // per_epoch), len(rows))
-        chosen = [rows[k] for k in order[at : at + batch_size].tolist()]
+        chosen = [rows[k] for k in rows_of_step(i, len(rows), batch_size, seed)]
         if packed is None:
             return batch_of([examples[k] for (k,) in chosen], pad, torch.device("cpu"))
         made = [packed_row(numbers) for numbers in chosen]
