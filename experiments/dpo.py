@@ -34,12 +34,8 @@ from experiments.finetune.training import fine_tune
 
 PANELS = (
     ("loss", "training loss"),
-    ("heldout_loss", "held-out loss"),
-    ("margin", "margin of rewards, training"),
-    ("heldout_margin", "margin of rewards, held-out"),
-    ("heldout_accuracy", "held-out accuracy of rewards"),
-    ("heldout_policy_accuracy", "held-out accuracy of the policy"),
-    ("heldout_chosen_log_p", "held-out log p of chosen answers"),
+    ("heldout_margin", "mean margin of rewards, held-out"),
+    ("heldout_accuracy", "accuracy of rewards, held-out"),
     ("grad_norm", "gradient norm"),
 )
 
