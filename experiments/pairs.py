@@ -24,10 +24,12 @@ __all__ = [
     "batch_maker",
     "batch_of",
     "content",
+    "example",
     "filled",
     "read_chats",
     "read_examples",
     "read_pairs",
+    "rows_of_step",
     "text_of",
 ]
 
@@ -56,6 +58,17 @@ class Example(NamedTuple):
     def prompt(self) -> np.ndarray:
         """What a model is asked."""
         return self.ids[: self.n_prompt]
+
+    @property
+    def response(self) -> np.ndarray:
+        """What it is to say."""
+        return self.ids[self.n_prompt :]
+
+
+def example(pair: Pair, prompt: np.ndarray, response: np.ndarray) -> Example:
+    """The example whose response alone is trained."""
+    ids = np.concatenate([prompt, response])
+    return Example(pair, ids, np.arange(len(ids)) >= len(prompt), len(prompt))
 
 
 def read_pairs(path: Path, prompt: str, response: str, gold: str, limit: int | None = None) -> list[Pair]:
@@ -122,8 +135,7 @@ def read_examples(
         if n > max_length and overlong == "error":
             raise ValueError(f"{path}: example {i} has {n} tokens, more than max_length {max_length}")
         if n <= max_length or (overlong == "truncate" and len(p) < max_length):
-            ids = np.concatenate([p, r])[:max_length]
-            kept.append(Example(pair, ids, np.arange(len(ids)) >= len(p), len(p)))
+            kept.append(example(pair, p, r[: max_length - len(p)]))
     _say_left_out(path, len(kept), len(pairs))
     return kept
 
@@ -195,15 +207,23 @@ def batch_of(examples: Sequence[Example], pad: int, device: torch.device) -> dic
     return {name: x.to(device) for name, x in made.items()}
 
 
+def rows_of_step(i: int, n_rows: int, batch_size: int, seed: int) -> list[int]:
+    """The numbers of step i's rows: each once an epoch, in an order of its own; the last few wait for the next."""
+    per_epoch = n_rows // batch_size
+    at = (i % per_epoch) * batch_size
+    order_key = random.fold_in(random.key(seed), 1)
+    return random.permutation(random.fold_in(order_key, i // per_epoch), n_rows)[at : at + batch_size].tolist()
+
+
 def batch_maker(
     examples: Sequence[Example], batch_size: int, seed: int, pad: int, *, packed: int | None
 ) -> tuple[int, Callable[[int], dict[str, torch.Tensor]]]:
     """(number of rows, function that makes the batch of step i, on the CPU): a pure function of (examples, seed, i).
 
     A row is one example, and a batch is as long as its longest; or with `packed` rows of that many predictions hold
-    several. Every row comes once an epoch, in an order of its own; the last few, that fill no batch, wait for the next.
+    several. Rows come in the order of `rows_of_step`.
     """
-    order_key, plan_key = random.fold_in(random.key(seed), 1), random.fold_in(random.key(seed), 2)
+    plan_key = random.fold_in(random.key(seed), 2)
     rows = [[k] for k in range(len(examples))]
     if packed is not None:
         sizes = [len(x.ids) - 1 for x in examples]
@@ -217,10 +237,7 @@ def batch_maker(
         return row
 
     def batch(i: int) -> dict[str, torch.Tensor]:
-        per_epoch = len(rows) // batch_size
-        at = (i % per_epoch) * batch_size
-        order = random.permutation(random.fold_in(order_key, i // per_epoch), len(rows))
-        chosen = [rows[k] for k in order[at : at + batch_size].tolist()]
+        chosen = [rows[k] for k in rows_of_step(i, len(rows), batch_size, seed)]
         if packed is None:
             return batch_of([examples[k] for (k,) in chosen], pad, torch.device("cpu"))
         made = [packed_row(numbers) for numbers in chosen]

@@ -28,7 +28,7 @@ from purelm.models import transformer
 from purelm.models.leaves import like
 from purelm.ops import Ops
 from purelm.optim import Optimizer, chain
-from purelm.train import ALONE, Precision, Strategy, TrainState, init_state, make_step, state_of
+from purelm.train import ALONE, Loss, Precision, Strategy, TrainState, init_state, make_step, state_of
 from purelm.transforms import cuda_graph, jit
 
 Wrap = Callable[[transformer.BlockFn], transformer.BlockFn]
@@ -64,6 +64,7 @@ class Job(NamedTuple):
     precision: Precision
     microbatches: int
     loss_chunk: int | None = None  # tokens whose logits are held at a time; None: all
+    loss: Callable[[transformer.Model, int | None], Loss] | None = None  # of the model and loss_chunk; None: its own
 
 
 class Run(NamedTuple):
@@ -105,9 +106,14 @@ def alone(job: Job, device: torch.device, *, compiled: bool, graph: bool) -> Run
     return Run(init, step, evaluate, lambda params: params, one_process.save, load)
 
 
+def loss_of(job: Job, model: transformer.Model) -> Loss:
+    """The function (params, batch) -> (loss, metrics) that the job minimises."""
+    return partial(model.loss, chunk=job.loss_chunk) if job.loss is None else job.loss(model, job.loss_chunk)
+
+
 def _step(job: Job, model: transformer.Model, optimizer: Optimizer, strategy: Strategy) -> Any:
     return make_step(
-        partial(model.loss, chunk=job.loss_chunk),
+        loss_of(job, model),
         optimizer,
         job.schedule,
         strategy=strategy,

@@ -1,57 +1,57 @@
-"""Held-out pairs of a fine-tuning run: their loss, and continuations of their prompts, graded and written down."""
+"""Held-out pairs of a fine-tuning run: measured, and their prompts continued, graded and written down."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from experiments.finetune.config import Sft
+from experiments.finetune.config import FineTuning
 from experiments.finetune.setup import CHUNK, Ready
 from experiments.generate import known_text
-from experiments.grading import grader_named
-from experiments.ops import ops_for_generation, ops_named
-from experiments.pairs import Example, batch_of, text_of
+from experiments.ops import evaluating_ops, ops_for_generation
+from experiments.pairs import Example, text_of
 from purelm import generate, random, track, tree
 from purelm.align.responses import response_batch
 from purelm.models import transformer
 
 
+class Measure(NamedTuple):
+    """What is measured of held-out pairs, on several processes."""
+
+    part: Callable[[Any, list[Any]], Any]  # (params in the compute dtype, a process's pairs) -> its part
+    together: Callable[[list[Any]], dict[str, float]]  # the parts of all processes -> figures
+    example: Callable[[Any], Example]  # of a pair: what is continued
+
+
 class Heldout:
     """Evaluates on all processes, each its share of the pairs; the first writes generations.jsonl."""
 
-    def __init__(self, cfg: Sft, ready: Ready):
-        self.cfg, self.ready = cfg, ready
-        cap = ready.model.attention_softcap
-        self.model = transformer.make(ready.model, ops_named("reference" if cap is not None else "sdpa"))
+    def __init__(self, cfg: FineTuning, ready: Ready, measure: Measure, reward: Any = None):
+        self.cfg, self.ready, self.measure, self.reward = cfg, ready, measure, reward
+        self.model = transformer.make(ready.model, evaluating_ops(ready.model))
         self.generating = transformer.make(ready.model, ops_for_generation(ready.model))
         self.chunk = max(CHUNK // (4 * ready.model.vocab_size), 1)
-        self.reward = grader_named(cfg.grade)
 
     @torch.no_grad()
     def evaluate(self, params: Any, step: int) -> dict[str, float]:
-        """{"heldout_loss", ...}: nats a token of the responses; with generations their mean reward, length, entropy."""
+        """The figures of `measure`; with generations also their mean reward, length, entropy."""
         ready, cfg = self.ready, self.cfg
         if not ready.heldout:
             return {}
         params = tree.cast(params, ready.precision.compute)
         rank, size = ready.world.rank, ready.world.size
-        total = count = 0.0
-        mine = ready.heldout[rank::size]
-        for start in range(0, len(mine), cfg.batch_size):
-            batch = batch_of(mine[start : start + cfg.batch_size], ready.pad, ready.world.device)
-            log_p, _ = self.model.log_probs(params, batch, chunk=self.chunk)
-            total -= float(log_p.double().sum())
-            count += float(batch["weights"].sum())
-        chosen = ready.heldout[: cfg.generations]
+        mine = self.measure.part(params, ready.heldout[rank::size])
+        chosen = [self.measure.example(x) for x in ready.heldout[: cfg.generations]]
         rows = self._continued(params, chosen[rank::size], step)
-        found: list[Any] = [(total, count, rows)]
+        found: list[Any] = [(mine, rows)]
         if size > 1:
             found = [None] * size
-            dist.all_gather_object(found, (total, count, rows))
-        row = {"heldout_loss": sum(x[0] for x in found) / max(sum(x[1] for x in found), 1.0)}
+            dist.all_gather_object(found, (mine, rows))
+        row = self.measure.together([x[0] for x in found])
         # Rank r has prompts r, r + size, ...
-        rows = [found[i % size][2][i // size] for i in range(len(chosen))]
+        rows = [found[i % size][1][i // size] for i in range(len(chosen))]
         if rows and ready.first:
             sink = track.jsonl_sink(cfg.run / "generations.jsonl")
             for one in rows:

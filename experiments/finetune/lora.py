@@ -3,8 +3,8 @@
 from functools import partial
 from typing import Any
 
-from experiments.finetune.config import Sft
-from experiments.parallel import Job, Run
+from experiments.finetune.config import FineTuning
+from experiments.parallel import Job, Run, loss_of
 from purelm import checkpoint as one_process
 from purelm import random, tree
 from purelm.align import lora
@@ -18,14 +18,14 @@ from purelm.train import ALONE, init_state, make_step
 from purelm.transforms import jit
 
 
-def low_rank(cfg: Sft, world: World, job: Job, params: Any, *, compiled: bool) -> Run:
+def low_rank(cfg: FineTuning, world: World, job: Job, params: Any, *, compiled: bool) -> Run:
     """A run that trains an update of every matrix of the blocks; with several processes each has all of it."""
     model = transformer.make(job.model, job.ops, job.wrap_block)
     base = tree.cast(params, job.precision.compute)
-    loss_of = partial(model.loss, chunk=job.loss_chunk)
+    own_loss = loss_of(job, model)
 
     def loss(adapters: Any, batch: Any) -> Any:
-        return loss_of(lora.merge(base, adapters, alpha=cfg.lora.alpha), batch)
+        return own_loss(lora.merge(base, adapters, alpha=cfg.lora.alpha), batch)
 
     optim = cfg.optim
     optimizer = adamw((optim.beta1, optim.beta2), optim.eps, optim.weight_decay)
@@ -44,7 +44,7 @@ def low_rank(cfg: Sft, world: World, job: Job, params: Any, *, compiled: bool) -
     def evaluate(adapters: Any, batches: Any, n_bytes: int) -> Score:
         """Every process computes all batches."""
         merged = lora.merge(params, adapters, alpha=cfg.lora.alpha)
-        return score(loss_of, merged, batches, n_bytes, device=world.device)
+        return score(own_loss, merged, batches, n_bytes, device=world.device)
 
     like = {"params": adapters()}
     like["opt_state"] = optimizer.init(like["params"])

@@ -1,21 +1,19 @@
-"""From a configuration of `experiments.sft` to the functions and data of a run: all checked, nothing written."""
+"""What fine-tuning programs have in common before the first step: all is checked, and nothing written."""
 
 import dataclasses
 import json
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from experiments import resume
-from experiments.console import can_compile, in_bf16, say
-from experiments.finetune.config import MAY_CHANGE, Sft
+from experiments.console import in_bf16, say
+from experiments.finetune.config import MAY_CHANGE, FineTuning
 from experiments.finetune.lora import low_rank
 from experiments.open_model import open_model
 from experiments.ops import ops_named
-from experiments.pairs import Example, batch_maker, content, read_chats, read_examples
 from experiments.parallel import Job, Run, alone, layout
 from experiments.setup import make_core, make_deterministic, make_schedule
 from purelm import tree
@@ -25,7 +23,7 @@ from purelm.dist.world import World
 from purelm.models import hf, transformer
 from purelm.tokenizer import BPE, fingerprint, token_to_id
 from purelm.tokenizer.chat import Chat, find_chat
-from purelm.train import FULL, MIXED, Precision
+from purelm.train import FULL, MIXED, Loss, Precision
 from purelm.transforms import remat
 
 LOGITS = 2**30  # bytes of fp32 logits from which on a chunk's are held at a time
@@ -40,7 +38,7 @@ class Ready(NamedTuple):
     chat: Chat | None  # the model's template, for its export
     run: Run
     batch: Callable[[int], dict[str, torch.Tensor]]  # this process's part of step i's batch
-    heldout: list[Example]
+    heldout: list[Any]
     pad: int
     end: list[int]
     precision: Precision
@@ -54,8 +52,20 @@ class Ready(NamedTuple):
         return self.world.rank == 0
 
 
-def start(cfg: Sft, world: World) -> Ready:
-    """ValueError names what does not fit: files, model, checkpoint, other processes."""
+class Opened(NamedTuple):
+    """The model to start from."""
+
+    params: Any  # fp32
+    model: transformer.Config
+    bpe: BPE
+    begin: list[int]  # ids before a prompt
+    end: list[int]  # ids after a response
+    pad: int
+    precision: Precision
+
+
+def opened(cfg: FineTuning, world: World) -> Opened:
+    """ValueError names what does not fit: settings among each other, with the model, its tokenizer."""
     if cfg.batch_size % (world.size * cfg.microbatches):
         parts = f"{world.size} processes x {cfg.microbatches} microbatches"
         raise ValueError(f"batch_size {cfg.batch_size} is not divisible by {parts}")
@@ -63,60 +73,50 @@ def start(cfg: Sft, world: World) -> Ready:
         raise ValueError(f"optim.name is {cfg.optim.name}: low-rank updates are trained by adamw")
     if cfg.lora.rank and world.size > 1 and cfg.parallel.mode != "ddp":
         raise ValueError(f"parallel.mode is {cfg.parallel.mode}: low-rank updates are small, and every process has all")
-    if cfg.grade != "none" and not (cfg.heldout and cfg.generations):
-        raise ValueError("grade: responses to held-out prompts are graded: give --heldout, and --generations")
     make_deterministic()
     params, model, bpe = open_model(cfg.model, cfg.tokenizer, world.device)
     begin, end = special_ids(bpe, cfg.begin, "begin"), special_ids(bpe, cfg.end, "end")
     if cfg.max_length > model.context_length:
         raise ValueError(f"max_length is {cfg.max_length}: the model's context_length is {model.context_length}")
-    limits: dict[str, Any] = {"max_length": cfg.max_length, "overlong": cfg.overlong}
-    template = template_of(cfg.model, bpe, says=world.rank == 0)
-    if cfg.chat:
-        if template is None:
-            raise ValueError(f"chat: {cfg.model} has no chat template that goes with the tokenizer")
-        examples: Any = partial(read_chats, bpe=bpe, chat=template, gold=cfg.gold, ends=end, **limits)
-    else:
-        examples = partial(
-            read_examples, bpe=bpe, prompt=cfg.prompt, response=cfg.response, gold=cfg.gold or cfg.response,
-            before=begin, after=end, **limits,
-        )  # fmt: skip
-    pairs = examples(cfg.train)
-    heldout = examples(cfg.heldout, limit=cfg.eval_pairs) if cfg.heldout is not None else []
-    pad = (end or begin or [0])[0]
-    n_rows, rows = batch_maker(
-        pairs, cfg.batch_size, cfg.seed, pad, packed=cfg.max_length if cfg.packing else None,
-    )  # fmt: skip
-    if n_rows < cfg.batch_size:
-        raise ValueError(f"{cfg.train}: {n_rows} rows of at most {cfg.max_length} tokens; batch_size is more")
+    precision = MIXED if in_bf16(cfg.compute, world.device) else FULL
+    return Opened(params, model, bpe, begin, end, (end or begin or [0])[0], precision)
 
-    def batch(i: int) -> dict[str, torch.Tensor]:
-        n = cfg.batch_size // world.size
-        return {k: x[world.rank * n : world.rank * n + n].to(world.device) for k, x in rows(i).items()}
 
+def described(cfg: FineTuning, given: Opened, data: Mapping[str, str]) -> tuple[dict[str, Any], int]:
+    """(meta of checkpoints, steps of the one that the run goes on from). data: fingerprints of train and heldout.
+
+    ValueError where the checkpoint is of another run, or other processes were started differently.
+    """
     fields = {name: x for name, x in dataclasses.asdict(cfg).items() if name != "model"}
     meta = {
-        "config": json.loads(json.dumps({**fields, "model": dataclasses.asdict(model)}, default=str)),
-        "fingerprints": {
-            "model": tensors_of(params), "train": content(pairs), "heldout": content(heldout),
-            "tokenizer": fingerprint(bpe),
-        },
-    }  # fmt: skip
+        "config": json.loads(json.dumps({**fields, "model": dataclasses.asdict(given.model)}, default=str)),
+        "fingerprints": {"model": tensors_of(given.params), **data, "tokenizer": fingerprint(given.bpe)},
+    }
     done = resume.checked(cfg.run, cfg.steps, meta, MAY_CHANGE) if cfg.resume else 0
     check_same(resume.for_ranks(meta["config"], {**meta["fingerprints"], "newest checkpoint": done}))
-    precision = MIXED if in_bf16(cfg.compute, world.device) else FULL
-    run = _run_of(cfg, world, params, model, precision)
+    return meta, done
+
+
+def say_what_is_trained(cfg: FineTuning, world: World, params: Any, data: str) -> None:
+    """One line on the terminal, of the first process."""
     if world.rank == 0:
         trained = f"low-rank updates of {tree.n_params(params):,}" if cfg.lora.rank else f"{tree.n_params(params):,}"
         where = f"{world.size} processes, {cfg.parallel.mode}" if world.size > 1 else str(world.device)
-        packed = f" in {n_rows:,} rows of {cfg.max_length} tokens" if cfg.packing else ""
-        say(f"{trained} parameters are trained, on {where}; {len(pairs):,} pairs{packed}")
-    return Ready(model, bpe, template, run, batch, heldout, pad, end, precision, world, meta, done)
+        say(f"{trained} parameters are trained, on {where}; {data}")
 
 
-def _run_of(cfg: Sft, world: World, params: Any, model: transformer.Config, precision: Precision) -> Run:
-    compiled = cfg.compile == "yes" or (cfg.compile == "auto" and cfg.packing and can_compile(world.device))
-    n_tokens = cfg.batch_size // (world.size * cfg.microbatches) * cfg.max_length
+def run_of(
+    cfg: FineTuning,
+    world: World,
+    given: Opened,
+    *,
+    compiled: bool,
+    rows: int = 1,
+    loss: Callable[[transformer.Model, int | None], Loss] | None = None,
+) -> Run:
+    """The run's functions. rows: sequences in one item of a batch; loss: as of `Job`."""
+    params, model, precision = given.params, given.model, given.precision
+    n_tokens = cfg.batch_size // (world.size * cfg.microbatches) * cfg.max_length * rows
     table = transformer.leaves(model)
     job = Job(
         model=model,
@@ -131,6 +131,7 @@ def _run_of(cfg: Sft, world: World, params: Any, model: transformer.Config, prec
         precision=precision,
         microbatches=cfg.microbatches,
         loss_chunk=loss_chunk(cfg.loss_chunk, n_tokens, model.vocab_size),
+        loss=loss,
     )
     if cfg.lora.rank:
         return low_rank(cfg, world, job, params, compiled=compiled)

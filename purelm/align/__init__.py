@@ -1,4 +1,4 @@
-"""Post-training: batches of prompts and responses, masked means, low-rank adapters, graders, data.
+"""Post-training: batches, masked means, losses of preferences, low-rank adapters, graders, data.
 
     responses   pairs of prompts and responses as batches, padded or packed
     masked      masked_mean, masked_normalize: the denominator is an argument
@@ -6,6 +6,10 @@
     ratios, regions, regions_token, regions_sequence, regions_batch, weights, divergences, aggregation
                 policy losses, composed of functions of log-probabilities, advantages and a mask
     tokens      what these share: masking, sums of rows, shares
+    answers     sums of log-probabilities over the tokens of an answer
+    preferences DPO and its family, KTO, a reward model's loss: functions of such sums; reference_free: SimPO, ORPO, CPO
+    chats       which tokens of a conversation the assistant wrote
+    rollouts    prompts and sampled answers as ids, with the sampler's log-probabilities and rewards
     lora        init and merge of low-rank updates
     graders     whether an answer is right, and rewards
     data        rows of prompts and responses: read, cleaned, counted

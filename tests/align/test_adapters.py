@@ -347,7 +347,7 @@ def test_a_microbatch_of_2025(loss_type):
     torch.testing.assert_close(losses, each, **EXACT)
 
 
-class Bigrams(torch.nn.Module):
+class Table(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.table = torch.nn.Parameter(torch.randn(400, 400, generator=torch.Generator().manual_seed(0)).double())
@@ -365,14 +365,14 @@ def test_a_train_step_of_2026(normalization, steps):
     golds = ["x", "x", "x", "x", "y", "y"]
     reward_fn = lambda text, gold: {"reward": float(text == gold)}  # noqa: E731
     tokenizer = SimpleNamespace(pad_token_id=0, encode=lambda text, **_: [ord(c) for c in text.replace(" ", "")])
-    model = Bigrams()
+    model = Table()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     loss, found = A["run_grpo_train_step"](
         model, tokenizer, optimizer, steps, None, reward_fn, prompts, answers, golds, 2,
         loss_normalization=normalization[0], normalization_constant=normalization[1],
     )  # fmt: skip
     assert found["reward"] == 0.5
-    own = Bigrams().table
+    own = Table().table
     total = 0.0
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         pair = [float(answers[j] == golds[j]) for j in (i - i % 2, i - i % 2 + 1)]
@@ -386,3 +386,38 @@ def test_a_train_step_of_2026(normalization, steps):
     # Rewards are fp32, and so are advantages.
     assert float(loss) == pytest.approx(float(total.detach()), abs=1e-6)
     torch.testing.assert_close(model.table.detach(), (own - expected).detach(), rtol=0, atol=1e-6)
+
+
+class Bigrams(torch.nn.Module):
+    """logits_t = a row of a table, chosen by the token at t."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.table = torch.nn.Parameter(torch.randn(2000, 2000, generator=generator, dtype=torch.float64))
+
+    def forward(self, ids):
+        return SimpleNamespace(logits=self.table[ids])
+
+
+def test_per_instance_dpo_loss(tmp_path, monkeypatch):
+    """-log s(b (d_w - d_l)) in Python's numbers, from bigram log-probabilities of the answers alone: the prompt's
+    cancel, and the end token counts. The gradient: -b s(-b d) at the chosen answer's first token."""
+    (tmp_path / "prompt").write_text("### In:\n{instruction}\n\n### Out:\n{response}\n")
+    monkeypatch.setitem(A, "ALPACA", tmp_path / "prompt")
+    lm, ref = Bigrams(0), Bigrams(1)
+    tokenizer, beta = Words(), 0.5
+    loss = A["run_compute_per_instance_dpo_loss"](lm, ref, tokenizer, beta, "what is", "yes so", "no idea at all")
+
+    def total(model, answer):
+        ids = [*tokenizer.encode(f"Out:\n{answer}", add_special_tokens=False), tokenizer.eos_token_id]
+        rows = model.table.detach()
+        return math.fsum(math.log(softmax(rows[i].tolist())[j]) for i, j in pairwise(ids))
+
+    d = math.fsum(sign * (total(lm, x) - total(ref, x)) for sign, x in ((1, "yes so"), (-1, "no idea at all")))
+    assert loss.shape == () and loss.item() == pytest.approx(math.log(1 + math.exp(-beta * d)), rel=1e-9)
+    loss.backward()
+    out, yes, no = (tokenizer.encode(x)[1] for x in ("Out:", "yes", "no"))
+    share = 1 / (1 + math.exp(beta * d))
+    assert lm.table.grad[out, yes].item() == pytest.approx(-beta * share, rel=1e-9)
+    assert lm.table.grad[out, no].item() == pytest.approx(beta * share, rel=1e-9) and ref.table.grad is None

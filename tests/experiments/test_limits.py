@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import accounting, evaluate, generate, overlap, profile, quickstart, remat_study, sft
+from experiments import accounting, dpo, evaluate, generate, overlap, profile, quickstart, remat_study, sft
 from experiments.config import Optim, Pretrain
 from experiments.limits import OTHERS, Count, Place, Range, Share, Text, check, rule_of
 from purelm.models.config import Config
@@ -25,6 +25,7 @@ CONFIGURATIONS = (
     remat_study.Args,
     overlap.Args,
     sft.Sft,
+    dpo.Dpo,
     evaluate.Args,
 )
 

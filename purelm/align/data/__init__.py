@@ -6,6 +6,7 @@
 
     examples        files of Alpaca's, ChatGPT's and ShareGPT's form, of pairs, of GSM8K -> rows
     openr1          rows of OpenR1-Math-220k: generations, verdicts, pass rates
+    preferences     chosen and rejected answers: HH-RLHF, UltraFeedback, one's own
     cleaning        Step, clean, Counts; duplicates, lengths, difficulty, answers that can be graded
     contamination   which rows contain examples of a test set
     countdown       problems without end, each with a solution
@@ -45,6 +46,7 @@ from purelm.align.data.examples import (
     read,
     without_calculator,
 )
+from purelm.align.data.preferences import last_answers, transcripts
 
 __all__ = [
     "ALPACA_INPUT",
@@ -68,6 +70,7 @@ __all__ = [
     "filtered",
     "gsm8k",
     "index",
+    "last_answers",
     "length_window",
     "match",
     "normalised",
@@ -75,6 +78,7 @@ __all__ = [
     "prompt_of",
     "read",
     "table",
+    "transcripts",
     "unique",
     "verifiable",
     "without_calculator",

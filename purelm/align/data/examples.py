@@ -17,8 +17,8 @@ from purelm.align.graders import gsm8k_gold
 from purelm.data.tables import table_rows
 
 __all__ = [
-    "ALPACA_INPUT", "ALPACA_PLAIN", "alpaca", "alpaca_prompt", "chat", "dialogue", "gsm8k", "pairs",
-    "read", "text", "without_calculator",
+    "ALPACA_INPUT", "ALPACA_PLAIN", "alpaca", "alpaca_prompt", "chat", "dialogue", "gsm8k",
+    "messages_of", "pairs", "read", "text", "without_calculator",
 ]  # fmt: skip
 
 # Stanford Alpaca, train.py, PROMPT_DICT: with an input, and without.
@@ -167,11 +167,17 @@ def _messages(given: dict[str, Any]) -> list[Message]:
     name = next((name for name in ("messages", "conversations") if name in given), None)
     if name is None:
         raise ValueError(f"lacks 'messages' or 'conversations'; its fields are {', '.join(given)}")
+    system: list[Message] = []
+    if isinstance(given.get("system"), str) and given["system"]:
+        system.append({"role": "system", "content": given["system"]})
+    return system + messages_of(given, name)
+
+
+def messages_of(given: dict[str, Any], name: str) -> list[Message]:
+    """The messages in a field, of either form; ValueError names the first that is none."""
     if not isinstance(given[name], list):
         raise ValueError(f"its {name!r} is a {type(given[name]).__name__}, not a list")
     found: list[Message] = []
-    if isinstance(given.get("system"), str) and given["system"]:
-        found.append({"role": "system", "content": given["system"]})
     for number, message in enumerate(given[name]):
         what = f"message {number}"
         if not isinstance(message, dict):
