@@ -143,6 +143,8 @@ def plot_curves(
     """curves.png: four panels, (name in the rows, title) each; by default loss, held-out bits per byte (with the floor,
     where it is known), learning rate and gradient norm. Names that begin with heldout_, or "reward", have few points.
     """
+    if len(panels) != 4:
+        raise ValueError(f"panels: {len(panels)} are given, and four are drawn")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -108,3 +108,8 @@ def test_write_json_replaces_whole(tmp_path):
     track.write_json(path, {"x": tmp_path})
     assert json.loads(path.read_text()) == {"x": str(tmp_path)}
     assert [p.name for p in path.parent.iterdir()] == ["config.json"]
+
+
+def test_panels_of_another_number_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="panels: 1 are given, and four are drawn"):
+        track.plot_curves(rows(), tmp_path / "curves.png", panels=[("loss", "loss")])

@@ -113,12 +113,21 @@ def _recipe(cfg: Grpo) -> Recipe:
     recipe = RECIPES[cfg.recipe]
     if recipe.kl_in_reward:
         raise ValueError(f"recipe: {cfg.recipe} takes a KL term from the rewards, which is not done here")
-    if cfg.group_size < 2 and recipe.objective.advantage.__class__ is not partial and cfg.recipe != "course2026_rft":
+    if cfg.group_size == 1 and _compares(recipe):
         raise ValueError(f"group_size must be at least 2 for {cfg.recipe}, which compares a prompt's answers")
     return adapted(
         recipe, group_size=cfg.group_size, prompts=cfg.prompts, max_new_tokens=cfg.max_new_tokens,
         temperature=cfg.temperature,
     )  # fmt: skip
+
+
+def _compares(recipe: Recipe) -> bool:
+    """Whether the one answer to a prompt has no advantage, whatever its reward."""
+    try:
+        advantages, _ = recipe.objective.advantage(torch.tensor([[1.0], [0.0]]))
+    except ValueError:
+        return True
+    return not bool(advantages.any())
 
 
 def _trainer(
