@@ -71,9 +71,12 @@ def example(pair: Pair, prompt: np.ndarray, response: np.ndarray) -> Example:
     return Example(pair, ids, np.arange(len(ids)) >= len(prompt), len(prompt))
 
 
-def read_pairs(path: Path, prompt: str, response: str, gold: str, limit: int | None = None) -> list[Pair]:
+def read_pairs(
+    path: Path, prompt: str, response: str, gold: str | None = None, limit: int | None = None
+) -> list[Pair]:
     """A Pair of each row of a JSON-lines file; {name} in a template is the row's field of that name.
 
+    gold: template of the text that a response is graded by; None: that of the response.
     ValueError with the number of the line: what is not JSON, lacks a field, or has one that is neither text nor number.
     """
     pairs: list[Pair] = []
@@ -81,7 +84,7 @@ def read_pairs(path: Path, prompt: str, response: str, gold: str, limit: int | N
         if limit is not None and len(pairs) == limit:
             break
         try:
-            pairs.append(Pair(filled(prompt, row), filled(response, row), filled(gold, row)))
+            pairs.append(Pair(filled(prompt, row), filled(response, row), filled(gold or response, row)))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     if not pairs:

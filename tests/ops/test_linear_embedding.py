@@ -31,6 +31,7 @@ def test_linear_of_a_view(f):
     torch.testing.assert_close(f(x, w), F.linear(x.contiguous(), w.contiguous()))
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("rows", [1, 4, 5])
 def test_few_rows_under_transforms(rows):
     """Oracle: the laws of an op, with linear as reference; of 5 rows it is linear itself."""
