@@ -87,6 +87,10 @@ def progress_bar(description: str, total: float, unit: str = "") -> Iterator[Cal
         yield update
 
 
+def quiet(done: float, text: str = "") -> None:
+    """The progress function of all processes but the first: prints nothing."""
+
+
 FIRST_LINE = 2.0  # seconds measured before the remaining time is estimated from them
 LINE_EVERY = 15.0  # seconds, and at least as long as a twentieth of the time that has passed
 

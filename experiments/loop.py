@@ -18,7 +18,7 @@ import torch
 
 from experiments import resume
 from experiments.config import Pretrain
-from experiments.console import progress_bar, say
+from experiments.console import progress_bar, quiet, say
 from experiments.report import Result, finish, summarise
 from experiments.setup import Setup, make_core, start
 from experiments.signals import asked_to_stop
@@ -106,7 +106,7 @@ def train(cfg: Pretrain, ready: Setup) -> Result:
     with ExitStack() as stack:
         rest = stack.enter_context(_collector_at_rest())
         asked = stack.enter_context(asked_to_stop(ready.world))
-        update: Callable[..., None] = _quiet
+        update: Callable[..., None] = quiet
         for i in range(first, cfg.steps):
             if i == first:
                 state, metrics = _first_step(ready, state, i)
@@ -259,10 +259,6 @@ def _collector_at_rest() -> Iterator[Callable[[], None]]:
         yield rest
     finally:
         gc.unfreeze()
-
-
-def _quiet(done: float, text: str = "") -> None:
-    """The progress function of all processes but the first: prints nothing."""
 
 
 def eval_row(result: Score | None, step: int) -> dict[str, Any]:
