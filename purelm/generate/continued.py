@@ -21,7 +21,7 @@ from purelm.generate.engine import bad_message
 from purelm.generate.prompts import check_options, check_stop, rows_of
 from purelm.generate.rows import begin, draw, make_step, uniforms
 from purelm.generate.sampling import Sampling
-from purelm.generate.stops import LENGTH, STOP_ID, STOP_STRING, Decode, Stop, stopped
+from purelm.generate.stops import LENGTH, STOP_ID, STOP_STRING, Decode, Stop, stop_mask, stopped
 from purelm.generate.types import NEVER, PLAIN
 from purelm.models.cache_rows import shortened
 from purelm.models.model import Model
@@ -121,9 +121,7 @@ def _tokens(
         return
     weight = model.unembedding(params)
     device = weight.device
-    stops_V = torch.zeros(model.vocab_size, dtype=torch.bool)
-    stops_V[list(stop.ids)] = True
-    stops_V = stops_V.to(device)
+    stops_V = stop_mask(stop, model.vocab_size).to(device)
     step = make_step(model, sampling, stop, stops_V)
     keys_R2 = random.split(key, 1) if key.ndim == 1 else key
     rows = begin([limit], uniforms(keys_R2, [len(ids)], limit).to(device))

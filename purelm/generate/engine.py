@@ -14,7 +14,7 @@ from torch import Tensor
 from purelm import tree
 from purelm.generate.rows import Rows, StepFn, begin, draw, make_step, uniforms
 from purelm.generate.sampling import Sampling
-from purelm.generate.stops import LENGTH, STOP_ID, STOP_STRING, Decode, Stop, stopped
+from purelm.generate.stops import LENGTH, STOP_ID, STOP_STRING, Decode, Stop, stop_mask, stopped
 from purelm.models.cache_rows import insert_, take, with_lengths
 from purelm.models.model import Model
 
@@ -85,11 +85,10 @@ def pieces(job: Job) -> Iterator[list[Piece]]:
     device = weight.device
     # The last token needs no slot, since nothing is generated after it.
     n_slots = max(job.length_of(row) + job.limits[row] - 1 for row in queue)
-    stops_V = torch.zeros(job.model.vocab_size, dtype=torch.bool)
-    stops_V[list(job.stop.ids)] = True
+    stops_V = stop_mask(job.stop, job.model.vocab_size).to(device)
     B = min(len(queue), job.batch_size or len(queue))
     batch = _Batch(
-        job, queue, device, weight.dtype, n_slots, max(job.limits), stops_V.to(device), [None] * B, [0] * B,
+        job, queue, device, weight.dtype, n_slots, max(job.limits), stops_V, [None] * B, [0] * B,
         [[] for _ in range(B)],
     )  # fmt: skip
     step = make_step(job.model, job.sampling, job.stop, batch.stops_V)

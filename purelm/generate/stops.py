@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
+import torch
 from torch import Tensor
 
-__all__ = ["LENGTH", "STOP_ID", "STOP_STRING", "Decode", "Stop", "stop_end", "stopped", "text_of"]
+__all__ = ["LENGTH", "STOP_ID", "STOP_STRING", "Decode", "Stop", "stop_end", "stop_mask", "stopped", "text_of"]
 
 Decode = Callable[[list[int]], str]  # ids -> text
 STOP_ID, STOP_STRING, LENGTH = "stop_id", "stop_string", "length"  # finish reasons
@@ -46,6 +47,13 @@ def _checked_strings(strings: Iterable[str]) -> tuple[str, ...]:
     if odd := [s for s in strings if not isinstance(s, str) or not s]:
         raise ValueError(f"stop.strings must be strings that are not empty, got {odd[0]!r}")
     return strings
+
+
+def stop_mask(stop: Stop, vocab_size: int) -> Tensor:
+    """(V,) bool: which tokens are stop ids."""
+    mask_V = torch.zeros(vocab_size, dtype=torch.bool)
+    mask_V[list(stop.ids)] = True
+    return mask_V
 
 
 def stop_end(decode_fn: Decode, ids: list[int], stop_strings: Sequence[str]) -> int | None:
