@@ -29,7 +29,7 @@ from experiments import limits
 from experiments.bench.report import publish, row
 from experiments.bench.train_step import batches, pure_step, resident_peak, shapes, synchronize
 from experiments.console import pick_device, program, say
-from experiments.finetune.setup import CHUNK
+from experiments.finetune.setup import tokens_at_a_time
 from experiments.limits import Count
 from experiments.ops import OpsName, ops_named
 from purelm import random, tree
@@ -148,7 +148,7 @@ def main(args: Args) -> None:
         for kind in KINDS[1:]:
             what: dict[str, Any] = dict(peer="pretraining step", peer_value=rate["pretraining"], device=name)
             rows.append(row(f"{size}, {ops}: {kind}", rate[kind], "tokens/s", **what))
-    chunk = max(CHUNK // (4 * args.memory_vocabulary), 1)
+    chunk = tokens_at_a_time(args.memory_vocabulary)
     peaks = [memory(args, c or None, device) if cuda else memory_in_own_process(args, c) for c in (chunk, 0)]
     where = f"{args.memory_context} tokens, vocabulary {args.memory_vocabulary:,}"
     what = dict(peer="all logits at once", peer_value=peaks[1] / 2**20, device=name)

@@ -43,9 +43,6 @@ class FineTuning:
     """JSON lines of an evaluation"""
     tokenizer: Place | None = None
     """tokenizer.json; default that of the model's folder"""
-    chat: bool = False
-    """rows are conversations, {"messages": [{"role", "content"}, ...]}, written by the chat template of the model's
-    folder; all answers of the assistant are trained, and no template below is used but gold's"""
     prompt: Text = "{prompt}"
     end: Text = "<|endoftext|>"
     """special token that ends a response, such as <|im_end|>"""
@@ -92,6 +89,9 @@ class FineTuning:
 class Sft(FineTuning):
     """Fine-tune a language model on prompts and responses."""
 
+    chat: bool = False
+    """rows are conversations, {"messages": [{"role", "content"}, ...]}, written by the chat template of the model's
+    folder; all answers of the assistant are trained, and prompt, response and begin must not be given"""
     response: Text = "{response}"
     packing: bool = False
     """put several examples into a row, told apart so that none sees another: less padding, rows of one length"""

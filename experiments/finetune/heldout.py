@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from experiments.finetune.config import FineTuning
-from experiments.finetune.setup import CHUNK, Ready
+from experiments.finetune.setup import Ready, tokens_at_a_time
 from experiments.generate import known_text
+from experiments.grading import Reward
 from experiments.ops import evaluating_ops, ops_for_generation
 from experiments.pairs import Example, text_of
 from purelm import generate, random, track, tree
@@ -28,11 +29,11 @@ class Measure(NamedTuple):
 class Heldout:
     """Evaluates on all processes, each its share of the pairs; the first writes generations.jsonl."""
 
-    def __init__(self, cfg: FineTuning, ready: Ready, measure: Measure, reward: Any = None):
+    def __init__(self, cfg: FineTuning, ready: Ready, measure: Measure, reward: Reward | None = None):
         self.cfg, self.ready, self.measure, self.reward = cfg, ready, measure, reward
         self.model = transformer.make(ready.model, evaluating_ops(ready.model))
         self.generating = transformer.make(ready.model, ops_for_generation(ready.model))
-        self.chunk = max(CHUNK // (4 * ready.model.vocab_size), 1)
+        self.chunk = tokens_at_a_time(ready.model.vocab_size)
 
     @torch.no_grad()
     def evaluate(self, params: Any, step: int) -> dict[str, float]:

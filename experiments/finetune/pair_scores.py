@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from experiments.choices import Choice, batch_of_choices
-from experiments.finetune.setup import CHUNK
+from experiments.finetune.setup import tokens_at_a_time
 from experiments.ops import evaluating_ops
 from experiments.pairs import Example, batch_of
 from purelm.align.answers import length_desensitized, sequence_log_probs
@@ -47,7 +47,7 @@ def sums_of_pairs(
 def sums_of(model: transformer.Model, params: Any, batch: Batch) -> Tensor:
     """The sum of each row of a batch of responses."""
     rows = {name: batch[name] for name in ("tokens", "targets", "weights")}
-    chunk = max(CHUNK // (4 * model.vocab_size), 1)
+    chunk = tokens_at_a_time(model.vocab_size)
     return sequence_log_probs(model.log_probs(params, rows, chunk=chunk)[0], rows["weights"])
 
 
@@ -59,7 +59,7 @@ def evaluating(
     others: mismatched examples, one a pair. update: is told how many pairs are done.
     """
     model = transformer.make(config, evaluating_ops(config))
-    chunk = max(CHUNK // (4 * config.vocab_size), 1)
+    chunk = tokens_at_a_time(config.vocab_size)
 
     @torch.no_grad()
     def scores(

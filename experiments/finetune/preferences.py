@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiments.choices import Choice, batch_of_choices, content_of, mismatched, read_choices
-from experiments.console import progress_bar
+from experiments.console import progress_bar, quiet
 from experiments.finetune.config import Dpo
 from experiments.finetune.heldout import Measure
 from experiments.finetune.objectives import NAMES, Objective, Sums, objective
@@ -158,7 +158,7 @@ def _references(
     def compute() -> dict[str, Tensor]:
         params = tree.cast(given.params, given.precision.compute)
         found, before, total = dict(none), 0, len(pairs) + len(heldout)
-        with progress_bar("reference", total, "pairs") if world.rank == 0 else nullcontext(_quiet) as update:
+        with progress_bar("reference", total, "pairs") if world.rank == 0 else nullcontext(quiet) as update:
             for name, choices in sets.items():
                 others = mismatched(choices, cfg.max_length) if goal.needs_kl else []
                 share = slice(world.rank, None, world.size)
@@ -217,7 +217,3 @@ def _told(update: Callable[..., None], before: int, size: int, n: int) -> None:
 
 def _as_sums(sums_N2: Tensor, ref_N2: Tensor, n_N2: Tensor, kl_N: Tensor) -> Sums:
     return Sums(sums_N2[:, 0], sums_N2[:, 1], ref_N2[:, 0], ref_N2[:, 1], n_N2[:, 0], n_N2[:, 1], kl_N)
-
-
-def _quiet(done: float, text: str = "") -> None:
-    """The progress function of all processes but the first: prints nothing."""

@@ -143,8 +143,13 @@ def run_of(
 def loss_chunk(given: int | None, n_tokens: int, vocab_size: int) -> int | None:
     """Tokens whose logits are held at a time: the given number, else all, or 256 MiB where all would take 1 GiB."""
     if given is None and 4 * n_tokens * vocab_size > LOGITS:
-        return max(CHUNK // (4 * vocab_size), 1)
+        return tokens_at_a_time(vocab_size)
     return given
+
+
+def tokens_at_a_time(vocab_size: int) -> int:
+    """Tokens whose fp32 logits take 256 MiB; at least 1."""
+    return max(CHUNK // (4 * vocab_size), 1)
 
 
 def special_ids(bpe: BPE, token: str, name: str) -> list[int]:

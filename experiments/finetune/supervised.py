@@ -8,7 +8,15 @@ import torch
 from experiments.console import can_compile
 from experiments.finetune.config import Sft
 from experiments.finetune.heldout import Measure
-from experiments.finetune.setup import CHUNK, Ready, described, opened, run_of, say_what_is_trained, template_of
+from experiments.finetune.setup import (
+    Ready,
+    described,
+    opened,
+    run_of,
+    say_what_is_trained,
+    template_of,
+    tokens_at_a_time,
+)
 from experiments.ops import evaluating_ops
 from experiments.pairs import Example, batch_maker, batch_of, content, read_chats, read_examples
 from purelm.dist.world import World
@@ -23,6 +31,8 @@ def start(cfg: Sft, world: World) -> Ready:
     chat = template_of(cfg.model, given.bpe, says=world.rank == 0)
     limits: dict[str, Any] = {"max_length": cfg.max_length, "overlong": cfg.overlong}
     if cfg.chat:
+        if (cfg.prompt, cfg.response, cfg.begin) != (Sft.prompt, Sft.response, Sft.begin):
+            raise ValueError("chat: the template writes the conversation: leave out --prompt, --response and --begin")
         if chat is None:
             raise ValueError(f"chat: {cfg.model} has no chat template that goes with the tokenizer")
         examples: Any = partial(read_chats, bpe=given.bpe, chat=chat, gold=cfg.gold, ends=given.end, **limits)
@@ -56,7 +66,7 @@ def start(cfg: Sft, world: World) -> Ready:
 def measure(cfg: Sft, ready: Ready) -> Measure:
     """{"heldout_loss"}: nats a token of the responses."""
     model = transformer.make(ready.model, evaluating_ops(ready.model))
-    chunk = max(CHUNK // (4 * ready.model.vocab_size), 1)
+    chunk = tokens_at_a_time(ready.model.vocab_size)
 
     def part(params: Any, mine: list[Example]) -> tuple[float, float]:
         total = count = 0.0

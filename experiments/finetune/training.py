@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from experiments import limits
-from experiments.console import pick_device, progress_bar, say
+from experiments.console import pick_device, progress_bar, quiet, say
 from experiments.export import export
 from experiments.finetune.config import FineTuning
 from experiments.finetune.heldout import Heldout
@@ -66,7 +66,7 @@ def _run(cfg: FineTuning, ready: Ready, heldout: Heldout) -> Any:
 
     if ready.done == 0:
         evaluate(0)
-    with progress_bar("fine-tuning", cfg.steps, "steps") if ready.first else nullcontext(_quiet) as update:
+    with progress_bar("fine-tuning", cfg.steps, "steps") if ready.first else nullcontext(quiet) as update:
         with asked_to_stop(ready.world) as asked:
             log = _Log(cfg, emit, update)
             for i in range(ready.done, cfg.steps):
@@ -135,10 +135,6 @@ class _Log:
             self.emit({"step": number, **values, "tokens_per_second": round(rate, 1)})
             self.since, self.tokens = at, 0
         self.update(number, f"loss {values['loss']:.3f}  {rate:,.0f} tokens/s")
-
-
-def _quiet(done: float, text: str = "") -> None:
-    """The progress function of all processes but the first: prints nothing."""
 
 
 def _files(cfg: FineTuning, ready: Ready) -> Callable[[dict[str, Any]], None]:

@@ -9,14 +9,14 @@ import json
 import pytest
 import torch
 
-from purelm import checkpoint, random, tree
+from purelm import checkpoint, tree
 from purelm.align.preferences import dpo
 from purelm.models import hf, transformer
-from purelm.tokenizer import encode, token_to_id, train
+from purelm.tokenizer import encode, token_to_id
 from tests.dist import processes
+from tests.experiments.small_model import END, write_inputs
 from tests.programs import run_here
 
-END = "<|endoftext|>"
 # The chosen answer is the sum, the rejected one is not.
 ROWS = [
     {"prompt": f"{a} + {b} =", "chosen": f" {a + b}", "rejected": f" {9 - a - b}"} for a in range(4) for b in range(4)
@@ -31,15 +31,8 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A folder with weights/, train.jsonl and heldout.jsonl."""
-    folder = tmp_path_factory.mktemp("dpo")
-    text = folder / "text"
-    text.write_text("\n".join(f"{r['prompt']}{r['chosen']}" for r in ROWS) * 4)
-    bpe = train(text, 280, [END])
-    cfg = transformer.Config(288, 32, 32, 2, 4, n_kv_heads=2, rope_layout="half")
-    hf.save(folder / "weights", transformer.init(random.key(0), cfg), cfg, bpe)
-    for name in ("train", "heldout"):
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
-    return folder
+    lines = [f"{r['prompt']}{r['chosen']}" for r in ROWS]
+    return write_inputs(tmp_path_factory.mktemp("dpo"), lines, ROWS, "train", "heldout")
 
 
 def given(inputs):

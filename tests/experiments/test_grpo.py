@@ -15,17 +15,17 @@ from experiments.grading import grader_named
 from experiments.rl.problems import Problem, order, read_problems
 from experiments.rl.sampling import Sampler, collect
 from experiments.rl.update import Trainer, loss_of, minibatches, padded, update
-from purelm import checkpoint, generate, random, tree
+from purelm import checkpoint, generate, tree
 from purelm.align.recipe import adapted
 from purelm.align.recipes import RECIPES
 from purelm.models import hf, transformer
 from purelm.optim import sgd
 from purelm.optim.schedules import constant
-from purelm.tokenizer import encode, token_to_id, train
+from purelm.tokenizer import encode, token_to_id
 from purelm.train import init_state, make_step
+from tests.experiments.small_model import END, write_inputs
 from tests.programs import run_here
 
-END = "<|endoftext|>"
 ROWS = [{"question": f"{a} + {b} =", "answer": a + b} for a in range(4) for b in range(4)]
 CPU = torch.device("cpu")
 FLAGS = [
@@ -38,13 +38,9 @@ FLAGS = [
 def inputs(tmp_path_factory):
     """A folder with train.jsonl and start/, a model that is right now and then."""
     folder = tmp_path_factory.mktemp("grpo")
-    (folder / "text").write_text("\n".join(f"{r['question']} {r['answer']}" for r in ROWS) * 4)
-    bpe = train(folder / "text", 280, [END])
-    cfg = transformer.Config(288, 32, 32, 2, 4, n_kv_heads=2, rope_layout="half")
-    hf.save(folder / "init", transformer.init(random.key(0), cfg), cfg, bpe)
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+    write_inputs(folder, [f"{r['question']} {r['answer']}" for r in ROWS], ROWS, "train")
     flags = [
-        "--run", folder / "sft", "--model", folder / "init", "--train", folder / "train.jsonl", "--steps", "14",
+        "--run", folder / "sft", "--model", folder / "weights", "--train", folder / "train.jsonl", "--steps", "14",
         "--prompt", "{question}", "--response", " {answer}", "--batch-size", "8", "--max-length", "16", "--device",
         "cpu", "--optim.lr", "1e-2", "--optim.warmup-steps", "2", "--compute", "fp32", "--eval-every", "0",
     ]  # fmt: skip

@@ -18,13 +18,13 @@ from experiments.open_model import open_model
 from experiments.pairs import Example, Pair, batch_maker, batch_of, read_chats, read_examples
 from purelm import checkpoint, random, tree
 from purelm.models import hf, transformer
-from purelm.tokenizer import decode, encode, token_to_id, train
+from purelm.tokenizer import decode, encode, token_to_id
 from purelm.tokenizer.chat import Chat, encode_chat, find_chat, load_chat
 from tests.dist import processes
 from tests.dist.processes import ENVIRONMENT
+from tests.experiments.small_model import END, write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
-END = "<|endoftext|>"
 ROWS = [{"question": f"{a} + {b} =", "answer": a + b} for a in range(4) for b in range(4)]
 FLAGS = [
     "--prompt", "{question}", "--response", " {answer}", "--batch-size", "8", "--max-length", "16", "--device", "cpu",
@@ -35,21 +35,14 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A folder with weights/, train.jsonl and heldout.jsonl."""
-    folder = tmp_path_factory.mktemp("sft")
-    text = folder / "text"
-    text.write_text("\n".join(f"{r['question']} {r['answer']}" for r in ROWS) * 4)
-    bpe = train(text, 280, [END])
-    cfg = transformer.Config(288, 32, 32, 2, 4, n_kv_heads=2, rope_layout="half")
-    hf.save(folder / "weights", transformer.init(random.key(0), cfg), cfg, bpe)
-    for name in ("train", "heldout"):
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
-    return folder
+    lines = [f"{r['question']} {r['answer']}" for r in ROWS]
+    return write_inputs(tmp_path_factory.mktemp("sft"), lines, ROWS, "train", "heldout")
 
 
-def sft(inputs, run, *flags, status=0):
+def sft(inputs, run, *flags, status=0, given=FLAGS):
     command = [sys.executable, "-m", "experiments.sft", "--run", str(run), "--model", str(inputs / "weights"),
                "--train", str(inputs / "train.jsonl"), "--heldout", str(inputs / "heldout.jsonl")]  # fmt: skip
-    done = subprocess.run([*command, *FLAGS, *flags], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run([*command, *given, *flags], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -205,16 +198,17 @@ def test_conversations(inputs, tmp_path):
     for name in ("train", "heldout"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, talk)) + "\n")
     flags = ["--steps", "60", "--chat", "--max-length", "32", "--grade", "exact", "--generations", "16"]
-    sft(tmp_path, tmp_path / "run", *flags)
+    given = FLAGS[4:]  # without the templates of prompt and response
+    sft(tmp_path, tmp_path / "run", *flags, given=given)
     made = [r for r in rows(tmp_path / "run/generations.jsonl") if r["step"] == 60]
     assert [r["wanted"] for r in made] == [str(r["answer"]) for r in ROWS]
     assert sum(r["reward"] for r in made) >= 13 and {r["finish_reason"] for r in made} == {"stop_id"}
     assert load_chat(tmp_path / "run/export") == chat
     (tmp_path / "train.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
     assert "train.jsonl, line 1: messages: none is the assistant's" in sft(
-        tmp_path, tmp_path / "other", *flags, status=2
+        tmp_path, tmp_path / "other", *flags, status=2, given=given
     )
-    assert "has no chat template" in sft(inputs, tmp_path / "other", *flags, status=2)
+    assert "has no chat template" in sft(inputs, tmp_path / "other", *flags, status=2, given=given)
 
 
 def _examples(n, seed=0):
@@ -309,6 +303,7 @@ def test_what_is_wrong_is_named(inputs, tmp_path):
         (("--model", str(tmp_path / "none")), "none: no such folder; nothing is downloaded here"),
         (("--batch-size", "0"), "batch_size must be"),
         (("--lora.rank", "4", "--optim.name", "muon"), "optim.name is muon: low-rank updates are trained by adamw"),
+        (("--chat",), "chat: the template writes the conversation: leave out --prompt, --response and --begin"),
         (("--lora.rank", "999"), "rank 999 is more than the shorter side of layers.0.attn"),
     ]  # fmt: skip
     for flags, message in cases:
