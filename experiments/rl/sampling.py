@@ -1,6 +1,6 @@
 """Rollout batches: answers to problems, graded; a pure function of (parameters, seed, number of the batch)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from purelm import generate, random
 from purelm.align.collect import Collected, add_round, full, take
 from purelm.align.groups import grouped
 from purelm.align.recipe import Recipe
-from purelm.align.rollouts import Rollouts, of_generation
+from purelm.align.rollouts import Rollouts, joined, of_generation
 from purelm.align.rollouts import take as rows_of
 from purelm.models.model import Model
 from purelm.tokenizer import BPE
@@ -41,7 +41,6 @@ class Sampler(NamedTuple):
     max_new_tokens: int
     rows: int  # at a time
     reward: Reward
-    wrap_step: Callable[[Any], Any] | None = None
 
 
 def answers(
@@ -59,7 +58,6 @@ def answers(
         stop=sampler.stop,
         decode_fn=partial(known_text, sampler.bpe),
         batch_size=sampler.rows,
-        wrap_step=sampler.wrap_step,
     )
     texts = out.texts or []
     return out, [sampler.reward(text, problems[i // n_samples].gold) for i, text in enumerate(texts)]
@@ -74,35 +72,29 @@ def collect(
     Where the recipe replaces flat groups, other problems take their place in further rounds, at most max_rounds; else
     there is one round.
     """
-    several = recipe.flat_groups in ("rounds", "refill")
-    state, kept, n_sampled = Collected(), [], 0
-    for r in range(max_rounds if several else 1):
-        draw = i * max_rounds + r if several else i
+    G = recipe.group_size
+
+    def sampled(draw: int) -> Batch:
         chosen = [problems[k] for k in order(len(problems), prompts, seed, draw)]
         key = random.fold_in(random.fold_in(random.key(seed), 2), draw).to(device)
-        G = recipe.group_size
         out, parts = answers(sampler, params, chosen, key, n_samples=G, temperature=recipe.temperature)
-        rewards = [part["reward"] for part in parts]
-        rollouts = of_generation([x.ids for x in chosen], out, rewards, n_samples=G)
-        round_of = Batch(chosen, rollouts, out.texts or [], parts, len(chosen))
-        n_sampled += len(chosen)
-        groups = [_group(round_of, p, G) for p in range(len(chosen))]
-        if not several:
-            kept = groups
-            break
-        state = add_round(state, groups, grouped(rollouts.rewards_B, G), max_rounds=None)
+        rollouts = of_generation([x.ids for x in chosen], out, [part["reward"] for part in parts], n_samples=G)
+        return Batch(chosen, rollouts, out.texts or [], parts, len(chosen))
+
+    if recipe.flat_groups not in ("rounds", "refill"):
+        return sampled(i)
+    state = Collected()
+    for r in range(max_rounds):
+        batch = sampled(i * max_rounds + r)
+        groups = [_group(batch, p, G) for p in range(prompts)]
+        state = add_round(state, groups, grouped(batch.rollouts.rewards_B, G), max_rounds=None)
         if full(state, prompts):
-            break
-    if several and not full(state, prompts):
-        raise ValueError(
-            f"rollout batch {i + 1}: of {n_sampled} groups in {max_rounds} rounds, rewards differ in "
-            f"{len(state.groups)}, and {prompts} are wanted: the problems are too easy or too hard; filter them, raise "
-            "max_rounds, or take a recipe that keeps or drops flat groups"
-        )
-    if several:
-        found, _ = take(state, prompts)
-        kept = list(found)
-    return _joined(kept, n_sampled)._replace(n_sampled=n_sampled)
+            return _joined(take(state, prompts)[0], state.n_seen)
+    raise ValueError(
+        f"rollout batch {i + 1}: of {state.n_seen} groups in {max_rounds} rounds, rewards differ in "
+        f"{len(state.groups)}, and {prompts} are wanted: the problems are too easy or too hard; filter them, raise "
+        "max_rounds, or take a recipe that keeps or drops flat groups"
+    )
 
 
 def _group(batch: Batch, p: int, size: int) -> Batch:
@@ -114,16 +106,9 @@ def _group(batch: Batch, p: int, size: int) -> Batch:
 
 
 def _joined(groups: Sequence[Batch], n: int) -> Batch:
-    rollouts = Rollouts(
-        [x for g in groups for x in g.rollouts.prompts],
-        [x for g in groups for x in g.rollouts.responses],
-        [x for g in groups for x in g.rollouts.sampler_log_probs],
-        [x for g in groups for x in g.rollouts.finish_reasons],
-        torch.cat([g.rollouts.rewards_B for g in groups]),
-    )
     return Batch(
         [x for g in groups for x in g.problems],
-        rollouts,
+        joined([g.rollouts for g in groups]),
         [x for g in groups for x in g.texts],
         [x for g in groups for x in g.parts],
         n,

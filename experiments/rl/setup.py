@@ -79,14 +79,16 @@ def start(cfg: Grpo, device: torch.device) -> Ready:
         reward("", x.gold)  # a right answer that the grader cannot read is an error now
     precision = MIXED if in_bf16(cfg.compute, device) else FULL
     stop = generate.Stop(tuple(end), cfg.stop, recipe.min_new_tokens if recipe.min_new_tokens > 1 else 0)
-    wrap = generate.on_graph if device.type == "cuda" else None
     sampler = Sampler(
-        transformer.make(model, ops_for_generation(model)), bpe, stop, cfg.max_new_tokens, cfg.sample_rows, reward, wrap
+        transformer.make(model, ops_for_generation(model)), bpe, stop, cfg.max_new_tokens, cfg.sample_rows, reward
     )
     optimizer = make_core(cfg.optim, transformer.leaves(model))
     epochs, minibatches = cfg.epochs or recipe.epochs, cfg.minibatches or recipe.minibatches
     minibatches = min(minibatches, cfg.prompts)
-    trainer = _trainer(cfg, model, recipe, params, optimizer, precision, epochs * minibatches, (end or begin or [0])[0])
+    trainer = _trainer(
+        cfg, model, recipe, params, optimizer, precision, updates=epochs * minibatches, pad=(end or begin or [0])[0],
+        longest=max(len(x.ids) for x in problems) + cfg.max_new_tokens,
+    )  # fmt: skip
     fields = {name: x for name, x in dataclasses.asdict(cfg).items() if name != "model"}
     given = {**fields, "model": dataclasses.asdict(model), "recipe_fields": fields_of(recipe)}
     meta = {
@@ -132,11 +134,11 @@ def _compares(recipe: Recipe) -> bool:
 
 def _trainer(
     cfg: Grpo, model: transformer.Config, recipe: Recipe, params: Any, optimizer: Any, precision: Precision,
-    updates: int, pad: int,
+    *, updates: int, pad: int, longest: int,
 ) -> Trainer:  # fmt: skip
     ops = ops_named("reference" if model.attention_softcap is not None else "sdpa")
     made = transformer.make(model, ops, remat if cfg.remat else transformer.identity)
-    chunk = loss_chunk(cfg.loss_chunk, cfg.rows_per_pass * model.context_length, model.vocab_size)
+    chunk = loss_chunk(cfg.loss_chunk, cfg.rows_per_pass * longest, model.vocab_size)
     loss = loss_of(made, recipe.objective, cfg.temperature, chunk)
     schedule = make_schedule(cfg.optim, cfg.steps * updates)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from purelm.align.responses import Ids, response_batch
 
-__all__ = ["Rollouts", "of_generation", "rollout_batch", "take"]
+__all__ = ["Rollouts", "joined", "of_generation", "rollout_batch", "take"]
 
 
 class Rollouts(NamedTuple):
@@ -62,6 +62,17 @@ def take(rollouts: Rollouts, rows: Sequence[int]) -> Rollouts:
         [rollouts.sampler_log_probs[i] for i in rows],
         [rollouts.finish_reasons[i] for i in rows],
         rollouts.rewards_B[torch.tensor(list(rows), dtype=torch.int64)],
+    )
+
+
+def joined(parts: Sequence[Rollouts]) -> Rollouts:
+    """The rows of all parts, in their order."""
+    return Rollouts(
+        [x for part in parts for x in part.prompts],
+        [x for part in parts for x in part.responses],
+        [x for part in parts for x in part.sampler_log_probs],
+        [x for part in parts for x in part.finish_reasons],
+        torch.cat([part.rewards_B for part in parts]),
     )
 
 

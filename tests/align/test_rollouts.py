@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from purelm import random
-from purelm.align.rollouts import Rollouts, of_generation, rollout_batch, take
+from purelm.align.rollouts import Rollouts, joined, of_generation, rollout_batch, take
 from purelm.generate import Sampling, Stop, generate
 from purelm.models import transformer
 
@@ -45,6 +45,9 @@ def test_rows_by_hand():
     assert batch["sampler_log_probs"].tolist() == [[-2, -3, 0, 0], [0, 0, 0, 0]]
     swapped = take(rows, [1, 0, 0])
     assert swapped.rewards_B.tolist() == [0.5, 1, 1] and swapped.responses[2].tolist() == [1, 2, 3]
+    again = joined([take(rows, [0]), take(rows, [1])])
+    assert [x.tolist() for x in again.responses] == [x.tolist() for x in rows.responses]
+    assert torch.equal(again.rewards_B, rows.rewards_B) and again.finish_reasons == rows.finish_reasons
 
 
 def test_bad_arguments():
