@@ -37,6 +37,7 @@ class Answering(NamedTuple):
     max_new_tokens: int
     batch_size: int
     seed: int
+    options: dict[str, Any]  # further keywords of `generate`
 
 
 def answer(how: Answering, asked: Asked, path: Path, data: Path) -> list[dict[str, Any]]:
@@ -113,6 +114,7 @@ def _texts(
         sampling=how.sampling,
         stop=generate.Stop(how.stop.ids, (*how.stop.strings, BORDER)) if ends else how.stop,
         decode_fn=partial(known_text, how.bpe),
+        **how.options,
     )
     texts = out.texts or []
     return [texts[i : i + how.n_samples] for i in range(0, len(texts), how.n_samples)]

@@ -119,7 +119,8 @@ def main(args: Args) -> None:
 
 
 def _voice(args: Args) -> Voice:
-    params, cfg, bpe = open_model(args.model, args.tokenizer, pick_device(args.device))
+    device = pick_device(args.device)
+    params, cfg, bpe = open_model(args.model, args.tokenizer, device)
     chat = None if args.plain else find_chat(args.model)
     own = [chat.eos_token] if chat is not None and chat.eos_token else []
     ends = tuple(dict.fromkeys(token_to_id(bpe, name) for name in (*args.end, *own) if name in bpe.special_tokens))
@@ -132,7 +133,8 @@ def _voice(args: Args) -> Voice:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     context = min(args.context, cfg.context_length)
     return Voice(
-        transformer.make(cfg, ops_for_generation(cfg)), params, bpe, chat, begin, ends, sampling, args.max_new_tokens,
+        transformer.make(cfg, ops_for_generation(cfg, device)), params, bpe, chat, begin, ends, sampling,
+        args.max_new_tokens,
         context, args.seed,
     )  # fmt: skip
 

@@ -109,7 +109,7 @@ def text_stream(
     new: list[int] = []
     shown = 0
     steps = stream(
-        transformer.make(cfg, ops_for_generation(cfg)),
+        transformer.make(cfg, ops_for_generation(cfg, device)),
         params,
         [keep],
         key.to(device),

@@ -26,13 +26,14 @@ from experiments.eval_settings import keep_settings
 from experiments.limits import Count, Place, Text
 from experiments.lock import locked
 from experiments.open_model import open_model
-from experiments.ops import ops_for_generation
+from experiments.ops import generation_options, ops_for_generation
 from purelm import generate, track
 from purelm.data.json_lines import json_rows
 from purelm.dist.agreement import fingerprint as tensors_of
 from purelm.evals import judges
 from purelm.evals.tasks import Example
 from purelm.models import transformer
+from purelm.models.joined import join_weights
 from purelm.tokenizer import fingerprint, token_to_id
 from purelm.tokenizer.chat import load_chat
 
@@ -73,12 +74,14 @@ def main(args: Args) -> None:
         if path.resolve() in {x.resolve() for x in written}:
             raise ValueError(f"out {args.out}: {path} would be written over: give another --out")
     params, cfg, bpe = open_model(args.model, args.tokenizer, device)
+    params = join_weights(params)  # one product for the projections of one input
     ends = tuple(token_to_id(bpe, name) for name in args.end if name in bpe.special_tokens)
-    model = transformer.make(cfg, ops_for_generation(cfg))
+    model = transformer.make(cfg, ops_for_generation(cfg, device))
     chat = load_chat(args.model) if args.chat else None
     how = Answering(
         model, params, bpe, chat, "{prompt}", 1,
         generate.Sampling(temperature=0.0), generate.Stop(ends), args.max_new_tokens, args.batch_size, 0,
+        generation_options(device),
     )  # fmt: skip
     with locked(args.out):
         args.out.mkdir(parents=True, exist_ok=True)

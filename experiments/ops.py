@@ -1,12 +1,14 @@
 """The bundles of ops that programs offer, by name."""
 
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from purelm.models.config import Config
 from purelm.ops import REFERENCE, Ops, few_rows
 from purelm.ops.sdpa import sdpa_attention
 
-__all__ = ["SDPA", "OpsName", "evaluating_ops", "ops_for_generation", "ops_named"]
+__all__ = ["SDPA", "OpsName", "evaluating_ops", "generation_options", "ops_for_generation", "ops_named"]
 
 # sdpa: PyTorch's attention, everything else in torch primitives; fused: the kernels of purelm.kernels (on a CPU their
 # references); reference: everything in torch primitives, attention too.
@@ -28,6 +30,18 @@ def evaluating_ops(cfg: Config) -> Ops:
     return REFERENCE if cfg.attention_softcap is not None else SDPA
 
 
-def ops_for_generation(cfg: Config) -> Ops:
-    """Ops for decoding: those for evaluating, and products of few rows on all cores."""
+def ops_for_generation(cfg: Config, device: torch.device) -> Ops:
+    """Ops for decoding: on a GPU the kernels; on a CPU those for evaluating, and products of few rows on all cores."""
+    if device.type == "cuda":
+        return ops_named("fused")
     return evaluating_ops(cfg)._replace(linear=few_rows.linear, linear_out=few_rows.linear, unembed=few_rows.linear)
+
+
+def generation_options(device: torch.device) -> dict[str, Any]:
+    """Keywords of `generate`: on a GPU the step is a CUDA graph, kept for further calls, and draws by one kernel."""
+    if device.type != "cuda":
+        return {}
+    from purelm.generate import on_graph, reused
+    from purelm.kernels.draw import draw_
+
+    return {"wrap_step": reused(on_graph), "draw": draw_}

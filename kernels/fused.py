@@ -13,9 +13,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from purelm.kernels.decode_attention import decode_attention_
 from purelm.kernels.flash_attention import flash_attention
 from purelm.kernels.linear_cross_entropy import linear_cross_entropy, log_probs_and_entropy
-from purelm.kernels.rms_norm import rms_norm
+from purelm.kernels.rms_norm import add_rms_norm, rms_norm
 from purelm.kernels.rope import rope
 from purelm.kernels.swiglu import swiglu
 from purelm.ops import REFERENCE, protocols
@@ -38,13 +39,16 @@ def unless_compiling(kernel: Op, reference: Op) -> Op:
 
 # Names of this module, so that a bundle that holds them can be pickled.
 eager_rms_norm: protocols.RMSNorm = unless_compiling(rms_norm, REFERENCE.rms_norm)
+eager_add_rms_norm: protocols.AddRMSNorm = unless_compiling(add_rms_norm, REFERENCE.add_rms_norm)
 eager_rope: protocols.Rope = unless_compiling(rope, REFERENCE.rope)
 eager_swiglu: protocols.Gate = unless_compiling(swiglu, REFERENCE.swiglu)
 FUSED = REFERENCE._replace(
     attention=flash_attention,
+    decode_attention_=decode_attention_,
     linear_cross_entropy=linear_cross_entropy,
     log_probs=log_probs_and_entropy,
     rms_norm=eager_rms_norm,
+    add_rms_norm=eager_add_rms_norm,
     rope=eager_rope,
     swiglu=eager_swiglu,
 )

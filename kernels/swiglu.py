@@ -28,8 +28,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels; the r
 def swiglu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """y = silu(gate) * up; the layer is W2 swiglu(W1 x, W3 x). The kernel of `purelm.ops.glu.swiglu`.
 
-    On a GPU differentiable once, in reverse mode. Tensors that are not contiguous are copied first, so compute gate and
-    up by two projections, and not as slices of one. On the CPU it is the reference.
+    On a GPU differentiable once, in reverse mode. Halves of a joint projection are read where they are in the forward
+    pass, and copied in the backward pass; so in training compute gate and up by two projections. On the CPU it is the
+    reference.
 
     Raises ValueError where gate and up differ in shape, dtype or device, and, on a GPU, for dtypes other than fp32,
     bf16 and fp16.

@@ -19,10 +19,15 @@ def config(n: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _forward(gate_ptr, up_ptr, y_ptr, n, BLOCK: tl.constexpr):
+def _forward(gate_ptr, up_ptr, y_ptr, n, D, gate_r, up_r, DENSE: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_ptr + at, mask=at < n, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+    if DENSE:
+        gate_at, up_at = at, at
+    else:
+        row, column = at // D, at % D
+        gate_at, up_at = row * gate_r + column, row * up_r + column
+    gate = tl.load(gate_ptr + gate_at, mask=at < n, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + up_at, mask=at < n, other=0.0).to(tl.float32)
     y = gate * tl.sigmoid(gate) * up
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < n)
 
@@ -55,11 +60,34 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...]) -> None:
 
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
-    """y = silu(gate) * up."""
-    gate, up = gate.contiguous(), up.contiguous()
-    y = torch.empty_like(gate)
-    _launch(_forward, (gate, up, y))
+    """y = silu(gate) * up. Halves of a joint projection are read where they are."""
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    n = y.numel()
+    if n == 0:
+        return y
+    rows = [_row_stride(x) for x in (gate, up)]
+    dense = None in rows or (gate.is_contiguous() and up.is_contiguous())
+    if dense:
+        gate, up, rows = gate.contiguous(), up.contiguous(), [0, 0]
+    tensors = gate, up, y
+    D = gate.shape[-1] if gate.ndim else 1
+    key = device_number(gate), gate.dtype, n, D, *rows, all_aligned(tensors)
+    with device_of(gate):
+        if not relaunch(_forward, key, tensors):
+            block, warps = config(n)
+            args, constants = (*tensors, n, D, *rows), {"DENSE": dense, "BLOCK": block}
+            launch(_forward, key, tensors, triton.cdiv(n, block), args, constants, {"num_warps": warps})
     return y
+
+
+def _row_stride(x: Tensor) -> int | None:
+    """The distance of rows, if x is rows of dense elements at one distance from each other; else None."""
+    if x.ndim < 2 or x.stride(-1) != 1:
+        return None
+    for i in range(x.ndim - 2):
+        if x.shape[i] != 1 and x.stride(i) != x.stride(i + 1) * x.shape[i + 1]:
+            return None
+    return x.stride(-2)
 
 
 def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from purelm.caches import memo
 
-__all__ = ["at_hand", "multiplies_natively"]
+__all__ = ["at_hand", "multiplies_natively", "sent"]
 
 # A format counts as native if a product takes at most this many times as long as in fp32. Measured: 0.6 or less with
 # units for the format; 2.7 on a CPU that widens bf16 to fp32 (AVX-512 without bf16); 50 on one that uses scalar loops
@@ -80,3 +80,8 @@ def at_hand(x: Tensor) -> bool:
     """
     plain = type(x) in _PLAIN and x.device.type == "cpu"
     return plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x, which lies on the host, on `device`; where that is a GPU, without waiting for what it is busy with."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -144,7 +144,7 @@ def test_min_new_tokens():
 def script(monkeypatch, *rows):
     """Makes the model say these tokens, whatever it thinks."""
     cursor = iter(zip(*rows, strict=True))
-    monkeypatch.setattr("purelm.generate.rows.pick", lambda log_probs, u: torch.tensor(next(cursor)))
+    monkeypatch.setattr("purelm.generate.sampling.pick", lambda log_probs, u: torch.tensor(next(cursor)))
 
 
 @pytest.mark.parametrize(

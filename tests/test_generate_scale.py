@@ -131,7 +131,7 @@ def test_stream_of_more_rows_than_places():
 def test_tokens_after_a_stop_string_are_dropped(monkeypatch, read_every):
     """By hand: steps run on until the host reads, and what they bring does not count."""
     says = iter([1, 2, 3, 4, 5, 6, 7, 8])
-    monkeypatch.setattr("purelm.generate.rows.pick", lambda log_probs, u: torch.tensor([next(says)]))
+    monkeypatch.setattr("purelm.generate.sampling.pick", lambda log_probs, u: torch.tensor([next(says)]))
     out = generate(
         MODEL, PARAMS, [[0]], KEY, max_new_tokens=8, read_every=read_every, stop=Stop([5], ["d"]), decode_fn=letters
     )

@@ -28,7 +28,7 @@ ARROWS = {
     "align": "tree random devices data workers",  # no model
     "evals": "tree random ops data tokenizer generate align models.model models.tokens",  # no model family
     "accounting": "tree models",
-    "kernels": "tree transforms ops devices optim caches",  # optim for AdamW alone
+    "kernels": "tree transforms ops devices optim caches generate",  # optim for AdamW alone, generate for draw_
     "dist": "tree random transforms ops devices optim train checkpoint caches",  # works on a Model that it is given
     "interop": "tree optim dist",
     "testing": "tree random transforms ops models optim train data dist",

@@ -73,7 +73,7 @@ def measure(args: Args, device: torch.device) -> list[dict[str, Any]]:
 
     ways: dict[str, Callable[[], list[int]]] = {
         "transformers": theirs,
-        "one row": lambda: ours(ops_for_generation(cfg)),
+        "one row": lambda: ours(ops_for_generation(cfg, torch.device("cpu"))),
         "one row, torch's linear": lambda: ours(SDPA),
     }
     found = {name: way() for name, way in ways.items()}

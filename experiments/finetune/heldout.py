@@ -11,7 +11,7 @@ from experiments.finetune.config import FineTuning
 from experiments.finetune.setup import Ready, tokens_at_a_time
 from experiments.generate import known_text
 from experiments.grading import Reward
-from experiments.ops import evaluating_ops, ops_for_generation
+from experiments.ops import evaluating_ops, generation_options, ops_for_generation
 from experiments.pairs import Example, text_of
 from purelm import generate, random, track, tree
 from purelm.align.responses import response_batch
@@ -32,7 +32,8 @@ class Heldout:
     def __init__(self, cfg: FineTuning, ready: Ready, measure: Measure, reward: Reward | None = None):
         self.cfg, self.ready, self.measure, self.reward = cfg, ready, measure, reward
         self.model = transformer.make(ready.model, evaluating_ops(ready.model))
-        self.generating = transformer.make(ready.model, ops_for_generation(ready.model))
+        self.generating = transformer.make(ready.model, ops_for_generation(ready.model, ready.world.device))
+        self.options = generation_options(ready.world.device)
         self.chunk = tokens_at_a_time(ready.model.vocab_size)
 
     @torch.no_grad()
@@ -73,6 +74,7 @@ class Heldout:
             self.generating, params, prompts, random.key(cfg.seed).to(device), max_new_tokens=cfg.max_new_tokens,
             sampling=generate.Sampling(temperature=0.0), stop=generate.Stop(tuple(ready.end)),
             decode_fn=partial(known_text, ready.bpe), batch_size=max(cfg.batch_size, 16),
+            **self.options,
         )  # fmt: skip
         rows = []
         for i, (x, ids, reason) in enumerate(zip(examples, out.tokens, out.finish_reasons, strict=True)):

@@ -16,6 +16,7 @@ from purelm.align.groups import grouped
 from purelm.align.recipe import Recipe
 from purelm.align.rollouts import Rollouts, joined, of_generation
 from purelm.align.rollouts import take as rows_of
+from purelm.models.joined import join_weights
 from purelm.models.model import Model
 from purelm.tokenizer import BPE
 
@@ -41,12 +42,14 @@ class Sampler(NamedTuple):
     max_new_tokens: int
     rows: int  # at a time
     reward: Reward
+    options: dict[str, Any]  # further keywords of `generate`
 
 
 def answers(
     sampler: Sampler, params: Any, problems: Sequence[Problem], key: Tensor, *, n_samples: int, temperature: float
 ) -> tuple[generate.Generation, list[dict[str, float]]]:
     """n_samples answers to each problem, and their rewards by part."""
+    params = join_weights(params) if sampler.options else params
     out = generate.generate(
         sampler.model,
         params,
@@ -58,6 +61,7 @@ def answers(
         stop=sampler.stop,
         decode_fn=partial(known_text, sampler.bpe),
         batch_size=sampler.rows,
+        **sampler.options,
     )
     texts = out.texts or []
     return out, [sampler.reward(text, problems[i // n_samples].gold) for i, text in enumerate(texts)]

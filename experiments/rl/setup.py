@@ -13,7 +13,7 @@ from experiments.console import in_bf16, say
 from experiments.finetune.setup import loss_chunk, special_ids, template_of
 from experiments.grading import grader_named
 from experiments.open_model import open_model
-from experiments.ops import ops_for_generation, ops_named
+from experiments.ops import generation_options, ops_for_generation, ops_named
 from experiments.rl.config import MAY_CHANGE, Grpo
 from experiments.rl.problems import Problem, content, read_problems
 from experiments.rl.sampling import Sampler
@@ -80,8 +80,9 @@ def start(cfg: Grpo, device: torch.device) -> Ready:
     precision = MIXED if in_bf16(cfg.compute, device) else FULL
     stop = generate.Stop(tuple(end), cfg.stop, recipe.min_new_tokens if recipe.min_new_tokens > 1 else 0)
     sampler = Sampler(
-        transformer.make(model, ops_for_generation(model)), bpe, stop, cfg.max_new_tokens, cfg.sample_rows, reward
-    )
+        transformer.make(model, ops_for_generation(model, device)), bpe, stop, cfg.max_new_tokens,
+        cfg.sample_rows, reward, generation_options(device),
+    )  # fmt: skip
     optimizer = make_core(cfg.optim, transformer.leaves(model))
     epochs, minibatches = cfg.epochs or recipe.epochs, cfg.minibatches or recipe.minibatches
     minibatches = min(minibatches, cfg.prompts)

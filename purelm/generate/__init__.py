@@ -17,7 +17,7 @@ random number, whatever the other rows, the padding, batch_size, read_every and 
 
 from purelm.generate.batched import generate, stream
 from purelm.generate.continued import Continued, Past, continued, empty_past
-from purelm.generate.rows import on_graph
+from purelm.generate.graphs import on_graph, reused
 from purelm.generate.sampling import Sampling
 from purelm.generate.stops import Stop
 from purelm.generate.types import Generation, Progress, Sample, Step
@@ -35,5 +35,6 @@ __all__ = [
     "empty_past",
     "generate",
     "on_graph",
+    "reused",
     "stream",
 ]

@@ -4,13 +4,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from purelm import random
-from purelm.generate.engine import Job, Piece, pieces
+from purelm.generate.engine import Job, found_tokens
 from purelm.generate.prompts import check_options, check_stop, rows_of
-from purelm.generate.rows import StepFn
+from purelm.generate.readings import Found, together
+from purelm.generate.rows import Draw, StepFn, draw
 from purelm.generate.sampling import Sampling
 from purelm.generate.stops import LENGTH, Decode, Stop, text_of
 from purelm.generate.types import NEVER, PLAIN, Generation, Progress, Prompts, Step
@@ -35,6 +37,7 @@ def stream(
     n_samples: int = 1,
     wrap_step: WrapStep | None = None,
     read_every: int | None = None,
+    draw: Draw = draw,
 ) -> Iterator[Step]:
     """Yields a Step for each new position until every row has finished; arguments as for `generate`.
 
@@ -43,21 +46,21 @@ def stream(
     """
     job = _job(
         model, params, prompts, key, max_new_tokens, sampling, stop, decode_fn, batch_size, n_samples, wrap_step,
-        read_every,
+        read_every, draw,
     )  # fmt: skip
     n_rows = len(job.limits)
 
     def steps() -> Iterator[Step]:
-        for found in pieces(job):
-            for i in range(max((len(piece.tokens) for piece in found), default=0)):
+        for found in found_tokens(job):
+            for i in range(int(found.count_M.max(initial=0))):
                 step = Step([None] * n_rows, [None] * n_rows, [None] * n_rows, [None] * n_rows)
-                for piece in found:
-                    if i < len(piece.tokens):
-                        step.tokens[piece.row] = piece.tokens[i]
-                        step.logprobs[piece.row] = piece.logprobs[i]
-                        step.model_logprobs[piece.row] = piece.model_logprobs[i]
-                    if i == len(piece.tokens) - 1:
-                        step.finish_reasons[piece.row] = piece.reason
+                for m in np.flatnonzero(found.count_M > i).tolist():
+                    row = int(found.row_M[m])
+                    step.tokens[row] = int(found.tokens_Mn[m, i])
+                    step.logprobs[row] = float(found.logprobs_Mn[m, i])
+                    step.model_logprobs[row] = float(found.model_logprobs_Mn[m, i])
+                    if i == found.count_M[m] - 1:
+                        step.finish_reasons[row] = found.ended.get(row)
                 yield step
 
     return steps()
@@ -77,6 +80,7 @@ def generate(
     n_samples: int = 1,
     wrap_step: WrapStep | None = None,
     read_every: int | None = None,
+    draw: Draw = draw,
     progress: Callable[[Progress], Any] | None = None,
 ) -> Generation:
     """Continues each prompt until a stop id, a stop string, max_new_tokens or the end of the model's context.
@@ -90,9 +94,10 @@ def generate(
         batch_size: rows at a time; the next prompt takes the place of a row that has finished. None: all at once.
         n_samples: continuations of each prompt, which is computed once: row i * n_samples + j is one of prompt i.
         wrap_step: maps the step (params, rows, cache) -> (rows, cache) of `generate.rows` to one that is compiled or
-            recorded (`on_graph`). Shapes are the same in every call.
-        read_every: steps after which the host reads the new tokens and fills free places. None: 1 on a CPU, 8 on a
-            GPU, which the host must otherwise wait for. Rows do not depend on it.
+            recorded (`on_graph`; `reused(on_graph)` for many calls). Shapes are the same in every call of the step.
+        read_every: steps after which the host reads the new tokens and fills free places. None: 1 on a CPU, 4 on a
+            GPU, which goes on meanwhile: free places are filled one reading late. Rows do not depend on it.
+        draw: gives each row a token of its logits, as `rows.draw`; `purelm.kernels.draw.draw_` is one kernel on a GPU.
         progress: is called with a `Progress` after each reading.
 
     ValueError for a wrong argument, and for rows whose logits are NaN or inf: the parameters have diverged, or a 16-bit
@@ -108,41 +113,38 @@ def generate(
     begin = time.perf_counter()
     job = _job(
         model, params, prompts, key, max_new_tokens, sampling, stop, decode_fn, batch_size, n_samples, wrap_step,
-        read_every,
+        read_every, draw,
     )  # fmt: skip
     n_rows = len(job.limits)
-    rows = [Piece(row, [], [], [], LENGTH) for row in range(n_rows)]
+    reasons = [LENGTH] * n_rows
+    every: list[Found] = []
     n_tokens, n_done = 0, sum(limit == 0 for limit in job.limits)
-    for found in pieces(job):
-        for new in found:
-            row = rows[new.row]
-            row.tokens.extend(new.tokens)
-            row.logprobs.extend(new.logprobs)
-            row.model_logprobs.extend(new.model_logprobs)
-            n_tokens += len(new.tokens)
-            if new.reason is not None:
-                rows[new.row] = row._replace(reason=new.reason)
-                n_done += 1
+    for found in found_tokens(job):
+        every.append(found)
+        n_tokens, n_done = n_tokens + int(found.count_M.sum()), n_done + len(found.ended)
+        for row, reason in found.ended.items():
+            reasons[row] = reason
         if progress is not None:
             seconds = time.perf_counter() - begin
             progress(Progress(n_tokens, seconds, n_tokens / seconds, n_done, n_rows))
-    reasons = [row.reason or LENGTH for row in rows]
+    rows = together(every, n_rows)
     texts = None
     if decode_fn is not None:
-        texts = [text_of(decode_fn, row.tokens, r, stop.strings) for row, r in zip(rows, reasons, strict=True)]
+        ends = zip(rows, reasons, strict=True)
+        texts = [text_of(decode_fn, ids.tolist(), reason, stop.strings) for (ids, _, _), reason in ends]
     return Generation(
-        [torch.tensor(row.tokens, dtype=torch.int64) for row in rows],
-        [torch.tensor(row.logprobs, dtype=torch.float32) for row in rows],
+        [torch.from_numpy(ids) for ids, _, _ in rows],
+        [torch.from_numpy(logprobs.astype(np.float32)) for _, logprobs, _ in rows],
         reasons,
         texts,
-        [torch.tensor(row.model_logprobs, dtype=torch.float32) for row in rows],
+        [torch.from_numpy(logprobs.astype(np.float32)) for _, _, logprobs in rows],
     )
 
 
 def _job(
     model: Model, params: Any, prompts: Prompts, key: Tensor, max_new_tokens: int, sampling: Sampling, stop: Stop,
     decode_fn: Decode | None, batch_size: int | None, n_samples: int, wrap_step: WrapStep | None,
-    read_every: int | None,
+    read_every: int | None, draw: Draw,
 ) -> Job:  # fmt: skip
     """The arguments, checked."""
     rows = rows_of(prompts, model)
@@ -151,5 +153,6 @@ def _job(
     limits = [min(max_new_tokens, model.context_length - len(row)) for row in rows for _ in range(n_samples)]
     keys = random.split(key, len(limits)) if key.ndim == 1 else key  # split(key, n)[r] is fold_in(key, r)
     return Job(
-        model, params, rows, n_samples, keys, limits, batch_size, sampling, stop, decode_fn, wrap_step, read_every
-    )
+        model, params, rows, n_samples, keys, limits, batch_size, sampling, stop, decode_fn, wrap_step, read_every,
+        draw,
+    )  # fmt: skip

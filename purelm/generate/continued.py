@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from purelm import random
-from purelm.generate.engine import bad_message
 from purelm.generate.prompts import check_options, check_stop, rows_of
-from purelm.generate.rows import begin, draw, make_step, uniforms
+from purelm.generate.readings import bad_message
+from purelm.generate.rows import Draw, begin, draw, make_step, uniforms
 from purelm.generate.sampling import Sampling
 from purelm.generate.stops import LENGTH, STOP_ID, STOP_STRING, Decode, Stop, stop_mask, stopped
 from purelm.generate.types import NEVER, PLAIN
@@ -74,6 +74,7 @@ def continued(
     sampling: Sampling = PLAIN,
     stop: Stop = NEVER,
     decode_fn: Decode | None = None,
+    draw: Draw = draw,
 ) -> Iterator[Continued]:
     """Yields the new tokens of one prompt: those of generate(model, params, [prompt], key, ...), up to rounding.
 
@@ -84,8 +85,8 @@ def continued(
     Args:
         prompt: 1 to context_length ids.
         past: None: the empty one, with as many slots as are needed.
-        max_new_tokens, sampling, stop, decode_fn: as for `generate`. The row also ends, with reason "length", where
-            the past has no slot left.
+        max_new_tokens, sampling, stop, decode_fn, draw: as for `generate`. The row also ends, with reason "length",
+            where the past has no slot left.
     Arguments are checked when `continued` is called; ValueError also for a prompt of more than past.n_slots ids, and
     for logits that are NaN or inf.
 
@@ -110,19 +111,19 @@ def continued(
         raise ValueError(f"prompt: {len(ids)} ids do not fit into the past's {past.n_slots} slots")
     # The last token needs no slot, since nothing is computed after it.
     limit = min(limit, past.n_slots - len(ids) + 1)
-    return _tokens(model, params, ids, key, past, limit, sampling, stop, decode_fn)
+    return _tokens(model, params, ids, key, past, limit, sampling, stop, decode_fn, draw)
 
 
 def _tokens(
     model: Model, params: Any, ids: tuple[int, ...], key: Tensor, past: Past, limit: int, sampling: Sampling,
-    stop: Stop, decode_fn: Decode | None,
+    stop: Stop, decode_fn: Decode | None, draw: Draw,
 ) -> Iterator[Continued]:  # fmt: skip
     if limit == 0:
         return
     weight = model.unembedding(params)
     device = weight.device
     stops_V = stop_mask(stop, model.vocab_size).to(device)
-    step = make_step(model, sampling, stop, stops_V)
+    step = make_step(model, sampling, stop, stops_V, draw)
     keys_R2 = random.split(key, 1) if key.ndim == 1 else key
     rows = begin([limit], uniforms(keys_R2, [len(ids)], limit).to(device))
     new: list[int] = []

@@ -6,29 +6,26 @@ Legend: B rows at a time, N the most new tokens of any, V vocabulary, R rows in 
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from purelm import tree
-from purelm.generate.rows import Rows, StepFn, begin, draw, make_step, uniforms
+from purelm.devices import sent
+from purelm.generate.readings import Found, Places, Reading, ask, read
+from purelm.generate.rows import Draw, Rows, StepFn, begin, make_step, uniforms
 from purelm.generate.sampling import Sampling
-from purelm.generate.stops import LENGTH, STOP_ID, STOP_STRING, Decode, Stop, stop_mask, stopped
+from purelm.generate.stops import Decode, Stop, stop_mask
 from purelm.models.cache_rows import insert_, take, with_lengths
 from purelm.models.model import Model
 
-__all__ = ["Job", "Piece", "bad_message", "pieces"]
+__all__ = ["Job", "found_tokens"]
 
-
-class Piece(NamedTuple):
-    """New tokens of one row."""
-
-    row: int
-    tokens: list[int]
-    logprobs: list[float]
-    model_logprobs: list[float]
-    reason: str | None  # why the row ends with the last of them; None: it goes on
+SLOTS = 64  # of which the slots of a compiled or recorded step are a multiple, and the padded lengths of late prompts
+AHEAD = 512  # rows whose random numbers are computed before they begin
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,7 @@ class Job:
     decode_fn: Decode | None
     wrap_step: Callable[[StepFn], StepFn] | None
     read_every: int | None
+    draw: Draw
 
     def prompt_of(self, row: int) -> int:
         """The number of the row's prompt."""
@@ -68,15 +66,15 @@ class _Batch:
     n_slots: int
     n_most: int  # N
     stops_V: Tensor
-    row_of: list[int | None]  # the row in each of the B places
-    n_read: list[int]  # new tokens of it that were read
-    generated: list[list[int]]  # these tokens, where there are stop strings to look for
+    places: Places
     rows: Rows | None = None
     cache: Any = None
+    uniforms: tuple[int, Tensor] | None = None  # the first row of some, and their random numbers
+    recorded: Callable[..., Any] | None = None  # (f, params, *args) -> f(params, *args), recorded
     held: tuple[int, Tensor, Any] | None = None  # a prompt whose samples have not all begun, its logits, its cache
 
 
-def pieces(job: Job) -> Iterator[list[Piece]]:
+def found_tokens(job: Job) -> Iterator[Found]:
     """What is new of each row, at every reading; nothing is computed before it is asked for."""
     queue = deque(row for row, limit in enumerate(job.limits) if limit)
     if not queue:
@@ -85,156 +83,161 @@ def pieces(job: Job) -> Iterator[list[Piece]]:
     device = weight.device
     # The last token needs no slot, since nothing is generated after it.
     n_slots = max(job.length_of(row) + job.limits[row] - 1 for row in queue)
+    if job.wrap_step is not None:  # so that calls of about the same lengths have the same shapes
+        n_slots = -(-n_slots // SLOTS) * SLOTS
     stops_V = stop_mask(job.stop, job.model.vocab_size).to(device)
     B = min(len(queue), job.batch_size or len(queue))
-    batch = _Batch(
-        job, queue, device, weight.dtype, n_slots, max(job.limits), stops_V, [None] * B, [0] * B,
-        [[] for _ in range(B)],
-    )  # fmt: skip
-    step = make_step(job.model, job.sampling, job.stop, batch.stops_V)
+    places = Places(B, np.asarray(job.limits), job.stop, job.decode_fn)
+    batch = _Batch(job, queue, device, weight.dtype, n_slots, max(job.limits), stops_V, places)
+    on_cpu = device.type == "cpu"
+    read_every = job.read_every or (1 if on_cpu else 4)
+    step = make_step(job.model, job.sampling, job.stop, batch.stops_V, job.draw)
     if job.wrap_step is not None:
         step = job.wrap_step(step)
-    read_every = job.read_every or (1 if device.type == "cpu" else 8)
+        batch.recorded = getattr(step, "recorded", None)
+    asked: Reading | None = None  # of steps that the device may still be busy with
     while True:
         with torch.no_grad():
-            if queue and None in batch.row_of:
-                _fill(batch)
-                found = _read(batch, 1)
-            elif any(row is not None for row in batch.row_of):
-                found = _read(batch, _advance(batch, step, read_every))
+            if _may_fill(batch, 1 if on_cpu else -(-B // 16)):
+                filled = _fill(batch)
+                new = ask(batch.rows, places, 1, filled)
+            elif places.left() > 0:
+                n = _advance(batch, step, read_every)
+                new = ask(batch.rows, places, n, np.arange(B))
             else:
-                return
-        yield found
+                new = None
+            if not on_cpu:  # while the host looks at what has come, the device goes on
+                asked, new = new, asked
+            found = None if new is None else read(batch.rows, places, new)
+        if found is not None:
+            yield found
+        elif asked is None:
+            return
 
 
-def _fill(batch: _Batch) -> None:
-    """Rows from the queue into the free places, each with its first token."""
+def _may_fill(batch: _Batch, least: int) -> bool:
+    """Whether rows are to come into free places: at least so many at a time, since on a GPU few prompts take as long as
+    many."""
+    n_free = len(batch.places.free())
+    return bool(n_free and batch.queue) and n_free >= min(least, len(batch.queue))
+
+
+def _fill(batch: _Batch) -> Any:
+    """Rows from the queue into the free places, each with its first token; these places."""
     job, queue = batch.job, batch.queue
-    free = [place for place, row in enumerate(batch.row_of) if row is None]
+    free = batch.places.free()
     numbers = [queue.popleft() for _ in range(min(len(free), len(queue)))]
+    free = free[: len(numbers)]
     held, n_old = batch.held, 0
     if held is not None:
         n_old = sum(job.prompt_of(row) == held[0] for row in numbers)  # they are the first
-        _admit(batch, free[:n_old], numbers[:n_old], held[1].expand(n_old, -1), take(held[2], [0] * n_old))
+        copies = take(held[2], _sent([0] * n_old, batch.device))
+        _admit(batch, free[:n_old], numbers[:n_old], held[1].expand(n_old, -1), copies)
         batch.held = held if queue and job.prompt_of(queue[0]) == held[0] else None
     if n_old == len(numbers):
-        return
+        return free
     numbers = numbers[n_old:]
     prompts = list(dict.fromkeys(job.prompt_of(row) for row in numbers))
     logits_BV, cache = _prefill(batch, [job.prompts[p] for p in prompts])
     if queue and job.prompt_of(queue[0]) == prompts[-1]:
-        batch.held = prompts[-1], logits_BV[-1:], take(cache, [len(prompts) - 1])
+        batch.held = prompts[-1], logits_BV[-1:], take(cache, _sent([len(prompts) - 1], batch.device))
     if len(numbers) > len(prompts):
         index = {p: i for i, p in enumerate(prompts)}
-        source = [index[job.prompt_of(row)] for row in numbers]
+        source = _sent([index[job.prompt_of(row)] for row in numbers], batch.device)
         logits_BV, cache = logits_BV[source], take(cache, source)
-    _admit(batch, free[n_old : n_old + len(numbers)], numbers, logits_BV, cache)
+    _admit(batch, free[n_old:], numbers, logits_BV, cache)
+    return free
+
+
+def _sent(numbers: list[int], device: torch.device) -> Tensor:
+    return sent(torch.tensor(numbers, dtype=torch.int64), device)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """(params, tokens_BT, lengths_B) -> (logits after each row's last token, a cache of these rows)."""
+
+    model: Model
+    n_slots: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, params: Any, tokens_BT: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, Any]:
+        model = self.model
+        cache = model.init_cache(len(tokens_BT), self.n_slots, self.dtype, self.device)
+        # On a CPU lengths are looked at, which costs nothing, and models without this keyword will do.
+        known: dict[str, Any] = {} if self.device.type == "cpu" else {"used": 0}
+        logits_BV, cache = model.prefill(
+            params, tokens_BT, cache, lengths=lengths_B, n_positions=model.context_length, **known
+        )
+        return logits_BV, with_lengths(cache)
 
 
 def _prefill(batch: _Batch, prompts: list[Tensor]) -> tuple[Tensor, Any]:
-    job, longest = batch.job, max(map(len, prompts))
-    padded = [torch.cat([p, p.new_zeros(longest - len(p))]) for p in prompts]
+    job, device, n = batch.job, batch.device, len(prompts)
+    longest = max(map(len, prompts))
+    start: Callable[..., Any] = _Start(job.model, batch.n_slots, batch.dtype, device)
+    late = batch.rows is not None and device.type != "cpu"
+    if late:
+        # Rows come in again and again: in few different shapes, which are launched as before or recorded.
+        longest = min(SLOTS << max(-(-longest // SLOTS) - 1, 0).bit_length(), batch.n_slots)
+        size = -(-len(batch.places.row_B) // 16)
+        prompts = prompts + [prompts[0][:1]] * (-n % size)
+        start = start if batch.recorded is None else partial(batch.recorded, start)
+    tokens_BT = torch.stack([torch.cat([p, p.new_zeros(longest - len(p))]) for p in prompts])
     lengths = None
-    if any(len(p) < longest for p in prompts):
-        lengths = torch.tensor([len(p) for p in prompts], device=batch.device)
-    cache = job.model.init_cache(len(prompts), batch.n_slots, batch.dtype, batch.device)
-    logits_BV, cache = job.model.prefill(
-        job.params, torch.stack(padded).to(batch.device), cache, lengths=lengths,
-        n_positions=job.model.context_length,
-    )  # fmt: skip
-    return logits_BV, with_lengths(cache)
+    if late or any(len(p) < longest for p in prompts):
+        lengths = _sent([len(p) for p in prompts], device)
+    logits_BV, cache = start(job.params, sent(tokens_BT, device), lengths)
+    if len(prompts) > n:
+        logits_BV, cache = logits_BV[:n], take(cache, _sent(list(range(n)), device))
+    return logits_BV, cache
 
 
-def _admit(batch: _Batch, places: list[int], numbers: list[int], logits_BV: Tensor, cache: Any) -> None:
+def _uniforms(batch: _Batch, numbers: list[int]) -> Tensor:
+    """The random numbers of these rows, which are in order: computed for many rows at a time."""
+    job = batch.job
+    if batch.uniforms is None or numbers[-1] >= batch.uniforms[0] + len(batch.uniforms[1]):
+        rows = range(numbers[0], min(len(job.limits), numbers[-1] + 1 + AHEAD))
+        starts = [job.length_of(row) for row in rows]
+        found = uniforms(job.keys_R2[rows.start : rows.stop], starts, batch.n_most)
+        batch.uniforms = numbers[0], found.to(batch.device)
+    first, uniforms_RN = batch.uniforms
+    return uniforms_RN.index_select(0, _sent([row - first for row in numbers], batch.device))
+
+
+def _admit(batch: _Batch, places: Any, numbers: list[int], logits_BV: Tensor, cache: Any) -> None:
     """Put these rows, after whose prompts these logits and this cache come, into these places."""
     if not numbers:
         return
     job, device = batch.job, batch.device
-    starts = [job.length_of(row) for row in numbers]
-    uniforms_BN = uniforms(job.keys_R2[numbers], starts, batch.n_most).to(device)
-    new = begin([job.limits[row] for row in numbers], uniforms_BN)
-    new = draw(logits_BV, new, job.sampling, job.stop, batch.stops_V)
+    new = begin([job.limits[row] for row in numbers], _uniforms(batch, numbers))
+    new = job.draw(logits_BV, new, job.sampling, job.stop, batch.stops_V)
     if batch.rows is None:  # the first time all places are filled
         batch.rows, batch.cache = new, cache
     else:
-        at = torch.tensor(places, device=device)
+        at = sent(torch.from_numpy(places), device)
         tree.map(lambda x, y: x.index_copy_(0, at, y), batch.rows, new)  # in place: a recorded step knows its memory
         batch.cache = insert_(batch.cache, at, cache)
-    for place, row in zip(places, numbers, strict=True):
-        batch.row_of[place], batch.n_read[place], batch.generated[place] = row, 0, []
+    batch.places.enter(places, numbers)
 
 
 def _advance(batch: _Batch, step: StepFn, read_every: int) -> int:
-    """Up to read_every steps, and not more than any row needs; their number."""
+    """Up to read_every steps, and not more than any row needs unless they are one graph; their number."""
     job = batch.job
-    active = [(row, n) for row, n in zip(batch.row_of, batch.n_read, strict=True) if row is not None]
-    n_steps = min(read_every, max(job.limits[row] - n for row, n in active))
-    longest = max(job.length_of(row) + n - 1 for row, n in active)
+    many: Any = getattr(step, "many", None)
+    if many is not None and batch.device.type != "cpu":
+        batch.rows, batch.cache = many(job.params, batch.rows, batch.cache, read_every)
+        return read_every
+    n_steps = min(read_every, batch.places.left())
+    longest = max(
+        job.length_of(row) + n - 1
+        for row, n in zip(batch.places.row_B.tolist(), batch.places.made_B.tolist(), strict=True)
+        if row >= 0
+    )
     for i in range(n_steps):
         known = {}
         if job.wrap_step is None and batch.device.type != "cpu":  # a CPU reads the lengths themselves
             known = {"used": min(longest + i, batch.n_slots - 1)}
         batch.rows, batch.cache = step(job.params, batch.rows, batch.cache, **known)
     return n_steps
-
-
-def _read(batch: _Batch, n: int) -> list[Piece]:
-    """What the last n tokens of each row bring; finished rows leave their places. Waits for the device, once."""
-    job, rows = batch.job, batch.rows
-    assert rows is not None
-    device, N = rows.n_B.device, rows.tokens_BN.shape[1]
-    first_B1 = torch.tensor(batch.n_read, device=device).unsqueeze(-1)
-    at_Bn = (first_B1 + torch.arange(n, device=device)).clamp(max=N - 1)
-    texts = [x.gather(1, at_Bn).double() for x in (rows.tokens_BN, rows.logprobs_BN, rows.model_logprobs_BN)]
-    marks = torch.stack([rows.n_B, rows.open_B, rows.stopped_B, rows.bad_B], 1).double()
-    table = torch.cat([*texts, marks], 1).tolist()
-    found, bad = [], []
-    cut = []  # places whose rows end by a stop string
-    for place, row in enumerate(batch.row_of):
-        if row is None:
-            continue
-        line = table[place]
-        n_now, is_open, by_id, is_bad = (int(x) for x in line[3 * n :])
-        k = n_now - batch.n_read[place]
-        tokens, logprobs, model_logprobs = [int(x) for x in line[:k]], line[n : n + k], line[2 * n : 2 * n + k]
-        reason = None if is_open or is_bad else STOP_ID if by_id else LENGTH
-        if job.stop.strings and (end := _string_end(job, batch.generated[place], tokens)) is not None:
-            tokens, logprobs, model_logprobs = tokens[:end], logprobs[:end], model_logprobs[:end]
-            if end < k or reason != STOP_ID:
-                reason, is_bad = STOP_STRING, 0
-            if is_open:
-                cut.append(place)
-        if is_bad:
-            bad.append((row, n_now))
-        batch.n_read[place] = n_now
-        if reason is not None:
-            batch.row_of[place] = None
-        if tokens:
-            found.append(Piece(row, tokens, logprobs, model_logprobs, reason))
-    if bad:
-        raise ValueError(bad_message(bad))
-    if cut:
-        rows.open_B.index_fill_(0, torch.tensor(cut, device=device), False)
-    return found
-
-
-def _string_end(job: Job, generated: list[int], tokens: list[int]) -> int | None:
-    """How many of the row's new tokens it takes to complete a stop string; None if they complete none."""
-    assert job.decode_fn is not None
-    for i, token in enumerate(tokens):
-        generated.append(token)
-        if len(generated) >= job.stop.min_new_tokens and stopped(job.decode_fn, generated, job.stop.strings):
-            return i + 1
-    return None
-
-
-def bad_message(bad: list[tuple[int, int]]) -> str:
-    """What is said of rows whose logits are not finite: (row, its new tokens) of each."""
-    by_n: dict[int, list[int]] = {}
-    for row, n in sorted(bad)[:8]:
-        by_n.setdefault(n, []).append(row)
-    where = "; ".join(f"rows {', '.join(map(str, rows))} after {n} new tokens" for n, rows in by_n.items())
-    return (
-        f"the model's logits are not finite (NaN or inf) in {where}: its parameters have diverged, or their dtype "
-        "overflows"
-    )

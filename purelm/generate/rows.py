@@ -9,24 +9,23 @@ Legend: B rows, N the most new tokens of any, V vocabulary.
 """
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from purelm import random, tree
-from purelm.generate.sampling import Sampling, distribution, pick
+from purelm import random
+from purelm.devices import sent
+from purelm.generate.sampling import Sampling, choose
 from purelm.generate.stops import Stop
 from purelm.models.cache_rows import keep
 from purelm.models.model import Model
-from purelm.ops.softmax import log_softmax
-from purelm.transforms import cuda_graph
 
-__all__ = ["Rows", "StepFn", "begin", "draw", "make_step", "on_graph", "uniforms"]
+__all__ = ["Draw", "Rows", "StepFn", "begin", "draw", "make_step", "uniforms"]
 
-PLAIN = Sampling()
-
+# (logits_BV, rows, sampling, stop, stops_V) -> rows: what `draw` does. It may write into the memory of `rows`.
+Draw = Callable[[Tensor, "Rows", Sampling, Stop, Tensor], "Rows"]
 StepFn = Callable[..., tuple["Rows", Any]]  # (params, rows, cache, *, used=None) -> (rows, cache)
 
 
@@ -48,7 +47,7 @@ class Rows(NamedTuple):
 def begin(limits: list[int], uniforms_BN: Tensor) -> Rows:
     """Rows without a new token, on the device of uniforms_BN."""
     device, (B, N) = uniforms_BN.device, uniforms_BN.shape
-    limit_B = torch.tensor(limits, dtype=torch.int64, device=device)
+    limit_B = sent(torch.tensor(limits, dtype=torch.int64), device)
     zero, false = torch.zeros_like(limit_B), torch.zeros(B, dtype=torch.bool, device=device)
     tokens_BN, logprobs_BN = uniforms_BN.new_zeros(B, N, dtype=torch.int64), torch.zeros_like(uniforms_BN)
     return Rows(
@@ -63,7 +62,7 @@ def uniforms(keys_B2: Tensor, starts: list[int], n: int) -> Tensor:
     def one(key: Tensor, start: Tensor) -> Tensor:
         return random.uniform(key, (n,), dtype=torch.float64, index=start)
 
-    return torch.func.vmap(one)(keys_B2, torch.tensor(starts, device=keys_B2.device))
+    return torch.func.vmap(one)(keys_B2, sent(torch.tensor(starts), keys_B2.device))
 
 
 def draw(logits_BV: Tensor, rows: Rows, sampling: Sampling, stop: Stop, stops_V: Tensor) -> Rows:
@@ -71,25 +70,18 @@ def draw(logits_BV: Tensor, rows: Rows, sampling: Sampling, stop: Stop, stops_V:
 
     stops_V: bool, True at stop ids.
     """
-    # A row's maximum is NaN if any logit is, and -inf if all are.
-    finite_B = torch.isfinite(logits_BV.amax(-1))
-    logits_BV = torch.where(finite_B.unsqueeze(-1), logits_BV, 0.0)
-    allowed_BV = logits_BV
+    early_BV = None
     if stop.min_new_tokens and stop.ids:
-        early_B1 = (rows.n_B < stop.min_new_tokens).unsqueeze(-1)
-        allowed_BV = torch.where(stops_V & early_B1, -torch.inf, logits_BV)
-    log_probs_BV = distribution(allowed_BV, **vars(sampling))
-    model_BV = log_probs_BV
-    if sampling != PLAIN or allowed_BV is not logits_BV:
-        model_BV = log_softmax(logits_BV.to(log_probs_BV.dtype))
+        early_BV = stops_V & (rows.n_B < stop.min_new_tokens).unsqueeze(-1)
     at_B1 = rows.n_B.clamp(max=rows.tokens_BN.shape[1] - 1).unsqueeze(-1)
-    next_B = pick(log_probs_BV, rows.uniforms_BN.gather(1, at_B1).squeeze(-1))
+    uniform_B = rows.uniforms_BN.gather(1, at_B1).squeeze(-1)
+    next_B, logprob_B, model_logprob_B, finite_B = choose(logits_BV, uniform_B, sampling, early_BV)
     gets_B = rows.open_B & finite_B
 
-    def put(x_BN: Tensor, new_B1: Tensor) -> Tensor:
-        return x_BN.scatter(1, at_B1, torch.where(gets_B.unsqueeze(-1), new_B1.to(x_BN.dtype), x_BN.gather(1, at_B1)))
+    def put(x_BN: Tensor, new_B: Tensor) -> Tensor:
+        new_B1 = new_B.unsqueeze(-1).to(x_BN.dtype)
+        return x_BN.scatter(1, at_B1, torch.where(gets_B.unsqueeze(-1), new_B1, x_BN.gather(1, at_B1)))
 
-    next_B1 = next_B.unsqueeze(-1)
     n_B = rows.n_B + gets_B
     hit_B = gets_B & stops_V[next_B]
     return rows._replace(
@@ -98,40 +90,33 @@ def draw(logits_BV: Tensor, rows: Rows, sampling: Sampling, stop: Stop, stops_V:
         open_B=gets_B & ~hit_B & (n_B < rows.limit_B),
         stopped_B=rows.stopped_B | hit_B,
         bad_B=rows.bad_B | (rows.open_B & ~finite_B),
-        tokens_BN=put(rows.tokens_BN, next_B1),
-        logprobs_BN=put(rows.logprobs_BN, log_probs_BV.gather(-1, next_B1)),
-        model_logprobs_BN=put(rows.model_logprobs_BN, model_BV.gather(-1, next_B1)),
+        tokens_BN=put(rows.tokens_BN, next_B),
+        logprobs_BN=put(rows.logprobs_BN, logprob_B),
+        model_logprobs_BN=put(rows.model_logprobs_BN, model_logprob_B),
     )
 
 
-def make_step(model: Model, sampling: Sampling, stop: Stop, stops_V: Tensor) -> StepFn:
-    """(params, rows, cache, *, used=None) -> (rows, cache): `decode_` of each row's last token, and `draw`.
+@dataclass(frozen=True)
+class _Step:
+    """`make_step`'s function; two are equal where they compute the same."""
 
-    The cache is written in place. used: as for `decode_`.
-    """
+    model: Model
+    sampling: Sampling
+    stop: Stop
+    draw: Draw
+    device: torch.device
+    stops_V: Tensor = field(compare=False)  # made from stop
 
-    def step(params: Any, rows: Rows, cache: Any, *, used: int | None = None) -> tuple[Rows, Any]:
+    def __call__(self, params: Any, rows: Rows, cache: Any, *, used: int | None = None) -> tuple[Rows, Any]:
+        model = self.model
         cache = keep(cache, rows.open_B)  # a finished row would run out of slots
         logits_BV, cache = model.decode_(params, rows.token_B, cache, used=used, n_positions=model.context_length)
-        return draw(logits_BV, rows, sampling, stop, stops_V), cache
-
-    return step
+        return self.draw(logits_BV, rows, self.sampling, self.stop, self.stops_V), cache
 
 
-def on_graph(step: StepFn) -> StepFn:
-    """A `wrap_step` for a GPU: the step as one CUDA graph (`purelm.transforms.cuda_graph`).
+def make_step(model: Model, sampling: Sampling, stop: Stop, stops_V: Tensor, draw: Draw = draw) -> StepFn:
+    """(params, rows, cache, *, used=None) -> (rows, cache): `decode_` of each row's last token, and `draw`.
 
-    Rows and cache are donated. The graph reads the parameters where they are, so it is recorded anew for parameters
-    elsewhere. On a CPU the step runs as it is.
+    The cache is written in place, and the rows where `draw` does so. used: as for `decode_`.
     """
-    graphs: dict[Any, tuple[Any, Callable[..., Any]]] = {}
-
-    def graphed(params: Any, rows: Rows, cache: Any) -> tuple[Rows, Any]:
-        place = tuple(x.data_ptr() for x in tree.leaves(params))
-        if place not in graphs:
-            graphs.clear()
-            # The parameters are kept, so that no others come to lie at their addresses.
-            graphs[place] = params, cuda_graph(partial(step, params), donate=(0, 1))
-        return graphs[place][1](rows, cache)
-
-    return graphed
+    return _Step(model, sampling, stop, draw, stops_V.device, stops_V)

@@ -6,15 +6,27 @@ Legend: B rows, V vocabulary.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from purelm.devices import at_hand
 from purelm.ops.softmax import log_softmax
 
-__all__ = ["Sampling", "distribution", "forbid", "keep_min_p", "keep_top_k", "keep_top_p", "pick", "temper"]
+__all__ = [
+    "Choice",
+    "Sampling",
+    "choose",
+    "distribution",
+    "forbid",
+    "keep_min_p",
+    "keep_top_k",
+    "keep_top_p",
+    "pick",
+    "temper",
+]
 
 Logits = Float[Tensor, "b v"]
 SMALLEST = 1e-37  # least temperature above 0; the least normal number of fp32 is 1.2e-38
@@ -143,3 +155,36 @@ def pick(log_probs_BV: Logits, uniform_B: Float[Tensor, " b"]) -> Int[Tensor, " 
             raise ValueError(f"log_probs must be log-probabilities in each row, got sums of {total_B.tolist()}")
     target_B1 = uniform_B.double().unsqueeze(-1) * cumulative_BV[..., -1:]
     return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
+
+
+class Choice(NamedTuple):
+    """One token for each row."""
+
+    token_B: Tensor  # int64; of a row that is not finite, any
+    logprob_B: Tensor  # under the distribution that it was drawn from
+    model_logprob_B: Tensor  # and under softmax(logits)
+    finite_B: Tensor  # bool: whether the row has no NaN, no inf, and not -inf alone
+
+
+def choose(
+    logits_BV: Logits,
+    uniform_B: Float[Tensor, " b"],
+    sampling: Sampling,
+    forbidden_BV: Bool[Tensor, "b v"] | None = None,
+) -> Choice:
+    """The token of each row that `pick` finds in the row's `distribution`, with its log-probabilities.
+
+    forbidden_BV: True at tokens that are not drawn.
+    """
+    # A row's maximum is NaN if any logit is, and -inf if all are.
+    finite_B = torch.isfinite(logits_BV.amax(-1))
+    logits_BV = torch.where(finite_B.unsqueeze(-1), logits_BV, 0.0)
+    allowed_BV = logits_BV if forbidden_BV is None else torch.where(forbidden_BV, -torch.inf, logits_BV)
+    log_probs_BV = distribution(allowed_BV, **vars(sampling))
+    model_BV = log_probs_BV
+    if sampling != Sampling() or forbidden_BV is not None:
+        model_BV = log_softmax(logits_BV.to(log_probs_BV.dtype))
+    token_B = pick(log_probs_BV, uniform_B)
+    at_B1 = token_B.unsqueeze(-1)
+    logprob_B, model_logprob_B = (x.gather(-1, at_B1).squeeze(-1) for x in (log_probs_BV, model_BV))
+    return Choice(token_B, logprob_B, model_logprob_B, finite_B)

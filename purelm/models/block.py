@@ -55,8 +55,7 @@ def block(
     def mix(h_BTD: Tensor) -> Tensor:
         return mixer.apply(mixer.config, params["attn"], h_BTD, ctx, ops)
 
-    x_BTD = _residual(layer, mix, params, "ln1", x_BTD, ops)
-    return _feed_forward(layer, params, x_BTD, ops)
+    return _sublayers(layer, mix, params, x_BTD, ops)
 
 
 def block_cached(
@@ -73,8 +72,7 @@ def block_cached(
         y_BTD, new = mixer.apply_cached(mixer.config, params["attn"], h_BTD, ctx, ops, state, reads)
         return y_BTD
 
-    x_BTD = _residual(layer, mix, params, "ln1", x_BTD, ops)
-    return _feed_forward(layer, params, x_BTD, ops), new
+    return _sublayers(layer, mix, params, x_BTD, ops), new
 
 
 def apply_norm(norm: Norm | None, params: Params, name: str, x: Tensor, ops: Ops) -> Tensor:
@@ -82,9 +80,19 @@ def apply_norm(norm: Norm | None, params: Params, name: str, x: Tensor, ops: Ops
     return x if norm is None else norm.apply(norm.config, params[name], x, ops)
 
 
-def _feed_forward(layer: Layer, params: Params, x_BTD: Tensor, ops: Ops) -> Tensor:
-    ffn = layer.feed_forward
-    return _residual(layer, lambda h: ffn.apply(ffn.config, params["ffn"], h, ops), params, "ln2", x_BTD, ops)
+def _sublayers(layer: Layer, mix: Callable[[Tensor], Tensor], params: Params, x: Tensor, ops: Ops) -> Tensor:
+    """The residual stream after the mixer and the feed-forward layer."""
+    ffn, norm = layer.feed_forward, layer.norm
+
+    def feed_forward(h: Tensor) -> Tensor:
+        return ffn.apply(ffn.config, params["ffn"], h, ops)
+
+    if layer.norm_position == "pre" and norm is not None and norm.add is not None:
+        y = mix(apply_norm(norm, params, "ln1", x, ops))
+        h, x = norm.add(norm.config, params["ln2"], y, x, ops)  # the sum and the norm of it in one pass
+        return x + feed_forward(h)
+    x = _residual(layer, mix, params, "ln1", x, ops)
+    return _residual(layer, feed_forward, params, "ln2", x, ops)
 
 
 def _residual(

@@ -104,11 +104,12 @@ def prefill(
     blocks: Sequence[CachedBlockFn] | None = None,
     lengths: Int[Tensor, " b"] | None = None,
     last_only: bool = True,
+    used: int | None = None,
     n_positions: int | None = None,
 ) -> tuple[Tensor, Cache]:
     """Processes T tokens a row at once and appends them to the cache; a long prompt may come in several chunks.
 
-    Waits for the device, since the host needs the values of cache.length and lengths.
+    Waits for the device, since the host needs the values of cache.length and lengths, unless `used` is given.
 
     Args:
         blocks: from `cached_blocks`; None: the blocks of cfg and ops without a wrapper.
@@ -116,6 +117,8 @@ def prefill(
             cache then has a length of its own for each row. None: all rows have T.
         last_only: logits of each row's own last token, (B, V); else of all, (B, T, V). Those at padding, and those of a
             row without a new token, mean nothing.
+        used: tokens that every row has before, if the caller knows. On a GPU lengths are then taken as they are, and
+            all T tokens must fit, padding too. None: is looked up.
         n_positions: the sequence length that dynamic_ntk scales by, the same for all rows; give `decode` the same
             number. None: the number of slots, which depends on the longest row of the batch.
     Returns:
@@ -123,8 +126,15 @@ def prefill(
     """
     (n_rows, T), size = tokens_BT.shape, cache.slots.shape[0]
     _check_rows(cache, n_rows)
-    before = _lengths(cache, n_rows)
-    new = [T] * n_rows if lengths is None else _checked(lengths, before, T)
+    if used is not None and not 0 <= used <= size:
+        raise ValueError(f"used must be in 0..{size}, the cache's slots, got {used}")
+    known = cache.length.device.type == "cpu" and not torch.compiler.is_compiling()
+    before = [used] * n_rows if used is not None and not known else _lengths(cache, n_rows)
+    if used is not None and set(before) - {used}:
+        raise ValueError(f"used must be the number of tokens that every row has, {before}, got {used}")
+    new = [T] * n_rows
+    if lengths is not None and (used is None or lengths.device.type == "cpu"):
+        new = _checked(lengths, before, T)
     for row, (n_before, n_new) in enumerate(zip(before, new, strict=True)):
         if n_before + n_new > size:
             where = "" if len(set(before)) == len(set(new)) == 1 else f" of row {row}"
@@ -132,10 +142,10 @@ def prefill(
     longest = max(a + b for a, b in zip(before, new, strict=True))
     _check_positions(longest, cfg)
     blocks = cached_blocks(cfg, ops, lambda f: f) if blocks is None else blocks
-    used = min(before), max(before)
+    bounds = min(before), max(before)
     # Slots that padding alone would need may lie beyond the last one.
-    level = used[0] == used[1] and used[1] + T <= size
-    slots = _slots(cache, n_rows, T, used, level, one=False, in_place=False)
+    level = bounds[0] == bounds[1] and bounds[1] + T <= size
+    slots = _slots(cache, n_rows, T, bounds, level, one=False, in_place=False)
     h_BTD, cache = _run(params, tokens_BT, cache, slots, lengths, cfg, ops, blocks, n_positions)
     if last_only and lengths is None:
         h_BTD = h_BTD[:, -1]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from purelm.models.leaves import Leaf, Params
-from purelm.models.linear import apply_linear, apply_linear_out, linear_in, linear_out
+from purelm.models.linear import apply_linear_out, apply_linears, linear_in, linear_out
 from purelm.models.mixers import Cost
 from purelm.ops import Ops
 
@@ -107,9 +107,9 @@ def _leaves(c: Any, d_model: int, width: int, biases: bool) -> dict[str, Leaf]:
 
 def _apply(c: Any, params: Params, x_BTD: Tensor, ops: Ops) -> Tensor:
     h_BTD = ops.enter(x_BTD)
-    gate = apply_linear(params["w1"], h_BTD, ops)
-    up = apply_linear(params["w3"], h_BTD, ops) if c.is_gated else None
-    return apply_linear_out(params["w2"], c.inner(ops, gate, up), ops)
+    names = ("w1", "w3") if c.is_gated else ("w1",)
+    gate, *up = apply_linears([params[name] for name in names], h_BTD, ops)
+    return apply_linear_out(params["w2"], c.inner(ops, gate, up[0] if up else None), ops)
 
 
 def _cost(c: Any, d_model: int, width: int, batch: int, length: int, *, bytes_per_element: int = 4) -> Cost:

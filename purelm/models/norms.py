@@ -17,11 +17,13 @@ class Norm(NamedTuple):
     config: Hashable
     leaves: Callable[[Any, int], dict[str, Leaf]]  # (config, width) -> table
     apply: Callable[[Any, Params, Tensor, Ops], Tensor]  # (config, params, x, ops) -> y
+    # (config, params, x, residual, ops) -> (the norm of x + residual, x + residual); None: in two steps
+    add: Callable[[Any, Params, Tensor, Tensor, Ops], tuple[Tensor, Tensor]] | None = None
 
 
 def rms_norm(eps: float = 1e-5) -> Norm:
-    """The norm x / sqrt(mean(x^2) + eps) * weight; computed by `ops.rms_norm`."""
-    return Norm((eps,), _rms_leaves, _rms_apply)
+    """The norm x / sqrt(mean(x^2) + eps) * weight; computed by `ops.rms_norm`, or with a sum by `ops.add_rms_norm`."""
+    return Norm((eps,), _rms_leaves, _rms_apply, _rms_add)
 
 
 def layer_norm(eps: float = 1e-5, bias: bool = True) -> Norm:
@@ -35,6 +37,10 @@ def _rms_leaves(config: tuple[float], width: int) -> dict[str, Leaf]:
 
 def _rms_apply(config: tuple[float], params: Params, x: Tensor, ops: Ops) -> Tensor:
     return ops.rms_norm(x, params["weight"], config[0])
+
+
+def _rms_add(config: tuple[float], params: Params, x: Tensor, residual: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
+    return ops.add_rms_norm(x, residual, params["weight"], config[0])
 
 
 def _layer_leaves(config: tuple[float, bool], width: int) -> dict[str, Leaf]:

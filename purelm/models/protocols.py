@@ -71,6 +71,7 @@ class Prefill(Protocol):
 
     lengths: of each row only the first lengths[b] tokens count, and logits are those of its last one; None: all.
     n_positions: the sequence length for positions that scale with it (dynamic_ntk); None: the cache's size.
+    used: tokens that every row has before, if the caller knows; then nothing waits for the device. None: unknown.
     """
 
     def __call__(
@@ -82,6 +83,7 @@ class Prefill(Protocol):
         *,
         lengths: Int[Tensor, " b"] | None = None,
         last_only: bool = True,
+        used: int | None = None,
         n_positions: int | None = None,
     ) -> tuple[Tensor, Any]: ...
 

@@ -38,6 +38,7 @@ class Ops(NamedTuple):
     position_embedding: protocols.Embedding  # added to `embedding`'s
     unembed: protocols.Unembed  # from states to logits
     rms_norm: protocols.RMSNorm
+    add_rms_norm: protocols.AddRMSNorm
     layer_norm: protocols.LayerNorm
     rope: protocols.Rope
     attention: protocols.Attention
@@ -53,6 +54,9 @@ class Ops(NamedTuple):
     enter: protocols.Boundary  # what a sublayer reads
     linear_out: protocols.Linear  # the linear layer that a sublayer ends with
     final: protocols.Boundary  # the last states, of all positions
+    # Attention of one new token a row over a cache in whose memory it is written, all in one (`decode_`). None: rope,
+    # the write and `attention` under a mask.
+    decode_attention_: protocols.DecodeAttention | None = None
 
 
 REFERENCE = Ops(
@@ -61,6 +65,7 @@ REFERENCE = Ops(
     position_embedding=_embedding.embedding,
     unembed=_linear.linear,
     rms_norm=_rms_norm.rms_norm,
+    add_rms_norm=_rms_norm.add_rms_norm,
     layer_norm=_layer_norm.layer_norm,
     rope=_rope.rope,
     attention=_attention.attention,

@@ -21,8 +21,10 @@ from purelm.ops.rope import Layout
 
 __all__ = [
     "Activation",
+    "AddRMSNorm",
     "Attention",
     "Boundary",
+    "DecodeAttention",
     "Embedding",
     "Gate",
     "GeluActivation",
@@ -71,6 +73,19 @@ class RMSNorm(Protocol):
     def __call__(
         self, x: Float[Tensor, "*batch d"], weight_D: Float[Tensor, " d"] | None = None, eps: float = 1e-5, /
     ) -> Float[Tensor, "*batch d"]: ...
+
+
+class AddRMSNorm(Protocol):
+    """(the RMS norm of x + residual, x + residual)."""
+
+    def __call__(
+        self,
+        x: Float[Tensor, "*batch d"],
+        residual: Float[Tensor, "*batch d"],
+        weight_D: Float[Tensor, " d"] | None = None,
+        eps: float = 1e-5,
+        /,
+    ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d"]]: ...
 
 
 class LayerNorm(Protocol):
@@ -183,3 +198,25 @@ class Boundary(Protocol):
     """Where a sublayer begins, or the stream ends: the states, as those of one process or gathered from several."""
 
     def __call__(self, x_BTD: Float[Tensor, "b t d"], /) -> Float[Tensor, "b u d"]: ...
+
+
+class DecodeAttention(Protocol):
+    """Attention of one new token a row over a cache, into which its key and value are written first."""
+
+    def __call__(
+        self,
+        q_BHK: Float[Tensor, "b h k"],
+        k_BGK: Float[Tensor, "b g k"],
+        v_BGK: Float[Tensor, "b g k"],
+        keys_BSGK: Float[Tensor, "b s g k"],
+        values_BSGK: Float[Tensor, "b s g k"],
+        length_B: Int[Tensor, " b"],
+        /,
+        *,
+        cos_BJ: Float[Tensor, "#b j"] | None = None,
+        sin_BJ: Float[Tensor, "#b j"] | None = None,
+        layout: Layout = "interleaved",
+        window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> Float[Tensor, "b h k"]: ...

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from purelm.ops.precision import accumulator
 
-__all__ = ["rms_norm"]
+__all__ = ["add_rms_norm", "rms_norm"]
 
 
 def rms_norm(
@@ -26,3 +26,18 @@ def rms_norm(
     if weight_D is not None:
         y = y * weight_D
     return y.to(x.dtype)
+
+
+def add_rms_norm(
+    x: Float[Tensor, "*batch d"],
+    residual: Float[Tensor, "*batch d"],
+    weight_D: Float[Tensor, " d"] | None = None,
+    eps: float = 1e-5,
+) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d"]]:
+    """(rms_norm(x + residual), x + residual): a block's residual sum and the next norm.
+
+    >>> add_rms_norm(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 0.0]), eps=0.0)
+    (tensor([0.8485, 1.1314]), tensor([3., 4.]))
+    """
+    total = x + residual
+    return rms_norm(total, weight_D, eps), total

@@ -177,7 +177,10 @@ def rope_tables(
     w_J = frequencies(head_dim, theta, scaling, length=length, device=positions.device)
     angle = positions.to(torch.float64).unsqueeze(-1) * w_J
     factor = attention_factor(scaling)
-    return _held((factor * torch.cos(angle)).to(dtype)), _held((factor * torch.sin(angle)).to(dtype))
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    if factor != 1.0:
+        cos, sin = factor * cos, factor * sin
+    return _held(cos.to(dtype)), _held(sin.to(dtype))
 
 
 def _held(x: Tensor) -> Tensor:

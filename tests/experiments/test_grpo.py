@@ -89,7 +89,7 @@ def _sampler(inputs, reward="number"):
     params, cfg, bpe = hf.load(inputs / "start")
     model = transformer.make(cfg)
     stop = generate.Stop((token_to_id(bpe, END),))
-    sampler = Sampler(model, bpe, stop, 4, 8, grader_named(reward))
+    sampler = Sampler(model, bpe, stop, 4, 8, grader_named(reward), {})
     problems = [Problem(r["question"], encode(bpe, r["question"]).astype("int64"), str(r["answer"])) for r in ROWS]
     return sampler, params, problems
 

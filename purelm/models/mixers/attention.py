@@ -18,9 +18,10 @@ from torch import Tensor
 from purelm.models.config import QKNorm
 from purelm.models.context import Context
 from purelm.models.leaves import Cut, Fill, Leaf, Params, with_prefix
-from purelm.models.linear import apply_linear, apply_linear_out, linear_in, linear_out
+from purelm.models.linear import apply_linear_out, apply_linears, linear_in, linear_out
 from purelm.models.mixers import Cost, Mixer, Slots
 from purelm.ops import Ops
+from purelm.ops.protocols import DecodeAttention
 from purelm.ops.rope import Layout
 
 __all__ = ["KV", "Attention", "Reads", "attention", "reads", "visible_pairs"]
@@ -105,20 +106,21 @@ def _attend(c: Attention, ops: Ops) -> Callable[..., Tensor]:
 
 
 def _project(
-    c: Attention, params: Params, x_BTD: Tensor, ctx: Context, ops: Ops
+    c: Attention, params: Params, x_BTD: Tensor, ctx: Context, ops: Ops, *, turned: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (B,T,H,K), k and v (B,T,G,K): projections of x, after the norm of q and k and rope, where the model has them.
 
+    turned: False leaves rope out.
     H and G come from the shapes of params: with tensor parallelism a process has only some of the heads.
     """
     h_BTD = ops.enter(x_BTD)
-    q, k, v = (apply_linear(params[name], h_BTD, ops) for name in ("q_proj", "k_proj", "v_proj"))
+    q, k, v = apply_linears([params[name] for name in ("q_proj", "k_proj", "v_proj")], h_BTD, ops)
     if c.qk_norm == "full":
         q, k = _qk_norm(c, params, q, k, ops)
     q, k, v = (x.unflatten(-1, (-1, c.head_dim)) for x in (q, k, v))
     if c.qk_norm == "head":
         q, k = _qk_norm(c, params, q, k, ops)
-    if ctx.cos is not None and ctx.sin is not None:
+    if turned and ctx.cos is not None and ctx.sin is not None:
         q, k = (ops.rope(x, ctx.cos, ctx.sin, c.rope_layout) for x in (q, k))
     return q, k, v
 
@@ -185,8 +187,10 @@ def _by_one(c: Any, slots: Slots) -> tuple[slice, Int[Tensor, "b s"] | None]:
 def _apply_cached(
     c: Attention, params: Params, x_BTD: Tensor, ctx: Context, ops: Ops, state: KV, reads: Reads
 ) -> tuple[Float[Tensor, "b t d"], KV]:
-    q, k, v = _project(c, params, x_BTD, ctx, ops)
     slots = reads.slots
+    if slots.one and slots.in_place and ops.decode_attention_ is not None:
+        return _apply_one(c, params, x_BTD, ctx, ops, state, slots, ops.decode_attention_), state
+    q, k, v = _project(c, params, x_BTD, ctx, ops)
     state = KV(*[slots.write(x, new.to(x.dtype)) for x, new in zip(state, (k, v), strict=True)])
     keys, values = (reads.take(x).to(q.dtype) for x in state)
     if slots.one:
@@ -197,6 +201,21 @@ def _apply_cached(
     else:
         o = _attend(c, ops)(q, keys, values, segment_ids=reads.segment_ids)
     return apply_linear_out(params["output_proj"], o.flatten(2), ops), state
+
+
+def _apply_one(
+    c: Attention, params: Params, x_B1D: Tensor, ctx: Context, ops: Ops, state: KV, slots: Slots,
+    attend_: DecodeAttention,
+) -> Float[Tensor, "b 1 d"]:  # fmt: skip
+    """`_apply_cached` for one new token, in the memory of the state: rope, the write and attention are one op."""
+    q, k, v = (x.squeeze(1) for x in _project(c, params, x_B1D, ctx, ops, turned=False))
+    # Tables are (1, J) where rows are level, else (B, 1, J).
+    cos, sin = (None if t is None else t.flatten(0, -2) for t in (ctx.cos, ctx.sin))
+    o_BHK = attend_(
+        q, k, v, state.k, state.v, slots.length.expand(slots.rows_B.shape[0]),
+        cos_BJ=cos, sin_BJ=sin, layout=c.rope_layout, window=c.window, scale=c.scale, softcap=c.softcap,
+    )  # fmt: skip
+    return apply_linear_out(params["output_proj"], o_BHK.flatten(1).unsqueeze(1), ops)
 
 
 def _cost(
