@@ -12,42 +12,24 @@ import pytest
 import torch
 
 from experiments.grading import grader_named
-from experiments.rl.problems import Problem, order, read_problems
-from experiments.rl.sampling import Sampler, collect
+from experiments.rl.problems import order, read_problems
+from experiments.rl.sampling import collect
 from experiments.rl.update import Trainer, loss_of, minibatches, padded, update
-from purelm import checkpoint, generate, tree
+from purelm import checkpoint, tree
 from purelm.align.recipe import adapted
 from purelm.align.recipes import RECIPES
-from purelm.models import hf, transformer
+from purelm.models import hf
 from purelm.optim import sgd
 from purelm.optim.schedules import constant
-from purelm.tokenizer import encode, token_to_id
 from purelm.train import init_state, make_step
-from tests.experiments.small_model import END, write_inputs
+from tests.experiments.small_policy import CPU, FLAGS, sampler_of, write_policy
 from tests.programs import run_here
-
-ROWS = [{"question": f"{a} + {b} =", "answer": a + b} for a in range(4) for b in range(4)]
-CPU = torch.device("cpu")
-FLAGS = [
-    "--prompt", "{question}", "--gold", "{answer}", "--max-new-tokens", "4", "--prompts", "4", "--group-size", "4",
-    "--device", "cpu", "--compute", "fp32", "--optim.lr", "3e-3", "--eval-every", "2", "--eval-prompts", "8",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A folder with train.jsonl and start/, a model that is right now and then."""
-    folder = tmp_path_factory.mktemp("grpo")
-    write_inputs(folder, [f"{r['question']} {r['answer']}" for r in ROWS], ROWS, "train")
-    flags = [
-        "--run", folder / "sft", "--model", folder / "weights", "--train", folder / "train.jsonl", "--steps", "14",
-        "--prompt", "{question}", "--response", " {answer}", "--batch-size", "8", "--max-length", "16", "--device",
-        "cpu", "--optim.lr", "1e-2", "--optim.warmup-steps", "2", "--compute", "fp32", "--eval-every", "0",
-    ]  # fmt: skip
-    done = run_here("experiments.sft", *map(str, flags))
-    assert done.returncode == 0, done.stderr
-    (folder / "sft/export").rename(folder / "start")
-    return folder
+    return write_policy(tmp_path_factory.mktemp("grpo"))
 
 
 def grpo(inputs, run, *flags, status=0):
@@ -85,18 +67,9 @@ def test_it_learns_and_resumes(inputs, tmp_path):
     assert (tmp_path / "whole/report.html").is_file() and hf.load(tmp_path / "whole/export")[1].vocab_size == 288
 
 
-def _sampler(inputs, reward="number"):
-    params, cfg, bpe = hf.load(inputs / "start")
-    model = transformer.make(cfg)
-    stop = generate.Stop((token_to_id(bpe, END),))
-    sampler = Sampler(model, bpe, stop, 4, 8, grader_named(reward))
-    problems = [Problem(r["question"], encode(bpe, r["question"]).astype("int64"), str(r["answer"])) for r in ROWS]
-    return sampler, params, problems
-
-
 def test_rollout_batches(inputs):
     """The same twice; other answers in the next batch; a recipe that replaces flat groups has none."""
-    sampler, params, problems = _sampler(inputs)
+    sampler, params, problems = sampler_of(inputs)
     options = dict(prompts=3, seed=5, max_rounds=40, device=CPU)
     plain = adapted(RECIPES["course2026_grpo"], group_size=4, max_new_tokens=4)
     first, again, other = (collect(sampler, plain, params, problems, i=i, **options) for i in (0, 0, 1))
@@ -117,7 +90,7 @@ def test_rollout_batches(inputs):
 @pytest.mark.parametrize("name", ["course2026_dr_grpo", "dapo", "scalerl", "olmo3_32b_think", "gspo", "grpo"])
 def test_passes_and_dropped_rows_change_nothing(inputs, name):
     """Oracle: one pass over all rows, none dropped. fp64; 1e-9 of an update is the order of sums."""
-    sampler, params, problems = _sampler(inputs)
+    sampler, params, problems = sampler_of(inputs)
     recipe = adapted(RECIPES[name], group_size=4, max_new_tokens=4)
     recipe = type(recipe)(**{**recipe.__dict__, "flat_groups": "keep"})
     batch = collect(sampler, recipe, params, problems, prompts=6, seed=1, i=0, max_rounds=1, device=CPU)
