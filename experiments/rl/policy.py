@@ -28,7 +28,8 @@ def start(cfg: Grpo, world: World) -> Ready:
     minibatches = min(cfg.minibatches or recipe.minibatches, cfg.prompts)
     run, trainer = run_of(
         cfg, world, given, recipe, updates=epochs * minibatches, temperature=cfg.temperature,
-        reference=recipe.objective.kl is not None, drops=_drops(recipe), recompute=cfg.old_log_probs == "recomputed",
+        reference=recipe.objective.kl is not None or recipe.kl_in_reward != 0, drops=_drops(recipe),
+        recompute=cfg.old_log_probs == "recomputed",
     )  # fmt: skip
     objective = recipe.objective
     parts = (objective.advantage, objective.region, objective.aggregate)
@@ -48,8 +49,6 @@ def _recipe(cfg: Grpo) -> Recipe:
     if cfg.recipe not in RECIPES:
         raise ValueError(f"recipe: {cfg.recipe!r} is not known; there are {', '.join(RECIPES)}")
     recipe = RECIPES[cfg.recipe]
-    if recipe.kl_in_reward:
-        raise ValueError(f"recipe: {cfg.recipe} takes a KL term from the rewards, which is not done here")
     if cfg.group_size == 1 and _compares(recipe):
         raise ValueError(f"group_size must be at least 2 for {cfg.recipe}, which compares a prompt's answers")
     return adapted(

@@ -18,6 +18,7 @@ from purelm.align.groups import grouped, row_groups
 from purelm.align.objective import Objective, advantages_of, policy_loss
 from purelm.align.recipe import Recipe
 from purelm.align.rollouts import Rollouts, rollout_batch
+from purelm.align.shaping import kl_penalty
 from purelm.align.whole import drop_zero_advantage, with_token_weights
 from purelm.dist.world import World
 from purelm.models.model import Model
@@ -39,7 +40,7 @@ class Trainer(NamedTuple):
     chunk: int | None
     compute: torch.dtype
     recompute: bool  # old log-probabilities, else the sampler's
-    reference: Any | None  # parameters that a KL term compares with
+    reference: Any | None  # parameters that a KL term, of the loss or of rewards, compares with
     drops: bool  # whether rows of advantage 0 are left out before the forward pass
     seed: int
     world: World = ONE
@@ -67,21 +68,35 @@ def loss_of(model: Model, objective: Objective, temperature: float, chunk: int |
 
 
 def prepared(trainer: Trainer, params: Any, rollouts: Rollouts, device: torch.device) -> tuple[dict[str, Tensor], Aux]:
-    """(batch of all rows with advantages, old and reference log-probabilities; what the advantages report)."""
+    """(batch of all rows with advantages, old and reference log-probabilities; what the advantages report).
+
+    Advantages are of the graded rewards and of what the recipe adds to them: by length, and by the distance from the
+    reference (reported as "kl_reward", a mean). Whether a group is flat is a matter of the graded rewards.
+    """
     recipe = trainer.recipe
     batch = rollout_batch(rollouts, pad_id=trainer.pad_id, multiple_of=32)
-    rewards_B = rollouts.rewards_B
-    if recipe.length_reward is not None:
-        rewards_B = rewards_B + recipe.length_reward(torch.tensor([len(x) for x in rollouts.responses]))
-    advantages, aux = advantages_of(recipe.objective, rewards_B, group_size=recipe.group_size)
-    batch = {name: x.to(device) for name, x in {**batch, "advantages": advantages}.items()}
+    batch = {name: x.to(device) for name, x in batch.items()}
+    aux: Aux = {}
     batch["old_log_probs"] = batch["sampler_log_probs"]
     if trainer.recompute:
         batch["old_log_probs"] = log_probs(trainer, params, batch)
         gap_BT = (batch["old_log_probs"] - batch["sampler_log_probs"]).abs() * (batch["weights"] != 0)
-        aux = {**aux, "sampler_gap_largest": gap_BT.amax()}
+        aux["sampler_gap_largest"] = gap_BT.amax()
+    reference_BT = log_probs(trainer, trainer.reference, batch) if trainer.reference is not None else None
     if recipe.objective.kl is not None:
-        batch["ref_log_probs"] = log_probs(trainer, trainer.reference, batch)
+        assert reference_BT is not None
+        batch["ref_log_probs"] = reference_BT
+    rewards_B = rollouts.rewards_B
+    if recipe.length_reward is not None:
+        rewards_B = rewards_B + recipe.length_reward(torch.tensor([len(x) for x in rollouts.responses]))
+    if recipe.kl_in_reward:
+        assert reference_BT is not None
+        old_BT, c = batch["old_log_probs"], recipe.kl_in_reward
+        added_B = kl_penalty(old_BT, reference_BT, batch["weights"], coefficient=c).cpu()
+        rewards_B = rewards_B + added_B
+        aux["kl_reward"] = added_B.mean()
+    advantages, of_advantage = advantages_of(recipe.objective, rewards_B, group_size=recipe.group_size)
+    batch["advantages"], aux = advantages.to(device), {**of_advantage, **aux}
     if recipe.flat_groups == "drop":
         keep_P = ~zero_gradient(grouped(rollouts.rewards_B, recipe.group_size))
         keep_B = row_groups(keep_P, recipe.group_size).to(device)

@@ -8,13 +8,14 @@ import json
 from collections import Counter
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from experiments.grading import grader_named
 from experiments.rl.problems import order, read_problems
 from experiments.rl.sampling import collect
-from experiments.rl.update import Trainer, loss_of, minibatches, padded, update
+from experiments.rl.update import Trainer, loss_of, minibatches, padded, prepared, update
 from purelm import checkpoint, tree
 from purelm.align.recipe import adapted
 from purelm.align.recipes import RECIPES
@@ -65,6 +66,15 @@ def test_it_learns_and_resumes(inputs, tmp_path):
     for r in rows(tmp_path / "whole/rollouts.jsonl"):
         assert r["reward"] == grader_named("number")(r["response"], r["gold"])["reward"]
     assert (tmp_path / "whole/report.html").is_file() and hf.load(tmp_path / "whole/export")[1].vocab_size == 288
+
+
+def test_the_kl_of_rewards_is_logged(inputs, tmp_path):
+    """0 until the policy has left the reference; not after. The reward that is logged is the graders'."""
+    grpo(inputs, tmp_path / "run", "--recipe", "rloo", "--steps", "4")
+    found = [r for r in rows(tmp_path / "run/metrics.jsonl") if "reward" in r]
+    before = [0, *(r["updates"] for r in found)]
+    assert 0 < before[3] and all((r["kl_reward"] != 0) == (n > 0) for r, n in zip(found, before, strict=False))
+    assert all(r["reward"] * 16 == int(r["reward"] * 16) for r in found) and "kl" not in found[0]
 
 
 def test_rollout_batches(inputs):
@@ -129,6 +139,37 @@ def test_passes_and_dropped_rows_change_nothing(inputs, name):
                         assert x[k] == pytest.approx(y[k], rel=1e-5)
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+def test_kl_in_the_reward(inputs, recompute):
+    """Oracle: a float64 loop over answers and tokens, with the model's logits; the loss has no KL term."""
+    sampler, params, problems = sampler_of(inputs)
+    recipe = adapted(RECIPES["rloo"], group_size=3, max_new_tokens=4, kl_in_reward=0.3, temperature=0.7)
+    batch = collect(sampler, recipe, params, problems, prompts=5, seed=1, i=0, max_rounds=1, device=CPU).rollouts
+    reference = tree.map(lambda x: x + 0.05 * torch.cos(torch.arange(x.numel())).view(x.shape), params)
+    trainer = Trainer(
+        sampler.model, recipe, lambda n: None, 4, 0, None, torch.float64, recompute,
+        tree.cast(reference, torch.float64), False, 3,
+    )  # fmt: skip
+    found, aux = prepared(trainer, params, batch, CPU)
+
+    def log_p(params, prompt, answer):
+        ids = torch.from_numpy(np.concatenate([prompt, answer]))[None]
+        logits = sampler.model.apply(tree.cast(params, torch.float64), ids)[0] / 0.7
+        return [float(logits[len(prompt) + t - 1].log_softmax(-1)[k]) for t, k in enumerate(answer)]
+
+    taken = []
+    for b, (prompt, answer) in enumerate(zip(batch.prompts, batch.responses, strict=True)):
+        old = log_p(params, prompt, answer) if recompute else batch.sampler_log_probs[b].tolist()
+        taken.append(-0.3 * sum(x - y for x, y in zip(old, log_p(reference, prompt, answer), strict=True)))
+    assert max(map(abs, taken)) > 0.02
+    rewards = [float(r) + x for r, x in zip(batch.rewards_B, taken, strict=True)]
+    for b, r in enumerate(rewards):
+        others = [rewards[k] for k in range(b // 3 * 3, b // 3 * 3 + 3) if k != b]
+        assert float(found["advantages"][b]) == pytest.approx(r - sum(others) / 2, abs=1e-5)
+    assert float(aux["kl_reward"]) == pytest.approx(sum(taken) / len(taken), abs=1e-6)
+    assert "ref_log_probs" not in found
+
+
 def _f64():
     from purelm.train import Precision
 
@@ -166,7 +207,6 @@ def test_long_problems_are_left_out(inputs, capfd):
 def test_what_is_wrong_is_named(inputs, tmp_path):
     cases = [
         (("--recipe", "ppo"), "recipe: 'ppo' is not known; there are course2025"),
-        (("--recipe", "rloo"), "recipe: rloo takes a KL term from the rewards"),
         (("--grade", "none"), "grade: none is no reward"),
         (("--chat",), "has no chat template"),
         (("--max-new-tokens", "32"), "max_new_tokens must be below the model's context_length 32"),
