@@ -93,3 +93,28 @@ class Grpo(FromRewards):
     """of the policy before the update: by the trainer, or as the sampler had them"""
     max_rounds: Count = 10
     """recipes that replace flat groups: rounds of prompts for one batch"""
+
+
+@dataclass(frozen=True)
+class ExpertIteration(FromRewards):
+    """Fine-tune a language model on its own right answers, several times."""
+
+    steps: Count = 5
+    """iterations, each of one rollout batch"""
+    prompts: Count = 512
+    """prompts of an iteration"""
+    min_new_tokens: Count = 4
+    """no answer ends before"""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """right answers to a prompt with the same ids, within an iteration: all are trained, or the first alone"""
+    epochs: Count = 2
+    """passes over the right answers of an iteration"""
+    batch_size: Count = 32
+    """answers in an optimizer step, at most; an epoch's are dealt into steps as equal as can be"""
+    mean_over: Literal["tokens", "answers"] = "tokens"
+    """the loss of a step: the mean over all tokens, as of `sft`; or of each answer's mean, so that long ones weigh no
+    more"""
+    optim: Optim = field(default_factory=lambda: Optim(lr=2e-5, schedule="constant", warmup_steps=0, weight_decay=0.0))
+    """a schedule that ends does so with as many steps as there are if all answers are right"""
+    eval_every: Whole = 1
+    save_every: Whole = 1

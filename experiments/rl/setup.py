@@ -124,7 +124,9 @@ def described(cfg: FromRewards, world: World, given: Opened, fields: Mapping[str
 
 
 def sampler_of(cfg: FromRewards, world: World, given: Opened, min_new_tokens: int) -> Sampler:
-    """The sampler of answers."""
+    """The sampler of answers; ValueError where they would end before they may."""
+    if min_new_tokens > cfg.max_new_tokens:
+        raise ValueError(f"max_new_tokens is {cfg.max_new_tokens}: an answer has at least {min_new_tokens} here")
     stop = generate.Stop(tuple(given.end), cfg.stop, min_new_tokens if min_new_tokens > 1 else 0)
     model = transformer.make(given.model, ops_for_generation(given.model))
     return Sampler(model, given.bpe, stop, cfg.max_new_tokens, cfg.sample_rows, given.reward, world)
