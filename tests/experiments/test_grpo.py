@@ -15,7 +15,7 @@ import torch
 from experiments.grading import grader_named
 from experiments.rl.problems import order, read_problems
 from experiments.rl.sampling import collect
-from experiments.rl.update import Trainer, loss_of, minibatches, padded, prepared, update
+from experiments.rl.update import Trainer, loss_of, minibatches, padded, prepared, stepped, update
 from purelm import checkpoint, tree
 from purelm.align.recipe import adapted
 from purelm.align.recipes import RECIPES
@@ -137,6 +137,24 @@ def test_passes_and_dropped_rows_change_nothing(inputs, name):
                 if not drop:
                     for k in ("ratio_mean", "entropy", "kl_old", "n_tokens"):
                         assert x[k] == pytest.approx(y[k], rel=1e-5)
+
+
+def test_a_loss_that_cancels_is_no_mean(inputs):
+    """make_step tries on the first pass whether a loss may be added up: also where its value is rounding alone, as of
+    one answer with advantages whose sum is 0. Oracle: sums of rows double with them."""
+    sampler, params, problems = sampler_of(inputs)
+    recipe = adapted(RECIPES["course2026_dr_grpo"], group_size=7, max_new_tokens=4)
+    loss = loss_of(sampler.model, recipe.objective, 1.0, None)
+    for k in range(len(problems)):
+        ids = torch.from_numpy(problems[k].ids).repeat(14, 1)
+        part = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": torch.ones(ids[:, 1:].shape)}
+        part["advantages"] = torch.tensor([1.0, -0.1, -0.2, -0.3, -0.15, -0.05, -0.2]).repeat(2) / 7
+        part["old_log_probs"] = torch.zeros_like(part["weights"])
+        trainer = Trainer(
+            sampler.model, recipe, lambda n: make_step(loss, sgd(), constant(1.0), microbatches=n), 7, 0, None,
+            torch.float32, False, None, False, 3,
+        )  # fmt: skip
+        assert abs(stepped(trainer, init_state(params, sgd()), part)[1]["loss"]) < 1e-5
 
 
 @pytest.mark.parametrize("recompute", [True, False])
