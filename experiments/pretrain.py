@@ -22,14 +22,14 @@ import os
 from contextlib import nullcontext
 from dataclasses import replace
 
-import torch
 import tyro
 
 from experiments.config import Pretrain
-from experiments.console import pick_device, program, say
+from experiments.console import program, say
 from experiments.generate import complete
 from experiments.lock import locked
 from experiments.loop import train
+from experiments.processes import joined
 from experiments.report import finish, summarise
 from experiments.setup import start
 from purelm import checkpoint
@@ -39,13 +39,7 @@ from purelm.tokenizer import load as load_tokenizer
 
 @program
 def main(cfg: Pretrain) -> None:
-    pick_device(cfg.device)  # a device that does not exist is an error now
-    with world.start(cfg.device, cfg.parallel.timeout) as here:
-        if here.size == 1:
-            device = pick_device(cfg.device)  # cuda:1, say, where world.start gives the first GPU
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            here = here._replace(device=device)
+    with joined(cfg.device, cfg.parallel.timeout) as here:
         run(cfg, here)
 
 

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from experiments import limits
-from experiments.console import pick_device, progress_bar, quiet, say
+from experiments.console import progress_bar, quiet, say
 from experiments.export import export
 from experiments.finetune.config import FineTuning
 from experiments.finetune.heldout import Heldout
 from experiments.finetune.report import Panels, finish
 from experiments.finetune.setup import Ready
 from experiments.lock import locked
+from experiments.processes import joined
 from experiments.setup import check_run_folder
 from experiments.signals import asked_to_stop
 from purelm import track
@@ -36,13 +37,7 @@ def fine_tune(
 ) -> None:
     """The whole run. start: checks all and reads all; panels: of curves.png; extra: more names of files, to be told."""
     limits.check(cfg)
-    pick_device(cfg.device)  # a device that does not exist is an error now
-    with world.start(cfg.device, cfg.parallel.timeout) as here:
-        if here.size == 1:
-            device = pick_device(cfg.device)
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            here = here._replace(device=device)
+    with joined(cfg.device, cfg.parallel.timeout) as here:
         check_run_folder(cfg.run, cfg.resume)
         with locked(cfg.run) if here.rank == 0 else nullcontext():
             ready = start(cfg, here)

@@ -1,4 +1,4 @@
-"""What a run of `experiments.grpo` is made of; every field is a flag."""
+"""What runs of `experiments.grpo` and `experiments.expert_iteration` are made of; every field is a flag."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -6,17 +6,19 @@ from typing import Annotated, Literal
 from experiments.config import Optim
 from experiments.grading import GradeName
 from experiments.limits import Count, Place, Range, Seed, Text, Whole
+from experiments.parallel import Parallel
 
 # May differ when a run goes on; files and the model are compared by what they hold.
 MAY_CHANGE = (
     "steps", "save_every", "eval_every", "eval_prompts", "log_every", "keep_last", "export", "shown", "device",
     "rows_per_pass", "sample_rows", "resume", "run", "train", "heldout", "tokenizer", "remat", "loss_chunk",
+    "parallel.mode", "parallel.bucket_mb", "parallel.timeout",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Grpo:
-    """Train a language model on rewards of its own answers."""
+class FromRewards:
+    """What both programs are asked."""
 
     run: Place
     """folder of the run"""
@@ -41,9 +43,6 @@ class Grpo:
     """special token that ends an answer"""
     stop: tuple[Text, ...] = ()
     """strings that end an answer, </answer> say"""
-    recipe: Text = "course2026_grpo"
-    """of `python -m experiments.recipes`: the objective, epochs, minibatches, what becomes of flat groups. Its
-    optimizer's settings are for its own models, and not taken"""
     steps: Count = 100
     """rollout batches"""
     prompts: Count = 16
@@ -52,22 +51,12 @@ class Grpo:
     """answers to each"""
     max_new_tokens: Count = 64
     temperature: Annotated[float, Range(1e-6, 1e3)] = 1.0
-    """of sampling, and of the log-probabilities that are trained"""
-    epochs: Count | None = None
-    """passes over a rollout batch; default the recipe's"""
-    minibatches: Count | None = None
-    """optimizer steps that divide a rollout batch; default the recipe's"""
-    old_log_probs: Literal["recomputed", "sampler"] = "recomputed"
-    """of the policy before the update: by the trainer, or as the sampler had them"""
-    max_rounds: Count = 10
-    """recipes that replace flat groups: rounds of prompts for one batch"""
-    optim: Optim = field(
-        default_factory=lambda: Optim(lr=1e-5, schedule="constant", warmup_steps=0, weight_decay=0.0)
-    )
+    """of sampling"""
+    optim: Optim = field(default_factory=lambda: Optim(lr=1e-5, schedule="constant", warmup_steps=0, weight_decay=0.0))
     rows_per_pass: Count = 32
-    """rows of a forward and backward pass: same result, less memory"""
+    """rows of a process in a forward and backward pass: same result, less memory"""
     sample_rows: Count = 128
-    """rows that are sampled at a time"""
+    """rows that a process samples at a time"""
     seed: Seed = 0
     eval_every: Whole = 10
     """rollout batches from one evaluation to the next; 0: only at the end"""
@@ -81,6 +70,51 @@ class Grpo:
     remat: bool = False
     loss_chunk: Count | None = None
     """as for `sft`"""
+    parallel: Parallel = field(default_factory=Parallel)
     device: str = "auto"
     export: bool = True
     resume: bool = False
+
+
+@dataclass(frozen=True)
+class Grpo(FromRewards):
+    """Train a language model on rewards of its own answers."""
+
+    recipe: Text = "course2026_grpo"
+    """of `python -m experiments.recipes`: the objective, epochs, minibatches, what becomes of flat groups. Its
+    optimizer's settings are for its own models, and not taken"""
+    temperature: Annotated[float, Range(1e-6, 1e3)] = 1.0
+    """of sampling, and of the log-probabilities that are trained"""
+    epochs: Count | None = None
+    """passes over a rollout batch; default the recipe's"""
+    minibatches: Count | None = None
+    """optimizer steps that divide a rollout batch; default the recipe's"""
+    old_log_probs: Literal["recomputed", "sampler"] = "recomputed"
+    """of the policy before the update: by the trainer, or as the sampler had them"""
+    max_rounds: Count = 10
+    """recipes that replace flat groups: rounds of prompts for one batch"""
+
+
+@dataclass(frozen=True)
+class ExpertIteration(FromRewards):
+    """Fine-tune a language model on its own right answers, several times."""
+
+    steps: Count = 5
+    """iterations, each of one rollout batch"""
+    prompts: Count = 512
+    """prompts of an iteration"""
+    min_new_tokens: Count = 4
+    """no answer ends before"""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """right answers to a prompt with the same ids, within an iteration: all are trained, or the first alone"""
+    epochs: Count = 2
+    """passes over the right answers of an iteration"""
+    batch_size: Count = 32
+    """answers in an optimizer step, at most; an epoch's are dealt into steps as equal as can be"""
+    mean_over: Literal["tokens", "answers"] = "tokens"
+    """the loss of a step: the mean over all tokens, as of `sft`; or of each answer's mean, so that long ones weigh no
+    more"""
+    optim: Optim = field(default_factory=lambda: Optim(lr=2e-5, schedule="constant", warmup_steps=0, weight_decay=0.0))
+    """a schedule that ends does so with as many steps as there are if all answers are right"""
+    eval_every: Whole = 1
+    save_every: Whole = 1

@@ -27,9 +27,9 @@ class Problem(NamedTuple):
 
 def read_problems(
     path: Path, bpe: BPE, prompt: str, gold: str, *, before: Sequence[int], chat: Chat | None, longest: int,
-    limit: int | None = None,
+    limit: int | None = None, says: bool = True,
 ) -> list[Problem]:  # fmt: skip
-    """The problems of a JSON-lines file; those of more than `longest` tokens are left out, which is said.
+    """The problems of a JSON-lines file; those of more than `longest` tokens are left out, which is said with `says`.
 
     ValueError with the number of a line that lacks a field of a template.
     """
@@ -52,7 +52,7 @@ def read_problems(
             raise ValueError(f"{where}: the prompt has no token; give --begin")
         if len(ids) <= longest:
             found.append(Problem(text_of(parts), ids, right))
-    if n > len(found):
+    if n > len(found) and says:
         say(f"{path}: {n - len(found):,} of {n:,} problems have more than {longest} tokens and are left out")
     if not found:
         raise ValueError(f"{path}: has no problem of at most {longest} tokens")

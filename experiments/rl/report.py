@@ -1,8 +1,8 @@
-"""The end of a run of `experiments.grpo`: curves.png, report.html, and what the terminal shows."""
+"""The end of a run that learns from rewards: curves.png, report.html, and what the terminal shows."""
 
 from typing import Any
 
-from experiments.rl.config import Grpo
+from experiments.rl.config import FromRewards
 from purelm import track
 
 PANELS = (
@@ -14,7 +14,7 @@ PANELS = (
 SHOWN = 12  # rollouts in the report
 
 
-def finish(cfg: Grpo, config: dict[str, Any]) -> None:
+def finish(cfg: FromRewards, config: dict[str, Any], title: str) -> None:
     """Curves and report from metrics.jsonl and rollouts.jsonl; the last rows on the terminal."""
     rows = track.read_rows(cfg.run / "metrics.jsonl")
     curves = cfg.run / "curves.png"
@@ -29,7 +29,7 @@ def finish(cfg: Grpo, config: dict[str, Any]) -> None:
         (row["prompt"], f"{row['response']}\n\n[reward {row['reward']}, right is {row['gold']}]") for row in shown
     ]
     track.write_report(
-        cfg.run / "report.html", title=f"reinforcement learning {cfg.run.name}", summary=summary, config=config,
+        cfg.run / "report.html", title=f"{title} {cfg.run.name}", summary=summary, config=config,
         curves=curves, samples=samples,
     )  # fmt: skip
     track.write_json(cfg.run / "summary.json", summary)

@@ -1,7 +1,12 @@
-"""Rollout batches: answers to problems, graded; a pure function of (parameters, seed, number of the batch)."""
+"""Rollout batches: answers to problems, graded; a pure function of (parameters, seed, number of the batch).
 
-from collections.abc import Sequence
+On several processes each samples and grades its share of the problems, and all then have all answers. A row's random
+key depends on the row's number in the whole batch, so answers are those of one process up to the rounding of logits.
+"""
+
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -9,13 +14,15 @@ from torch import Tensor
 
 from experiments.generate import known_text
 from experiments.grading import Reward
-from experiments.rl.problems import Problem, order
+from experiments.rl.problems import Problem, content, order
+from experiments.rl.shares import ONE, check_alike, everyones
 from purelm import generate, random
 from purelm.align.collect import Collected, add_round, full, take
 from purelm.align.groups import grouped
 from purelm.align.recipe import Recipe
 from purelm.align.rollouts import Rollouts, joined, of_generation
 from purelm.align.rollouts import take as rows_of
+from purelm.dist.world import World
 from purelm.models.joined import join_weights
 from purelm.models.model import Model
 from purelm.tokenizer import BPE
@@ -42,29 +49,43 @@ class Sampler(NamedTuple):
     max_new_tokens: int
     rows: int  # at a time
     reward: Reward
-    options: dict[str, Any]  # further keywords of `generate`
+    world: World = ONE
+    options: Mapping[str, Any] = MappingProxyType({})  # further keywords of `generate`
 
 
 def answers(
     sampler: Sampler, params: Any, problems: Sequence[Problem], key: Tensor, *, n_samples: int, temperature: float
 ) -> tuple[generate.Generation, list[dict[str, float]]]:
-    """n_samples answers to each problem, and their rewards by part."""
-    params = join_weights(params) if sampler.options else params
-    out = generate.generate(
-        sampler.model,
-        params,
-        [x.ids.tolist() for x in problems],
-        key,
-        max_new_tokens=sampler.max_new_tokens,
-        n_samples=n_samples,
-        sampling=generate.Sampling(temperature=temperature),
-        stop=sampler.stop,
-        decode_fn=partial(known_text, sampler.bpe),
-        batch_size=sampler.rows,
-        **sampler.options,
-    )
-    texts = out.texts or []
-    return out, [sampler.reward(text, problems[i // n_samples].gold) for i, text in enumerate(texts)]
+    """n_samples answers to each problem, and their rewards by part; ValueError where processes differ.
+
+    Of N processes the r-th samples problems r, r + N, ...; all of them have all answers.
+    """
+    world, R = sampler.world, len(problems) * n_samples
+    check_alike(world, params, content(problems), key)
+    mine = range(world.rank, len(problems), world.size)
+    rows = [p * n_samples + g for p in mine for g in range(n_samples)]
+    out, parts = generate.Generation([], [], [], [], []), []
+    if rows:
+        out = generate.generate(
+            sampler.model,
+            join_weights(params) if sampler.options else params,
+            [problems[p].ids.tolist() for p in mine],
+            random.split(key, R)[rows],
+            max_new_tokens=sampler.max_new_tokens,
+            n_samples=n_samples,
+            sampling=generate.Sampling(temperature=temperature),
+            stop=sampler.stop,
+            decode_fn=partial(known_text, sampler.bpe),
+            batch_size=sampler.rows,
+            **sampler.options,
+        )
+        parts = [sampler.reward(text, problems[k // n_samples].gold) for k, text in zip(rows, _texts(out), strict=True)]
+    return everyones(world, rows, out, parts, R)
+
+
+def _texts(out: generate.Generation) -> list[str]:
+    assert out.texts is not None  # generate was given decode_fn
+    return out.texts
 
 
 def collect(
@@ -83,7 +104,7 @@ def collect(
         key = random.fold_in(random.fold_in(random.key(seed), 2), draw).to(device)
         out, parts = answers(sampler, params, chosen, key, n_samples=G, temperature=recipe.temperature)
         rollouts = of_generation([x.ids for x in chosen], out, [part["reward"] for part in parts], n_samples=G)
-        return Batch(chosen, rollouts, out.texts or [], parts, len(chosen))
+        return Batch(chosen, rollouts, _texts(out), parts, len(chosen))
 
     if recipe.flat_groups not in ("rounds", "refill"):
         return sampled(i)

@@ -1,4 +1,8 @@
-"""What a rollout batch does to the parameters: advantages, epochs, minibatches, passes of a few rows."""
+"""What a rollout batch does to the parameters: advantages, epochs, minibatches, passes of a few rows.
+
+On several processes all have the whole batch. Each computes its share of the rows: of old and reference
+log-probabilities, which all then have, and of every optimizer step, whose losses and gradients add up.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -6,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from experiments.rl.shares import ONE, joined_rows, share
 from purelm import random, tree
 from purelm.align.advantages import Aux
 from purelm.align.filters import zero_gradient
@@ -13,11 +18,13 @@ from purelm.align.groups import grouped, row_groups
 from purelm.align.objective import Objective, advantages_of, policy_loss
 from purelm.align.recipe import Recipe
 from purelm.align.rollouts import Rollouts, rollout_batch
+from purelm.align.shaping import kl_penalty
 from purelm.align.whole import drop_zero_advantage, with_token_weights
+from purelm.dist.world import World
 from purelm.models.model import Model
 from purelm.train import TrainState
 
-__all__ = ["Trainer", "loss_of", "minibatches", "padded", "prepared", "update"]
+__all__ = ["Trainer", "loss_of", "minibatches", "padded", "prepared", "stepped", "update"]
 
 OF_MODEL = ("tokens", "targets", "weights")
 
@@ -25,24 +32,28 @@ OF_MODEL = ("tokens", "targets", "weights")
 class Trainer(NamedTuple):
     """What an update depends on beside state and rollouts."""
 
-    model: Model
+    model: Model  # of whole parameters
     recipe: Recipe
     step: Callable[[int], Callable[[TrainState, Any], tuple[TrainState, dict[str, Tensor]]]]  # by number of passes
-    rows_per_pass: int
+    rows_per_pass: int  # of a process
     pad_id: int
     chunk: int | None
     compute: torch.dtype
     recompute: bool  # old log-probabilities, else the sampler's
-    reference: Any | None  # parameters that a KL term compares with
+    reference: Any | None  # parameters that a KL term, of the loss or of rewards, compares with
     drops: bool  # whether rows of advantage 0 are left out before the forward pass
     seed: int
+    world: World = ONE
+    whole: Callable[[Any], Any] = lambda params: params  # of a process's part of the parameters
 
 
 def loss_of(model: Model, objective: Objective, temperature: float, chunk: int | None) -> Callable[..., Any]:
     """(params, batch) -> (loss, metrics): `policy_loss` of the model's log-probabilities at this temperature.
 
-    The batch has tokens, targets, weights (the mask), token_weights, n_tokens, and the entries that the objective
-    needs; a sum over rows, so that passes add up.
+    The batch has tokens, targets, weights (the mask), token_weights, n_tokens, denominator, and the entries that the
+    objective needs; a sum over rows, so that passes add up. The token weights have the objective's own denominator, so
+    the batch's is 1: it is there for make_step, which tries whether a loss divides by it. Without, it compares losses
+    that may be sums of what cancels, and nothing but rounding.
     """
 
     def loss(params: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -50,27 +61,42 @@ def loss_of(model: Model, objective: Objective, temperature: float, chunk: int |
         log_p_BT, entropy_BT = model.log_probs(params, of_model, temperature=temperature, chunk=chunk)
         rest = {name: x for name, x in batch.items() if name not in (*OF_MODEL, "denominator")}
         whole = {**rest, "mask": batch["weights"], "log_probs": log_p_BT, "entropy": entropy_BT}
-        return policy_loss(objective, whole)
+        value, metrics = policy_loss(objective, whole)
+        return value / batch["denominator"], metrics
 
     return loss
 
 
 def prepared(trainer: Trainer, params: Any, rollouts: Rollouts, device: torch.device) -> tuple[dict[str, Tensor], Aux]:
-    """(batch of all rows with advantages, old and reference log-probabilities; what the advantages report)."""
+    """(batch of all rows with advantages, old and reference log-probabilities; what the advantages report).
+
+    Advantages are of the graded rewards and of what the recipe adds to them: by length, and by the distance from the
+    reference (reported as "kl_reward", a mean). Whether a group is flat is a matter of the graded rewards.
+    """
     recipe = trainer.recipe
     batch = rollout_batch(rollouts, pad_id=trainer.pad_id, multiple_of=32)
-    rewards_B = rollouts.rewards_B
-    if recipe.length_reward is not None:
-        rewards_B = rewards_B + recipe.length_reward(torch.tensor([len(x) for x in rollouts.responses]))
-    advantages, aux = advantages_of(recipe.objective, rewards_B, group_size=recipe.group_size)
-    batch = {name: x.to(device) for name, x in {**batch, "advantages": advantages}.items()}
+    batch = {name: x.to(device) for name, x in batch.items()}
+    aux: Aux = {}
     batch["old_log_probs"] = batch["sampler_log_probs"]
     if trainer.recompute:
         batch["old_log_probs"] = log_probs(trainer, params, batch)
         gap_BT = (batch["old_log_probs"] - batch["sampler_log_probs"]).abs() * (batch["weights"] != 0)
-        aux = {**aux, "sampler_gap_largest": gap_BT.amax()}
+        aux["sampler_gap_largest"] = gap_BT.amax()
+    reference_BT = log_probs(trainer, trainer.reference, batch) if trainer.reference is not None else None
     if recipe.objective.kl is not None:
-        batch["ref_log_probs"] = log_probs(trainer, trainer.reference, batch)
+        assert reference_BT is not None
+        batch["ref_log_probs"] = reference_BT
+    rewards_B = rollouts.rewards_B
+    if recipe.length_reward is not None:
+        rewards_B = rewards_B + recipe.length_reward(torch.tensor([len(x) for x in rollouts.responses]))
+    if recipe.kl_in_reward:
+        assert reference_BT is not None
+        old_BT, c = batch["old_log_probs"], recipe.kl_in_reward
+        added_B = kl_penalty(old_BT, reference_BT, batch["weights"], coefficient=c).cpu()
+        rewards_B = rewards_B + added_B
+        aux["kl_reward"] = added_B.mean()
+    advantages, of_advantage = advantages_of(recipe.objective, rewards_B, group_size=recipe.group_size)
+    batch["advantages"], aux = advantages.to(device), {**of_advantage, **aux}
     if recipe.flat_groups == "drop":
         keep_P = ~zero_gradient(grouped(rollouts.rewards_B, recipe.group_size))
         keep_B = row_groups(keep_P, recipe.group_size).to(device)
@@ -82,13 +108,14 @@ def prepared(trainer: Trainer, params: Any, rollouts: Rollouts, device: torch.de
 def log_probs(trainer: Trainer, params: Any, batch: dict[str, Tensor]) -> Tensor:
     """(B, T) log-probabilities of the targets at the temperature of sampling, in the dtype that is trained in."""
     params = tree.cast(params, trainer.compute)
+    mine = share(trainer.world, padded({name: batch[name] for name in OF_MODEL}, trainer.world.size))
     found = []
-    for at in range(0, len(batch["tokens"]), trainer.rows_per_pass):
-        some = {name: batch[name][at : at + trainer.rows_per_pass] for name in OF_MODEL}
+    for at in range(0, len(mine["tokens"]), trainer.rows_per_pass):
+        some = {name: x[at : at + trainer.rows_per_pass] for name, x in mine.items()}
         found.append(
             trainer.model.log_probs(params, some, temperature=trainer.recipe.temperature, chunk=trainer.chunk)[0]
         )
-    return torch.cat(found)
+    return joined_rows(trainer.world, torch.cat(found))[: len(batch["tokens"])]
 
 
 def minibatches(
@@ -126,21 +153,34 @@ def update(
     parameters.
     """
     recipe = trainer.recipe
-    batch, aux = prepared(trainer, state.params, rollouts, device)
+    params = trainer.whole(state.params) if trainer.recompute else None
+    batch, aux = prepared(trainer, params, rollouts, device)
     found: list[dict[str, float]] = []
     for epoch in range(epochs):
         for part in minibatches(batch, recipe.group_size, n_minibatches, trainer.seed, i, epoch):
-            part = {**part, "mask": part["weights"]}
-            n_rows = len(part["tokens"])
-            part = with_token_weights(recipe.objective, part)
-            if trainer.drops:
-                part = drop_zero_advantage(recipe.objective, part)
-            n_trained = len(part["tokens"])
-            if not n_trained:
-                continue
-            part["n_tokens"] = (part.pop("mask") != 0).sum().to(torch.float32).clamp(min=1.0)
-            n_passes = -(-n_trained // trainer.rows_per_pass)
-            part = padded(part, n_passes)
-            state, metrics = trainer.step(n_passes)(state, part)
-            found.append({name: float(x) for name, x in metrics.items()} | {"rows_trained": n_trained / n_rows})
+            state, metrics = stepped(trainer, state, part)
+            if metrics is not None:
+                found.append(metrics)
     return state, found, aux
+
+
+def stepped(trainer: Trainer, state: TrainState, part: dict[str, Tensor]) -> tuple[TrainState, dict[str, float] | None]:
+    """One optimizer step on a minibatch, in as many passes as its rows need; without a row to train on none, and None.
+
+    The weight of each token is that of the whole minibatch, before rows without advantage are left out and the others
+    are dealt over processes and passes: so it does not matter how many are left, and where.
+    """
+    objective, world = trainer.recipe.objective, trainer.world
+    n_rows = len(part["tokens"])
+    part = with_token_weights(objective, {**part, "mask": part["weights"]})
+    if trainer.drops:
+        part = drop_zero_advantage(objective, part)
+    n_trained = len(part["tokens"])
+    if not n_trained:
+        return state, None
+    part["n_tokens"] = (part.pop("mask") != 0).sum().to(torch.float32).clamp(min=1.0)
+    part["denominator"] = torch.ones_like(part["n_tokens"])
+    n_passes = -(-n_trained // (trainer.rows_per_pass * world.size))
+    state, metrics = trainer.step(n_passes)(state, share(world, padded(part, n_passes * world.size)))
+    values = {name: float(x) for name, x in metrics.items() if name != "non_finite_rank"}
+    return state, values | {"rows_trained": n_trained / n_rows}

@@ -1,4 +1,4 @@
-"""Rewards that depend on length, and what becomes of responses that were cut off: pure functions of tensors.
+"""What is added to rewards, by length or distance from the reference, and what becomes of responses that were cut off.
 
 lengths are tokens of responses; "truncated" is True where the limit, not the model, ended a response.
 """
@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-__all__ = ["cosine", "kimi", "linear_length", "overlong_mask", "soft_overlong", "truncated_to"]
+from purelm.align.divergences import k1
+
+__all__ = ["cosine", "kimi", "kl_penalty", "linear_length", "overlong_mask", "soft_overlong", "truncated_to"]
 
 Rewards = Float[Tensor, "*shape"]
 Lengths = Shaped[Tensor, "*shape"]
@@ -78,6 +80,30 @@ def kimi(right_PG: Bool[Tensor, "p g"], lengths_PG: Shaped[Tensor, "p g"]) -> Fl
     least, most = T.amin(-1, keepdim=True), T.amax(-1, keepdim=True)
     lam = torch.where(most > least, 0.5 - (T - least) / torch.where(most > least, most - least, 1.0), 0.0)
     return torch.where(right_PG, lam, lam.clamp(max=0.0))
+
+
+def kl_penalty(
+    log_probs_BT: Float[Tensor, "b t"],
+    ref_log_probs_BT: Float[Tensor, "b t"],
+    mask_BT: Shaped[Tensor, "b t"],
+    *,
+    coefficient: float,
+) -> Float[Tensor, " b"]:
+    """What is added to each sequence's reward: -c sum_t (lp_t - lr_t) over its tokens, detached; 0 of no token.
+
+    With lp of the policy that sampled, the sum is the estimate k1 of KL(policy || reference), so that the expected
+    reward is r - c KL: RLHF's objective (Ouyang et al. 2022, arXiv:2203.02155, equation 2), RLOO's (arXiv:2402.14740).
+    Give it before the advantage is taken; divergences are no part of the loss then.
+
+    >>> lp, lr = torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[-2.0, -2.5, -1.0]])
+    >>> kl_penalty(lp, lr, torch.tensor([[1, 1, 0]]), coefficient=0.5)
+    tensor([-0.7500])
+    """
+    if not 0 <= coefficient < float("inf"):
+        raise ValueError(f"kl_penalty: coefficient must be at least 0 and finite, got {coefficient}")
+    # Not clamped: what is clamped has no bound on how far the policy goes.
+    d_BT = k1(log_probs_BT.detach(), ref_log_probs_BT.detach(), mask_BT, log_clamp=None)
+    return -coefficient * d_BT.sum(-1)
 
 
 def linear_length(

@@ -116,3 +116,20 @@ def test_half_precision():
 def test_bad_arguments(call, message, unchecked):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_kl_penalty():
+    """Oracle: a loop in Python's floats. nan where masked changes nothing; nothing is clamped; no gradient."""
+    lp = torch.tensor([[-0.5, -3.0, -0.1], [-90.0, -1.0, float("nan")], [-2.0, -2.0, -2.0]], requires_grad=True)
+    lr = torch.tensor([[-1.5, -2.0, -0.3], [-0.5, -80.0, float("inf")], [-9.0, -9.0, -9.0]])
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.0], [0.0, 0.0, 0.0]])
+    found = sha.kl_penalty(lp, lr, mask, coefficient=0.2)
+    every = zip(lp.tolist(), lr.tolist(), mask.tolist(), strict=True)
+    wanted = [-0.2 * sum(a - b for a, b, m in zip(*row, strict=True) if m) for row in every]
+    assert not found.requires_grad and found.tolist() == pytest.approx(wanted, rel=1e-6)
+    assert sha.kl_penalty(lp.double(), lr.double(), mask, coefficient=0.2).dtype == torch.float64
+    for bad in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="kl_penalty: coefficient must be"):
+            sha.kl_penalty(lp, lr, mask, coefficient=bad)
+    with pytest.raises(ValueError, match="must have the mask's shape"):
+        sha.kl_penalty(lp[:2], lr, mask, coefficient=0.1)

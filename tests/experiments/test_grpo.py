@@ -8,46 +8,29 @@ import json
 from collections import Counter
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from experiments.grading import grader_named
-from experiments.rl.problems import Problem, order, read_problems
-from experiments.rl.sampling import Sampler, collect
-from experiments.rl.update import Trainer, loss_of, minibatches, padded, update
-from purelm import checkpoint, generate, tree
+from experiments.rl.problems import order, read_problems
+from experiments.rl.sampling import collect
+from experiments.rl.update import Trainer, loss_of, minibatches, padded, prepared, stepped, update
+from purelm import checkpoint, tree
 from purelm.align.recipe import adapted
 from purelm.align.recipes import RECIPES
-from purelm.models import hf, transformer
+from purelm.models import hf
 from purelm.optim import sgd
 from purelm.optim.schedules import constant
-from purelm.tokenizer import encode, token_to_id
 from purelm.train import init_state, make_step
-from tests.experiments.small_model import END, write_inputs
+from tests.experiments.small_policy import CPU, FLAGS, sampler_of, write_policy
 from tests.programs import run_here
-
-ROWS = [{"question": f"{a} + {b} =", "answer": a + b} for a in range(4) for b in range(4)]
-CPU = torch.device("cpu")
-FLAGS = [
-    "--prompt", "{question}", "--gold", "{answer}", "--max-new-tokens", "4", "--prompts", "4", "--group-size", "4",
-    "--device", "cpu", "--compute", "fp32", "--optim.lr", "3e-3", "--eval-every", "2", "--eval-prompts", "8",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A folder with train.jsonl and start/, a model that is right now and then."""
-    folder = tmp_path_factory.mktemp("grpo")
-    write_inputs(folder, [f"{r['question']} {r['answer']}" for r in ROWS], ROWS, "train")
-    flags = [
-        "--run", folder / "sft", "--model", folder / "weights", "--train", folder / "train.jsonl", "--steps", "14",
-        "--prompt", "{question}", "--response", " {answer}", "--batch-size", "8", "--max-length", "16", "--device",
-        "cpu", "--optim.lr", "1e-2", "--optim.warmup-steps", "2", "--compute", "fp32", "--eval-every", "0",
-    ]  # fmt: skip
-    done = run_here("experiments.sft", *map(str, flags))
-    assert done.returncode == 0, done.stderr
-    (folder / "sft/export").rename(folder / "start")
-    return folder
+    return write_policy(tmp_path_factory.mktemp("grpo"))
 
 
 def grpo(inputs, run, *flags, status=0):
@@ -85,18 +68,18 @@ def test_it_learns_and_resumes(inputs, tmp_path):
     assert (tmp_path / "whole/report.html").is_file() and hf.load(tmp_path / "whole/export")[1].vocab_size == 288
 
 
-def _sampler(inputs, reward="number"):
-    params, cfg, bpe = hf.load(inputs / "start")
-    model = transformer.make(cfg)
-    stop = generate.Stop((token_to_id(bpe, END),))
-    sampler = Sampler(model, bpe, stop, 4, 8, grader_named(reward), {})
-    problems = [Problem(r["question"], encode(bpe, r["question"]).astype("int64"), str(r["answer"])) for r in ROWS]
-    return sampler, params, problems
+def test_the_kl_of_rewards_is_logged(inputs, tmp_path):
+    """0 until the policy has left the reference; not after. The reward that is logged is the graders'."""
+    grpo(inputs, tmp_path / "run", "--recipe", "rloo", "--steps", "4")
+    found = [r for r in rows(tmp_path / "run/metrics.jsonl") if "reward" in r]
+    before = [0, *(r["updates"] for r in found)]
+    assert 0 < before[3] and all((r["kl_reward"] != 0) == (n > 0) for r, n in zip(found, before, strict=False))
+    assert all(r["reward"] * 16 == int(r["reward"] * 16) for r in found) and "kl" not in found[0]
 
 
 def test_rollout_batches(inputs):
     """The same twice; other answers in the next batch; a recipe that replaces flat groups has none."""
-    sampler, params, problems = _sampler(inputs)
+    sampler, params, problems = sampler_of(inputs)
     options = dict(prompts=3, seed=5, max_rounds=40, device=CPU)
     plain = adapted(RECIPES["course2026_grpo"], group_size=4, max_new_tokens=4)
     first, again, other = (collect(sampler, plain, params, problems, i=i, **options) for i in (0, 0, 1))
@@ -117,7 +100,7 @@ def test_rollout_batches(inputs):
 @pytest.mark.parametrize("name", ["course2026_dr_grpo", "dapo", "scalerl", "olmo3_32b_think", "gspo", "grpo"])
 def test_passes_and_dropped_rows_change_nothing(inputs, name):
     """Oracle: one pass over all rows, none dropped. fp64; 1e-9 of an update is the order of sums."""
-    sampler, params, problems = _sampler(inputs)
+    sampler, params, problems = sampler_of(inputs)
     recipe = adapted(RECIPES[name], group_size=4, max_new_tokens=4)
     recipe = type(recipe)(**{**recipe.__dict__, "flat_groups": "keep"})
     batch = collect(sampler, recipe, params, problems, prompts=6, seed=1, i=0, max_rounds=1, device=CPU)
@@ -154,6 +137,55 @@ def test_passes_and_dropped_rows_change_nothing(inputs, name):
                 if not drop:
                     for k in ("ratio_mean", "entropy", "kl_old", "n_tokens"):
                         assert x[k] == pytest.approx(y[k], rel=1e-5)
+
+
+def test_a_loss_that_cancels_is_no_mean(inputs):
+    """make_step tries on the first pass whether a loss may be added up: also where its value is rounding alone, as of
+    one answer with advantages whose sum is 0. Oracle: sums of rows double with them."""
+    sampler, params, problems = sampler_of(inputs)
+    recipe = adapted(RECIPES["course2026_dr_grpo"], group_size=7, max_new_tokens=4)
+    loss = loss_of(sampler.model, recipe.objective, 1.0, None)
+    for k in range(len(problems)):
+        ids = torch.from_numpy(problems[k].ids).repeat(14, 1)
+        part = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": torch.ones(ids[:, 1:].shape)}
+        part["advantages"] = torch.tensor([1.0, -0.1, -0.2, -0.3, -0.15, -0.05, -0.2]).repeat(2) / 7
+        part["old_log_probs"] = torch.zeros_like(part["weights"])
+        trainer = Trainer(
+            sampler.model, recipe, lambda n: make_step(loss, sgd(), constant(1.0), microbatches=n), 7, 0, None,
+            torch.float32, False, None, False, 3,
+        )  # fmt: skip
+        assert abs(stepped(trainer, init_state(params, sgd()), part)[1]["loss"]) < 1e-5
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_kl_in_the_reward(inputs, recompute):
+    """Oracle: a float64 loop over answers and tokens, with the model's logits; the loss has no KL term."""
+    sampler, params, problems = sampler_of(inputs)
+    recipe = adapted(RECIPES["rloo"], group_size=3, max_new_tokens=4, kl_in_reward=0.3, temperature=0.7)
+    batch = collect(sampler, recipe, params, problems, prompts=5, seed=1, i=0, max_rounds=1, device=CPU).rollouts
+    reference = tree.map(lambda x: x + 0.05 * torch.cos(torch.arange(x.numel())).view(x.shape), params)
+    trainer = Trainer(
+        sampler.model, recipe, lambda n: None, 4, 0, None, torch.float64, recompute,
+        tree.cast(reference, torch.float64), False, 3,
+    )  # fmt: skip
+    found, aux = prepared(trainer, params, batch, CPU)
+
+    def log_p(params, prompt, answer):
+        ids = torch.from_numpy(np.concatenate([prompt, answer]))[None]
+        logits = sampler.model.apply(tree.cast(params, torch.float64), ids)[0] / 0.7
+        return [float(logits[len(prompt) + t - 1].log_softmax(-1)[k]) for t, k in enumerate(answer)]
+
+    taken = []
+    for b, (prompt, answer) in enumerate(zip(batch.prompts, batch.responses, strict=True)):
+        old = log_p(params, prompt, answer) if recompute else batch.sampler_log_probs[b].tolist()
+        taken.append(-0.3 * sum(x - y for x, y in zip(old, log_p(reference, prompt, answer), strict=True)))
+    assert max(map(abs, taken)) > 0.02
+    rewards = [float(r) + x for r, x in zip(batch.rewards_B, taken, strict=True)]
+    for b, r in enumerate(rewards):
+        others = [rewards[k] for k in range(b // 3 * 3, b // 3 * 3 + 3) if k != b]
+        assert float(found["advantages"][b]) == pytest.approx(r - sum(others) / 2, abs=1e-5)
+    assert float(aux["kl_reward"]) == pytest.approx(sum(taken) / len(taken), abs=1e-6)
+    assert "ref_log_probs" not in found
 
 
 def _f64():
@@ -193,7 +225,6 @@ def test_long_problems_are_left_out(inputs, capfd):
 def test_what_is_wrong_is_named(inputs, tmp_path):
     cases = [
         (("--recipe", "ppo"), "recipe: 'ppo' is not known; there are course2025"),
-        (("--recipe", "rloo"), "recipe: rloo takes a KL term from the rewards"),
         (("--grade", "none"), "grade: none is no reward"),
         (("--chat",), "has no chat template"),
         (("--max-new-tokens", "32"), "max_new_tokens must be below the model's context_length 32"),
