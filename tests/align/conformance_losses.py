@@ -51,7 +51,7 @@ def generation_batch() -> Case:
 def sum_norm() -> Case:
     """Two rows of three tokens of loss 1, L = 4."""
     ones = torch.ones(2, 3, dtype=torch.float64)
-    return Case(float(aggregation.constant(ones, ones, length=4)), 6 / 8, float(ones.sum() / 4))
+    return Case(float(aggregation.constant(ones, ones, length=4.0)), 6 / 8, float(ones.sum() / 4))
 
 
 def group_or_batch() -> Case:

@@ -35,7 +35,7 @@ def gap(sampled_with: int, trained_with: int) -> float:
     """The largest |log-probability of the sampler - of the trainer| over sampled tokens."""
     model = transformer.make(CFG)
     out = generate(model, weights(sampled_with), PROMPTS, random.key(1), max_new_tokens=6, n_samples=2)
-    batch = rollout_batch(of_generation(PROMPTS, out, range(6), n_samples=2), pad_id=0)
+    batch = rollout_batch(of_generation(PROMPTS, out, [0.0] * 6, n_samples=2), pad_id=0)
     sampler = batch.pop("sampler_log_probs").double()
     return float((model.log_probs(weights(trained_with), batch)[0].double() - sampler).abs().max())
 
