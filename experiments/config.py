@@ -15,8 +15,8 @@ from purelm.models import transformer
 class Optim:
     """Optimizer and schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon: hidden matrices by Muon, the rest by AdamW"""
+    name: Literal["adamw", "muon", "rmsprop"] = "adamw"
+    """muon: hidden matrices by Muon, the rest by AdamW; rmsprop: with decay as L2, without betas"""
     lr: Factor = 1e-3
     """peak learning rate"""
     adamw_lr_ratio: Factor = 0.5
@@ -31,6 +31,10 @@ class Optim:
     beta1: Beta = 0.9
     beta2: Beta = 0.95
     eps: Epsilon = 1e-8
+    alpha: Beta | None = None
+    """rmsprop: the share of the old mean square that is kept, default 0.99"""
+    momentum: Beta | None = None
+    """rmsprop: default 0"""
     clip: Factor = 1.0
     """largest global gradient norm; 0: no clipping"""
 

@@ -30,7 +30,7 @@ from experiments.limits import Count, Place, Range, Seed, Text
 from experiments.lock import LOCK, locked
 from experiments.loop import train
 from experiments.report import finish, summarise
-from experiments.setup import Setup, start
+from experiments.setup import Setup, n_moments, start
 from purelm import track
 from purelm.data import Prepared, open_prepared, prepare, synthetic
 from purelm.data.corpora import FEW_DOCUMENTS
@@ -98,7 +98,7 @@ def phase(number: int, title: str) -> Iterator[None]:
 def check(cfg: Quickstart) -> None:
     """Find the errors that can be known before anything is read or written."""
     device = pick_device(cfg.device)
-    moments = 1 if cfg.optim.name == "muon" else 2
+    moments = n_moments(cfg.optim)
     capacity.check_fits(model_of(cfg, cfg.vocab_size), cfg.batch_size, device, moments=moments)
     if cfg.run.is_dir() and not (cfg.run / MARK).is_file():
         if set(entry.name for entry in cfg.run.iterdir()) - {LOCK, NEW}:

@@ -26,7 +26,7 @@ from purelm.evals import Score
 from purelm.models import transformer
 from purelm.models.leaves import Leaves, of_kind
 from purelm.ops import Ops
-from purelm.optim import Optimizer, adamw, muon_adamw, schedules
+from purelm.optim import Optimizer, adamw, muon_adamw, rmsprop, schedules
 from purelm.tokenizer import BPE, fingerprint
 from purelm.tokenizer import load as load_tokenizer
 from purelm.train import FULL, MIXED
@@ -184,7 +184,7 @@ def _check_memory(cfg: Pretrain, model: transformer.Config, world: World, elemen
         model,
         cfg.batch_size // (world.size * cfg.microbatches),
         world.device,
-        moments=1 if cfg.optim.name == "muon" else 2,
+        moments=n_moments(cfg.optim),
         element=element,
         param_share=1 / world.size if mode == "fsdp" else 1,
         state_share=1 / world.size if mode != "ddp" else 1,
@@ -217,6 +217,17 @@ def _fingerprints(tokens: TokenFile, heldout: TokenFile | None, bpe: BPE | None)
 def make_core(optim: Optim, leaves: Leaves) -> Optimizer:
     """The optimizer without clipping. All matrices decay; Muon updates the hidden ones."""
     betas, decay = (optim.beta1, optim.beta2), of_kind(leaves, "matrix", "embedding", "head")
+    for name, value in (("alpha", optim.alpha), ("momentum", optim.momentum)):
+        if value is not None and optim.name != "rmsprop":
+            raise ValueError(f"optim.{name} is {value}: rmsprop has it, not {optim.name}")
+    if optim.name == "rmsprop":
+        return rmsprop(
+            0.99 if optim.alpha is None else optim.alpha,
+            optim.eps,
+            optim.weight_decay,
+            momentum=optim.momentum or 0.0,
+            mask=decay,
+        )
     if optim.name == "muon":
         return muon_adamw(
             betas=betas,
@@ -227,6 +238,11 @@ def make_core(optim: Optim, leaves: Leaves) -> Optimizer:
             predicate=of_kind(leaves, "matrix"),
         )
     return adamw(betas=betas, eps=optim.eps, weight_decay=optim.weight_decay, mask=decay)
+
+
+def n_moments(optim: Optim) -> int:
+    """Tensors of the parameters' size that the optimizer keeps, about: of Muon's, AdamW's part is left out."""
+    return 1 if optim.name == "muon" or (optim.name == "rmsprop" and not optim.momentum) else 2
 
 
 def make_schedule(optim: Optim, steps: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -15,7 +15,7 @@ from purelm.align.data import ALPACA_PLAIN
 MAY_CHANGE = (
     "steps", "save_every", "eval_every", "log_every", "keep_last", "export", "generations", "max_new_tokens", "grade",
     "gold", "device", "microbatches", "resume", "run", "train", "heldout", "tokenizer", "ops", "compile", "remat",
-    "loss_chunk", "parallel.mode", "parallel.bucket_mb", "parallel.timeout",
+    "loss_chunk", "parallel.mode", "parallel.bucket_mb", "parallel.timeout", "reference",
 )  # fmt: skip
 
 
@@ -122,6 +122,9 @@ class Dpo(FineTuning):
     """simpo: the margin between rewards, default 0.5"""
     alpha: Factor | None = None
     """cpo: weight of the chosen answer's own loss, default 1"""
+    reference: Place | None = None
+    """another model than the start as the reference: open weights, a .gguf file or a run, with the same tokenizer; its
+    shape may differ. --tokenizer, where it is given, is that of both"""
     length_normalize: bool | None = None
     """ipo, cpo: means over tokens in place of sums"""
     desirable_weight: Factor | None = None

@@ -4,6 +4,7 @@ All is checked before anything is written; then the reference's log-probabilitie
 folder. Legend: N pairs, T positions.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from experiments import resume
 from experiments.choices import Choice, batch_of_choices, content_of, mismatched, read_choices
 from experiments.console import progress_bar, quiet
 from experiments.finetune.config import Dpo
@@ -23,13 +25,16 @@ from experiments.finetune.objectives import NAMES, Objective, Sums, objective
 from experiments.finetune.pair_scores import Scores, evaluating, sums_of, sums_of_pairs
 from experiments.finetune.reference import cached
 from experiments.finetune.setup import Opened, Ready, described, opened, run_of, say_what_is_trained, template_of
+from experiments.open_model import open_model
 from experiments.ops import evaluating_ops
 from experiments.pairs import Example, batch_of, rows_of_step
 from purelm import tree
 from purelm.align.preferences import kto_kl
+from purelm.dist.agreement import fingerprint as tensors_of
 from purelm.dist.collectives import all_reduce
 from purelm.dist.world import World
 from purelm.models import transformer
+from purelm.tokenizer import fingerprint
 from purelm.train import Loss, TrainState
 
 FILE = "reference.safetensors"
@@ -49,6 +54,7 @@ def start(cfg: Dpo, world: World) -> Ready:
     """ValueError names what does not fit: files, model, the loss's options, checkpoint, other processes."""
     goal = objective_of(cfg)
     given = opened(cfg, world)
+    reference = reference_of(cfg, goal, given, world)
     choices = partial(
         read_choices, bpe=given.bpe, prompt=cfg.prompt, chosen=cfg.chosen, rejected=cfg.rejected, turns=cfg.turns,
         before=given.begin, after=given.end, max_length=cfg.max_length, overlong=cfg.overlong, says=world.rank == 0,
@@ -59,11 +65,11 @@ def start(cfg: Dpo, world: World) -> Ready:
         raise ValueError(f"{cfg.train}: {len(pairs)} pairs of at most {cfg.max_length} tokens; batch_size is more")
     if goal.needs_kl and (len(pairs) < 2 or len(heldout) == 1):
         raise ValueError("loss kto: its KL is of prompts with answers to other prompts: at least 2 pairs are needed")
-    data = {"train": content_of(pairs), "heldout": content_of(heldout)}
+    data = {"train": content_of(pairs), "heldout": content_of(heldout), "reference": reference.content}
     meta, done = described(cfg, given, data)
     run = run_of(cfg, world, given, compiled=cfg.compile == "yes", rows=2, loss=partial(_loss, goal, cfg.ld_alpha))
     say_what_is_trained(cfg, world, given.params, f"{len(pairs):,} pairs of answers")
-    known = _references(cfg, world, given, goal, meta["fingerprints"], pairs, heldout)
+    known = _references(cfg, world, given, goal, reference, meta["fingerprints"], pairs, heldout)
     others = mismatched(pairs, cfg.max_length) if goal.needs_kl else []
 
     def batch(i: int) -> Batch:
@@ -89,6 +95,30 @@ def start(cfg: Dpo, world: World) -> Ready:
     return Ready(
         given.model, given.bpe, chat, run, batch, items, given.pad, given.end, given.precision, world, meta, done
     )
+
+
+class Reference(NamedTuple):
+    """The model whose log-probabilities the policy's are compared with."""
+
+    params: Any  # fp32
+    model: transformer.Config
+    content: str  # fingerprint of both; `resume.ABSENT` where the reference is the start
+
+
+def reference_of(cfg: Dpo, goal: Objective, given: Opened, world: World) -> Reference:
+    """The start, or the model of --reference; ValueError where that has another tokenizer or is too short."""
+    if cfg.reference is None:
+        return Reference(given.params, given.model, resume.ABSENT)
+    if not goal.has_reference:
+        raise ValueError(f"reference is {cfg.reference}: the loss {cfg.loss} has none; take it away, or another loss")
+    params, model, bpe = open_model(cfg.reference, cfg.tokenizer, world.device)
+    if fingerprint(bpe) != fingerprint(given.bpe):
+        raise ValueError(f"reference {cfg.reference} has another tokenizer than {cfg.model}: its log-probabilities "
+                         "would be of other tokens")  # fmt: skip
+    if cfg.max_length > model.context_length:
+        raise ValueError(f"max_length is {cfg.max_length}: the reference's context_length is {model.context_length}")
+    content = hashlib.sha256(f"{tensors_of(params)} {dataclasses.asdict(model)}".encode()).hexdigest()
+    return Reference(params, model, content)
 
 
 def objective_of(cfg: Dpo) -> Objective:
@@ -139,7 +169,7 @@ def _with_kl(
 
 
 def _references(
-    cfg: Dpo, world: World, given: Opened, goal: Objective, prints: dict[str, str],
+    cfg: Dpo, world: World, given: Opened, goal: Objective, reference: Reference, prints: dict[str, str],
     pairs: Sequence[Choice], heldout: Sequence[Choice],
 ) -> dict[str, Tensor]:  # fmt: skip
     """{"train", "heldout"} (N, 2) and {"train_others", "heldout_others"} (N,), fp32 on the CPU; 0 if there is none."""
@@ -149,14 +179,16 @@ def _references(
     if not goal.has_reference:
         return none
     depends: dict[str, Any] = {name: prints[name] for name in ("model", "train", "heldout")}
+    if reference.content != resume.ABSENT:
+        depends["model"] = reference.content
     # ops and the like are not among these: they change the order of sums alone.
     depends |= {"compute": str(given.precision.compute), "ld_alpha": cfg.ld_alpha, "others": goal.needs_kl}
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
-    scores = _scores(cfg, world, given.model, given.pad)
+    scores = _scores(cfg, world, reference.model, given.pad)
 
     def compute() -> dict[str, Tensor]:
-        params = tree.cast(given.params, given.precision.compute)
+        params = tree.cast(reference.params, given.precision.compute)
         found, before, total = dict(none), 0, len(pairs) + len(heldout)
         with progress_bar("reference", total, "pairs") if world.rank == 0 else nullcontext(quiet) as update:
             for name, choices in sets.items():

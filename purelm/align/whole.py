@@ -83,8 +83,13 @@ def _ignores_zero(objective: Objective) -> bool:
     batch = {"old_log_probs": old, "sampler_log_probs": old + (3 * at).sin() / 4, "ref_log_probs": old, "entropy": -lp,
              "advantages": advantages, "mask": torch.ones(B, T), "token_weights": torch.ones(B, T)}  # fmt: skip
     for f in (objective.region, objective.ratio, objective.weight, objective.kl):  # entries of the user's own
-        batch = {entry: old for _, entry in (f.names if isinstance(f, FromBatch) else ())} | batch
+        # Not the old log-probabilities: from a teacher that is the old policy there is nothing to learn.
+        own = old + (5 * at).cos() / 3
+        batch = {entry: own for _, entry in (f.names if isinstance(f, FromBatch) else ())} | batch
     grad = torch.func.grad(lambda lp, batch: policy_loss(objective, {**batch, "log_probs": lp})[0])
     keep = advantages != 0
-    whole, part = grad(lp, batch), grad(lp[keep], {k: v[keep] for k, v in batch.items()})
+    try:
+        whole, part = grad(lp, batch), grad(lp[keep], {k: v[keep] for k, v in batch.items()})
+    except ValueError:  # of a region of whole groups, whose size does not divide these rows
+        return False
     return bool((whole[~keep] == 0).all()) and torch.equal(whole[keep], part)

@@ -8,6 +8,7 @@ where it has such an optimizer, so that state dicts can be exchanged:
     lion    m, step      exp_avg, step
     sgd     m, step      momentum_buffer, step
     muon    m, step      momentum_buffer, step
+    rmsprop v, m, b, step   square_avg, momentum_buffer, grad_avg, step (fp32, on the CPU)
 
 Other entries are named after their fields, or by their whole paths ("yes.step") where two fields have one name.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from purelm import tree
-from purelm.optim import AdamWState, LionState, MuonState, SGDState
+from purelm.optim import AdamWState, LionState, MuonState, RMSpropState, SGDState
 
 __all__ = ["from_torch", "to_torch"]
 
@@ -29,6 +30,7 @@ NAMES: dict[type, dict[str, str]] = {
     LionState: {"m": "exp_avg"},
     SGDState: {"m": "momentum_buffer"},
     MuonState: {"m": "momentum_buffer"},
+    RMSpropState: {"v": "square_avg", "m": "momentum_buffer", "b": "grad_avg"},
 }
 ONLY_COUNTED = (LionState, SGDState, MuonState)  # nothing depends on their step, and torch's SGD and Muon keep none
 

@@ -34,6 +34,7 @@ from purelm.optim.combinators import (
 from purelm.optim.finite import ApplyIfFiniteState, apply_if_finite
 from purelm.optim.lion import LionState, lion
 from purelm.optim.muon import MuonState, hidden_matrix, muon, muon_adamw, orthogonalize
+from purelm.optim.rmsprop import RMSpropState, rmsprop
 from purelm.optim.schedules import (
     Schedule,
     constant,
@@ -56,6 +57,7 @@ __all__ = [
     "MuonState",
     "Optimizer",
     "PartitionedState",
+    "RMSpropState",
     "SGDState",
     "Schedule",
     "adam",
@@ -83,6 +85,7 @@ __all__ = [
     "one_minus_sqrt_decay",
     "orthogonalize",
     "partitioned",
+    "rmsprop",
     "scale_lr",
     "sgd",
     "step_of",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from purelm.align import ratios, regions, regions_batch, regions_sequence, regions_token
+from purelm.align import ratios, regions, regions_batch, regions_group, regions_sequence, regions_token
 from tests.align import policy_oracles as by_hand
 
 B, T = 6, 9
@@ -76,6 +76,7 @@ CASES = {
         partial(regions_sequence.off_policy_masked, delta=0.05),
         by_hand.off_policy_masked(by_hand.clip(0.2, 0.2), 0.05),
     ),
+    "real": (TOKEN, partial(regions_group.real, group_size=3, tau=0.5), by_hand.real(3, 0.5)),
     "clip-cov": (
         TOKEN,
         partial(regions_batch.clip_cov, fraction=0.1, least=0.1, most=1.0, low=0.5, high=0.5),
@@ -93,9 +94,9 @@ CASES = {
         by_hand.high_entropy(0.2, ENTROPY.numpy(), by_hand.clip(0.2, 0.2)),
     ),
 }
-OF_BATCH = {"clip-cov", "clip-cov, draws", "kl-cov", "80/20"}  # rows are not independent
+OF_BATCH = {"real", "clip-cov", "clip-cov, draws", "kl-cov", "80/20"}  # rows are not independent
 # Whose gradient at w = 1 is REINFORCE's, with one advantage a sequence and sequence_mean.
-LIKE_REINFORCE = [name for name in CASES if name not in {"80/20", "clip-cov", "clip-cov, draws"}]
+LIKE_REINFORCE = [name for name in CASES if name not in {"real", "80/20", "clip-cov", "clip-cov, draws"}]
 
 
 def composed(name):

@@ -219,6 +219,38 @@ def fipo(half_life, least, most, safe_ratio, safe_least, low, high, c):
     return region
 
 
+def real(size, tau):
+    def region(lp, lo, adv, mask):
+        s = {i: (ts, sum(z) / len(z) / tau) for i, ts, z in each_row(lp, lo, mask)}
+        loss, back = np.zeros(lp.shape), []
+        for start in range(0, lp.shape[0], size):
+            rows_here = [i for i in range(start, start + size) if i in s]
+            right = [i for i in rows_here if sum(adv[i, t] for t in s[i][0]) > 0]
+            wrong = [i for i in rows_here if i not in right]
+            if not right or not wrong:
+                continue
+            plus, minus = (1 + sum(math.exp(k * s[i][1]) for i in of) for k, of in ((-1, right), (1, wrong)))
+            scale = size / len(rows_here)
+            for i in rows_here:
+                for t in s[i][0]:
+                    loss[i, t] = scale * (math.log(plus) + math.log(minus))
+            for of, k, total in ((right, -1, plus), (wrong, 1, minus)):
+                for i in of:
+                    back.append((rows_here, i, scale * k * math.exp(k * s[i][1]) / total / tau / len(s[i][0])))
+
+        def derivative(u):
+            d = np.zeros(lp.shape)
+            for rows_here, i, slope in back:
+                upstream = sum(u[j, t] for j in rows_here for t in s[j][0])
+                for t in s[i][0]:
+                    d[i, t] += slope * upstream
+            return d
+
+        return loss, derivative
+
+    return region
+
+
 def off_policy_masked(rule, delta):
     def region(lp, lo, adv, mask):
         loss, slope = np.zeros(lp.shape), np.zeros(lp.shape)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from purelm.align import aggregation, ratios, regions, regions_batch, regions_sequence, regions_token
+from purelm.align import aggregation, ratios, regions, regions_batch, regions_group, regions_sequence, regions_token
 from tests.align.policy_cases import CASES, INF, LIKE_REINFORCE, NAN, batch, composed, poisoned
 
 CLOSE = dict(rtol=1e-9, atol=1e-9)
@@ -50,7 +50,7 @@ def test_branches_are_taken(name):
         shares.append(region(lp, ratio(lp, lo, mask)[0], adv, mask)[1])
     for key in ("clipped_low", "clipped_high", "clipped_dual", "chosen", "off_policy"):
         found = [aux[key].item() for aux in shares if key in aux]
-        unused = name in {"reinforce", "unclipped", "dro", "vespo"} or (key, name) in {
+        unused = name in {"reinforce", "unclipped", "dro", "vespo", "real"} or (key, name) in {
             ("clipped_low", "cispo"), ("clipped_high", "topr"),
             ("clipped_low", "clip-cov, draws"),  # its bound is 1: w is above 0
             ("clipped_low", "kl-cov"), ("clipped_high", "kl-cov"),
@@ -302,6 +302,32 @@ def test_covariance_choices_are_exact_in_number():
         assert aux["chosen"].item() * 20 == pytest.approx(n)
 
 
+def test_real_by_hand():
+    """A group of one right and one wrong row, and one of equal labels: log 2 + log 2 at w = 1, and 0."""
+    real = partial(regions_group.real, group_size=2, tau=0.5)
+    lp, adv = torch.full((4, 3), -1.0, dtype=torch.float64), torch.tensor([[1.0], [-1.0], [1.0], [1.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 1], [1, 1, 1]])
+    loss, g = gradient(lambda lp: aggregation.sequence_mean(real(lp, lp - lp.detach(), adv, mask)[0], mask), lp)
+    assert float(loss) == pytest.approx(np.log(2))  # the mean of 2 log 2 and 0
+    # (1/P) (1/T) (1/tau) / 2, down for the wrong row
+    by_hand = [3 * [-1 / 6], [0.5, 0, 0], 3 * [0.0], 3 * [0.0]]
+    torch.testing.assert_close(g, torch.tensor(by_hand, dtype=torch.float64), **CLOSE)
+
+
+def test_real_bounds_the_gradient_and_ignores_rows_without_tokens():
+    """log w = 15 of a wrong answer: at most 1/tau a group, where clip has e^15. A row cut off leaves its group."""
+    real = partial(regions_group.real, group_size=3, tau=0.5)
+    adv, mask = torch.tensor([[1.0], [-1.0], [-1.0]]), torch.ones(3, 1)
+    log_w = torch.tensor([[0.0], [15.0], [0.0]], dtype=torch.float64)
+    total = lambda x, m: aggregation.sequence_mean(real(x, x, adv, m)[0], m)  # noqa: E731
+    _, g = gradient(lambda x: total(x, mask), log_w)
+    assert g.abs().max() == pytest.approx(1 / 0.5) and (g[:, 0] * adv[:, 0] <= 0).all()
+    without = torch.tensor([[1.0], [1.0], [0.0]])
+    pair = partial(regions_group.real, group_size=2, tau=0.5)
+    wanted = aggregation.sequence_mean(pair(log_w[:2], log_w[:2], adv[:2], mask[:2])[0], mask[:2])
+    torch.testing.assert_close(total(log_w, without), wanted, **CLOSE)
+
+
 ONES = torch.ones(2, 3)
 
 
@@ -328,6 +354,8 @@ ONES = torch.ones(2, 3)
         (lambda: regions_sequence.vespo(ONES, ONES, ONES, ONES, k_negative=0), "k_negative must be above 0 and finite"),
         (lambda: regions_sequence.fipo(ONES, ONES, ONES, ONES, half_life=0), "half_life must be above 0, got 0"),
         (lambda: regions_sequence.fipo(ONES, ONES, ONES, ONES, least=2.0), "0 < least <= most .* got 2.0, 1.2"),
+        (lambda: regions_group.real(ONES, ONES, ONES, ONES, group_size=3), "group_size must divide .* 2, got 3"),
+        (lambda: regions_group.real(ONES, ONES, ONES, ONES, group_size=2, tau=0), "tau must be above 0 and finite"),
         (lambda: regions_batch.kl_cov(ONES, ONES, ONES, ONES, fraction=0), "fraction must be above 0 and at most 1"),
         (lambda: regions_batch.high_entropy(ONES, ONES, ONES, ONES, entropy_BT=ONES[0]), "entropy must have"),
     ],

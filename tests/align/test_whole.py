@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from purelm.align import advantages as adv
-from purelm.align import aggregation, ratios, regions, regions_batch, regions_token, weights
+from purelm.align import aggregation, ratios, regions, regions_batch, regions_group, regions_token, weights
+from purelm.align.distillation import iw_opd, opd
+from purelm.align.environment import echo
 from purelm.align.logits import target_log_probs
-from purelm.align.objective import Objective, policy_loss
+from purelm.align.objective import Objective, from_batch, policy_loss
 from purelm.align.recipes import RECIPES
 from purelm.align.whole import denominator, drop_zero_advantage, with_token_weights
 from purelm.optim import sgd
@@ -116,6 +118,11 @@ def test_advantages_of_tokens_count_where_the_mask_does():
         (replace(recipe_objective("dapo"), region=regions_token.dppo_tv), None),
         (replace(recipe_objective("dapo"), region=regions_batch.kl_cov), "objective's region"),
         (replace(recipe_objective("dapo"), region=regions_batch.clip_cov), "objective's region"),
+        (replace(recipe_objective("dapo"), region=partial(regions_group.real, group_size=4)), "objective's region"),
+        (replace(recipe_objective("dapo"), region=partial(regions_group.real, group_size=3)), "objective's region"),
+        (replace(recipe_objective("dapo"), region=from_batch(opd, teacher_log_probs_BT="x")), "objective's region"),
+        (replace(recipe_objective("dapo"), region=from_batch(iw_opd, teacher_log_probs_BT="x")), "objective's region"),
+        (replace(recipe_objective("dapo"), region=from_batch(echo, environment_BT="x")), "objective's region"),
         (replace(recipe_objective("dapo"), weight=weights.batch_normalized), "objective's region"),
         (replace(recipe_objective("dapo"), weight=weights.truncated), None),
     ],

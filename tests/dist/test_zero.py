@@ -28,6 +28,7 @@ from purelm.optim import (
     muon,
     muon_adamw,
     partitioned,
+    rmsprop,
     scale_lr,
     sgd,
 )
@@ -43,6 +44,7 @@ ELEMENTWISE = {
     "adamw_masked": lambda norm: adamw(weight_decay=0.5, mask=is_matrix),
     "lion": lambda norm: lion(weight_decay=0.1, mask=lambda path, p: "w" in path),
     "momentum": lambda norm: sgd(0.9, 0.1, nesterov=True),
+    "rmsprop": lambda norm: rmsprop(0.9, momentum=0.5, weight_decay=0.1),
     "plain": lambda norm: sgd(),
     "nothing": lambda norm: chain(),  # updates in the dtype of the gradients
     "partitioned": lambda norm: partitioned(lambda path, p: path == "nest.0.w", sgd(0.5), adamw(dtype=torch.bfloat16)),

@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from purelm import checkpoint, tree
+from purelm import checkpoint, random, tree
 from purelm.align.preferences import dpo
 from purelm.models import hf, transformer
 from purelm.tokenizer import encode, token_to_id
@@ -53,6 +53,23 @@ def heldout(folder):
     return [r for r in rows(folder / "metrics.jsonl") if "heldout_loss" in r]
 
 
+def sums_by_hand(folder):
+    return sums_of(*hf.load(folder))
+
+
+def sums_of(params, cfg, bpe):
+    """[chosen, rejected]: the log-probabilities of all pairs' answers, by a plain pass of one row at a time."""
+    found = []
+    for side in ("chosen", "rejected"):
+        total = []
+        for row in ROWS:
+            p, y = encode(bpe, row["prompt"]).tolist(), [*encode(bpe, row[side]).tolist(), token_to_id(bpe, END)]
+            log_p = transformer.apply(params, torch.tensor([p + y]), cfg)[0].double().log_softmax(-1)
+            total.append(sum(log_p[len(p) - 1 + i, k] for i, k in enumerate(y)))
+        found.append(torch.stack(total))
+    return found
+
+
 def test_it_learns_to_prefer_and_exports(inputs, tmp_path):
     """From log 2 and margins of 0 to all pairs right; the last row is that of the exported model, by hand."""
     run(inputs, tmp_path / "run", "--steps", "30", "--eval-every", "15")
@@ -61,16 +78,7 @@ def test_it_learns_to_prefer_and_exports(inputs, tmp_path):
     assert last["heldout_accuracy"] > 0.9 and last["heldout_policy_accuracy"] > 0.9
     assert last["heldout_margin"] > 0.2 and last["heldout_loss"] < 0.65
     assert {r["step"] for r in rows(tmp_path / "run/generations.jsonl")} == {0, 15, 30}
-    sums = []
-    for folder in (tmp_path / "run/export", inputs / "weights"):
-        params, cfg, bpe = hf.load(folder)
-        for side in ("chosen", "rejected"):
-            total = []
-            for row in ROWS:
-                p, y = encode(bpe, row["prompt"]).tolist(), [*encode(bpe, row[side]).tolist(), token_to_id(bpe, END)]
-                log_p = transformer.apply(params, torch.tensor([p + y]), cfg)[0].double().log_softmax(-1)
-                total.append(sum(log_p[len(p) - 1 + i, k] for i, k in enumerate(y)))
-            sums.append(torch.stack(total))
+    sums = [x for folder in (tmp_path / "run/export", inputs / "weights") for x in sums_by_hand(folder)]
     losses, aux = dpo(*sums, beta=0.1)
     assert last["heldout_loss"] == pytest.approx(float(losses.mean()), abs=1e-5)
     assert last["heldout_margin"] == pytest.approx(float(aux["margin"].mean()), abs=1e-4)
@@ -121,6 +129,52 @@ def test_the_reference_is_kept(inputs, tmp_path):
     assert "is damaged" in run(inputs, tmp_path / "run", "--steps", "1", status=2)
 
 
+@pytest.fixture(scope="module")
+def other(inputs):
+    """A folder of weights of another shape and seed with the same tokenizer."""
+    _, _, bpe = hf.load(inputs / "weights")
+    cfg = transformer.Config(296, 24, 16, 1, 2, rope_layout="half")
+    hf.save(inputs / "other", transformer.init(random.key(5), cfg), cfg, bpe)
+    return inputs / "other"
+
+
+def test_another_reference(inputs, other, tmp_path):
+    """Oracle: the loss by hand of both models' sums, before and after; a run that goes on needs the same reference."""
+    flags = ("--reference", other, "--optim.name", "rmsprop", "--optim.momentum", "0.5")
+    run(inputs, tmp_path / "run", "--steps", "2", *flags)
+    reference = sums_by_hand(other)
+    for row, folder in zip(heldout(tmp_path / "run"), (inputs / "weights", tmp_path / "run/export"), strict=True):
+        losses, aux = dpo(*sums_by_hand(folder), *reference, beta=0.1)
+        assert row["heldout_loss"] == pytest.approx(float(losses.mean()), abs=1e-5)
+        assert row["heldout_margin"] == pytest.approx(float(aux["margin"].mean()), abs=1e-4)
+    assert heldout(tmp_path / "run")[0]["heldout_loss"] != pytest.approx(0.693147, abs=1e-4)
+    run(inputs, tmp_path / "whole", "--steps", "4", *flags)
+    moved = other.rename(inputs / "moved")
+    flags = ("--reference", moved, *flags[2:])
+    assert "resumed from step 2" in run(inputs, tmp_path / "run", "--steps", "4", "--resume", *flags)
+    a, b = (checkpoint.load(tmp_path / name / "checkpoints", 4)[0] for name in ("whole", "run"))
+    assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
+    said = run(inputs, tmp_path / "run", "--steps", "6", "--resume", *flags[2:], status=2)
+    assert "reference (its content)" in said and "Traceback" not in said
+    moved.rename(other)
+
+
+def test_rmsprop_is_torch_s(inputs, tmp_path):
+    """Oracle: torch.optim.RMSprop on the same loss, parameters and batches: one step, then the exported weights."""
+    flags = ("--optim.name", "rmsprop", "--optim.alpha", "0.9", "--optim.clip", "0", "--batch-size", "16")
+    run(inputs, tmp_path / "run", "--steps", "1", "--optim.warmup-steps", "0", *flags)
+    params, cfg, bpe = hf.load(inputs / "weights")
+    leaves = [x.requires_grad_() for x in tree.leaves(params)]
+    sums = sums_of(params, cfg, bpe)
+    optimizer = torch.optim.RMSprop(leaves, lr=3e-3, alpha=0.9)
+    dpo(*sums, *(x.detach() for x in sums), beta=0.1)[0].mean().backward()
+    optimizer.step()
+    found, _, _ = hf.load(tmp_path / "run/export")
+    # A first step is lr sqrt(10) g / |g|, which turns round with the sign of a gradient that is rounding alone.
+    off = torch.cat([(a - b.detach()).abs().flatten() for a, b in zip(tree.leaves(found), leaves, strict=True)])
+    assert float((off > 1e-5).double().mean()) < 0.02, off.max()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--loss", "kto"), ("--lora.rank", "2"), ("--parallel.mode", "fsdp")])
 def test_two_processes_train_as_one(inputs, tmp_path, flags):
@@ -136,8 +190,9 @@ def test_two_processes_train_as_one(inputs, tmp_path, flags):
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4), (name, a, b)
 
 
-def test_what_is_wrong_is_named(inputs, tmp_path):
+def test_what_is_wrong_is_named(inputs, other, tmp_path):
     """One line, no traceback, and no checkpoint."""
+    write_inputs(tmp_path, ["abcd efgh"], ROWS)
     (tmp_path / "bad.jsonl").write_text(json.dumps(ROWS[0]) + '\n{"prompt": "x", "chosen": "y"}\n')
     (tmp_path / "same.jsonl").write_text(json.dumps(ROWS[0] | {"rejected": ROWS[0]["chosen"]}) + "\n")
     cases = [
@@ -151,6 +206,10 @@ def test_what_is_wrong_is_named(inputs, tmp_path):
         (("--batch-size", "17"), "16 pairs of at most 16 tokens; batch_size is more"),
         (("--microbatches", "3"), "batch_size 8 is not divisible by 1 processes x 3 microbatches"),
         (("--resume",), "has no checkpoint to go on from"),
+        (("--optim.alpha", "0.9"), "optim.alpha is 0.9: rmsprop has it, not adamw"),
+        (("--reference", tmp_path / "weights"), "has another tokenizer than"),
+        (("--reference", other, "--loss", "simpo"), "the loss simpo has none"),
+        (("--reference", other, "--max-length", "32"), "max_length is 32: the reference's context_length is 24"),
     ]
     for flags, message in cases:
         said = run(inputs, tmp_path / "run", *flags, status=2)

@@ -23,6 +23,7 @@ from purelm.optim import (
     lion,
     muon_adamw,
     one_minus_sqrt_decay,
+    rmsprop,
     sgd,
     wsd,
 )
@@ -35,6 +36,7 @@ CASES = {
     "course": (adamw(eps_placement="uncorrected", eps_root=1e-6, decay_order="after"), 2e-6),
     "sgd": (sgd(0.9, 0.1, nesterov=True), 2e-6),
     "lion": (lion(weight_decay=0.1), 2e-6),
+    "rmsprop": (rmsprop(0.9, 1e-6, 0.1, momentum=0.5), 2e-6),
     "muon_adamw": (muon_adamw(iteration_dtype=torch.float32), 1e-5),
     "labelled": (labelled(lambda path, p: "ab"[p.ndim - 1], {"a": sgd(0.9), "b": apply_if_finite(lion())}), 2e-6),
 }

@@ -22,6 +22,7 @@ from purelm.optim import (
     muon,
     muon_adamw,
     partitioned,
+    rmsprop,
     scale_lr,
     sgd,
     step_of,
@@ -39,6 +40,8 @@ CASES = {
     "sgd": sgd(0.9, 0.1, nesterov=True, mask=is_matrix),
     "sgd without momentum": sgd(weight_decay=0.1),
     "lion": lion(weight_decay=0.1, mask=is_matrix),
+    "rmsprop": rmsprop(weight_decay=0.1, mask=is_matrix),
+    "rmsprop, all": rmsprop(0.9, 1e-6, momentum=0.5, centered=True, dtype=torch.bfloat16),
     "clipped": chain(clip_by_global_norm(0.5), adamw(weight_decay=0.1)),
     "scaled parts": partitioned(lambda path, p: p.ndim > 1, scale_lr(sgd(0.9), 2.0), adamw()),
     "labelled": labelled(

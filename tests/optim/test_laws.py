@@ -20,6 +20,7 @@ from purelm.optim import (
     lion,
     muon,
     muon_adamw,
+    rmsprop,
     sgd,
 )
 from purelm.testing import OPTIMIZER_LAWS, check_optimizer, without
@@ -32,6 +33,8 @@ EVERY = {
     "adamw": adamw(weight_decay=0.1),
     "course": adamw(weight_decay=0.1, eps_placement="uncorrected", decay_order="after"),
     "lion": lion(weight_decay=0.1),
+    "rmsprop": rmsprop(),
+    "rmsprop, all": rmsprop(0.9, 1e-6, 0.1, momentum=0.5, centered=True),
     "muon_adamw": muon_adamw(iteration_dtype=torch.float32),  # vmap and a loop sum in another order
     "chain": chain(clip_by_global_norm(1.0), adamw()),
     "labelled": labelled(lambda path, p: str(is_matrix(path, p)), {"True": sgd(0.9), "False": lion()}),
