@@ -78,8 +78,9 @@ SFT = {
 }  # fmt: skip
 GRPO = {
     "gold": "{response}", "grade": "exact", "recipe": "course2026_grpo", "steps": 300, "prompts": 16, "group-size": 16,
-    "max-new-tokens": 12, "optim.lr": 1e-3, "optim.schedule": "linear", "optim.lr-min-ratio": 0.05, "eval-every": 20,
-    "eval-prompts": 200, "rows-per-pass": 256, "sample-rows": 256, "no-export": (),
+    "max-new-tokens": 12, "optim.lr": 1e-3, "optim.schedule": "linear", "optim.lr-min-ratio": 0.05,
+    "optim.warmup-steps": 20, "eval-every": 20, "eval-prompts": 200, "rows-per-pass": 256, "sample-rows": 256,
+    "no-export": (),
 }  # fmt: skip
 OFF_POLICY = {**GRPO, "recipe": "course2026_off_clip", "optim.lr": 3e-4}
 
