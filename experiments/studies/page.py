@@ -1,5 +1,6 @@
 """What a study found: figures of all runs, a table with the spread over seeds, a figure, sentences, one page."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,9 +43,9 @@ def of_run(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard deviation (of one value 0), lowest, highest."""
+    """Number, mean, standard deviation (of one value 0), lowest, highest."""
     sd = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "sd": sd, "low": min(values), "high": max(values)}
+    return {"n": len(values), "mean": statistics.fmean(values), "sd": sd, "low": min(values), "high": max(values)}
 
 
 def summarised(runs: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -84,8 +85,8 @@ def _with_sd(x: Mapping[str, float]) -> str:
 def concluded(summary: Mapping[str, Mapping[str, Any]]) -> str:
     """What the held-out rewards at the end say, in sentences: the best, and from which it can be told apart.
 
-    Two variations are told apart where all seeds of one are above all seeds of the other. That is no test: of three
-    seeds each, two equal variations come out so in 1 of 10 cases, and there are several pairs.
+    Two variations are told apart where all seeds of one are above all seeds of the other. Two equal ones with n seeds
+    each come out so in 2 of C(2n, n) cases, of which the page speaks: with several pairs that is no proof.
     """
     if len(summary) < 2:
         return "There are not two variations to compare."
@@ -94,9 +95,13 @@ def concluded(summary: Mapping[str, Mapping[str, Any]]) -> str:
     said = [f"Highest at the end: {order[0]}, {best['mean']:.3f} ({best['low']:.3f} to {best['high']:.3f} over seeds)."]
     below = [x for x in order[1:] if summary[x]["final"]["high"] < best["low"]]
     beside = [x for x in order[1:] if x not in below]
-    if below:
+    n = min(x["final"]["n"] for x in summary.values())
+    if n < 2:
+        said.append("With one seed of a variation nothing can be told apart.")
+    elif below:
         said.append("All of its seeds end above all seeds of: " + _listed(summary, below) + ".")
-    if beside:
+        said.append(f"(Two equal variations come out so in 1 of {math.comb(2 * n, n) // 2} pairs.)")
+    if beside and n > 1:
         said.append("Not told apart from it by these seeds: " + _listed(summary, beside) + ".")
     fastest = max(summary, key=lambda label: summary[label]["over_the_run"]["mean"])
     mean = summary[fastest]["over_the_run"]["mean"]

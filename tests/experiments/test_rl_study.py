@@ -189,6 +189,7 @@ def test_spread_and_sentences():
     said = page.concluded(result["summary"])
     assert "Highest at the end: a, 0.850 (0.800 to 0.900 over seeds)." in said
     assert "All of its seeds end above all seeds of: b (0.630), d (0.100)." in said
+    assert "(Two equal variations come out so in 1 of 10 pairs.)" in said  # 2 of the 20 orders of 3 and 3
     assert "Not told apart from it by these seeds: c (0.707)." in said
     assert "No seed ends above its start: d (0.100)." in said
     text = page.page(study, {**result, "failed": {"a-seed9": "the loss is not finite"}}, "I think so.")
@@ -197,6 +198,8 @@ def test_spread_and_sentences():
     _, result = result_of(a=[0.9, 0.8], b=[])
     assert "| a | 2 of 3 |" in page.table(result) and "| b | 0 of 3 |" in page.table(result)
     assert page.concluded(result["summary"]) == "There are not two variations to compare."
+    said = page.concluded(result_of(a=[0.9], b=[0.1])[1]["summary"])
+    assert "nothing can be told apart" in said and "above all seeds" not in said
 
 
 def test_a_figure(tmp_path):
