@@ -10,6 +10,7 @@
     cleaning        Step, clean, Counts; duplicates, lengths, difficulty, answers that can be graded
     contamination   which rows contain examples of a test set
     countdown       problems without end, each with a solution
+    tasks           sorting, arithmetic modulo m, addition: training and held-out sets that are disjoint
 
 A row is a dict with the texts "prompt" and "response"; what else it holds is kept. Prompts have no special tokens of a
 model: `experiments.sft` puts its templates around them.

@@ -1,0 +1,1 @@
+"""Studies of reinforcement learning: values, the processes that run them, and the page of results."""
