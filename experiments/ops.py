@@ -1,14 +1,25 @@
 """The bundles of ops that programs offer, by name."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
+from purelm import tree
 from purelm.models.config import Config
+from purelm.models.joined import join_weights
 from purelm.ops import REFERENCE, Ops, few_rows
 from purelm.ops.sdpa import sdpa_attention
 
-__all__ = ["SDPA", "OpsName", "evaluating_ops", "generation_options", "ops_for_generation", "ops_named"]
+__all__ = [
+    "SDPA",
+    "OpsName",
+    "evaluating_ops",
+    "generation_options",
+    "ops_for_generation",
+    "ops_named",
+    "sampling_weights",
+]
 
 # sdpa: PyTorch's attention, everything else in torch primitives; fused: the kernels of purelm.kernels (on a CPU their
 # references); reference: everything in torch primitives, attention too.
@@ -45,3 +56,24 @@ def generation_options(device: torch.device) -> dict[str, Any]:
     from purelm.kernels.draw import draw_
 
     return {"wrap_step": reused(on_graph), "draw": draw_}
+
+
+def sampling_weights(device: torch.device) -> Callable[[Any], Any]:
+    """A function from parameters in training to equal ones that are sampled from.
+
+    On a GPU they are a copy with joined projections that lies in the same memory at every call, which writes over the
+    last one's: a recorded step reads parameters where they are.
+    """
+    if device.type != "cuda":
+        return lambda params: params
+    kept: list[Any] = []
+
+    def copied(params: Any) -> Any:
+        with torch.no_grad():
+            if not kept:
+                kept.append(join_weights(tree.map(torch.clone, params)))
+            else:
+                tree.map(lambda x, y: x.copy_(y), kept[0], params)
+        return kept[0]
+
+    return copied

@@ -4,7 +4,7 @@ On several processes each samples and grades its share of the problems, and all 
 key depends on the row's number in the whole batch, so answers are those of one process up to the rounding of logits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -23,7 +23,6 @@ from purelm.align.recipe import Recipe
 from purelm.align.rollouts import Rollouts, joined, of_generation
 from purelm.align.rollouts import take as rows_of
 from purelm.dist.world import World
-from purelm.models.joined import join_weights
 from purelm.models.model import Model
 from purelm.tokenizer import BPE
 
@@ -40,6 +39,11 @@ class Batch(NamedTuple):
     n_sampled: int  # groups, those that were not kept among them
 
 
+def same(params: Any) -> Any:
+    """The parameters themselves."""
+    return params
+
+
 class Sampler(NamedTuple):
     """What answers depend on beside the parameters."""
 
@@ -51,6 +55,7 @@ class Sampler(NamedTuple):
     reward: Reward
     world: World = ONE
     options: Mapping[str, Any] = MappingProxyType({})  # further keywords of `generate`
+    weights: Callable[[Any], Any] = same  # from parameters to those that are sampled from
 
 
 def answers(
@@ -68,7 +73,7 @@ def answers(
     if rows:
         out = generate.generate(
             sampler.model,
-            join_weights(params) if sampler.options else params,
+            sampler.weights(params),
             [problems[p].ids.tolist() for p in mine],
             random.split(key, R)[rows],
             max_new_tokens=sampler.max_new_tokens,

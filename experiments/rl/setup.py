@@ -12,7 +12,7 @@ from experiments.console import in_bf16, say
 from experiments.finetune.setup import loss_chunk, special_ids, template_of
 from experiments.grading import Reward, grader_named
 from experiments.open_model import open_model
-from experiments.ops import generation_options, ops_for_generation, ops_named
+from experiments.ops import generation_options, ops_for_generation, ops_named, sampling_weights
 from experiments.parallel import Job, Run, alone, layout
 from experiments.rl.config import MAY_CHANGE, FromRewards
 from experiments.rl.problems import Problem, content, read_problems
@@ -131,7 +131,7 @@ def sampler_of(cfg: FromRewards, world: World, given: Opened, min_new_tokens: in
     model = transformer.make(given.model, ops_for_generation(given.model, world.device))
     return Sampler(
         model, given.bpe, stop, cfg.max_new_tokens, cfg.sample_rows, given.reward, world,
-        generation_options(world.device),
+        generation_options(world.device), sampling_weights(world.device),
     )  # fmt: skip
 
 
