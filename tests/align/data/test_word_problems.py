@@ -135,6 +135,17 @@ def test_every_problem_comes_once():
     assert rows(small, 0, 0, 48) != rows(small, 1, 0, 48)
 
 
+def test_small_numbers_to_the_last():
+    """Of 2 .. 9, 35 triples have a > b + c: as many problems, and no more. All that is counted is in the plural."""
+    small = WordProblems((2, 2), (2, 9), 90)
+    found = [read(row) for row in rows(small, 0, 0, 23 * 35)]
+    assert min(min(numbers.values()) for _, numbers in found) == 2
+    triples = {(n["a"], n["b"], n["c"]) for t, n in found if t.expression == "a - b - c"}
+    assert triples == {(a, b, c) for a in range(2, 10) for b in range(2, 10) for c in range(2, 10) if a > b + c}
+    with pytest.raises(ValueError, match="no more problems like 'There were"):
+        rows(small, 0, 0, 23 * 36)
+
+
 def test_value_refuses_what_is_not_whole_or_positive():
     numbers = {"a": 20, "b": 5, "c": 3}
     for expression, right in (
