@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from purelm.align.data import word_problems
 from purelm.align.data.tasks import Sort, split
 from purelm.models import hf
 from purelm.tokenizer import decode, encode, load
@@ -43,6 +44,32 @@ def test_what_it_leaves(tmp_path):
     assert files[0] == files[1] and len(files[0]) == 7
     assert all((tmp_path / "a" / p).read_bytes() == (tmp_path / "b" / p).read_bytes() for p in files[0])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_words_have_no_start(tmp_path):
+    """The library's problems, and nothing else; twice the same bytes."""
+    flags = ["--task", "words", "--n-train", "20", "--n-heldout", "5", "--words.numbers", "3", "30", "--seed", "4"]
+    for name in ("a", "b"):
+        said = prepare(*flags, "--out", tmp_path / name)
+    task = word_problems.WordProblems(numbers=(3, 30))
+    train, heldout = word_problems.split(task, 4, n_train=20, n_heldout=5)
+    assert rows(tmp_path / "a/train.jsonl") == train and rows(tmp_path / "a/heldout.jsonl") == heldout
+    assert "20 + 5 problems" in said and "random parameters" not in said
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == ["heldout.jsonl", "provenance.json", "train.jsonl"]
+    assert all((tmp_path / "a" / p).read_bytes() == (tmp_path / "b" / p).read_bytes() for p in names)
+    told = json.loads((tmp_path / "a/provenance.json").read_text())
+    assert told["ranges"] == {"n_steps": [1, 2], "numbers": [3, 30], "most": 1000} and "model" not in told
+    out = tmp_path / "c"
+    for more, message in (
+        (("--style", "worded"), "style: is worded, but words has sentences of its own"),
+        (("--model-seed", "3"), "model, model_seed: words comes without a model"),
+        (("--model.n-layers", "2"), "model, model_seed: words comes without a model"),
+        (("--sort.numbers", "1", "3"), "sort: has ranges of its own, but the task is words"),
+        (("--words.numbers", "1", "9"), "numbers 1 to 9: needs 2 <= low"),
+    ):
+        assert message in prepare("--task", "words", "--out", out, *more, status=2)
+        assert not out.exists()
 
 
 def test_what_is_wrong_leaves_nothing(tmp_path):

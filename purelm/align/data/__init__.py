@@ -11,6 +11,7 @@
     contamination   which rows contain examples of a test set
     countdown       problems without end, each with a solution
     tasks           sorting, arithmetic modulo m, addition: training and held-out sets that are disjoint
+    word_problems   arithmetic in everyday English, of one or two steps; word_templates are its sentences
 
 A row is a dict with the texts "prompt" and "response"; what else it holds is kept. Prompts have no special tokens of a
 model: `experiments.sft` puts its templates around them.
