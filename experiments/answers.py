@@ -1,9 +1,10 @@
 """A model's answers to a question set: prompts, generation and grading, a row an example."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +38,7 @@ class Answering(NamedTuple):
     max_new_tokens: int
     batch_size: int
     seed: int
-    options: dict[str, Any]  # further keywords of `generate`
+    options: Mapping[str, Any] = MappingProxyType({})  # further keywords of `generate`
 
 
 def answer(how: Answering, asked: Asked, path: Path, data: Path) -> list[dict[str, Any]]:

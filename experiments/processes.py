@@ -21,7 +21,7 @@ def joined(device: str, timeout: float) -> Iterator[world.World]:
     with world.start(device, timeout) as here:
         if here.size == 1:
             own = pick_device(device)  # where world.start gives the first GPU
-            if own.type == "cuda":
+            if own.type == "cuda" and own.index is not None:
                 torch.cuda.set_device(own)
             here = here._replace(device=own)
         yield here

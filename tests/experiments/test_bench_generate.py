@@ -14,7 +14,7 @@ from tests.dist import processes
 def test_rows(tmp_path):
     flags = [
         "--device", "cpu", "--size", "tiny", "--prompts", "5", "--new-tokens", "6", "--batch-size", "2",
-        "--longest", "20", "--warm", "0", "--no-peer", "--json", tmp_path / "rows.json",
+        "--longest", "20", "--warm", "0", "--rounds", "1", "--no-peer", "--json", tmp_path / "rows.json",
     ]  # fmt: skip
     done = processes.under_torchrun("experiments.bench.generate", *flags, n_ranks=1)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -29,8 +29,8 @@ def test_what_a_run_did():
     cfg = transformer.Config(vocab_size=64, context_length=32, d_model=32, n_layers=1, n_heads=2)
     model = transformer.make(cfg)
     params = model.init(random.key(0))
-    task = generate.Task("", [torch.tensor([1] * n) for n in (3, 4, 5, 6)], 2, [])
+    task = generate.Task("", [torch.tensor([1] * n) for n in (3, 4, 5, 6)], 4, 2, [])
     for refill in (True, False):
-        work = generate.ours(model, params, task, 4, refill, None, torch.device("cpu"))
+        work = generate.ours(model, params, task, refill, None, torch.device("cpu"), {})
         assert work.tokens == 16 and work.steps == 6
         assert work.kv_tokens == sum(n + j for n in (3, 4, 5, 6) for j in (1, 2, 3))
