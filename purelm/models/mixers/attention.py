@@ -21,7 +21,6 @@ from purelm.models.leaves import Cut, Fill, Leaf, Params, with_prefix
 from purelm.models.linear import apply_linear_out, apply_linears, linear_in, linear_out
 from purelm.models.mixers import Cost, Mixer, Slots
 from purelm.ops import Ops
-from purelm.ops.protocols import DecodeAttention
 from purelm.ops.rope import Layout
 
 __all__ = ["KV", "Attention", "Reads", "attention", "reads", "visible_pairs"]
@@ -205,7 +204,7 @@ def _apply_cached(
 
 def _apply_one(
     c: Attention, params: Params, x_B1D: Tensor, ctx: Context, ops: Ops, state: KV, slots: Slots,
-    attend_: DecodeAttention,
+    attend_: Callable[..., Tensor],
 ) -> Float[Tensor, "b 1 d"]:  # fmt: skip
     """`_apply_cached` for one new token, in the memory of the state: rope, the write and attention are one op."""
     q, k, v = (x.squeeze(1) for x in _project(c, params, x_B1D, ctx, ops, turned=False))
