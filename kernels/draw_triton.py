@@ -6,6 +6,7 @@ from torch import Tensor
 
 from purelm.generate.rows import Rows
 from purelm.kernels.launch import all_aligned, device_number, device_of, launch, relaunch
+from purelm.kernels.log_prob_rows_triton import lanes, log_prob, sums
 
 __all__ = ["draw_"]
 
@@ -21,36 +22,13 @@ def _draw(
     at = tl.arange(0, N)
     row = logits_ptr + b * logits_b
 
-    # Lane i has maximum and sums of logits i, i + N, ... to itself, so that lanes meet only at the end.
-    m_N = tl.full((N,), float("-inf"), tl.float32)
-    l_N = tl.zeros((N,), tl.float64)  # sum of exp(x - m)
-    t_N = tl.zeros((N,), tl.float64)  # sum of exp((x - m) / temperature)
-    bad_N = tl.zeros((N,), tl.int32)
-    best_N = tl.zeros((N,), tl.int32)  # where the maximum is first
-    for start in range(0, V, N):
-        x = tl.load(row + start + at, mask=start + at < V, other=float("-inf")).to(tl.float32)
-        bad_N |= ((x != x) | (x == float("inf"))).to(tl.int32)
-        best_N = tl.where(x > m_N, start + at, best_N)
-        m_new = tl.maximum(m_N, x)
-        safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        l_N = l_N * tl.exp(m_N - safe).to(tl.float64) + tl.exp(x - safe).to(tl.float64)
-        if TEMPERED:
-            scaled = tl.exp((x - safe) / temperature)
-            t_N = t_N * tl.exp((m_N - safe) / temperature).to(tl.float64) + scaled.to(tl.float64)
-        m_N = m_new
-    m = tl.max(m_N, 0)
-    finite = (tl.max(bad_N, 0) == 0) & (m > float("-inf"))
+    m, total, mass, first, finite = sums(row, V, temperature, TEMPERED, N)
     n = tl.load(n_ptr + b)
     slot = b * M + tl.minimum(n, M - 1)
-    safe = tl.where(m == float("-inf"), 0.0, m)
-    total = tl.sum(l_N * tl.exp(m_N - safe).to(tl.float64), 0)
-    mass = total
-    if TEMPERED:
-        mass = tl.sum(t_N * tl.exp((m_N - safe) / temperature).to(tl.float64), 0)
 
     token = tl.zeros((), tl.int32)
     if GREEDY:
-        token = tl.min(tl.where((m_N == m), best_N, V), 0)
+        token = first
     elif finite:
         # The first token at which the sum of probabilities exceeds the target; of rounding is left the last possible.
         target = tl.load(uniforms_ptr + slot).to(tl.float64) * mass
@@ -75,14 +53,10 @@ def _draw(
                 found = 1
             before += here
             start += N
-    x = tl.load(row + token).to(tl.float32)
-    model = (x - m) - tl.log(total).to(tl.float32)
+    x = tl.load(row + tl.minimum(token, V - 1)).to(tl.float32)  # of a row that is not finite, any
+    chosen, model = log_prob(x, m, total, mass, temperature, TEMPERED)
     if GREEDY:
-        chosen = tl.zeros((), tl.float32)
-    elif TEMPERED:
-        chosen = (x - m) / temperature - tl.log(mass).to(tl.float32)
-    else:
-        chosen = model
+        chosen = 0.0 * chosen
     is_open = tl.load(open_ptr + b) != 0
     if is_open & finite:
         stop = tl.load(stops_ptr + token) != 0
@@ -116,7 +90,7 @@ def draw_(logits: Tensor, rows: Rows, temperature: float, stops: Tensor) -> None
         if not relaunch(_draw, key, tensors):
             constants = {
                 "GREEDY": temperature == 0.0, "TEMPERED": temperature not in (0.0, 1.0),
-                "N": min(4096, max(16, triton.next_power_of_2(V))),
+                "N": lanes(V),
             }  # fmt: skip
             args = *tensors, V, M, logits.stride(0), temperature or 1.0
             launch(_draw, key, tensors, B, args, constants, {"num_warps": 8})

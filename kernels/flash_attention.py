@@ -90,7 +90,7 @@ def flash_attention(
                 f"k {tuple(k_BSGK.shape)}"
             )
         segment_ids = segment_ids_from_cu_seqlens(cu_seqlens, q_BTHK.shape[1])
-    args = _arguments(
+    args = checked_arguments(
         q_BTHK, k_BSGK, v_BSGK, causal, window, segment_ids, scale, softcap, sinks, precision, bias, mask
     )
     if in_forward_mode(q_BTHK):
@@ -150,7 +150,9 @@ def flash_attention_reference(
             flash_attention_reference, q_BTHK, k_BSGK, v_BSGK, segment_ids, causal=causal, window=window, scale=scale,
             softcap=softcap, bias=bias, mask=mask, sinks=sinks, return_lse=return_lse,
         )  # fmt: skip
-    args = _arguments(q_BTHK, k_BSGK, v_BSGK, causal, window, segment_ids, scale, softcap, sinks, None, bias, mask)
+    args = checked_arguments(
+        q_BTHK, k_BSGK, v_BSGK, causal, window, segment_ids, scale, softcap, sinks, None, bias, mask
+    )
     apply = plain_forward if in_forward_mode(q_BTHK) else Tiled.apply
     o, lse = apply(q_BTHK, k_BSGK, v_BSGK, *args[:-1])
     return (o, lse) if return_lse else o
@@ -215,7 +217,7 @@ def _check_ends(cu_seqlens: Tensor, length: int) -> None:
         raise ValueError(f"{form}, got {shown}")
 
 
-def _arguments(
+def checked_arguments(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: Window, segment_ids: Segments, scale: float | None,
     softcap: float | None, sinks: Tensor | None, precision: str | None, bias: Tensor | None = None,
     mask: Tensor | None = None,

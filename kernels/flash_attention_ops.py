@@ -9,7 +9,7 @@ from purelm.kernels.flash_attention_reference import tiled_backward, tiled_forwa
 from purelm.kernels.recipe import applier, backward_function, eager_or_op
 from purelm.ops.precision import accumulator
 
-__all__ = ["Tiled", "apply_flash", "plain_forward"]
+__all__ = ["Tiled", "apply_flash", "backward", "plain_forward"]
 
 
 # --- custom ops
@@ -109,7 +109,7 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
     bias, mask, *numbers, need_bias = args[9:]
     assert folded[2] is not None
     B = folded[2].shape[0] // info.batch_size
-    grads = _backward(
+    grads = backward(
         *folded, _fold_scores(info, in_dims[9], bias, B, own=need_bias), _fold_scores(info, in_dims[10], mask, B),
         *numbers, need_bias,
     )  # fmt: skip
@@ -120,7 +120,7 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
     return (*grads, dbias.sum(1, keepdim=True) if shared else dbias), (0, 0, 0, 0, 0)
 
 
-_backward = backward_function(
+backward = backward_function(
     "flash_attention", eager_or_op(_backward_op, _backward_cuda), _vmap_backward, _backward_plain
 )
 _NO_GRADS = (None,) * 6  # of the mask and of arguments that are not tensors
@@ -145,7 +145,7 @@ class _FlashAttention(torch.autograd.Function):
             return (None,) * 13
         do = torch.zeros_like(o) if do is None else do
         need_bias = bias is not None and ctx.needs_input_grad[6]
-        dq, dk, dv, delta, dbias = _backward(
+        dq, dk, dv, delta, dbias = backward(
             do, dlse, q, k, v, o, lse, q_ids, kv_ids, bias, mask, *ctx.numbers, need_bias
         )
         dsinks = _sink_gradient(sinks, lse, delta)

@@ -53,6 +53,9 @@ class FromRewards:
     temperature: Annotated[float, Range(1e-6, 1e3)] = 1.0
     """of sampling"""
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-5, schedule="constant", warmup_steps=0, weight_decay=0.0))
+    exact: bool = False
+    """sampler and trainer compute the same log-probabilities, to the last bit: one order of summation for all batches,
+    at a price in time; on a GPU"""
     rows_per_pass: Count = 32
     """rows of a process in a forward and backward pass: same result, less memory"""
     sample_rows: Count = 128

@@ -26,6 +26,7 @@ from purelm.dist.agreement import check_same
 from purelm.dist.agreement import fingerprint as tensors_of
 from purelm.dist.world import World
 from purelm.models import transformer
+from purelm.ops import Ops
 from purelm.tokenizer import BPE, fingerprint
 from purelm.tokenizer.chat import Chat
 from purelm.train import FULL, MIXED, Precision, TrainState
@@ -128,11 +129,27 @@ def sampler_of(cfg: FromRewards, world: World, given: Opened, min_new_tokens: in
     if min_new_tokens > cfg.max_new_tokens:
         raise ValueError(f"max_new_tokens is {cfg.max_new_tokens}: an answer has at least {min_new_tokens} here")
     stop = generate.Stop(tuple(given.end), cfg.stop, min_new_tokens if min_new_tokens > 1 else 0)
-    model = transformer.make(given.model, ops_for_generation(given.model, world.device))
+    if cfg.exact and world.device.type != "cuda":
+        raise ValueError("exact: needs a GPU, whose kernels have one order of summation for all batches")
+    if cfg.exact and stop.min_new_tokens:
+        raise ValueError(
+            f"exact: answers of at least {min_new_tokens} tokens are drawn from other log-probabilities than the "
+            "model's; take a recipe without a least length"
+        )
+    model = transformer.make(given.model, _ops(cfg) or ops_for_generation(given.model, world.device))
     return Sampler(
         model, given.bpe, stop, cfg.max_new_tokens, cfg.sample_rows, given.reward, world,
         generation_options(world.device), sampling_weights(world.device),
     )  # fmt: skip
+
+
+def _ops(cfg: FromRewards) -> Ops | None:
+    """Those of an exact run, else None."""
+    if not cfg.exact:
+        return None
+    from purelm.kernels.invariant import INVARIANT
+
+    return INVARIANT
 
 
 def run_of(
@@ -145,7 +162,7 @@ def run_of(
     log-probabilities that are trained. The rest are the trainer's fields.
     """
     model = given.model
-    ops = ops_named("reference" if model.attention_softcap is not None else "sdpa")
+    ops = _ops(cfg) or ops_named("reference" if model.attention_softcap is not None else "sdpa")
     longest = max(len(x.ids) for x in given.problems) + cfg.max_new_tokens
     job = Job(
         model=model,

@@ -227,6 +227,7 @@ def test_what_is_wrong_is_named(inputs, tmp_path):
         (("--recipe", "ppo"), "recipe: 'ppo' is not known; there are course2025"),
         (("--grade", "none"), "grade: none is no reward"),
         (("--chat",), "has no chat template"),
+        (("--exact",), "exact: needs a GPU"),
         (("--max-new-tokens", "32"), "max_new_tokens must be below the model's context_length 32"),
         (("--gold", "x", "--grade", "number"), "gold is 'x': allowed is a text with #### and a number"),
         (("--resume",), "has no checkpoint to go on from"),

@@ -162,3 +162,66 @@ def test_two_generations_in_turns_share_a_recorded_step():
             for row, token in zip(rows, step.tokens, strict=True):
                 row.append(token)
     assert found == [[t.tolist() for t in out.tokens] for out in alone]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_row_of_the_invariant_product_has_the_same_bits_in_every_batch(dtype):
+    """Exact: tiles of both sizes, alone and beside others; and as exact as the library's product."""
+    from purelm.kernels.invariant_linear import invariant_linear
+
+    for M, N, K in ((4096, 2048, 768), (300, 1000, 576), (64, 49_152, 576)):
+        x, w = numbers(7, (M, K), (N, K), dtype=dtype)
+        whole = invariant_linear(x, w)
+        for part in (slice(0, 1), slice(5, 37), slice(M - 1, M)):
+            assert torch.equal(invariant_linear(x[part].contiguous(), w), whole[part])
+        assert torch.equal(invariant_linear(x, w[100:260]), whole[:, 100:260])
+        assert_as_exact(whole, x @ w.mT, x.double() @ w.double().mT, roundings=12, scale=K**0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("options", [{}, {"qk_norm": "head", "window": 20}, {"n_kv_heads": 4}], ids=str)
+def test_what_is_sampled_is_what_is_trained_to_the_last_bit(dtype, options):
+    """Exact: log-probabilities of `generate` with INVARIANT and those of `model.log_probs`, batched in another way."""
+    from dataclasses import replace
+
+    from purelm.align.responses import response_batch
+    from purelm.kernels.invariant import INVARIANT
+
+    cfg = replace(CFG, d_model=192, n_layers=3, **options)
+    model = transformer.make(cfg, INVARIANT)
+    params = join_weights(tree.to(tree.cast(model.init(random.key(0)), dtype), CUDA))
+    prompts = [random.randint(random.fold_in(random.key(1), i), (5 + 7 * (i % 9),), 0, 97) for i in range(20)]
+    for temperature in (1.0, 0.7):
+        out = generate(
+            model, params, prompts, random.key(3, device=CUDA), max_new_tokens=50, n_samples=2, batch_size=13,
+            draw=draw_, wrap_step=reused(on_graph), sampling=Sampling(temperature), stop=Stop((3, 4)),
+        )  # fmt: skip
+        rows = [(prompts[i // 2].numpy(), ids.numpy()) for i, ids in enumerate(out.tokens)]
+        for some in (range(40), range(3), range(17, 40)):
+            batch = response_batch([rows[i][0] for i in some], [rows[i][1] for i in some], pad_id=0)
+            batch = {name: torch.as_tensor(x).to(CUDA) for name, x in batch.items()}
+            for recorded in (False, True):
+                with torch.set_grad_enabled(recorded):
+                    log_p, _ = model.log_probs(params, batch, temperature=temperature)
+                for row, i in enumerate(some):
+                    got = log_p[row][batch["weights"][row] != 0].detach().cpu()
+                    assert torch.equal(got, out.logprobs[i]), (got - out.logprobs[i]).abs().max()
+
+
+def test_gradients_of_the_invariant_ops():
+    """Oracle: REFERENCE in float64; in fp32, so to 1e-4 of the largest."""
+    from purelm.kernels.invariant import INVARIANT
+
+    model, exact = transformer.make(CFG, INVARIANT), transformer.make(CFG)
+    params = tree.to(model.init(random.key(0)), CUDA)
+    tokens = random.randint(random.key(1), (3, 33), 0, 97).to(CUDA)
+    batch = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+
+    def grads(model, params):
+        leaves = tree.map(lambda x: x.detach().requires_grad_(), params)
+        log_p, entropy = model.log_probs(leaves, batch)
+        return torch.autograd.grad(log_p.sum() + 0.1 * entropy.sum(), tree.leaves(leaves))
+
+    found, wanted = grads(model, params), grads(exact, tree.map(lambda x: x.double(), params))
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=0, atol=1e-4 * float(y.abs().max()) + 1e-6)

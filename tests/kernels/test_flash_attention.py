@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from purelm.kernels.flash_attention import (
-    _arguments,
     bidirectional_flash_attention,
+    checked_arguments,
     flash_attention,
     flash_attention_reference,
     segment_ids_from_cu_seqlens,
@@ -91,7 +91,7 @@ def test_kernels_against_float64(name, dtype):
     q, k, v, do = tensors(**size, dtype=dtype)
     exact = with_gradients(lambda *x: attention(*x, **options), [x.double() for x in (q, k, v)], do.double())
     same = with_gradients(lambda *x: attention(*x, **options), [q, k, v], do)
-    found = _arguments(q, k, v, *arguments(options), sinks=None, precision="ieee")
+    found = checked_arguments(q, k, v, *arguments(options), sinks=None, precision="ieee")
     *pair, sinks, bias, mask, left, right, scale, cap, _ = found
     assert bias is None and mask is None
     segments = None if pair[0] is None else (pair[0].contiguous(), pair[1].contiguous())

@@ -7,7 +7,7 @@ import torch
 from torch.func import grad
 
 from purelm.kernels.flash_attention import (
-    _arguments,
+    checked_arguments,
     flash_attention,
     flash_attention_with_lse,
 )
@@ -60,7 +60,7 @@ def test_kernels_with_bias_and_mask_against_float64(name, dtype):
 
     exact = with_gradients(f, [x.double() for x in leaves], do.double())
     same = with_gradients(f, leaves, do)
-    found = _arguments(q, k, v, *arguments(options), sinks=None, precision="ieee", bias=bias, mask=mask)
+    found = checked_arguments(q, k, v, *arguments(options), sinks=None, precision="ieee", bias=bias, mask=mask)
     *pair, sinks, bias, mask, left, right, scale, cap, _ = found
     segments = None if pair[0] is None else (pair[0].contiguous(), pair[1].contiguous())
     request = Request(left, right, scale, cap)
