@@ -24,6 +24,7 @@ ARROWS = {
     "checkpoint": "tree files",
     "data": "random files caches",  # no model
     "tokenizer": "data files caches workers",  # no model
+    "curate": "tree random optim data files tokenizer caches workers",  # no model
     "generate": "tree random ops devices transforms models.model models.tokens models.cache_rows",  # no model family
     "align": "tree random devices data workers",  # no model
     "evals": "tree random ops data tokenizer generate align models.model models.tokens",  # no model family
