@@ -10,6 +10,7 @@ A room is imported when its name is first used, so that `import purelm` itself i
     ops, models      the maths of a language model; the Transformer
     optim, train     optimizers, schedules, averages; the training step
     tokenizer, data  byte-level BPE; token files, batches, corpora
+    curate           web data: steps from crawls to documents that are worth training on
     generate, evals  text from a model; perplexity and bits per byte
     align            post-training: prompts and responses, masked means, LoRA, graders
     accounting       parameters, FLOPs, bytes and messages
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         align,
         caches,
         checkpoint,
+        curate,
         data,
         devices,
         dist,
@@ -59,6 +61,7 @@ __all__ = [
     "align",
     "caches",
     "checkpoint",
+    "curate",
     "data",
     "devices",
     "dist",
