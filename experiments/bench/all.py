@@ -40,6 +40,7 @@ def programs(args: Args) -> list[tuple[str, list[str]]]:
         *tokenizer,
         ("import_time", []),
         ("graders", []),
+        ("near_duplicates", []),
         ("fsdp_host", []),
         ("decode", []),
         ("generate", ["--device", "cpu"]),
