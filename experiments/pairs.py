@@ -23,6 +23,7 @@ __all__ = [
     "Pair",
     "batch_maker",
     "batch_of",
+    "check_names_a_field",
     "content",
     "example",
     "filled",
@@ -103,6 +104,12 @@ def filled(template: str, values: Mapping[str, Any]) -> Parts:
         else:
             raise ValueError(f"has no text or number {part!r}; its fields are {', '.join(values)}")
     return parts
+
+
+def check_names_a_field(name: str, template: str) -> None:
+    """ValueError unless the template has a {field}: without one, as after a forgotten brace, all rows are the same."""
+    if not _FIELD.search(template):
+        raise ValueError(f"{name}: {template!r} names no field of the rows, as {{prompt}} does: all would be the same")
 
 
 def text_of(parts: Parts) -> str:

@@ -71,6 +71,7 @@ def _decode(
     g, c, b = pid % G, (pid // G) % C, (pid // G // C).to(tl.int64)
     n = tl.load(length_ptr + b)  # tokens before the new one
     begin, end = c * CHUNK, min((c + 1) * CHUNK, n)
+    end = min(end, S)  # a full row that goes on has no slots beyond its last
     if WINDOW:
         begin = max(begin, (n - window) // N * N)
     own = (n >= c * CHUNK) & (n < (c + 1) * CHUNK)  # whether the new token lies in this chunk

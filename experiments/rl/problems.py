@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.console import say
-from experiments.pairs import filled, text_of
+from experiments.pairs import check_names_a_field, filled, text_of
 from purelm import random
 from purelm.data.json_lines import json_rows
 from purelm.tokenizer import BPE
@@ -31,8 +31,11 @@ def read_problems(
 ) -> list[Problem]:  # fmt: skip
     """The problems of a JSON-lines file; those of more than `longest` tokens are left out, which is said with `says`.
 
-    ValueError with the number of a line that lacks a field of a template.
+    ValueError for a template without a field, and with the number of a line that lacks a field of a template.
     """
+    check_names_a_field("prompt", prompt)
+    if "{" in gold:  # one text for all may be meant, but not a brace without a field
+        check_names_a_field("gold", gold)
     found: list[Problem] = []
     n = 0
     for where, row in json_rows(path):

@@ -67,6 +67,7 @@ class _Batch:
     n_most: int  # N
     stops_V: Tensor
     places: Places
+    lags: bool
     rows: Rows | None = None
     cache: Any = None
     uniforms: tuple[int, Tensor] | None = None  # the first row of some, and their random numbers
@@ -74,8 +75,12 @@ class _Batch:
     held: tuple[int, Tensor, Any] | None = None  # a prompt whose samples have not all begun, its logits, its cache
 
 
-def found_tokens(job: Job) -> Iterator[Found]:
-    """What is new of each row, at every reading; nothing is computed before it is asked for."""
+def found_tokens(job: Job, *, lags: bool | None = None) -> Iterator[Found]:
+    """What is new of each row, at every reading; nothing is computed before it is asked for.
+
+    lags: whether a reading is looked at only when the next steps are under way, and late prompts are padded to few
+    shapes, as a GPU needs it. None: except on a CPU.
+    """
     queue = deque(row for row, limit in enumerate(job.limits) if limit)
     if not queue:
         return
@@ -88,9 +93,9 @@ def found_tokens(job: Job) -> Iterator[Found]:
     stops_V = stop_mask(job.stop, job.model.vocab_size).to(device)
     B = min(len(queue), job.batch_size or len(queue))
     places = Places(B, np.asarray(job.limits), job.stop, job.decode_fn)
-    batch = _Batch(job, queue, device, weight.dtype, n_slots, max(job.limits), stops_V, places)
-    on_cpu = device.type == "cpu"
-    read_every = job.read_every or (1 if on_cpu else 4)
+    lags = device.type != "cpu" if lags is None else lags
+    batch = _Batch(job, queue, device, weight.dtype, n_slots, max(job.limits), stops_V, places, lags)
+    read_every = job.read_every or (4 if lags else 1)
     step = make_step(job.model, job.sampling, job.stop, batch.stops_V, job.draw)
     if job.wrap_step is not None:
         step = job.wrap_step(step)
@@ -98,7 +103,7 @@ def found_tokens(job: Job) -> Iterator[Found]:
     asked: Reading | None = None  # of steps that the device may still be busy with
     while True:
         with torch.no_grad():
-            if _may_fill(batch, 1 if on_cpu else -(-B // 16)):
+            if _may_fill(batch, -(-B // 16) if lags else 1):
                 filled = _fill(batch)
                 new = ask(batch.rows, places, 1, filled)
             elif places.left() > 0:
@@ -106,7 +111,7 @@ def found_tokens(job: Job) -> Iterator[Found]:
                 new = ask(batch.rows, places, n, np.arange(B))
             else:
                 new = None
-            if not on_cpu:  # while the host looks at what has come, the device goes on
+            if lags:  # while the host looks at what has come, the device goes on
                 asked, new = new, asked
             found = None if new is None else read(batch.rows, places, new)
         if found is not None:
@@ -177,10 +182,11 @@ def _prefill(batch: _Batch, prompts: list[Tensor]) -> tuple[Tensor, Any]:
     job, device, n = batch.job, batch.device, len(prompts)
     longest = max(map(len, prompts))
     start: Callable[..., Any] = _Start(job.model, batch.n_slots, batch.dtype, device)
-    late = batch.rows is not None and device.type != "cpu"
+    late = batch.rows is not None and batch.lags
     if late:
         # Rows come in again and again: in few different shapes, which are launched as before or recorded.
-        longest = min(SLOTS << max(-(-longest // SLOTS) - 1, 0).bit_length(), batch.n_slots)
+        padded = SLOTS << max(-(-longest // SLOTS) - 1, 0).bit_length()
+        longest = min(padded, batch.n_slots, job.model.context_length)  # padding has positions, too
         size = -(-len(batch.places.row_B) // 16)
         prompts = prompts + [prompts[0][:1]] * (-n % size)
         start = start if batch.recorded is None else partial(batch.recorded, start)
@@ -226,7 +232,7 @@ def _advance(batch: _Batch, step: StepFn, read_every: int) -> int:
     """Up to read_every steps, and not more than any row needs unless they are one graph; their number."""
     job = batch.job
     many: Any = getattr(step, "many", None)
-    if many is not None and batch.device.type != "cpu":
+    if many is not None and batch.lags:
         batch.rows, batch.cache = many(job.params, batch.rows, batch.cache, read_every)
         return read_every
     n_steps = min(read_every, batch.places.left())

@@ -3,8 +3,11 @@
     wrap_step = reused(on_graph)
     generate(model, params, prompts, key, max_new_tokens=256, wrap_step=wrap_step)     # records
     generate(model, params, others, key, max_new_tokens=256, wrap_step=wrap_step)      # replays
+
+What is kept belongs to this wrapper, and is freed with it.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -38,9 +41,10 @@ def reused(wrap_step: WrapStep, *, n_kept: int = 4) -> WrapStep:
         for known, made in kept:
             if known == step:
                 return made
-        kept.append((step, wrap_step(step)))
+        made = wrap_step(step)
+        kept.append((step, made))
         del kept[:-n_kept]
-        return kept[-1][1]
+        return made  # and not the last that is kept: another thread may have added one
 
     return wrapped
 
@@ -62,7 +66,7 @@ def on_graph(step: StepFn) -> StepFn:
     elsewhere. Rows and cache of a new call are copied to where those of an earlier call of the same shapes lay, unless
     somebody still holds these. `generate` records the steps between two readings as one graph, and the computation of
     prompts that come later, both of which are launched more slowly than a GPU runs them. On a CPU the step runs as it
-    is.
+    is. Threads may share it: their calls take turns, and must be on one stream.
     """
     return _Graphed(step)
 
@@ -72,8 +76,11 @@ class _Graphed:
 
     def __init__(self, step: StepFn):
         self.step = step
+        self.lock = threading.RLock()  # a graph's arguments are copied to one place, and then it is launched
         self.place: Any = None
-        self.params: Any = None  # kept, so that no others come to lie at their addresses
+        # The last parameters, kept so that no others come to lie at their addresses. Graphs read them from here: those
+        # that a graph was made with may be emptied since, by a donation to these.
+        self.given: list[Any] = []
         self.graphs: dict[int, Callable[..., Any]] = {}
         self.others: list[tuple[Any, Callable[..., Any]]] = []
         self.memories: dict[Any, _Memory] = {}
@@ -84,10 +91,14 @@ class _Graphed:
     def many(self, params: Any, rows: Rows, cache: Any, n: int) -> tuple[Rows, Any]:
         """n steps."""
         if not rows.n_B.is_cuda:
-            return _repeated(self.step, n, params, rows, cache)
+            return _repeated(self.step, n, [params], rows, cache)
+        with self.lock:
+            return self._many(params, rows, cache, n)
+
+    def _many(self, params: Any, rows: Rows, cache: Any, n: int) -> tuple[Rows, Any]:
         self._of(params)
         if n not in self.graphs:
-            f = partial(_repeated, self.step, n, params)
+            f = partial(_repeated, self.step, n, self.given)
             self.graphs[n] = cuda_graph(f, donate=(0, 1), n_warmup=1)
         leaves, treedef = tree.flatten((rows, cache))
         kind = treedef, *[(x.shape, x.dtype) for x in leaves]
@@ -104,26 +115,32 @@ class _Graphed:
             del self.memories[next(iter(self.memories))]
         return out
 
-
     def recorded(self, f: Callable[..., Any], params: Any, *args: Any) -> Any:
         """f(params, *args) as a graph of its own, kept for functions that are equal to f."""
-        self._of(params)
-        graph = next((graph for known, graph in self.others if known == f), None)
-        if graph is None:
-            graph = cuda_graph(partial(f, params), n_warmup=1)
-            self.others = [*self.others, (f, graph)][-MOST_KINDS:]
-        return graph(*args)
+        with self.lock:
+            self._of(params)
+            graph = next((graph for known, graph in self.others if known == f), None)
+            if graph is None:
+                graph = cuda_graph(partial(_called, f, self.given), n_warmup=1)
+                self.others = [*self.others, (f, graph)][-MOST_KINDS:]
+            return graph(*args)
 
     def _of(self, params: Any) -> None:
-        place = tuple(x.data_ptr() for x in tree.leaves(params))
+        leaves = tree.leaves(params)
+        place = [(x.data_ptr(), x.dtype, x.shape) for x in leaves]
+        self.given[:] = [params]
         if place != self.place:
-            self.place, self.params = place, params
+            self.place = place
             self.graphs.clear()
             self.others.clear()
             self.memories.clear()
 
 
-def _repeated(step: StepFn, n: int, params: Any, rows: Rows, cache: Any) -> tuple[Rows, Any]:
+def _repeated(step: StepFn, n: int, given: list[Any], rows: Rows, cache: Any) -> tuple[Rows, Any]:
     for _ in range(n):
-        rows, cache = step(params, rows, cache)
+        rows, cache = step(given[0], rows, cache)
     return rows, cache
+
+
+def _called(f: Callable[..., Any], given: list[Any], *args: Any) -> Any:
+    return f(given[0], *args)

@@ -33,6 +33,9 @@ __all__ = ["Cache", "CachedBlockFn", "cached_blocks", "decode", "decode_", "init
 CachedBlockFn = Callable[[Params, Tensor, Context, Any, Any], tuple[Tensor, Any]]
 
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 class Cache(NamedTuple):
     """The state of a model between decoding steps."""
 
@@ -126,13 +129,16 @@ def prefill(
     """
     (n_rows, T), size = tokens_BT.shape, cache.slots.shape[0]
     _check_rows(cache, n_rows)
-    if used is not None and not 0 <= used <= size:
-        raise ValueError(f"used must be in 0..{size}, the cache's slots, got {used}")
+    if used is not None and (not isinstance(used, int) or isinstance(used, bool) or not 0 <= used <= size):
+        raise ValueError(f"used must be an integer in 0..{size}, the cache's slots, got {used!r}")
     known = cache.length.device.type == "cpu" and not torch.compiler.is_compiling()
     before = [used] * n_rows if used is not None and not known else _lengths(cache, n_rows)
     if used is not None and set(before) - {used}:
         raise ValueError(f"used must be the number of tokens that every row has, {before}, got {used}")
     new = [T] * n_rows
+    if lengths is not None and (lengths.shape != (n_rows,) or lengths.dtype not in INTEGERS):
+        got = f"{str(lengths.dtype).removeprefix('torch.')} {tuple(lengths.shape)}"
+        raise ValueError(f"lengths must be one integer for each of {n_rows} rows, got {got}")
     if lengths is not None and (used is None or lengths.device.type == "cpu"):
         new = _checked(lengths, before, T)
     for row, (n_before, n_new) in enumerate(zip(before, new, strict=True)):
@@ -158,8 +164,6 @@ def prefill(
 def _checked(lengths: Tensor, before: list[int], T: int) -> list[int]:
     """The lengths as a list; ValueError unless each is 0 to T, and 1 to T in a row that has no tokens yet."""
     found = lengths.tolist()
-    if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.shape != (len(before),):
-        raise ValueError(f"lengths must be one integer for each of {len(before)} rows, got {found}")
     for row, (n, n_before) in enumerate(zip(found, before, strict=True)):
         least = 0 if n_before else 1
         if not least <= n <= T:

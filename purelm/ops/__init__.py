@@ -55,7 +55,7 @@ class Ops(NamedTuple):
     linear_out: protocols.Linear  # the linear layer that a sublayer ends with
     final: protocols.Boundary  # the last states, of all positions
     # Attention of one new token a row over a cache in whose memory it is written, all in one (`decode_`). None: rope,
-    # the write and `attention` under a mask.
+    # the write and `attention` under a mask. To be replaced, or None, where `attention` is replaced by other maths.
     decode_attention_: protocols.DecodeAttention | None = None
 
 

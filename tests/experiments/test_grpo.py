@@ -230,6 +230,8 @@ def test_what_is_wrong_is_named(inputs, tmp_path):
         (("--exact",), "exact: needs a GPU"),
         (("--max-new-tokens", "32"), "max_new_tokens must be below the model's context_length 32"),
         (("--gold", "x", "--grade", "number"), "gold is 'x': allowed is a text with #### and a number"),
+        (("--prompt", "{question"), "prompt: '{question' names no field of the rows"),
+        (("--gold", "{answer"), "gold: '{answer' names no field of the rows"),
         (("--resume",), "has no checkpoint to go on from"),
         (("--group-size", "1"), "group_size must be at least 2"),
         (("--temperature", "0"), "temperature must be"),

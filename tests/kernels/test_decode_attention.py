@@ -66,10 +66,12 @@ def test_a_full_row_is_nan_and_writes_nothing():
 
     for S in (10, 520):
         q, k, v, keys, values = numbers(1, (2, 2, 16), (2, 2, 16), (2, 2, 16), (2, S, 2, 16), (2, S, 2, 16))
-        mine = keys.clone(), values.clone()
-        out = kernels.forward_(q, k, v, *mine, torch.tensor([S, 3]), None, None, True, None, 0.25, None)
-        assert out[0].isnan().all() and out[1].isfinite().all()
-        assert torch.equal(mine[0][0], keys[0]) and torch.equal(mine[1][0], values[0])
+        for n in (S, S + 1, 1024, 5000):  # decode_ counts on, also of a row that is full
+            for window in (None, 20):
+                mine = keys.clone(), values.clone()
+                out = kernels.forward_(q, k, v, *mine, torch.tensor([3, n]), None, None, True, window, 0.25, None)
+                assert out[1].isnan().all() and out[0].isfinite().all()
+                assert torch.equal(mine[0][1], keys[1]) and torch.equal(mine[1][1], values[1])
 
 
 def test_on_a_cpu_it_is_the_reference():

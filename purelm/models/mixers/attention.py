@@ -188,7 +188,7 @@ def _apply_cached(
 ) -> tuple[Float[Tensor, "b t d"], KV]:
     slots = reads.slots
     if slots.one and slots.in_place and ops.decode_attention_ is not None:
-        return _apply_one(c, params, x_BTD, ctx, ops, state, slots, ops.decode_attention_), state
+        return _apply_one(c, params, x_BTD, ctx, ops, state, slots), state
     q, k, v = _project(c, params, x_BTD, ctx, ops)
     state = KV(*[slots.write(x, new.to(x.dtype)) for x, new in zip(state, (k, v), strict=True)])
     keys, values = (reads.take(x).to(q.dtype) for x in state)
@@ -203,14 +203,14 @@ def _apply_cached(
 
 
 def _apply_one(
-    c: Attention, params: Params, x_B1D: Tensor, ctx: Context, ops: Ops, state: KV, slots: Slots,
-    attend_: Callable[..., Tensor],
-) -> Float[Tensor, "b 1 d"]:  # fmt: skip
+    c: Attention, params: Params, x_B1D: Tensor, ctx: Context, ops: Ops, state: KV, slots: Slots
+) -> Float[Tensor, "b 1 d"]:
     """`_apply_cached` for one new token, in the memory of the state: rope, the write and attention are one op."""
+    assert ops.decode_attention_ is not None
     q, k, v = (x.squeeze(1) for x in _project(c, params, x_B1D, ctx, ops, turned=False))
     # Tables are (1, J) where rows are level, else (B, 1, J).
     cos, sin = (None if t is None else t.flatten(0, -2) for t in (ctx.cos, ctx.sin))
-    o_BHK = attend_(
+    o_BHK = ops.decode_attention_(
         q, k, v, state.k, state.v, slots.length.expand(slots.rows_B.shape[0]),
         cos_BJ=cos, sin_BJ=sin, layout=c.rope_layout, window=c.window, scale=c.scale, softcap=c.softcap,
     )  # fmt: skip
