@@ -35,6 +35,20 @@ def locked(run: Path) -> Iterator[None]:
         file.close()
 
 
+def held(run: Path) -> bool:
+    """Whether a process holds the lock of the folder now."""
+    try:
+        file = open(run / LOCK, "rb")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _acquire(run: Path) -> IO[str]:
     while True:
         run.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from experiments.console import say
+from experiments.lock import held
+
 __all__ = ["Job", "run_all"]
 
 POLL = 0.1  # seconds
@@ -21,29 +24,49 @@ class Job(NamedTuple):
     args: tuple[str, ...]  # of the Python interpreter
     finished: Path  # a file that is there when the work is done
     log: Path  # what it prints
-    checkpoints: Path | None = None  # where these are, the work goes on from them with --resume
+    checkpoints: Path | None = None  # in a run's folder; where these are, the work goes on from them with --resume
+
+    def is_held(self) -> bool:
+        """Whether a process is at it, as one that a killed study has left."""
+        return self.checkpoints is not None and held(self.checkpoints.parent)
+
+    def is_done(self, status: int | None) -> bool:
+        """Whether all is there; what has no checkpoints appears whole, whoever made it."""
+        return self.finished.exists() and (not status or self.checkpoints is None)
 
 
 def run_all(jobs: Sequence[Job], at_a_time: int, update: Callable[[int], None]) -> dict[str, str]:
     """{name: what it said at last} of the jobs that failed. update(number of jobs that have ended).
 
     Each process has one thread of PyTorch on the CPU, unless OMP_NUM_THREADS says otherwise. When this one is
-    interrupted, those that run are asked to stop, and have time to save.
+    interrupted, those that run are asked to stop, and have time to save. Those that a killed one has left are waited
+    for, and what they leave unfinished is taken up.
     """
-    waiting = [job for job in jobs if not job.finished.exists()]
+    waiting = [job for job in jobs if job.is_held() or not job.finished.exists()]
+    for job in waiting:
+        if job.is_held():
+            say(f"{job.name}: another process is at it, and is waited for")
     failed: dict[str, str] = {}
     running: list[tuple[Job, subprocess.Popen, IO[str]]] = []
     try:
         while waiting or running:
             update(len(jobs) - len(waiting) - len(running))
-            while waiting and len(running) < at_a_time:
-                running.append(_started(waiting.pop(0)))
+            for job in [job for job in waiting if not job.is_held()]:
+                if job.finished.exists():  # by the process that was waited for
+                    waiting.remove(job)
+                elif len(running) < at_a_time:
+                    waiting.remove(job)
+                    running.append(_started(job))
             time.sleep(POLL)
             for entry in [x for x in running if x[1].poll() is not None]:
                 running.remove(entry)
                 job, process, log = entry
                 log.close()
-                if process.returncode or not job.finished.exists():
+                if job.is_done(process.returncode):
+                    continue
+                if job.is_held():  # by one that was there first, though not yet when this one began
+                    waiting.append(job)
+                else:
                     failed[job.name] = _last_line(job.log) or f"exit status {process.returncode}"
     finally:
         for _, process, _ in running:

@@ -166,7 +166,8 @@ def draw(path: Path, runs: Mapping[str, Mapping[Any, Mapping[str, Any]]], title:
         axis.fill_between(steps, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     axis.set(xlabel="rollout batches", ylabel="held-out reward, greedy", title=title, ylim=(-0.02, 1.02))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    if axis.lines:
+        axis.legend(fontsize=8)
     temporary = path.with_name(f".{path.name}.tmp.png")
     figure.savefig(temporary, dpi=110)
     temporary.replace(path)

@@ -130,6 +130,51 @@ def test_a_job_goes_on_from_its_checkpoint(tmp_path):
         (tmp_path / "checkpoints/step-00000001/manifest.json").touch()
 
 
+@pytest.mark.parametrize("finishes", [True, False])
+def test_a_process_that_a_killed_study_left_is_waited_for(tmp_path, finishes):
+    """What it finishes is not run again; what it leaves is taken up after it, with --resume."""
+    run = tmp_path / "run"
+    code = "import sys, pathlib; pathlib.Path(sys.argv[1], 'x.done').write_text(' '.join(sys.argv[2:]) or 'anew')"
+    one = job(tmp_path, "x", code)._replace(checkpoints=run / "checkpoints")
+    left = (
+        "import pathlib, sys, time\nfrom experiments.lock import locked\nf = pathlib.Path(sys.argv[1])\n"
+        "with locked(f / 'run'):\n    (f / 'began').touch()\n"
+        "    while not (f / 'go').exists():\n        time.sleep(0.02)\n"
+        "    p = f / 'run/checkpoints/step-00000001'\n    p.mkdir(parents=True)\n    (p / 'manifest.json').touch()\n"
+        f"    if {finishes}:\n        (f / 'x.done').write_text('by the other')\n"
+    )
+    seen = []
+
+    def wait(n):
+        seen.append(n)
+        if len(seen) == 4:
+            assert not (tmp_path / "x.done").exists()
+            (tmp_path / "go").touch()
+
+    with subprocess.Popen([sys.executable, "-c", left, str(tmp_path)], cwd=ROOT) as other:
+        try:
+            while not (tmp_path / "began").exists():
+                assert other.poll() is None
+                time.sleep(0.02)
+            assert run_all([one], 1, wait) == {}
+        finally:
+            other.kill()
+    assert (tmp_path / "x.done").read_text() == ("by the other" if finishes else "--resume") and len(seen) > 4
+
+
+def test_one_that_was_there_first_is_waited_for(tmp_path):
+    """A job that fails while another process holds its run waits, and has not failed."""
+    code = (
+        "import fcntl, os, pathlib, subprocess, sys, time\nf = pathlib.Path(sys.argv[1])\n"
+        "(f / 'run').mkdir(exist_ok=True)\nlock = open(f / 'run/.lock', 'w')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX); os.set_inheritable(lock.fileno(), True)\n"
+        "end = f'import time, pathlib; time.sleep(1); pathlib.Path({str(f / \"x.done\")!r}).touch()'\n"
+        "subprocess.Popen([sys.executable, '-c', end], close_fds=False); sys.exit('error: is locked')"
+    )
+    one = job(tmp_path, "x", code)._replace(checkpoints=tmp_path / "run/checkpoints")
+    assert run_all([one], 1, lambda n: None) == {} and (tmp_path / "x.done").exists()
+
+
 def test_processes_are_asked_to_stop(tmp_path):
     """When the caller is interrupted, a process gets SIGTERM once, and time to save."""
     code = (
