@@ -81,7 +81,8 @@ def union(a: Bloom, b: Bloom) -> Bloom:
 def false_positives(bloom: Bloom) -> float:
     """The share of new members that seem old: (share of bits that are set)^k."""
     ones_of = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)  # of each value of a byte
-    n_ones = int((np.bincount(bloom.bits, minlength=256) * ones_of).sum())
+    parts = (bloom.bits[i : i + (1 << 24)] for i in range(0, len(bloom.bits), 1 << 24))  # bincount widens to 64 bits
+    n_ones = sum(int((np.bincount(part, minlength=256) * ones_of).sum()) for part in parts)
     return float(n_ones / (8 * len(bloom.bits))) ** bloom.n_hashes
 
 
