@@ -73,7 +73,7 @@ def repetition(scanned: Scan, config: Repetition = GOPHER) -> Scan | Drop:
 
     >>> from purelm.curate.words import scan
     >>> repetition(scan("Again and again. " * 9, engine="python"))
-    Drop(reason='top 2-gram characters', value=0.7058823529411765)
+    Drop(reason='top 2-gram characters', value=0.5294117647058824)
     """
     text, totals = scanned.text, scanned.totals
     of = max(totals.characters, 1)
