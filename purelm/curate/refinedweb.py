@@ -5,8 +5,8 @@ r"""RefinedWeb's corrections line by line (Penedo et al. 2023, arXiv:2306.01116,
 Dropped are lines that are mainly upper case (over half of the characters: the paper gives no number, it is that of
 DCLM, Li et al. 2024, arXiv:2406.11794), all digits, a counter ("3 likes"), or of one word; from lines of at most 10
 words, "sign-in" in front, "read more..." at the end and "items in cart" are cut out. A text that loses over 5% of its
-words by this is dropped. How this differs from DCLM's code: white space at the ends of a line does not count, and cuts are
-repeated until there is none, so that a second pass changes nothing.
+words by this is dropped. How this differs from DCLM's code: white space at the ends of a line does not count, and cuts
+are repeated until there is none, so that a second pass changes nothing.
 """
 
 import re
