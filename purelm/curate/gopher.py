@@ -75,13 +75,13 @@ def quality(scanned: Scan, config: Quality = GOPHER) -> Scan | Drop:
             return Drop("hashes", t.hashes / t.words)
         if c.most_ellipses is not None and t.ellipses / t.words > c.most_ellipses:
             return Drop("ellipses", t.ellipses / t.words)
-        if c.least_lettered is not None and t.lettered / t.words < c.least_lettered:
-            return Drop("words without letters", t.lettered / t.words)
     if t.lines:
         if c.most_bullet_lines is not None and t.bullets / t.lines > c.most_bullet_lines:
             return Drop("bullet lines", t.bullets / t.lines)
         if c.most_ellipsis_lines is not None and t.ellipsis_lines / t.lines > c.most_ellipsis_lines:
             return Drop("ellipsis lines", t.ellipsis_lines / t.lines)
+    if t.words and c.least_lettered is not None and t.lettered / t.words < c.least_lettered:
+        return Drop("words without letters", t.lettered / t.words)
     if c.least_stop_words and (n := _stop_words(scanned.text, c.stop_words, c.least_stop_words)) < c.least_stop_words:
         return Drop("too few stop words", n)
     return scanned
