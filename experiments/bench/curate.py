@@ -22,6 +22,7 @@ import tyro
 
 from experiments.bench.report import publish, row
 from experiments.console import program, say
+from experiments.limits import Count
 from purelm.curate.document import Document, Drop
 from purelm.curate.rules import ALL, ENGLISH, Rule, judged
 from purelm.curate.words import scan
@@ -39,9 +40,9 @@ class Args:
     """Quality rules beside datatrove."""
 
     data: Path
-    peer_documents: int = 100
+    peer_documents: Count = 100
     """how many datatrove gets"""
-    rounds: int = 5
+    rounds: Count = 5
     json: Path | None = None
 
 
@@ -85,7 +86,7 @@ def theirs(filters: Sequence[Any], documents: Sequence[Document]) -> int:
         their = Theirs(text=document.text, id=document.id)
         for f in filters:
             found = f.filter(their)
-            if found is not True and found[0] is not True if isinstance(found, tuple) else not found:
+            if not (found[0] if isinstance(found, tuple) else found):
                 break
         else:
             n += 1
@@ -123,7 +124,11 @@ def peers(documents: Sequence[Document]) -> dict[str, float]:
 
 @program
 def main(args: Args) -> None:
-    documents = [Document(where, str(found["text"])) for where, found in json_rows(args.data)]
+    rows_of_file = list(json_rows(args.data))
+    for where, found in rows_of_file:
+        if not isinstance(found.get("text"), str):
+            raise ValueError(f'{where}: no "text" with a string')
+    documents = [Document(where, found["text"]) for where, found in rows_of_file]
     if not documents:
         raise ValueError(f"data {args.data}: no documents")
     few = documents[: args.peer_documents]

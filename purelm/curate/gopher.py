@@ -3,9 +3,10 @@
     quality(scan(text))  # the scan, or Drop("too few words", 12)
 
 Thresholds are the paper's. How it differs from datatrove 0.10.1: words lie between white space (there, they are spaCy's
-tokens: a full stop is a word without letters, so that rule drops more there); lines that are blank do not count; stop words are found in any case of letters and beside
-punctuation (there, equal tokens alone, which misses "The"). As there, the number of words and their mean length are of
-words with more than symbols, and the ratios are to all words. The paper lists no bullets: "-" and U+2022, as there.
+tokens: a full stop is a word without letters, so that rule drops more there); lines that are blank do not count; stop
+words are found in any case of letters and beside punctuation (there, equal tokens alone, which misses "The"). As there,
+the number of words and their mean length are of words with more than symbols, and the ratios are to all words. The
+paper lists no bullets: "-" and U+2022, as there.
 """
 
 import re

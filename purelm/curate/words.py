@@ -115,7 +115,7 @@ def _plain(text: str) -> tuple[Totals, np.ndarray]:
         ends = True
         for match in _WORD.finditer(line):
             word = match.group()
-            bits = [table[ord(character)] for character in word]
+            bits = bytes(map(table.__getitem__, map(ord, word)))  # a long word takes a byte a character
             n += 1
             longest = max(longest, len(word))
             lettered += any(b & LETTER for b in bits)

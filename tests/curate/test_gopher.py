@@ -89,6 +89,15 @@ def test_each_rule_and_all_together(text):
     assert (verdict(text, COURSE) is None) == all(alone[name] is None for name in four)
 
 
+@given(any_text | page)
+def test_at_the_threshold_is_kept(text):
+    for name in THRESHOLDS:
+        whole = name.endswith("words") or name == "least_mean_length"
+        extreme = 0 if name.startswith("most") else 10**9 if whole else 1.0
+        found = verdict(text, replace(OFF, **{name: extreme}))
+        assert found is None or verdict(text, replace(OFF, **{name: found.value})) is None
+
+
 def test_stop_words():
     only = replace(OFF, least_stop_words=2)
     assert verdict("The end, (of) it", only) is None

@@ -95,6 +95,12 @@ def test_at_the_threshold_is_kept(rule):
     assert value(text, **{rule: share}) == 0 and value(text, **{rule: share - 1e-9}) == share
 
 
+def test_ngrams_at_the_threshold_are_kept():
+    for name, share in (("top_ngrams", 8 / 9), ("duplicate_ngrams", 3 / 9)):
+        assert value("x yy x yy", **{name: ((2, share),)}) == 0
+        assert value("x yy x yy", **{name: ((2, share - 1e-9),)}) == share
+
+
 RULES = [
     *({name: getattr(GOPHER, name)} for name in ("lines", "paragraphs", "line_characters", "paragraph_characters")),
     *({"top_ngrams": (rule,)} for rule in GOPHER.top_ngrams),
