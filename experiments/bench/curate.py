@@ -97,8 +97,8 @@ def best(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     """CPU seconds of each program: the best of `rounds` rounds in which they take turns, after one for warm-up."""
     seconds = dict.fromkeys(programs, float("inf"))
     for number in range(rounds + 1):
+        gc.collect()
         for name, run in programs.items():
-            gc.collect()
             start = time.process_time()
             run()
             if number > 0:
