@@ -22,7 +22,8 @@ class Args:
 
     device: str = "cpu"
     data: Path | None = None
-    """folder of English text for the tokenizer's benchmarks, which are left out without it"""
+    """folder of English text for the tokenizer's benchmarks, which are left out without it; the first .jsonl, .jsonl.gz
+    or .jsonl.zst in it is for the quality rules of web documents"""
     json: Path | None = None
     """folder for JSON files, one for each benchmark"""
 
@@ -36,8 +37,10 @@ def programs(args: Args) -> list[tuple[str, list[str]]]:
         return [*((name, on) for name in names), ("course_sizes", sizes)]
     data = [] if args.data is None else ["--data", str(args.data)]
     tokenizer = [("tokenizer_encode", data), ("tokenizer_train", data)] if data else []
+    web = sorted(args.data.glob("*.jsonl*")) if args.data is not None else []
     return [
         *tokenizer,
+        *(("curate", ["--data", str(path)]) for path in web[:1]),
         ("import_time", []),
         ("graders", []),
         ("near_duplicates", []),
