@@ -26,7 +26,7 @@ ARROWS = {
     "tokenizer": "data files caches workers",  # no model
     "curate": "tree random optim data files tokenizer caches workers",  # no model
     "generate": "tree random ops devices transforms models.model models.tokens models.cache_rows",  # no model family
-    "align": "tree random devices data workers",  # no model
+    "align": "tree random devices data workers caches",  # no model
     "evals": "tree random ops data tokenizer generate align models.model models.tokens",  # no model family
     "accounting": "tree models",
     "kernels": "tree transforms ops devices optim caches generate",  # optim for AdamW alone, generate for draw_

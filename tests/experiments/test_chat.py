@@ -287,6 +287,14 @@ def started(inputs, **pipes):
         child.wait()
 
 
+@pytest.fixture(autouse=True)
+def heeds_ctrl_c():
+    """A suite that a shell started in the background has SIGINT ignored, and what it starts inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def stopped_in_an_answer(inputs, more):
     """(standard output, standard error) where Ctrl-C comes in the answer to the first line, and then more lines.
 

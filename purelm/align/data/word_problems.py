@@ -14,12 +14,12 @@ import ast
 import hashlib
 import re
 from collections.abc import Iterator
-from functools import cache
 from typing import NamedTuple
 
 from purelm.align.data.cleaning import Row
 from purelm.align.data.tasks import Span, shuffled
 from purelm.align.data.word_templates import KINDS, NAMES, TEMPLATES, Template
+from purelm.caches import memo
 
 __all__ = ["WordProblems", "rows", "split", "value"]
 
@@ -103,7 +103,7 @@ def _value(node: ast.expr, numbers: dict[str, int], most: int) -> int | None:
     return step if 1 <= step <= most else None
 
 
-@cache
+@memo(None)
 def _parsed(expression: str) -> ast.expr:
     return ast.parse(expression, mode="eval").body
 
