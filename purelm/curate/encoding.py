@@ -55,8 +55,8 @@ def decoded(content: bytes, charset: str = "") -> Decoded:
     Never raises for any bytes; needs the extra `curate`.
 
     Example:
-        >>> decoded("日本".encode("euc-jp"), "EUC-JP")[:2]
-        ('日本', 'euc_jp')
+        >>> decoded(bytes([0xC6, 0xFC, 0xCB, 0xDC]), "EUC-JP").text == "\u65e5\u672c"
+        True
     """
     for mark, name in BOMS:
         if content.startswith(mark):

@@ -86,7 +86,8 @@ def body(found: Response, most_bytes: int) -> bytes | None:
 
 def _joined(content: bytes) -> bytes | None:
     """The chunks of RFC 9112, 7.1; None where they do not end as they should."""
-    parts, at = [], 0
+    parts: list[bytes] = []
+    at = 0
     while chunk := CHUNK.match(content, at):
         size = int(chunk[1], 16)
         if size == 0:
@@ -117,7 +118,8 @@ def _unpacked(coding: str, content: bytes, most: int) -> bytes | None:
             reader = stream_io.ZstdReader(source)
         else:
             reader = stream_io.GzipReader(source, zlib=coding == "deflate")
-        parts, left = [], most
+        parts: list[bytes] = []
+        left = most
         while left > 0 and (part := reader.read(left)):
             parts.append(part)
             left -= len(part)

@@ -56,7 +56,7 @@ AROUND = [
     "a, {}, b",
     '"{}"',
     "{}; x",
-    "é\n{}\n",
+    "\xe9\n{}\n",
     "\u65e5\u672c {} ",
     "is: {}!",
     "<{}>",
@@ -142,7 +142,7 @@ def test_nothing_else_is_an_ipv4(text):
     ["@", "a", "1", "1.", "+1", "(", "0 ", "212-", "a@", "a.@a.", ":", "1:", "00 ", "+1 2 ", "(0123) ", "a-", "x@a."],
 )
 def test_long_rows_end(piece):
-    """300 kB for which a pattern that backtracks would take hours, and one that looks far minutes."""
-    text = piece * (300_000 // len(piece))
+    """150 kB for which a pattern that backtracks would take hours, and one that looks far minutes."""
+    text = piece * (150_000 // len(piece))
     masked, counts = mask_pii(text, PII(ipv6=True))
     assert masked.count("|||") == 2 * sum(counts.values()) and (counts or masked == text)
