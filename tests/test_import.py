@@ -26,6 +26,10 @@ HEAVY = (
     "pandas",
     "hypothesis",
     "math_verify",
+    "fastwarc",
+    "resiliparse",
+    "py3langid",
+    "publicsuffixlist",
 )
 EVERYTHING = (
     "import purelm, purelm.tree, purelm.random, purelm.transforms, purelm.ops, purelm.models.transformer, "
