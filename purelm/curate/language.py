@@ -3,6 +3,7 @@
 Without a model file it is py3langid (a naive Bayes of byte n-grams, 140 labels, the model inside of the package; extra
 `curate`), its scores normalised to a distribution over the languages. For short texts a script that one language has to
 itself decides before it: a Bayes of four Han characters is unsure between Chinese and Wu.
+With a fastText model, `fasttext.label_of` takes the place of `identify`.
 """
 
 import re
