@@ -58,6 +58,7 @@ def test_cuts():
         "There are 3 now",
     ]
     assert kept("sign-in\nread more...\nHe will sign-in again") == ["He will sign-in again"]
+    assert kept("items items in cart in cart of ours") == ["of ours"]  # a cut can make another
     long = "sign-in one two three four five six seven eight nine ten"
     assert kept(long) == [long] and kept(long[:-4]) == [long[8:-4]]
     assert kept(long[:-4], replace(LINES, cut_up_to=None)) == [long[:-4]]

@@ -120,3 +120,20 @@ def test_space_is_what_split_cuts_at():
 def test_engines():
     with pytest.raises(ValueError, match="engine='rust'"):
         scan("a", "rust")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_dots(engine):
+    """Three dots in a row at the end, and nothing else: not three in all, nor of two words."""
+    for text, ends in {
+        "a...": 1,
+        "...a.": 0,
+        "a.b.c.": 0,
+        ". . .": 0,
+        ".. .": 0,
+        "a... ": 1,
+        "....": 1,
+        "... .": 0,
+    }.items():
+        found = scan(text, engine).totals
+        assert (found.ellipsis_lines, found.ellipses) == (ends, text.count("...")), text
