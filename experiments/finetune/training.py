@@ -17,13 +17,10 @@ from experiments.finetune.report import Panels, finish
 from experiments.finetune.setup import Ready
 from experiments.lock import locked
 from experiments.processes import joined
+from experiments.run_state import begin_files, first_state, save_state
 from experiments.setup import check_run_folder
 from experiments.signals import asked_to_stop
-from purelm import track
 from purelm.dist import world
-from purelm.dist.agreement import non_finite_ranks
-from purelm.tokenizer import save as save_tokenizer
-from purelm.train import TrainState
 
 C = TypeVar("C", bound=FineTuning)
 
@@ -51,8 +48,9 @@ def fine_tune(
 
 def _run(cfg: FineTuning, ready: Ready, heldout: Heldout) -> Any:
     """The whole parameters after the last step."""
-    emit = _files(cfg, ready)
-    state = _first_state(cfg, ready)
+    names = ("metrics.jsonl", "generations.jsonl")
+    emit = begin_files(cfg.run, names, ready.meta["config"], ready.bpe, ready.world, done=ready.done)
+    state = first_state(cfg.run, ready.run, ready.world, done=ready.done, unit="step")
 
     def evaluate(number: int) -> None:
         row = heldout.evaluate(ready.run.whole(state.params), number)
@@ -80,7 +78,9 @@ def _run(cfg: FineTuning, ready: Ready, heldout: Heldout) -> Any:
                 if evaluates:
                     evaluate(number)
                 if saves:
-                    _save(cfg, ready, state, number)
+                    save_state(
+                        cfg.run, ready.run, state, number, ready.meta, keep_last=cfg.keep_last, unit="step"
+                    )  # fmt: skip
                 if evaluates or saves:
                     log.begin()
                 if signal and not last:
@@ -130,33 +130,3 @@ class _Log:
             self.emit({"step": number, **values, "tokens_per_second": round(rate, 1)})
             self.since, self.tokens = at, 0
         self.update(number, f"loss {values['loss']:.3f}  {rate:,.0f} tokens/s")
-
-
-def _files(cfg: FineTuning, ready: Ready) -> Callable[[dict[str, Any]], None]:
-    """The run's folder as it is before the first step; a function that adds a row to metrics.jsonl."""
-    if not ready.first:
-        return lambda row: None
-    for name in ("metrics.jsonl", "generations.jsonl"):  # rows that come again, and what a run without checkpoint left
-        track.drop_rows(cfg.run / name, lambda row: ready.done == 0 or row["step"] > ready.done)
-    cfg.run.mkdir(parents=True, exist_ok=True)
-    track.write_json(cfg.run / "config.json", ready.meta["config"])
-    save_tokenizer(ready.bpe, cfg.run / "tokenizer.json")
-    return track.jsonl_sink(cfg.run / "metrics.jsonl")
-
-
-def _first_state(cfg: FineTuning, ready: Ready) -> TrainState:
-    if not cfg.resume:
-        return ready.run.init()
-    trees, _ = ready.run.load(cfg.run / "checkpoints")
-    if ready.first:
-        say(f"resumed from step {ready.done:,}")
-    step = torch.full((), ready.done, dtype=torch.int64, device=ready.world.device)
-    return TrainState(trees["params"], trees["opt_state"], step)
-
-
-def _save(cfg: FineTuning, ready: Ready, state: TrainState, number: int) -> None:
-    trees = {"params": state.params, "opt_state": state.opt_state}
-    for name, values in trees.items():
-        if non_finite_ranks(values):
-            raise ValueError(f"{name} hold inf or nan after step {number}: nothing is saved; lower optim.lr")
-    ready.run.save(cfg.run / "checkpoints", number, trees, meta=ready.meta, keep_last=cfg.keep_last, finite=True)

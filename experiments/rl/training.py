@@ -16,19 +16,19 @@ from experiments.rl.config import FromRewards
 from experiments.rl.report import finish
 from experiments.rl.sampling import Batch, answers, collect
 from experiments.rl.setup import Ready
+from experiments.run_state import begin_files, first_state, save_state
 from experiments.setup import check_run_folder
 from experiments.signals import asked_to_stop
 from purelm import random, track, tree
 from purelm.align.filters import zero_gradient
 from purelm.align.groups import grouped
-from purelm.dist.agreement import non_finite_ranks
 from purelm.dist.world import World
-from purelm.tokenizer import save as save_tokenizer
 from purelm.train import TrainState
 
 __all__ = ["learn_from_rewards"]
 
 C = TypeVar("C", bound=FromRewards)
+UNIT = "rollout batch"  # what a step is called
 
 
 def learn_from_rewards(cfg: C, start: Callable[[C, World], Ready], title: str) -> None:
@@ -48,8 +48,9 @@ def learn_from_rewards(cfg: C, start: Callable[[C, World], Ready], title: str) -
 
 def _run(cfg: FromRewards, ready: Ready) -> Any:
     """The whole parameters after the last rollout batch."""
-    emit = _files(cfg, ready)
-    state = _first_state(cfg, ready)
+    names = ("metrics.jsonl", "rollouts.jsonl")
+    emit = begin_files(cfg.run, names, ready.meta["config"], ready.bpe, ready.world, done=ready.done)
+    state = first_state(cfg.run, ready.run, ready.world, done=ready.done, unit=UNIT)
     device = ready.world.device
     if ready.done == 0:
         emit({"step": 0, **_evaluate(cfg, ready, state)})
@@ -81,7 +82,8 @@ def _run(cfg: FromRewards, ready: Ready) -> Any:
                     if ready.first:
                         _show(cfg, batch, number)
                 if last or signal or (cfg.save_every and number % cfg.save_every == 0):
-                    _save(cfg, ready, state, number)
+                    meta = {**ready.meta, "updates": int(state.step)}
+                    save_state(cfg.run, ready.run, state, number, meta, keep_last=cfg.keep_last, unit=UNIT)
                 if signal and not last:
                     if ready.first:
                         said = f"rollout batch {number:,} is saved in {cfg.run}"
@@ -93,28 +95,6 @@ def _run(cfg: FromRewards, ready: Ready) -> Any:
 def _whole(ready: Ready, state: TrainState) -> Any:
     """The parameters as one process has them, in the dtype of the forward pass."""
     return tree.cast(ready.run.whole(state.params), ready.precision.compute)
-
-
-def _files(cfg: FromRewards, ready: Ready) -> Callable[[dict[str, Any]], None]:
-    """The run's folder as it is before the first step; a function that adds a row to metrics.jsonl."""
-    if not ready.first:
-        return lambda row: None
-    for name in ("metrics.jsonl", "rollouts.jsonl"):  # rows that come again, and what a run without checkpoint left
-        track.drop_rows(cfg.run / name, lambda row: not cfg.resume or row["step"] > ready.done)
-    cfg.run.mkdir(parents=True, exist_ok=True)
-    track.write_json(cfg.run / "config.json", ready.meta["config"])
-    save_tokenizer(ready.bpe, cfg.run / "tokenizer.json")
-    return track.jsonl_sink(cfg.run / "metrics.jsonl")
-
-
-def _first_state(cfg: FromRewards, ready: Ready) -> TrainState:
-    if not cfg.resume:
-        return ready.run.init()
-    trees, meta = ready.run.load(cfg.run / "checkpoints")
-    if ready.first:
-        say(f"resumed from rollout batch {ready.done:,}")
-    step = torch.full((), meta["updates"], dtype=torch.int64, device=ready.world.device)
-    return TrainState(trees["params"], trees["opt_state"], step)
 
 
 def _of_batch(batch: Batch, ready: Ready) -> dict[str, float]:
@@ -158,12 +138,3 @@ def _show(cfg: FromRewards, batch: Batch, step: int) -> None:
             "step": step, "prompt": problem.text, "response": batch.texts[k], "gold": problem.gold, **batch.parts[k],
             "n_tokens": len(batch.rollouts.responses[k]), "finish_reason": batch.rollouts.finish_reasons[k],
         })  # fmt: skip
-
-
-def _save(cfg: FromRewards, ready: Ready, state: TrainState, number: int) -> None:
-    trees = {"params": state.params, "opt_state": state.opt_state}
-    for name, values in trees.items():
-        if non_finite_ranks(values):
-            raise ValueError(f"{name} hold inf or nan after rollout batch {number}: nothing is saved; lower optim.lr")
-    meta = {**ready.meta, "updates": int(state.step)}
-    ready.run.save(cfg.run / "checkpoints", number, trees, meta=meta, keep_last=cfg.keep_last, finite=True)
