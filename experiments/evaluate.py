@@ -30,13 +30,12 @@ from experiments.eval_text import score_text
 from experiments.limits import Count, Place, Range, Seed, Text, Whole
 from experiments.lock import locked
 from experiments.open_model import open_model
-from experiments.ops import generation_options, ops_for_generation
+from experiments.ops import generation_options, ops_for_generation, weights_for_generation
 from experiments.pairs import filled
 from purelm import generate, track
 from purelm.dist.agreement import fingerprint as tensors_of
 from purelm.evals.open_ended import OPEN
 from purelm.models import transformer
-from purelm.models.joined import join_weights
 from purelm.tokenizer import fingerprint, token_to_id
 from purelm.tokenizer.chat import load_chat
 
@@ -105,7 +104,7 @@ def main(args: Args) -> None:
     device = pick_device(args.device)
     sets = _checked(args)
     params, cfg, bpe = open_model(args.model, args.tokenizer, device)
-    params = join_weights(params)  # one product for the projections of one input
+    params = weights_for_generation(params, device)
     if args.text and args.window > cfg.context_length:
         raise ValueError(f"window must be at most {cfg.context_length}, the model's context, got {args.window}")
     ends = tuple(token_to_id(bpe, name) for name in args.end if name in bpe.special_tokens)

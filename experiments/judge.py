@@ -26,14 +26,13 @@ from experiments.eval_settings import keep_settings
 from experiments.limits import Count, Place, Text
 from experiments.lock import locked
 from experiments.open_model import open_model
-from experiments.ops import generation_options, ops_for_generation
+from experiments.ops import generation_options, ops_for_generation, weights_for_generation
 from purelm import generate, track
 from purelm.data.json_lines import json_rows
 from purelm.dist.agreement import fingerprint as tensors_of
 from purelm.evals import judges
 from purelm.evals.tasks import Example
 from purelm.models import transformer
-from purelm.models.joined import join_weights
 from purelm.tokenizer import fingerprint, token_to_id
 from purelm.tokenizer.chat import load_chat
 
@@ -74,7 +73,7 @@ def main(args: Args) -> None:
         if path.resolve() in {x.resolve() for x in written}:
             raise ValueError(f"out {args.out}: {path} would be written over: give another --out")
     params, cfg, bpe = open_model(args.model, args.tokenizer, device)
-    params = join_weights(params)  # one product for the projections of one input
+    params = weights_for_generation(params, device)
     ends = tuple(token_to_id(bpe, name) for name in args.end if name in bpe.special_tokens)
     model = transformer.make(cfg, ops_for_generation(cfg, device))
     chat = load_chat(args.model) if args.chat else None

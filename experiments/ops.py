@@ -19,6 +19,7 @@ __all__ = [
     "ops_for_generation",
     "ops_named",
     "sampling_weights",
+    "weights_for_generation",
 ]
 
 # sdpa: PyTorch's attention, everything else in torch primitives; fused: the kernels of purelm.kernels (on a CPU their
@@ -56,6 +57,11 @@ def generation_options(device: torch.device) -> dict[str, Any]:
     from purelm.kernels.draw import draw_
 
     return {"wrap_step": reused(on_graph), "draw": draw_}
+
+
+def weights_for_generation(params: Any, device: torch.device) -> Any:
+    """The parameters: on a GPU with joined projections, for which a copy is held while they are made."""
+    return join_weights(params) if device.type == "cuda" else params
 
 
 def sampling_weights(device: torch.device) -> Callable[[Any], Any]:
