@@ -127,7 +127,7 @@ def _may_fill(batch: _Batch, least: int) -> bool:
     return bool(n_free and batch.queue) and n_free >= min(least, len(batch.queue))
 
 
-def _fill(batch: _Batch) -> Any:
+def _fill(batch: _Batch) -> np.ndarray:
     """Rows from the queue into the free places, each with its first token; these places."""
     job, queue = batch.job, batch.queue
     free = batch.places.free()
@@ -212,7 +212,7 @@ def _uniforms(batch: _Batch, numbers: list[int]) -> Tensor:
     return uniforms_RN.index_select(0, _sent([row - first for row in numbers], batch.device))
 
 
-def _admit(batch: _Batch, places: Any, numbers: list[int], logits_BV: Tensor, cache: Any) -> None:
+def _admit(batch: _Batch, places: np.ndarray, numbers: list[int], logits_BV: Tensor, cache: Any) -> None:
     """Put these rows, after whose prompts these logits and this cache come, into these places."""
     if not numbers:
         return

@@ -24,7 +24,10 @@ def grams(text, n):
 
 
 def similarity(a, b, n):
-    x, y = grams(a, n), grams(b, n)
+    return share(grams(a, n), grams(b, n))
+
+
+def share(x, y):
     return len(x & y) / len(x | y) if x | y else 1.0
 
 
@@ -62,8 +65,8 @@ def test_a_signature_estimates_similarity():
     """The share of equal numbers is binomial with mean J: within 4 standard deviations for K 4096."""
     rng = random.Random(0)
     cfg = MinHash(n_hashes=4096, n_bands=1, ngram=1)
-    for share in (0.1, 0.5, 0.9):
-        common = [f"c{i}" for i in range(int(300 * share))]
+    for part in (0.1, 0.5, 0.9):
+        common = [f"c{i}" for i in range(int(300 * part))]
         a, b = ([*common, *(f"{x}{i}" for i in range(300 - len(common)))] for x in "ab")
         rng.shuffle(b)
         J = similarity(" ".join(a), " ".join(b), 1)
@@ -94,9 +97,9 @@ def test_keys_agree_where_bands_do():
 
 def brute(texts, cfg):
     """Roots by all pairs."""
-    root = np.arange(len(texts))
+    root, sets = np.arange(len(texts)), [grams(folded(text), cfg.ngram) for text in texts]
     for i, j in itertools.combinations(range(len(texts)), 2):
-        if similarity(folded(texts[i]), folded(texts[j]), cfg.ngram) >= cfg.jaccard:
+        if share(sets[i], sets[j]) >= cfg.jaccard:
             a, b = find(root, i), find(root, j)
             root[max(a, b)] = min(a, b)
     return [find(root, i) for i in range(len(texts))]
