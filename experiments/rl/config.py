@@ -1,4 +1,4 @@
-"""What runs of `experiments.grpo` and `experiments.expert_iteration` are made of; every field is a flag."""
+"""What runs of `experiments.grpo`, `expert_iteration` and `prepare_pairs` are made of; every field is a flag."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -16,18 +16,14 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class FromRewards:
-    """What both programs are asked."""
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """How problems are answered and graded."""
 
-    run: Place
-    """folder of the run"""
     model: Place
     """folder of open weights, .gguf file, or folder of a run"""
     train: Place
     """JSON lines of problems"""
-    heldout: Place | None = None
-    """JSON lines of problems that are answered greedily at each evaluation"""
     tokenizer: Place | None = None
     prompt: Text = "{prompt}"
     """template of a prompt; {name} is a field of the row"""
@@ -43,24 +39,36 @@ class FromRewards:
     """special token that ends an answer"""
     stop: tuple[Text, ...] = ()
     """strings that end an answer, </answer> say"""
-    steps: Count = 100
-    """rollout batches"""
-    prompts: Count = 16
-    """prompts of a rollout batch"""
     group_size: Count = 8
     """answers to each"""
     max_new_tokens: Count = 64
     temperature: Annotated[float, Range(1e-6, 1e3)] = 1.0
     """of sampling"""
-    optim: Optim = field(default_factory=lambda: Optim(lr=1e-5, schedule="constant", warmup_steps=0, weight_decay=0.0))
     exact: bool = False
     """sampler and trainer compute the same log-probabilities, to the last bit: one order of summation for all batches,
     at a price in time; on a GPU"""
-    rows_per_pass: Count = 32
-    """rows of a process in a forward and backward pass: same result, less memory"""
     sample_rows: Count = 128
     """rows that a process samples at a time"""
     seed: Seed = 0
+    compute: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromRewards(Answers):
+    """What both programs that train are asked."""
+
+    run: Place
+    """folder of the run"""
+    heldout: Place | None = None
+    """JSON lines of problems that are answered greedily at each evaluation"""
+    steps: Count = 100
+    """rollout batches"""
+    prompts: Count = 16
+    """prompts of a rollout batch"""
+    optim: Optim = field(default_factory=lambda: Optim(lr=1e-5, schedule="constant", warmup_steps=0, weight_decay=0.0))
+    rows_per_pass: Count = 32
+    """rows of a process in a forward and backward pass: same result, less memory"""
     eval_every: Whole = 10
     """rollout batches from one evaluation to the next; 0: only at the end"""
     eval_prompts: Count = 64
@@ -69,17 +77,15 @@ class FromRewards:
     save_every: Whole = 50
     keep_last: Count = 2
     log_every: Count = 1
-    compute: Literal["auto", "fp32", "bf16"] = "auto"
     remat: bool = False
     loss_chunk: Count | None = None
     """as for `sft`"""
     parallel: Parallel = field(default_factory=Parallel)
-    device: str = "auto"
     export: bool = True
     resume: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Grpo(FromRewards):
     """Train a language model on rewards of its own answers."""
 
@@ -98,7 +104,7 @@ class Grpo(FromRewards):
     """recipes that replace flat groups: rounds of prompts for one batch"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExpertIteration(FromRewards):
     """Fine-tune a language model on its own right answers, several times."""
 
@@ -121,3 +127,15 @@ class ExpertIteration(FromRewards):
     """a schedule that ends does so with as many steps as there are if all answers are right"""
     eval_every: Whole = 1
     save_every: Whole = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Answers):
+    """Make pairs of a right and a wrong answer from a model's own answers."""
+
+    out: Place
+    """the .jsonl to write"""
+    pairs: Count = 1
+    """most pairs of a problem; of different texts"""
+    problems: Count | None = None
+    """the first ones; default all"""

@@ -23,7 +23,7 @@ METRICS = ("loss", "entropy", "n_tokens", "grad_norm", "lr")  # what is left of 
 
 def start(cfg: ExpertIteration, world: World) -> Ready:
     """ValueError names what does not fit: files, model, checkpoint, other processes."""
-    given = opened(cfg, world)
+    given = opened(cfg, world, heldout=cfg.heldout, heldout_limit=cfg.eval_prompts)
     meta, done = described(cfg, world, given, {})
     recipe = recipe_of(cfg)
     # As many as there would be if all answers were right; how many are is not known before.

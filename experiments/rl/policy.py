@@ -21,7 +21,7 @@ __all__ = ["start"]
 def start(cfg: Grpo, world: World) -> Ready:
     """ValueError names what does not fit: recipe, files, model, checkpoint, other processes."""
     recipe = _recipe(cfg)
-    given = opened(cfg, world)
+    given = opened(cfg, world, heldout=cfg.heldout, heldout_limit=cfg.eval_prompts)
     meta, done = described(cfg, world, given, {"recipe_fields": fields_of(recipe)})
     sampler = sampler_of(cfg, world, given, recipe.min_new_tokens)
     epochs = cfg.epochs or recipe.epochs

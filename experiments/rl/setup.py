@@ -5,6 +5,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import resume
@@ -14,7 +15,7 @@ from experiments.grading import Reward, grader_named
 from experiments.open_model import open_model
 from experiments.ops import generation_options, ops_for_generation, ops_named, sampling_weights
 from experiments.parallel import Job, Run, alone, layout
-from experiments.rl.config import MAY_CHANGE, FromRewards
+from experiments.rl.config import MAY_CHANGE, Answers, FromRewards
 from experiments.rl.problems import Problem, content, read_problems
 from experiments.rl.sampling import Batch, Sampler
 from experiments.rl.update import Trainer, loss_of
@@ -78,8 +79,14 @@ class Opened(NamedTuple):
     precision: Precision
 
 
-def opened(cfg: FromRewards, world: World) -> Opened:
-    """ValueError names what does not fit: settings with the model, its tokenizer, the problems."""
+def opened(
+    cfg: Answers, world: World, *, limit: int | None = None, heldout: Path | None = None,
+    heldout_limit: int | None = None,
+) -> Opened:  # fmt: skip
+    """ValueError names what does not fit: settings with the model, its tokenizer, the problems.
+
+    limit, heldout_limit: the first problems alone.
+    """
     reward = grader_named(cfg.grade)
     if reward is None:
         raise ValueError("grade: none is no reward; give exact, number, boxed or r1_zero")
@@ -96,12 +103,12 @@ def opened(cfg: FromRewards, world: World) -> Opened:
         read_problems, bpe=bpe, prompt=cfg.prompt, gold=cfg.gold, before=begin, chat=chat if cfg.chat else None,
         longest=longest, says=world.rank == 0,
     )  # fmt: skip
-    problems = read(cfg.train)
-    heldout = read(cfg.heldout, limit=cfg.eval_prompts) if cfg.heldout is not None else []
-    for x in (*problems, *heldout):
+    problems = read(cfg.train, limit=limit)
+    tested = read(heldout, limit=heldout_limit) if heldout is not None else []
+    for x in (*problems, *tested):
         reward("", x.gold)  # a right answer that the grader cannot read is an error now
     precision = MIXED if in_bf16(cfg.compute, world.device) else FULL
-    return Opened(params, model, bpe, chat, end, (end or begin or [0])[0], problems, heldout, reward, precision)
+    return Opened(params, model, bpe, chat, end, (end or begin or [0])[0], problems, tested, reward, precision)
 
 
 def described(cfg: FromRewards, world: World, given: Opened, fields: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
@@ -124,7 +131,7 @@ def described(cfg: FromRewards, world: World, given: Opened, fields: Mapping[str
     return meta, done
 
 
-def sampler_of(cfg: FromRewards, world: World, given: Opened, min_new_tokens: int) -> Sampler:
+def sampler_of(cfg: Answers, world: World, given: Opened, min_new_tokens: int) -> Sampler:
     """The sampler of answers; ValueError where they would end before they may."""
     if min_new_tokens > cfg.max_new_tokens:
         raise ValueError(f"max_new_tokens is {cfg.max_new_tokens}: an answer has at least {min_new_tokens} here")
@@ -143,7 +150,7 @@ def sampler_of(cfg: FromRewards, world: World, given: Opened, min_new_tokens: in
     )  # fmt: skip
 
 
-def _ops(cfg: FromRewards) -> Ops | None:
+def _ops(cfg: Answers) -> Ops | None:
     """Those of an exact run, else None."""
     if not cfg.exact:
         return None

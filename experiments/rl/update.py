@@ -24,7 +24,7 @@ from purelm.dist.world import World
 from purelm.models.model import Model
 from purelm.train import TrainState
 
-__all__ = ["Trainer", "loss_of", "minibatches", "padded", "prepared", "stepped", "update"]
+__all__ = ["OF_MODEL", "Trainer", "loss_of", "minibatches", "padded", "prepared", "stepped", "update"]
 
 OF_MODEL = ("tokens", "targets", "weights")
 

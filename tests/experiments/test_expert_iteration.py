@@ -125,7 +125,7 @@ def test_kept_answers():
 
 
 def config(folder, **changes):
-    return ExpertIteration(folder, folder, folder, max_new_tokens=4, min_new_tokens=1, **changes)
+    return ExpertIteration(run=folder, model=folder, train=folder, max_new_tokens=4, min_new_tokens=1, **changes)
 
 
 def after(inputs, recipe, learn, rows_per_pass):

@@ -160,7 +160,7 @@ def refused(folder):
         except ValueError as error:
             found[name] = str(error)
     cfg = Grpo(
-        Path(folder) / "run", Path(folder) / "start", Path(folder) / "train.jsonl", prompt="{question}",
+        run=Path(folder) / "run", model=Path(folder) / "start", train=Path(folder) / "train.jsonl", prompt="{question}",
         gold="{answer}", max_new_tokens=4, device="cpu", compute="fp32",
     )  # fmt: skip
     changes = {"seed": 1, "recipe": "dapo", "parallel.mode": Parallel(mode="zero1")}
