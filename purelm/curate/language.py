@@ -105,7 +105,7 @@ class KeepLanguage:
             raise ValueError(f"least={self.least!r}: allowed is 0 to 1")
 
 
-def keep_language(settings: KeepLanguage, document: Document) -> Document | Drop:
+def keep_language(document: Document, settings: KeepLanguage) -> Document | Drop:
     """The document with its language and score noted.
 
     Drops: `language`, with the one found; `unsure`, with its score, where that is below the least.
