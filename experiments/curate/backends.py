@@ -1,6 +1,7 @@
 """Tasks by processes of this machine, by Slurm or by Ray: the same function of a task, results in any order.
 
-    results = run_local(work, tasks, 4, tell)        # work(task, tell) -> Result
+    with closing(Pool(work)) as pool:                       # work(task, tell) -> Result
+        results = list(run_local(pool, tasks, 4, tell))
 
 A back end decides nothing about what is computed: tasks are independent, each leaves its own output.
 """
@@ -18,43 +19,43 @@ from experiments.curate.config import Slurm
 from experiments.curate.plan import Task
 from experiments.curate.work import Result, nothing
 
-__all__ = ["run_local", "run_ray", "run_slurm", "slurm_executor", "start_ray"]
+__all__ = ["Pool", "run_here", "run_local", "run_ray", "run_slurm", "slurm_executor", "start_ray"]
 
 Work = Callable[[Task, Callable[[int, int], None]], Result]
 Tell = Callable[[int, int], None]
 
 
-def run_local(work: Work, tasks: Sequence[Task], workers: int, tell: Tell) -> Iterator[Result]:
-    """By `workers` spawned processes; one is this process.
+def run_here(work: Work, tasks: Sequence[Task], tell: Tell) -> Iterator[Result]:
+    """In this process. After a fatal result no task is begun."""
+    for task in tasks:
+        result = work(task, tell)
+        yield result
+        if result.is_fatal:
+            return
 
-    A process that dies is named with its task, and another takes its place. Processes end when this one does, in
-    whatever way. After a fatal result no task is begun.
+
+def run_local(pool: "Pool", tasks: Sequence[Task], workers: int, tell: Tell) -> Iterator[Result]:
+    """By `workers` processes of the pool.
+
+    A process that dies is named with its task, and another takes its place. After a fatal result no task is begun.
     """
-    if workers == 1:
-        for task in tasks:
-            result = work(task, tell)
+    waiting = list(reversed(tasks))
+    for _ in range(min(workers, len(tasks))):
+        pool.start(waiting.pop())
+    while pool.running:
+        for result in pool.step(tell):
             yield result
             if result.is_fatal:
-                return
-        return
-    pool = _Pool(work)
-    waiting = list(reversed(tasks))
-    try:
-        for _ in range(min(workers, len(tasks))):
+                waiting.clear()
+        while waiting and len(pool.running) < workers:
             pool.start(waiting.pop())
-        while pool.running:
-            for result in pool.step(tell):
-                yield result
-                if result.is_fatal:
-                    waiting.clear()
-            while waiting and len(pool.running) < workers:
-                pool.start(waiting.pop())
-    finally:
-        pool.stop()
 
 
-class _Pool:
-    """Processes with a pipe each; `running` are those with a task."""
+class Pool:
+    """Spawned processes with a pipe each, which serve until `close`; they end when this process does, in whatever way.
+
+    `running` are those with a task.
+    """
 
     def __init__(self, work: Work):
         self.work, self.context = work, get_context("spawn")
@@ -95,7 +96,7 @@ class _Pool:
             else:
                 tell(*message)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End all processes."""
         processes = [process for _, process in self.idle] + [process for process, _ in self.running.values()]
         for process in processes:
@@ -167,7 +168,7 @@ class _Group:
         self.work = work
 
     def __call__(self, tasks: Sequence[Task]) -> list[Result]:
-        return list(run_local(self.work, tasks, 1, nothing))
+        return list(run_here(self.work, tasks, nothing))
 
 
 def start_ray(address: str | None) -> Any:

@@ -105,7 +105,7 @@ def check_done(tasks: list[Task], redo: bool) -> list[Task]:
         if re.fullmatch(r"\d{5,}", path.name) and int(path.name) not in numbers:
             if not redo:
                 raise ValueError(
-                    f"{path}: was made from more inputs than there are now; give all of them, another output, or --redo"
+                    f"{path}: is of a run with more parts than this one; give all inputs, another output, or --redo"
                 )
             shutil.rmtree(path)
     todo = []

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,14 @@ def curate(cfg: Curate, executor: Any = None) -> None:
     cfg = replace(cfg, compression=best_compression(cfg.compression))
     inputs = find_inputs(cfg.input, cfg.output)
     settings = checked(cfg)
-    with locked(cfg.output):
-        backend = _backend(cfg, executor)
+    with locked(cfg.output), ExitStack() as stack:
+        backend = _backend(cfg, executor, stack)
         upstream = digest([FORMAT])
         n_outputs = 0
         for stage in STAGES if cfg.final.tokenizer is not None else STAGES[:-1]:
             n = {"filter": len(inputs), "duplicates": 1, "scatter": len(inputs)}.get(stage, n_outputs)
             tasks = _tasks(cfg, stage, n, inputs, settings[stage], upstream, n_outputs)
-            _run_stage(tasks, backend)
+            _run_stage(tasks, backend, cfg.redo)
             upstream = digest([upstream, [task.made_from for task in tasks]])
             if stage == "filter":
                 n_outputs = _n_outputs(cfg, len(inputs))
@@ -73,14 +74,17 @@ def checked(cfg: Curate) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def _backend(cfg: Curate, executor: Any) -> Backend:
+def _backend(cfg: Curate, executor: Any, stack: ExitStack) -> Backend:
     if cfg.backend == "slurm":
         executor = executor or backends.slurm_executor(cfg.slurm, cfg.workers, cfg.output / "slurm")
         return lambda tasks, tell: backends.run_slurm(attempt, tasks, executor, cfg.slurm.array, tell)
     if cfg.backend == "ray":
         ray = backends.start_ray(cfg.ray_address)
         return lambda tasks, tell: backends.run_ray(attempt, tasks, cfg.workers, ray, tell)
-    return lambda tasks, tell: backends.run_local(attempt, tasks, cfg.workers, tell)
+    if cfg.workers == 1:
+        return lambda tasks, tell: backends.run_here(attempt, tasks, tell)
+    pool = stack.enter_context(closing(backends.Pool(attempt)))
+    return lambda tasks, tell: backends.run_local(pool, tasks, cfg.workers, tell)
 
 
 def _tasks(
@@ -91,14 +95,14 @@ def _tasks(
     tasks = []
     for number in range(n):
         mine = (inputs[number],) if stage == "filter" else ()
-        made_from = {"settings": settings, "input": [list(x) for x in mine], "before": upstream, "shards": n_outputs}
+        made_from = {"settings": settings, "input": [list(x) for x in mine], "before": upstream}
         tasks.append(Task(plain, stage, number, made_from, mine, len(inputs), n_outputs))
     return tasks
 
 
-def _run_stage(tasks: list[Task], backend: Backend) -> None:
-    stage, cfg = tasks[0].stage, tasks[0].cfg
-    todo = check_done(tasks, cfg.redo)
+def _run_stage(tasks: list[Task], backend: Backend, redo: bool) -> None:
+    stage = tasks[0].stage
+    todo = check_done(tasks, redo)
     if len(todo) < len(tasks):
         say(f"{stage}: {len(tasks) - len(todo):,} of {len(tasks):,} are done already")
     failures: list[Result] = []
