@@ -45,17 +45,19 @@ def filter_input(cfg: Curate, path: str, out: Path, steps: Mapping[str, Step], t
     languages, lengths, masked, domains = (Counter[str]() for _ in range(4))
     places: list[str] = []
     digests, signatures = bytearray(), []
-    read, told, kept = Read(), Read(), (0, 0)
+    read, told, kept = Read(), (0, 0), (0, 0)
+    n_bytes = 0  # of pages, and of texts in UTF-8
     with open(out / f"kept.jsonl.{cfg.compression}", "wb") as file, append_packed(file, cfg.compression) as lines:
         for n, item in enumerate(records(path, most_bytes=most_bytes(cfg), field=cfg.filter.field), 1):
             read = tally(read, item)
             if n % TELL_EVERY == 0:
-                tell(read.records - told.records, read.size - told.size)
-                told = read
+                tell(read.records - told[0], n_bytes - told[1])
+                told = read.records, n_bytes
             if isinstance(item, Skipped):
                 if not item.reason.startswith(EXPECTED) and len(places) < MOST_PLACES:
                     places.append(f"{item.reason}: {item.where}"[:500])
                 continue
+            n_bytes += len(item.content) if isinstance(item, Raw) else utf8_size(item.text)
             document = _through(item, first, steps, funnel, examples, languages)
             if document is None:
                 continue
@@ -68,7 +70,7 @@ def filter_input(cfg: Curate, path: str, out: Path, steps: Mapping[str, Step], t
             masked.update(document.meta.get("pii") or {})
             kept = kept[0] + 1, kept[1] + len(document.text)
             examples.add("kept", document)
-    tell(read.records - told.records, read.size - told.size)
+    tell(read.records - told[0], n_bytes - told[1])
     np.save(out / "digests.npy", np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16))
     if near is not None:
         np.save(out / "signatures.npy", np.stack(signatures) if signatures else np.zeros((0, near.n_hashes), np.uint32))
@@ -85,6 +87,11 @@ def filter_input(cfg: Curate, path: str, out: Path, steps: Mapping[str, Step], t
 def most_bytes(cfg: Curate) -> int:
     """Of a record."""
     return int(cfg.filter.most_megabytes * 1e6)
+
+
+def utf8_size(text: str) -> int:
+    """Bytes."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def line_of(document: Document) -> bytes:
