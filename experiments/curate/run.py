@@ -115,6 +115,7 @@ def _run_stage(tasks: list[Task], backend: Backend, redo: bool) -> None:
             seconds = max(time.perf_counter() - start, 1e-3)
             update(done, f"{documents / seconds:,.0f} docs/s  {n_bytes / seconds / 1e6:,.1f} MB/s")
 
+        tell(0, 0)
         for result in backend(todo, tell) if todo else ():
             done += 1
             tell(0, 0)
