@@ -80,9 +80,11 @@ def final(output):
 
 
 def echo_or_die(task, tell):
-    """Work whose task 2 ends its process."""
+    """Work whose task 2 ends its process, and whose task 4 finds the disk full."""
     if task.number == 2:
         os.kill(os.getpid(), signal.SIGKILL)
+    if task.number == 4:
+        return Result(task.name, "no space", True)
     tell(1, 10)
     return Result(f"{task.name} by {os.getpid()}")
 

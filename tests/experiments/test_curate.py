@@ -2,10 +2,12 @@
 without interruption; sums; Counter."""
 
 import errno
+import io
 import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from experiments.curate import backends, page, run, shard, statistics
 from experiments.curate.config import Cost, Curate, Dedup, Filter, Final, Slurm
 from experiments.curate.duplicates import duplicates
-from experiments.curate.files import read_json
+from experiments.curate.files import append_packed, packed_lines, read_json
 from experiments.curate.plan import Input, Task
 from experiments.curate.shuffle import final_shard, keys_of
 from experiments.curate.tokens import load_tokenizer, without
@@ -187,11 +189,13 @@ def tasks(n):
 def test_a_worker_that_dies_is_named_and_the_others_go_on():
     told = []
     with closing(backends.Pool(echo_or_die)) as pool:
-        results = list(backends.run_local(pool, tasks(5), 2, lambda *x: told.append(x)))
+        results = list(backends.run_local(pool, tasks(4), 2, lambda *x: told.append(x)))
+        fatal = list(backends.run_local(pool, tasks(9)[4:], 1, print))
+    assert [x.error for x in fatal] == ["no space"]  # and nothing after it
     (dead,) = [x for x in results if x.error]
     assert dead.name == "filter in-2.warc.gz" and "was ended by SIGKILL" in dead.error
     names = {x.name.split(" by ")[0] for x in results if not x.error}
-    assert names == {f"filter in-{i}.warc.gz" for i in (0, 1, 3, 4)} and told == [(1, 10)] * 4
+    assert names == {f"filter in-{i}.warc.gz" for i in (0, 1, 3)} and told == [(1, 10)] * 3
     assert str(os.getpid()) not in {x.name.split()[-1] for x in results}
 
 
@@ -383,6 +387,20 @@ def test_the_estimate():
     hours, dollars = page.estimate(times, Cost(0.04, 75.0), 5000)
     assert (hours, dollars) == (pytest.approx(750_000 / 3600), pytest.approx(750_000 / 3600 * 0.04))
     assert page.estimate([], Cost(), 5000) is None
+
+
+@pytest.mark.parametrize("compression", ["gz", "zst"])
+def test_packed_bytes_do_not_hold_the_time(compression, monkeypatch):
+    packed = []
+    for now in (1e9, 2e9):
+        file = io.BytesIO()
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        for part in (b"one\n", b"two\nthree\n"):
+            with append_packed(file, compression) as out:
+                out.write(part)
+        packed.append(file.getvalue())
+    assert packed[0] == packed[1]
+    assert list(packed_lines(io.BytesIO(packed[0]), compression)) == [b"one\n", b"two\n", b"three\n"]
 
 
 def test_duplicates_of_nothing(tmp_path):
