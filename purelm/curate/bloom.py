@@ -2,7 +2,7 @@
 
     bloom = empty(n=10**9, false_positive=0.01)                # 1.2 GB for a thousand million runs
     for document in documents:
-        outcome = unseen_(bloom, document, BloomDedup())        # Document | Drop; the filter learns what is kept
+        outcome = unseen_(document, bloom, BloomDedup())        # Document | Drop; the filter learns what is kept
 
 Legend: M runs, k hashes, b bits.
 
@@ -101,7 +101,7 @@ class BloomDedup:
             raise ValueError(f"seen must be above 0 and at most 1, got {self.seen}")
 
 
-def unseen_(bloom: Bloom, document: Document, cfg: BloomDedup) -> Document | Drop:
+def unseen_(document: Document, bloom: Bloom, cfg: BloomDedup) -> Document | Drop:
     """The document, without paragraphs that were seen before if cfg.paragraphs; or why it is dropped.
 
     A text counts as seen if a share of at least cfg.seen of its runs of words is in the filter; one without a word

@@ -4,11 +4,12 @@
         n = len(document.text)
         return document if n >= least else Drop("too short", n)
 
-    steps = {"length": long_enough, "pii": partial(mask, PII())}
+    steps = {"length": long_enough, "pii": partial(mask, settings=PII())}
     for outcome in outcomes(steps, documents):
         outcome.document, outcome.step, outcome.drop      # step and drop are None where it was kept
 
-A step is a pure function of one document, with its parameters bound. What it found is added to `meta`.
+A step is a pure function of one document, its first argument, with its settings bound by name. What it found is added
+to `meta`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

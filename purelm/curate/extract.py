@@ -56,7 +56,7 @@ def text_of(html: str, main_content: bool = False) -> str:
     return extract_plain_text(html, main_content=main_content)
 
 
-def extract(settings: Extraction, raw: Raw) -> Document | Drop:
+def extract(raw: Raw, settings: Extraction) -> Document | Drop:
     """A page's text as a document, or why it has none; meta gets the encoding.
 
     Drops: `too large`, `not HTML` (by the content type; without one, bytes that hold NULs at their head),

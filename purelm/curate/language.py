@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from purelm.caches import memo
+from purelm.curate.bayes import Bayes, bayes_of, classify
 from purelm.curate.document import Document, Drop
 from purelm.data.checks import check_int
+from purelm.tokenizer.engine import has_numba
 
 __all__ = ["NO_LANGUAGE", "KeepLanguage", "Language", "identify", "keep_language", "language_of_script"]
 
@@ -74,8 +76,13 @@ def identify(text: str, most_characters: int = MOST_CHARACTERS) -> Language:
     if len(text) < 4 * SHORT and not text.isascii() and len(LETTER.findall(text)) < SHORT:
         if (found := language_of_script(text)) is not None:
             return found
-    language, score = _identifier().classify(text)
+    language, score = classify(_bayes(), text) if has_numba() else _identifier().classify(text)
     return language, min(1.0, max(0.0, float(score)))
+
+
+@memo(1)
+def _bayes() -> Bayes:
+    return bayes_of(_identifier())
 
 
 @memo(1)
@@ -105,7 +112,7 @@ class KeepLanguage:
             raise ValueError(f"least={self.least!r}: allowed is 0 to 1")
 
 
-def keep_language(settings: KeepLanguage, document: Document) -> Document | Drop:
+def keep_language(document: Document, settings: KeepLanguage) -> Document | Drop:
     """The document with its language and score noted.
 
     Drops: `language`, with the one found; `unsure`, with its score, where that is below the least.

@@ -73,7 +73,7 @@ class PII:
                 raise ValueError(f"{name}={value!r}: allowed is True or False")
 
 
-def mask(settings: PII, document: Document) -> Document:
+def mask(document: Document, settings: PII) -> Document:
     """The document with its addresses masked, and how many as `pii` in its meta: {"emails": 2}."""
     text, counts = mask_pii(document.text, settings)
     return document._replace(text=text).noted(pii=dict(counts)) if counts else document

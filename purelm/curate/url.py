@@ -106,7 +106,7 @@ class UrlFilter:
         object.__setattr__(self, "domains", frozenset(host_of(x) for x in self.domains))
 
 
-def keep_url(settings: UrlFilter, document: Document) -> Document | Drop:
+def keep_url(document: Document, settings: UrlFilter) -> Document | Drop:
     """The document, unless its address is to be left out; one without an address stays.
 
     Drops: `domain`, `url`, `strict word`, `hard word`, `soft words`, with what was found.

@@ -62,7 +62,7 @@ def test_documents_against_sets(texts, n, least, paragraphs):
         return sum(run in seen for run in found) / len(found) if found else 0.0
 
     for i, text in enumerate(texts):
-        got = unseen_(bloom, Document(str(i), text), cfg)
+        got = unseen_(Document(str(i), text), bloom, cfg)
         if share(text) >= least:
             assert got == Drop("seen before", round(share(text), 4))
             continue
@@ -82,8 +82,8 @@ def test_a_copy_is_dropped_and_a_new_text_is_kept():
     texts = [" ".join(rng.choices(words, k=100)) for _ in range(20)]
     bloom = empty(100_000, 0.01)
     for i, text in enumerate(texts):
-        assert unseen_(bloom, Document(str(i), text), BloomDedup()).text == text
-    assert unseen_(bloom, Document("x", texts[3].upper() + "!"), BloomDedup()) == Drop("seen before", 1.0)
+        assert unseen_(Document(str(i), text), bloom, BloomDedup()).text == text
+    assert unseen_(Document("x", texts[3].upper() + "!"), bloom, BloomDedup()) == Drop("seen before", 1.0)
 
 
 def test_wrong_numbers():

@@ -74,7 +74,7 @@ def test_encodings(text, name):
     assert decoded(content).text == decoded(content, "utf-8").text == decoded(content, "no-such").text == text
     assert decoded(text.encode(), name) == Decoded(text, "utf-8", 0)  # declared, but it is UTF-8
     html = b"<html><head>" + meta + b"</head><body><p>" + content
-    assert extract(Extraction(), Raw("1", html, content_type="text/html")).text == text
+    assert extract(Raw("1", html, content_type="text/html"), Extraction()).text == text
 
 
 def test_byte_order_marks():
@@ -144,7 +144,7 @@ PAGE = """<html><head><title>T</title><style>a{}</style></head><body><nav>Menu</
 
 
 def of(content, content_type="text/html", **options):
-    return extract(Extraction(**options), Raw("1", content, "http://a.b/", content_type, meta={"date": "d"}))
+    return extract(Raw("1", content, "http://a.b/", content_type, meta={"date": "d"}), Extraction(**options))
 
 
 def test_a_page():
@@ -215,7 +215,7 @@ def test_real_pages(shared_data):
     if not files:
         pytest.skip(f"no crawls in {shared_data / 'warc'}")
     pages = [x for file in files for x in records(file) if isinstance(x, Raw) and x.content_type == "text/html"]
-    found = [extract(Extraction(), page) for page in pages]
+    found = [extract(page, Extraction()) for page in pages]
     names = {x.meta["encoding"] for x in found if isinstance(x, Document)}
     assert len(pages) > 80 and {"utf-8", "gb18030", "cp1251"} <= names
     assert sum(isinstance(x, Document) for x in found) > 0.9 * len(pages)

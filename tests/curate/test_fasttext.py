@@ -98,8 +98,8 @@ def test_step(tmp_path):
     model = load_fasttext(tmp_path / "m.bin")
     label, score = label_of(model, "one")
     settings = KeepLanguage([label], 0.0, identify=partial(label_of, model))
-    assert keep_language(settings, Document("1", "one")).meta["language_score"] == score
-    assert isinstance(keep_language(settings, Document("1", "two new words")), Document | Drop)
+    assert keep_language(Document("1", "one"), settings).meta["language_score"] == score
+    assert isinstance(keep_language(Document("1", "two new words"), settings), Document | Drop)
     assert label_of(model, "one two", 3) == label_of(model, "one")
 
 

@@ -62,12 +62,12 @@ def test_scores(text):
 
 def test_step():
     document = Document("1", KNOWN["en"], meta={"a": 1})
-    kept = keep_language(KeepLanguage(["en", "de"]), document)
+    kept = keep_language(document, KeepLanguage(["en", "de"]))
     assert kept.text == document.text and kept.meta["language"] == "en" and kept.meta["a"] == 1
-    assert keep_language(KeepLanguage(["de"]), document) == Drop("language", "en")
+    assert keep_language(document, KeepLanguage(["de"])) == Drop("language", "en")
     unsure = KeepLanguage(["xx"], 0.5, identify=lambda text: ("xx", 0.4))
-    assert keep_language(unsure, document) == Drop("unsure", 0.4)
-    assert keep_language(KeepLanguage(["xx"], 0.4, unsure.identify), document).meta["language_score"] == 0.4
+    assert keep_language(document, unsure) == Drop("unsure", 0.4)
+    assert keep_language(document, KeepLanguage(["xx"], 0.4, unsure.identify)).meta["language_score"] == 0.4
     for wrong in ({"languages": "en"}, {"languages": []}, {"least": 1.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             KeepLanguage(**wrong)

@@ -88,8 +88,8 @@ def test_several():
     assert mask_pii(text, PII(emails=False, phones=False, ipv4=False)) == (text, {})
     assert mask_emails("a@b.com-x@c.com") == (f"{EMAIL}-{EMAIL}", 2)  # the second ends where the first does
     document = Document("1", text, meta={"a": 1})
-    assert mask(PII(), document) == Document("1", want, meta={"a": 1, "pii": counts})
-    assert mask(PII(), Document("2", "nothing")) == Document("2", "nothing")
+    assert mask(document, PII()) == Document("1", want, meta={"a": 1, "pii": counts})
+    assert mask(Document("2", "nothing"), PII()) == Document("2", "nothing")
     with pytest.raises(ValueError, match="emails=1"):
         PII(emails=1)
 

@@ -82,13 +82,13 @@ FILTER = UrlFilter(
 )  # fmt: skip
 def test_filter(url, drop):
     document = Document("1", "text", url)
-    assert keep_url(FILTER, document) == (document if drop is None else Drop(*drop))
-    assert keep_url(UrlFilter(), document) == document
+    assert keep_url(document, FILTER) == (document if drop is None else Drop(*drop))
+    assert keep_url(document, UrlFilter()) == document
 
 
 def test_soft_words_by_number():
     document = Document("1", "", "http://a.com/hot/girl/webcam")
-    outcomes = [keep_url(UrlFilter(soft=FILTER.soft, most_soft=n), document) for n in range(4)]
+    outcomes = [keep_url(document, UrlFilter(soft=FILTER.soft, most_soft=n)) for n in range(4)]
     assert outcomes == [Drop("soft words", 3)] * 3 + [document]
 
 

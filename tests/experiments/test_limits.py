@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from experiments import accounting, dpo, evaluate, generate, overlap, profile, quickstart, remat_study, sft
 from experiments.config import Optim, Pretrain
+from experiments.curate.config import Curate
 from experiments.limits import OTHERS, Count, Place, Range, Share, Text, check, rule_of
 from purelm.models.config import Config
 from tests.programs import run_here
@@ -27,6 +28,7 @@ CONFIGURATIONS = (
     sft.Sft,
     dpo.Dpo,
     evaluate.Args,
+    Curate,
 )
 
 

@@ -1,0 +1,132 @@
+"""What a run of `experiments.curate` is asked for, as frozen dataclasses; every field is a flag."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from experiments.limits import Count, Factor, Place, Range, Share, Text
+
+__all__ = ["Cost", "Curate", "Dedup", "Filter", "Final", "Slurm", "stage_settings"]
+
+Megabytes = Annotated[float, Range(0.001, 10**6)]
+Whole63 = Annotated[int, Range(0, 2**63, open_high=True)]
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Steps of one document, in this order: extract, url, language, rules, pii, classifier."""
+
+    most_megabytes: Megabytes = 16.0
+    """a record or line that is longer is skipped and counted"""
+    field: Text = "text"
+    """of JSON lines and rows: the document's text"""
+    main_content: bool = False
+    """pages without navigation, headers and footers"""
+    domains: Place | None = None
+    """a file of domains to leave out, one a line"""
+    words: Place | None = None
+    """a file of words (a-z, 0-9), one a line: pages with one of them in their address are left out"""
+    languages: tuple[Text, ...] = ("en",)
+    """to keep; "all": no such step"""
+    language_least: Share = 0.65
+    """least score of the language"""
+    language_model: Place | None = None
+    """a fastText file such as lid.176.ftz; without it py3langid"""
+    rules: Literal["english", "all", "course", "none"] = "english"
+    """quality rules: lists of purelm.curate.rules"""
+    pii: bool = True
+    """mask e-mails, telephone numbers and IPv4 addresses"""
+    classifier: Text | None = None
+    """MODULE:NAME of a step of one's own, a function Document -> Document | Drop"""
+
+
+@dataclass(frozen=True)
+class Dedup:
+    """Duplicates over all inputs; the first of a cluster, by input and place, is kept."""
+
+    kind: Literal["near", "exact", "none"] = "near"
+    n_hashes: Annotated[int, Range(1, 1 << 12)] = 112
+    n_bands: Annotated[int, Range(1, 1 << 12)] = 14
+    ngram: Annotated[int, Range(1, 1 << 10)] = 5
+    """words"""
+    jaccard: Annotated[float, Range(0, 1, open_low=True)] = 0.8
+
+
+@dataclass(frozen=True)
+class Final:
+    """The shards that are written in the end, in a random order of all documents."""
+
+    shard_megabytes: Megabytes = 128.0
+    """characters of text in a shard, in millions: about; one is held in memory"""
+    tokenizer: Place | None = None
+    """tokenizer.json, .tiktoken or a folder with one: token files are written too"""
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """What sbatch is asked for (extra `slurm`)."""
+
+    partition: Text | None = None
+    minutes: Count = 600
+    gigabytes: Count = 2
+    """memory of a job, which has one core"""
+    array: Annotated[int, Range(1, 10**5)] = 1000
+    """most jobs in an array: each does several inputs one after the other"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of the estimate in the report; changes nothing else."""
+
+    dollars: Factor = 0.04
+    """per core and hour"""
+    file_megabytes: Megabytes = 75.0
+    """of a WET file as it is stored: the mean in Common Crawl"""
+
+
+@dataclass(frozen=True)
+class Curate:
+    """Web crawls to text and tokens for training."""
+
+    input: tuple[Text, ...]
+    """files, or patterns such as 'crawl/*.warc.wet.gz' in quotes"""
+    output: Place
+    """folder of the run"""
+    filter: Filter = field(default_factory=Filter)
+    dedup: Dedup = field(default_factory=Dedup)
+    final: Final = field(default_factory=Final)
+    seed: Whole63 = 0
+    """of the order of documents, of MinHash and of the examples in the report"""
+    examples: Annotated[int, Range(0, 1000)] = 5
+    """random documents shown for each reason"""
+    compression: Literal["auto", "zst", "gz"] = "auto"
+    """auto: zst where zstandard is installed"""
+    backend: Literal["local", "slurm", "ray"] = "local"
+    workers: Annotated[int, Range(1, 100_000)] = 1
+    """processes, or jobs that run at once"""
+    redo: bool = False
+    """make again what was made with other settings or from other inputs; without it that is refused"""
+    ray_address: Text | None = None
+    """of a cluster that runs; None: this machine"""
+    slurm: Slurm = field(default_factory=Slurm)
+    cost: Cost = field(default_factory=Cost)
+
+
+def stage_settings(cfg: Curate) -> dict[str, dict[str, Any]]:
+    """What each stage's output depends on, beside the outputs of stages before it."""
+    return {
+        "filter": {
+            **{f"filter.{name}": _plain(value) for name, value in dataclasses.asdict(cfg.filter).items()},
+            # Signatures are made with the filter, where the text is at hand.
+            **{f"dedup.{name}": getattr(cfg.dedup, name) for name in ("kind", "n_hashes", "ngram")},
+            "seed": cfg.seed, "examples": cfg.examples, "compression": cfg.compression,
+        },
+        "duplicates": {f"dedup.{name}": value for name, value in dataclasses.asdict(cfg.dedup).items()},
+        "scatter": {"final.shard_megabytes": cfg.final.shard_megabytes},
+        "text": {},
+        "tokens": {"final.tokenizer": _plain(cfg.final.tokenizer)},
+    }  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float | str | tuple | list) else str(value)

@@ -1,0 +1,80 @@
+"""The steps of one document that a configuration asks for, and the lists and models that they need."""
+
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.curate.config import Filter
+from purelm.curate import rules
+from purelm.curate.document import Document, Drop, Step
+from purelm.curate.extract import Extraction, extract
+from purelm.curate.fasttext import label_of, load_fasttext
+from purelm.curate.language import KeepLanguage, keep_language
+from purelm.curate.pii import PII, mask
+from purelm.curate.url import UrlFilter, keep_url, word_list
+
+__all__ = ["contents", "extraction", "steps_of", "warm"]
+
+RULES = {"english": rules.ENGLISH, "all": rules.ALL, "course": rules.COURSE}
+
+
+def extraction(cfg: Filter) -> Callable[..., Document | Drop]:
+    """raw -> Document | Drop."""
+    settings = Extraction(main_content=cfg.main_content, most_bytes=int(cfg.most_megabytes * 1e6))
+    return partial(extract, settings=settings)
+
+
+def steps_of(cfg: Filter) -> Mapping[str, Step]:
+    """By name, in order. ValueError and OSError for lists, models and modules that cannot be used."""
+    steps: dict[str, Step] = {}
+    if cfg.domains or cfg.words:
+        domains = word_list(cfg.domains) if cfg.domains else frozenset()
+        hard = word_list(cfg.words) if cfg.words else frozenset()
+        steps["url"] = partial(keep_url, settings=UrlFilter(domains=domains, hard=hard))
+    if cfg.languages != ("all",):
+        more = {"identify": partial(label_of, load_fasttext(cfg.language_model))} if cfg.language_model else {}
+        steps["language"] = partial(keep_language, settings=KeepLanguage(cfg.languages, cfg.language_least, **more))
+    if cfg.rules != "none":
+        steps["rules"] = partial(rules.judged, rules=RULES[cfg.rules])
+    if cfg.pii:
+        steps["pii"] = partial(mask, settings=PII())
+    if cfg.classifier:
+        steps["classifier"] = classifier(cfg.classifier)
+    return steps
+
+
+def classifier(name: str) -> Step:
+    """The function that MODULE:NAME names."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function) if module and function else None
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"filter.classifier {name!r}: {error}") from None
+    if not callable(found):
+        raise ValueError(f"filter.classifier {name!r}: give MODULE:NAME of a function Document -> Document | Drop")
+    return found
+
+
+def contents(cfg: Filter) -> dict[str, str]:
+    """Hashes of the files that steps are made from: the lists, the model, the classifier's source."""
+    files: dict[str, Any] = {"domains": cfg.domains, "words": cfg.words, "language_model": cfg.language_model}
+    if cfg.classifier:
+        files["classifier"] = inspect.getsourcefile(inspect.unwrap(classifier(cfg.classifier)))
+    return {f"{name}'s content": _sha256(Path(path)) for name, path in files.items() if path is not None}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def warm(steps: Mapping[str, Step]) -> None:
+    """Load models and machine code, so that the first document's time is like that of the others."""
+    document: Any = Document("", "The quick brown fox jumps over the lazy dog. " * 30, "http://example.org/")
+    for name in ("url", "language", "rules", "pii"):
+        if name in steps:
+            steps[name](document)
