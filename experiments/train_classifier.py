@@ -2,12 +2,13 @@
 
     python -m experiments.train_classifier --positive wiki.warc.gz --negative crawl.jsonl.gz --out quality.safetensors
 
-Files are what `purelm.curate.read` reads (JSON lines, WARC, WET, Parquet, folders of it, hub:OWNER/NAME) and text (.txt,
-also .gz, .zst or .zip), cut into documents at --separator. Pages of WARC files become text as in `curate.extract`.
+Files are what `purelm.curate.read` reads (JSON lines, WARC, WET, Parquet, folders of it, hub:OWNER/NAME) and text
+(.txt, also .gz, .zst or .zip), cut into documents at --separator. Pages of WARC files become text by
+`curate.extract`.
 
 Each text goes to the training, calibration or test part by a hash of its folded words and the seed: copies never lie in
-two of them, and are taken once. A text under both labels is an error. The temperature is fitted on the calibration part;
-accuracy, AUC, calibration error and the table of thresholds are of the test part, which nothing was fitted on.
+two of them, and are taken once. A text under both labels is an error. The temperature is fitted on the calibration
+part; accuracy, AUC, calibration error and the table of thresholds are of the test part, which nothing was fitted on.
 """
 
 import os
@@ -101,7 +102,8 @@ def train(args: Args) -> None:
     """Check, read, train, calibrate, test, write."""
     _check(args)
     least, most = args.character_ngrams
-    cfg = Config(tuple(args.labels), Features(args.buckets, args.word_ngrams, least, most, args.most_text), args.dimension)
+    kinds = Features(args.buckets, args.word_ngrams, least, most, args.most_text)
+    cfg = Config(tuple(args.labels), kinds, args.dimension)
     read = Texts()
     for label, files in enumerate((args.positive, args.negative)):
         for name in files:
@@ -191,7 +193,7 @@ def _add(read: Texts, name: str, label: int, args: Args) -> None:
 
 
 def part_of(key: bytes, seed: int, held_out: float) -> int:
-    """0 training, 1 calibration, 2 test, of a text by the hash of its words: a share held_out is 1 or 2, half of each."""
+    """0 training, 1 calibration, 2 test, by the hash of a text's words: a share held_out is 1 or 2, half of each."""
     drawn = blake2b(key + seed.to_bytes(8, "little", signed=True), digest_size=8).digest()
     at = int.from_bytes(drawn, "little") / 2**64
     return 0 if at >= held_out else 1 if at >= held_out / 2 else 2
@@ -199,7 +201,8 @@ def part_of(key: bytes, seed: int, held_out: float) -> int:
 
 def _check_parts(read: Texts, args: Args) -> None:
     for label, name in enumerate(("positive", "negative")):
-        counts = [sum(x == label and p == part for x, p in zip(read.labels, read.parts, strict=True)) for part in range(3)]
+        own = [part for x, part in zip(read.labels, read.parts, strict=True) if x == label]
+        counts = [own.count(part) for part in range(3)]
         if min(counts) < LEAST_TEST:
             raise ValueError(
                 f"{name}: {sum(counts)} texts, of which training, calibration and test have {counts}; each needs "

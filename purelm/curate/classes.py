@@ -19,7 +19,8 @@ from purelm.curate.document import Document, Drop
 from purelm.curate.fasttext import FastText, load_fasttext, scores_of
 
 __all__ = [
-    "Class", "KeepClass", "Scorer", "drop_class", "fasttext_class", "keep_class", "nsfw", "quality", "scorer", "toxicity"
+    "Class", "KeepClass", "Scorer", "drop_class", "fasttext_class", "keep_class", "nsfw", "quality", "scorer",
+    "toxicity",
 ]  # fmt: skip
 
 Class = tuple[str, float]  # (label, score in [0, 1])

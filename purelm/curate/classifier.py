@@ -72,11 +72,13 @@ class Classifier(NamedTuple):
 def batch_of(ids: Sequence[np.ndarray], labels: Sequence[int], weights: Sequence[float] | None = None) -> Batch:
     """Texts' features as a batch; weights 1 where none are given."""
     if len(labels) != len(ids) or (weights is not None and len(weights) != len(ids)):
-        raise ValueError(f"labels, weights: one for each of {len(ids)} texts, got {len(labels)}, {weights and len(weights)}")
+        given = f"{len(labels)}, {None if weights is None else len(weights)}"
+        raise ValueError(f"labels, weights: one for each of {len(ids)} texts, got {given}")
     lengths = np.array([0, *(len(x) for x in ids)], np.int64)
     flat = np.concatenate([np.zeros(0, np.int64), *ids])
     return Batch(
-        torch.from_numpy(flat), torch.from_numpy(np.cumsum(lengths)[:-1].copy()), torch.tensor(labels, dtype=torch.int64),
+        torch.from_numpy(flat), torch.from_numpy(np.cumsum(lengths)[:-1].copy()),
+        torch.tensor(labels, dtype=torch.int64),
         torch.ones(len(ids)) if weights is None else torch.tensor(weights, dtype=torch.float32),
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from purelm.files import sync
 
 __all__ = ["load_classifier", "save_classifier"]
 
-FORMAT = "purelm classifier 1"
+KEY, FORMAT = "purelm", "classifier 1"
 
 
 def save_classifier(path: str | os.PathLike, model: Classifier) -> None:
@@ -28,10 +28,8 @@ def save_classifier(path: str | os.PathLike, model: Classifier) -> None:
     path = Path(path)
     _check(str(path), model)
     params = {name: value.detach().contiguous() for name, value in model.params.items()}
-    meta = {
-        "format": FORMAT, "config": json.dumps(dataclasses.asdict(model.cfg)), "temperature": repr(model.temperature),
-        "sha256": _digest(params),
-    }  # fmt: skip
+    told = {"format": FORMAT, "config": dataclasses.asdict(model.cfg), "temperature": model.temperature}
+    meta = {KEY: json.dumps({**told, "sha256": _digest(params)})}  # one entry: the order of several would vary
     staged = path.with_name(f".{path.name}.new-{secrets.token_hex(8)}")
     try:
         staged.write_bytes(save_bytes(params, meta))
@@ -48,18 +46,21 @@ def load_classifier(path: str | os.PathLike) -> Classifier:
         raise ValueError(f"{name}: no such file; experiments.train_classifier makes one")
     try:
         with safe_open(name, "pt") as opened:
-            meta = opened.metadata() or {}
-        if meta.get("format") != FORMAT:
-            raise ValueError(f"{name}: not a classifier: its format is {meta.get('format')!r}, not {FORMAT!r}")
+            text = (opened.metadata() or {}).get(KEY, "{}")
         params = load_bytes(Path(name).read_bytes())
     except SafetensorError as error:
         raise ValueError(f"{name}: damaged, or no safetensors file: {error}") from None
     try:
-        model = Classifier(params, _config(json.loads(meta["config"])), float(meta["temperature"]))
-    except (KeyError, TypeError, ValueError) as error:
+        told = json.loads(text)
+        kind = told.get("format")
+        if kind == FORMAT:
+            model = Classifier(params, _config(told["config"]), float(told["temperature"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: damaged: its configuration cannot be read: {error}") from None
+    if kind != FORMAT:
+        raise ValueError(f"{name}: not a classifier: its format is {kind!r}, not {FORMAT!r}")
     _check(name, model)
-    if _digest(params) != meta.get("sha256"):
+    if _digest(params) != told.get("sha256"):
         raise ValueError(f"{name}: damaged: its numbers do not have the SHA-256 that it names")
     return model
 

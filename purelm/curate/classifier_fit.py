@@ -35,7 +35,7 @@ class Fit:
 
 
 def class_weights(labels: Sequence[int], n_labels: int) -> list[float]:
-    """A weight for each text, so that every class weighs as much: n / (n_labels n_class). ValueError for an empty one."""
+    """A weight for each text, n / (n_labels n_class): every class weighs as much. ValueError for an empty one."""
     counts = np.bincount(np.asarray(labels, np.int64), minlength=n_labels)
     if not counts.all():
         raise ValueError(f"labels: no text of class {int(np.flatnonzero(counts == 0)[0])}")

@@ -1,6 +1,6 @@
 """Contamination by clusters of n-grams weighted by rarity, question, answer and passage apart: found through edits too.
 
-    tests = index({"gsm8k": [Test("gsm8k-0", question, answer="18"), ...]})
+    tests = index({"gsm8k": [Example("gsm8k-0", question, answer="18"), ...]})
     partial(cleared, tests=tests)                           # Drop("contaminated: gsm8k", 0.93), or the document
 
 After AI2's Decon (github.com/allenai/decon, used for OLMo 3), whose defaults these are:
@@ -9,9 +9,9 @@ After AI2's Decon (github.com/allenai/decon, used for OLMo 3), whose defaults th
    than `hot` questions begin no such cluster.
 2. O_q = sum of idf(x) over the question's distinct runs x that the cluster holds, over that sum for all of them, with
    idf(x) = ln((1 + questions) / df(x)).
-3. O_a of the answer, within max(answer_window, twice its words) words around the cluster: 1 or 0 for fewer than n words,
-   which must stand there as they are; else as O_q over the answers' runs. O_p of the passage, as O_q over the passages',
-   within max(passage_window, twice its words).
+3. O_a of the answer, within max(answer_window, twice its words) words around the cluster: 1 or 0 for fewer than n
+   words, which must stand there as they are; else as O_q over the answers' runs. O_p of the passage likewise, within
+   max(passage_window, twice its words).
 4. Score S = w_q O_q + w_a O_a + w_p O_p, w = (.75, .25) with an answer, (.85, .15) with a passage, (.7, .2, .1) with
    both. w_q is taken times 1/2 + N_q / 40 where the question has N_q < 20 distinct runs, and the rest given to the
    others by their weights.
@@ -34,7 +34,7 @@ from purelm.curate.normalise import folded
 from purelm.curate.shingles import shingles
 from purelm.data.checks import check_int
 
-__all__ = ["Decon", "Hit", "Index", "Test", "cleared", "contamination", "index"]
+__all__ = ["Decon", "Example", "Hit", "Index", "cleared", "contamination", "index"]
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,8 @@ class Decon:
             raise ValueError(f"least={self.least!r}: allowed is above 0, to 1")
 
 
-class Test(NamedTuple):
+class Example(NamedTuple):
     """An example of an evaluation set."""
-
-    __test__ = False  # pytest: no tests in here
 
     id: str
     question: str
@@ -107,7 +105,7 @@ class Hit(NamedTuple):
     end: int  # and after the last
 
 
-def index(sets: Mapping[str, Iterable[Test]], settings: Decon | None = None) -> Index:
+def index(sets: Mapping[str, Iterable[Example]], settings: Decon | None = None) -> Index:
     """The Index of evaluation sets. Memory: about 200 bytes for each distinct run."""
     settings = settings or Decon()
     names: list[tuple[str, str]] = []

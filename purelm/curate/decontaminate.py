@@ -36,7 +36,8 @@ from purelm.curate.shingles import shingles
 from purelm.data.checks import check_int
 
 __all__ = [
-    "DATATROVE", "GPT3", "LLAMA2", "PALM", "TULU3", "Decontamination", "Found", "Index", "decontaminated", "index", "look"
+    "DATATROVE", "GPT3", "LLAMA2", "PALM", "TULU3", "Decontamination", "Found", "Index", "decontaminated", "index",
+    "look",
 ]  # fmt: skip
 
 SEPARATE = re.compile(r"\S+")
