@@ -186,6 +186,17 @@ def test_training_reaches_what_the_noise_allows(dimension, lr):
     assert 0.85 < (z.argmax(1) == y).mean() < 0.95
 
 
+def test_every_epoch_has_an_order_of_its_own(monkeypatch):
+    """Oracle: the permutations that are drawn."""
+    orders = []
+    draw = random.permutation
+    monkeypatch.setattr(random, "permutation", lambda *x: orders.append(draw(*x)) or orders[-1])
+    texts, labels = toy(20, 1)
+    fit([features(t, SMALL) for t in texts], labels, Config(("a", "b"), SMALL), random.key(0), Fit(3, 8))
+    assert len(orders) == 3 and len({tuple(x.tolist()) for x in orders}) == 3
+    assert all(sorted(x.tolist()) == list(range(20)) for x in orders)
+
+
 def test_class_weights_make_classes_equal():
     w = class_weights([0, 0, 0, 1], 2)
     assert sum(w[:3]) == pytest.approx(w[3]) and sum(w) == pytest.approx(4)

@@ -16,6 +16,7 @@ from purelm.curate.decontaminate import (
     Decontamination,
     Found,
     decontaminated,
+    hits,
     index,
     look,
 )
@@ -52,18 +53,23 @@ def brute(sets, text, n, least_words, measure):
     return found
 
 
-@given(st.data(), st.integers(1, 5), st.sampled_from(["runs", "words"]))
-def test_shares_are_those_of_sets_of_tuples(data, n, measure):
-    texts = st.lists(st.sampled_from(["a", "B", "c.", "--", "\u00e9"]), max_size=14).map(" ".join)
-    sets = {name: [(f"{name}{i}", data.draw(texts)) for i in range(3)] for name in "xy"}
-    text = data.draw(texts)
-    tests = index(sets, n, least_words=2)
+@pytest.mark.parametrize("seed", range(200))
+def test_shares_are_those_of_sets_of_tuples(seed):
+    draw = random.Random(seed)
+    n, least_words, measure = draw.randint(1, 5), draw.randint(1, 6), draw.choice(["runs", "words"])
+
+    def words(most):
+        return " ".join(draw.choices(["a", "B", "c.", "--", "\u00e9"], k=draw.randint(0, most)))
+
+    sets = {name: [(f"{name}{i}", words(14)) for i in range(3)] for name in "xy"}
+    text = words(20)
+    tests = index(sets, n, least_words=least_words)
     found = look(tests, text, measure)
-    assert {(f.set, f.id): pytest.approx(f.share) for f in found} == brute(sets, text, n, 2, measure)
+    assert {(f.set, f.id): pytest.approx(f.share) for f in found} == brute(sets, text, n, least_words, measure)
     assert [f.share for f in found] == sorted((f.share for f in found), reverse=True)
-    least = data.draw(st.floats(0, 1))
+    least = draw.random()
     assert look(tests, text, measure, least) == [f for f in found if f.share >= least]
-    short = sum(len(folded(t).split()) < min(n, 2) for tests in sets.values() for _, t in tests)
+    short = sum(len(folded(t).split()) < min(n, least_words) for tests in sets.values() for _, t in tests)
     assert tests.n_ignored == short
 
 
@@ -128,6 +134,24 @@ def test_cut_drops_what_falls_apart_and_what_nothing_is_left_of():
     ten = Document("1", f" {test} ".join(sentence(150, 10 + i) for i in range(10)))
     assert decontaminated(ten, tests, GPT3).meta["pieces"] == 10
     assert decontaminated(Document("1", f"a b {test} c d"), tests, GPT3) == Drop("contaminated: s", 1.0)
+
+
+def test_cut_of_windows_that_lie_in_one_another():
+    """The last run of the long text begins at word 27 and ends after the short one, which begins at 30."""
+    long = sentence(40, 1)
+    inner = " ".join(long.split()[30:38])
+    tests = index({"s": [("a", long), ("b", inner)]}, 13)
+    document = Document("1", f"{sentence(20, 2)} {long} {sentence(20, 3)}")
+    cut = decontaminated(document, tests, Decontamination(13, action="cut", window=0, least_piece=0))
+    assert cut.text == f"{sentence(20, 2)}\n\n{sentence(20, 3)}"
+
+
+def test_a_document_of_fewer_words_than_a_run_has_none():
+    """The hash of a whole short document is not looked up: its words are of no run."""
+    tests = index({"s": [("q", "a b c d e")]}, 5, least_words=3)
+    assert look(tests, "a b c d") == [] and hits(tests, "a b c d") == [] and len(hits(tests, "a b c d e")) == 1
+    two = index({"s": [("q", "a b c d e"), ("r", "a b c")]}, 5, least_words=3)
+    assert [m for _, _, m in hits(two, "a b c")] == [3]  # once, by its own length
 
 
 def test_cut_leaves_runs_of_texts_below_the_share():
