@@ -10,9 +10,10 @@ With ids i_1 .. i_N of a text (`features`) its logits are z = b + N^(-1/2) sum_j
 et al. 2016, arXiv:1607.01759), which takes the mean and keeps single words apart from the buckets: N^(-1/2) gives texts
 of different n-grams one norm and lets longer ones be surer.
 
-Why linear is the default: of 1,111 held-out texts (web pages against news and speeches), with words and pairs in 2^18
-buckets, D = 16 had accuracy .993 to .994 and the linear model .987 to .992 (over learning rates), for four times the time
-of training; 2^20 buckets, linear, had .995 to .997, character n-grams (3 to 5) .992 to .995 at a quarter of the speed.
+Why linear is the default: of 1,110 held-out texts (web pages against news and speeches), with words and pairs in 2^18
+buckets, D = 16 had accuracy .993 to .994 and the linear model .987 to .992 (over learning rates), for four times the
+time of training; 2^20 buckets, linear, had .995 to .997, character n-grams (3 to 5) .992 to .995 at a quarter of the
+speed.
 
 Legend: B texts, N ids, D dimension, L labels.
 """
