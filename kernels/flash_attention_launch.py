@@ -40,8 +40,12 @@ def forward(
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    one_path: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(o (B, T, H, E), lse (B, H, T) fp32). bias and mask are (B, H, T, S), with 1 where an axis is broadcast."""
+    """(o (B, T, H, E), lse (B, H, T) fp32). bias and mask are (B, H, T, S), with 1 where an axis is broadcast.
+
+    one_path: tiles of keys that need no masks are computed as if they did, so that equal scores give equal bits.
+    """
     B, T, H, _ = q_BTHK.shape
     S, G, E = v_BSGK.shape[1:]
     o = torch.empty(B, T, H, E, dtype=q_BTHK.dtype, device=q_BTHK.device)
@@ -57,7 +61,7 @@ def forward(
     optional = (sinks, *(segments or ()), lo, hi, bias, vis)
     tensors = [q_BTHK, k_BSGK, v_BSGK, o, lse, *(x for x in optional if x is not None)]
     kinds = (None if sinks is None else sinks.dtype, segments is None)
-    key = (_layout(*tensors[:3]), kinds, _form(bias), _form(vis), request, blocks, all_aligned(tensors))
+    key = (_layout(*tensors[:3]), kinds, _form(bias), _form(vis), request, blocks, one_path, all_aligned(tensors))
     with device_of(o):
         if relaunch(kernels.forward, key, tensors):
             return o, lse
@@ -71,7 +75,7 @@ def forward(
             _heads_at_once(k, v, H // G), *limits, *scales,
         )  # fmt: skip
         constants |= {"SINK": sinks is not None, "SEG": segments is not None, "TMA": tma}
-        constants |= {"HAS_BIAS": bias is not None, "HAS_VIS": vis is not None}
+        constants |= {"HAS_BIAS": bias is not None, "HAS_VIS": vis is not None, "ONE_PATH": one_path}
         n = triton.cdiv(T, blocks.m) * B * H
         launch(kernels.forward, key, tensors, n, args, *_constants(constants, blocks))
     return o, lse

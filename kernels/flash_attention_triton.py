@@ -5,7 +5,8 @@ Three kernels: forward (o, lse); backward for dq, which also writes delta = rows
 which reads delta. Two backward passes cost 7 matrix products instead of 5, and need no atomics: every element is the
 sum of the same terms in the same order in each run. A bias that has a gradient takes a third pass, in which a program
 owns a tile of that gradient and loops over all that is summed into it. With a bias or a mask every tile takes the
-masked path.
+masked path; so does the forward pass on request, since the paths round differently: without masks the compiler joins
+the scale and the maximum into one multiply-add.
 
 Names: M a tile of queries, N a tile of keys, D head dim of q and k, E of v, both padded to powers of two. Tiles are
 read and written through tensor descriptors (TMA), which read zeros beyond the edges and write nothing there; or, where
@@ -215,9 +216,9 @@ def forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, BIAS, bias_b, bias_h,
              vis_t, vis_s, B, H, R, T, S, k_width, v_width, heads_at_once, left, right, scale, cap, BM: tl.constexpr,
              BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
              LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
-             HAS_BIAS: tl.constexpr, HAS_VIS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-             UPCAST: tl.constexpr):  # fmt: skip
-    """One tile of queries of one head: o and lse."""
+             HAS_BIAS: tl.constexpr, HAS_VIS: tl.constexpr, ONE_PATH: tl.constexpr, TMA: tl.constexpr,
+             PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """One tile of queries of one head: o and lse. ONE_PATH: all tiles of keys are computed as those with masks are."""
     n_tiles = tl.cdiv(T, BM)
     tile, head = _place(tl.program_id(0), n_tiles, B * H, heads_at_once)
     if RIGHT:
@@ -241,14 +242,14 @@ def forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, BIAS, bias_b, bias_h,
     if HAS_VIS:
         VIS += b.to(tl.int64) * vis_b + h.to(tl.int64) * vis_h
     lo, a, z, hi = _key_range(m0, T, S, left, right, LO, HI, b * n_tiles + tile, BM, BN, LEFT, RIGHT, SEG)
-    if HAS_BIAS or HAS_VIS:
+    if HAS_BIAS or HAS_VIS or ONE_PATH:
         a = hi
-    if LEFT or SEG or HAS_BIAS or HAS_VIS:
+    if LEFT or SEG or HAS_BIAS or HAS_VIS or ONE_PATH:
         acc, l, m = _attend(acc, l, m, q, K, V, b, g, G, lo, a, q_at, q_seg, KV_SEG, T, S,
                             k_width, v_width, left, right, scale, cap, BN, D, E, LEFT, RIGHT, SEG, CAP, True, TMA,
                             PRECISION, UPCAST, BIAS, bias_t, bias_s, VIS, vis_t, vis_s, HAS_BIAS,
                             HAS_VIS)  # fmt: skip
-    if not (SEG or HAS_BIAS or HAS_VIS):
+    if not (SEG or HAS_BIAS or HAS_VIS or ONE_PATH):
         acc, l, m = _attend(acc, l, m, q, K, V, b, g, G, a, z, q_at, q_seg, KV_SEG, T, S,
                             k_width, v_width, left, right, scale, cap, BN, D, E, LEFT, RIGHT, SEG, CAP, False, TMA,
                             PRECISION, UPCAST, BIAS, bias_t, bias_s, VIS, vis_t, vis_s, HAS_BIAS,

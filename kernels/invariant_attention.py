@@ -1,7 +1,8 @@
 """Flash attention with one set of tiles for all shapes, so that a query's result does not depend on the others.
 
 `flash_attention` takes tiles by length and mask. With fixed ones a query adds up the same tiles of keys in the same
-order, whether it stands among all queries of a sequence or alone before a cache.
+order, whether it stands among all queries of a sequence or alone before a cache. And all tiles take the path of those
+with masks: below the diagonal a sequence's tiles need none, a cache's may, and the two paths differ by a rounding.
 """
 
 from typing import Any
@@ -55,7 +56,8 @@ def _cuda(
     width = 1 << (q.shape[-1] - 1).bit_length()
     blocks = fallback("forward", width, q.element_size())
     segments = None if q_ids is None or kv_ids is None else (q_ids.contiguous(), kv_ids.contiguous())
-    return kernels.forward(q, k, v, segments, None, kernels.Request(left, right, scale, softcap, "ieee"), blocks)
+    request = kernels.Request(left, right, scale, softcap, "ieee")
+    return kernels.forward(q, k, v, segments, None, request, blocks, one_path=True)
 
 
 _op = torch.library.custom_op("purelm::invariant_attention", _cuda, mutates_args=(), device_types="cuda")
