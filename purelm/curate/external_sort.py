@@ -87,7 +87,7 @@ def _sorted_blocks(blocks: Iterable[U64], columns: int, folder: Path, memory: in
         fan = min(max(most // MERGED_ROWS, 2), MOST_RUNS)
         level = 1
         while len(runs) > fan:
-            merged = []
+            merged: list[Path] = []
             for i in range(0, len(runs), fan):
                 group = runs[i : i + fan]
                 merged.append(_written(staged / f"{level}-{len(merged)}", _merged(group, columns, most)))
@@ -122,7 +122,7 @@ def _filled(blocks: Iterable[U64], columns: int, most: int) -> Iterator[U64]:
 def _written(path: Path, blocks: Iterable[U64]) -> Path:
     with path.open("wb") as file:
         for block in blocks:
-            file.write(np.ascontiguousarray(block, "<u8"))
+            file.write(np.ascontiguousarray(block, "<u8").data)
     return path
 
 
@@ -174,7 +174,7 @@ def sort_file(blocks: Iterable[U64], output: Path, columns: int, memory: int) ->
         path = staged / "sorted"
         with path.open("wb") as file:
             for block in ordered:
-                file.write(np.ascontiguousarray(block, "<u8"))
+                file.write(np.ascontiguousarray(block, "<u8").data)
                 n += len(block)
         sync(path)
         os.replace(path, output)
