@@ -15,7 +15,7 @@ from purelm.curate.minhash import MinHash, band_keys, signatures
 from purelm.curate.normalise import folded
 from purelm.curate.shingles import U64, jaccard, shingles
 
-__all__ = ["buckets", "cluster", "find", "near_duplicates"]
+__all__ = ["buckets", "cluster", "find", "join_group_", "near_duplicates"]
 
 KEPT = 4096  # sets of shingles in memory while candidates are compared
 
@@ -60,16 +60,26 @@ def cluster(keys: U64, same: Callable[[int, int], bool]) -> NDArray[np.int64]:
     root = np.arange(len(keys))
     for band in range(keys.shape[1]):
         for group in buckets(keys[:, band]):
-            known: dict[int, list[int]] = {}  # by the cluster's root: those of the bucket that came before
-            for j in group.tolist():
-                for _, members in sorted(known.items()):
-                    if find(root, members[0]) != find(root, j) and any(same(i, j) for i in members):
-                        _join(root, members[0], j)
-                merged: dict[int, list[int]] = {}
-                for members in (*known.values(), [j]):
-                    merged.setdefault(find(root, members[0]), []).extend(members)
-                known = merged
+            join_group_(root, group.tolist(), same)
     return np.array([find(root, i) for i in range(len(root))], np.int64)
+
+
+def join_group_(root: NDArray[np.int64], group: Sequence[int], same: Callable[[int, int], bool]) -> None:
+    """Join those of a group, ascending numbers, for which same(i, j): `root` is written to. See `cluster`."""
+    known: dict[int, list[int]] = {}  # by the cluster's root: those of the group that came before
+    for j in group:
+        joined = []
+        for top in sorted(known):
+            if find(root, top) != find(root, j):
+                if not any(same(i, j) for i in known[top]):
+                    continue
+                _join(root, top, j)
+            joined.append(top)
+        members = known.pop(joined[0]) if joined else []
+        for top in joined[1:]:
+            members.extend(known.pop(top))
+        members.append(j)
+        known[find(root, j)] = members
 
 
 def find(root: NDArray[np.int64], i: int) -> int:

@@ -1,0 +1,85 @@
+"""Lines of files. Oracles: collections.Counter over the lines themselves; the same hashes in plain Python."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from purelm.curate import lines
+from purelm.curate.lines import LEAST, exact_line_deduplication, line_hashes
+from purelm.tokenizer.engine import has_numba
+
+ENGINES = ["python", *(["numba"] if has_numba() else [])]
+FILES = st.lists(st.text("ab\n\n\n\r é\0", max_size=30).map(str.encode), min_size=1, max_size=4)
+
+
+def cut(data):
+    *whole, rest = data.split(b"\n")
+    return [*(line + b"\n" for line in whole), *([rest] if rest else [])]
+
+
+@pytest.mark.parametrize("block", [1, 1 << 22])
+@pytest.mark.parametrize("engine", ENGINES)
+@given(files=FILES, keep=st.sampled_from(["none", "first"]))
+@settings(max_examples=40, deadline=None)
+def test_files(tmp_path_factory, block, engine, files, keep):
+    """Oracle: a Counter. Room for sixteen lines; blocks of one line and of all of them."""
+    folder = tmp_path_factory.mktemp("lines")
+    paths = [folder / f"{i}.txt" for i in range(len(files))]
+    for path, data in zip(paths, files, strict=True):
+        path.write_bytes(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "BLOCK", block)
+        exact_line_deduplication(paths, folder / "out", keep=keep, memory=LEAST, engine=engine)
+    counts = Counter(line.removesuffix(b"\n") for data in files for line in cut(data))
+    seen = set()
+    for path, data in zip(paths, files, strict=True):
+        wanted = []
+        for line in cut(data):
+            key = line.removesuffix(b"\n")
+            if counts[key] == 1 or (keep == "first" and key not in seen):
+                wanted.append(line)
+            seen.add(key)
+        assert (folder / "out" / path.name).read_bytes() == b"".join(wanted) and path.read_bytes() == data
+    assert len(list((folder / "out").iterdir())) == len(files)
+
+
+@given(st.binary(max_size=60))
+@settings(deadline=None)
+def test_hashes(data):
+    """Equal for equal lines alone, and by both engines."""
+    hashes, ends = line_hashes(data, "python")
+    pieces = cut(data)
+    assert np.diff(ends, prepend=0).tolist() == [len(piece) for piece in pieces]
+    for column in hashes.T.tolist():
+        assert len(set(column)) == len({piece.removesuffix(b"\n") for piece in pieces})
+    for engine in ENGINES[1:]:
+        again = line_hashes(data, engine)
+        assert (again[0] == hashes).all() and (again[1] == ends).all()
+
+
+def test_halves_that_are_equal():
+    """Of hashes with equal first halves each is found by both."""
+    repeated = np.array([[1, 5, 10], [1, 7, 11], [1, 9, 12], [4, 0, 13]], np.uint64)
+    asked = np.array([[1, 7], [1, 9], [1, 6], [0, 5], [4, 0], [4, 1], [5, 0], [1, 5]], np.uint64)
+    assert lines._lookup(repeated, repeated[:, 0], asked).tolist() == [11, 12, -1, -1, 13, -1, -1, 10]
+
+
+def test_what_is_refused(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"x\n")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a").write_bytes(b"x\n")
+    for inputs, output, options, message in [
+        ([path], tmp_path, {}, "would replace it"),
+        ([path, tmp_path / "b" / "a"], tmp_path / "out", {}, "another input is named a too"),
+        ([tmp_path / "none"], tmp_path / "out", {}, "no such file"),
+        ([path], tmp_path / "out", {"keep": "last"}, "keep='last'"),
+        ([path], tmp_path / "out", {"memory": LEAST - 1}, "memory="),
+        ([path], tmp_path / "out", {"engine": "c"}, "engine='c'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            exact_line_deduplication(inputs, output, **options)
+    assert not (tmp_path / "out").exists() and path.read_bytes() == b"x\n"
