@@ -167,7 +167,7 @@ def _texts(name: str, args: Args) -> Iterator[str | None]:
         if isinstance(item, Skipped):
             yield None
             continue
-        found: Document | Drop = extract(Raw, Extraction(), item) if isinstance(item) else item
+        found: Document | Drop = extract(item, Extraction()) if isinstance(item, Raw) else item
         yield None if isinstance(found, Drop) else found.text
 
 
