@@ -214,8 +214,8 @@ def _fingerprints(tokens: TokenFile, heldout: TokenFile | None, bpe: BPE | None)
     }
 
 
-def make_core(optim: Optim, leaves: Leaves) -> Optimizer:
-    """The optimizer without clipping. All matrices decay; Muon updates the hidden ones."""
+def make_core(optim: Optim, leaves: Leaves, adamw: Callable[..., Optimizer] = adamw) -> Optimizer:
+    """The optimizer without clipping. All matrices decay; Muon updates the hidden ones. adamw: what `adamw` is."""
     betas, decay = (optim.beta1, optim.beta2), of_kind(leaves, "matrix", "embedding", "head")
     for name, value in (("alpha", optim.alpha), ("momentum", optim.momentum)):
         if value is not None and optim.name != "rmsprop":

@@ -41,10 +41,12 @@ def forward(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     one_path: bool = False,
+    last: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o (B, T, H, E), lse (B, H, T) fp32). bias and mask are (B, H, T, S), with 1 where an axis is broadcast.
 
     one_path: tiles of keys that need no masks are computed as if they did, so that equal scores give equal bits.
+    last: (B,) int64, each row's last key, without segments, sinks, bias and mask; NaN where it is not below S.
     """
     B, T, H, _ = q_BTHK.shape
     S, G, E = v_BSGK.shape[1:]
@@ -58,9 +60,9 @@ def forward(
     sinks = None if sinks is None else sinks.contiguous()
     blocks, lo, hi = _cut("forward", blocks, q_BTHK, v_BSGK, segments, request)
     vis = None if mask is None else mask.view(torch.uint8)
-    optional = (sinks, *(segments or ()), lo, hi, bias, vis)
+    optional = (sinks, *(segments or ()), lo, hi, bias, vis, last)
     tensors = [q_BTHK, k_BSGK, v_BSGK, o, lse, *(x for x in optional if x is not None)]
-    kinds = (None if sinks is None else sinks.dtype, segments is None)
+    kinds = (None if sinks is None else sinks.dtype, segments is None, last is None)
     key = (_layout(*tensors[:3]), kinds, _form(bias), _form(vis), request, blocks, one_path, all_aligned(tensors))
     with device_of(o):
         if relaunch(kernels.forward, key, tensors):
@@ -71,11 +73,12 @@ def forward(
         args = (
             _tile(q, blocks.m, D, tma), _tile(k, blocks.n, D, tma), _tile(v, blocks.n, E, tma),
             _tile(o, blocks.m, E, tma), lse, _or(sinks, lse), *_ids(segments, lse), _or(lo, lse), _or(hi, lse),
-            *_stepped(bias, lse), *_stepped(vis, lse), B, H, H // G, T, S, q.shape[-1], v.shape[-1],
-            _heads_at_once(k, v, H // G), *limits, *scales,
+            *_stepped(bias, lse), *_stepped(vis, lse), _or(last, lse), B, H, H // G, T, S, q.shape[-1],
+            v.shape[-1], _heads_at_once(k, v, H // G), *limits, *scales,
         )  # fmt: skip
         constants |= {"SINK": sinks is not None, "SEG": segments is not None, "TMA": tma}
-        constants |= {"HAS_BIAS": bias is not None, "HAS_VIS": vis is not None, "ONE_PATH": one_path}
+        constants |= {"HAS_BIAS": bias is not None, "HAS_VIS": vis is not None}
+        constants |= {"ONE_PATH": one_path, "HAS_LAST": last is not None}
         n = triton.cdiv(T, blocks.m) * B * H
         launch(kernels.forward, key, tensors, n, args, *_constants(constants, blocks))
     return o, lse

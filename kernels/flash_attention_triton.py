@@ -166,8 +166,8 @@ def _query_range(n0, T, S, left, right, LO, HI, at, BM: tl.constexpr, BN: tl.con
 
 
 @triton.jit
-def _attend(acc, l, m, q, K, V, b, g, G, first, last, q_at, q_seg, KV_SEG, T, S, k_width, v_width, left, right, scale,
-            cap, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+def _attend(acc, l, m, q, K, V, b, g, G, first, last, q_at, q_seg, KV_SEG, T, S, n_keys, k_width, v_width, left, right,
+            scale, cap, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
             SEG: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
             UPCAST: tl.constexpr, BIAS, bias_t, bias_s, VIS, vis_t, vis_s, HAS_BIAS: tl.constexpr,
             HAS_VIS: tl.constexpr):  # fmt: skip
@@ -183,7 +183,7 @@ def _attend(acc, l, m, q, K, V, b, g, G, first, last, q_at, q_seg, KV_SEG, T, S,
             kv_seg = 0
             if SEG:
                 kv_seg = tl.load(KV_SEG + b.to(tl.int64) * S + k_at, mask=k_at < S, other=0)[None, :]
-            seen = _seen(q_at[:, None], k_at[None, :], left, right, q_seg[:, None], kv_seg, S, LEFT, RIGHT, SEG)
+            seen = _seen(q_at[:, None], k_at[None, :], left, right, q_seg[:, None], kv_seg, n_keys, LEFT, RIGHT, SEG)
             if HAS_VIS:
                 seen = seen & _visible(VIS, q_at[:, None] - (S - T), k_at[None, :], vis_t, vis_s, T, S)
             if not CAP:
@@ -213,12 +213,13 @@ def _attend(acc, l, m, q, K, V, b, g, G, first, last, q_at, q_seg, KV_SEG, T, S,
 
 @triton.jit
 def forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, BIAS, bias_b, bias_h, bias_t, bias_s, VIS, vis_b, vis_h,
-             vis_t, vis_s, B, H, R, T, S, k_width, v_width, heads_at_once, left, right, scale, cap, BM: tl.constexpr,
-             BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+             vis_t, vis_s, LAST, B, H, R, T, S, k_width, v_width, heads_at_once, left, right, scale, cap,
+             BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
              LEFT: tl.constexpr, RIGHT: tl.constexpr, SEG: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
-             HAS_BIAS: tl.constexpr, HAS_VIS: tl.constexpr, ONE_PATH: tl.constexpr, TMA: tl.constexpr,
-             PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """One tile of queries of one head: o and lse. ONE_PATH: all tiles of keys are computed as those with masks are."""
+             HAS_BIAS: tl.constexpr, HAS_VIS: tl.constexpr, ONE_PATH: tl.constexpr, HAS_LAST: tl.constexpr,
+             TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """One tile of queries of one head: o and lse. ONE_PATH: all tiles of keys are computed as those with masks are.
+    HAS_LAST: the last key of row b is that at LAST[b]; what lies after it is not there. NaN where it is not below S."""
     n_tiles = tl.cdiv(T, BM)
     tile, head = _place(tl.program_id(0), n_tiles, B * H, heads_at_once)
     if RIGHT:
@@ -229,7 +230,10 @@ def forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, BIAS, bias_b, bias_h,
     g = h // R
     m0 = tile * BM
     rows = m0 + tl.arange(0, BM)
-    q_at = rows + (S - T)
+    n_keys = S
+    if HAS_LAST:
+        n_keys = tl.load(LAST + b).to(tl.int32) + 1
+    q_at = rows + (n_keys - T)
     q = _load(Q, b, h, m0, T, H, k_width, BM, D, TMA)
     q_seg = rows
     if SEG:
@@ -241,20 +245,20 @@ def forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, BIAS, bias_b, bias_h,
         BIAS += b.to(tl.int64) * bias_b + h.to(tl.int64) * bias_h
     if HAS_VIS:
         VIS += b.to(tl.int64) * vis_b + h.to(tl.int64) * vis_h
-    lo, a, z, hi = _key_range(m0, T, S, left, right, LO, HI, b * n_tiles + tile, BM, BN, LEFT, RIGHT, SEG)
+    lo, a, z, hi = _key_range(m0, T, n_keys, left, right, LO, HI, b * n_tiles + tile, BM, BN, LEFT, RIGHT, SEG)
     if HAS_BIAS or HAS_VIS or ONE_PATH:
         a = hi
     if LEFT or SEG or HAS_BIAS or HAS_VIS or ONE_PATH:
-        acc, l, m = _attend(acc, l, m, q, K, V, b, g, G, lo, a, q_at, q_seg, KV_SEG, T, S,
+        acc, l, m = _attend(acc, l, m, q, K, V, b, g, G, lo, a, q_at, q_seg, KV_SEG, T, S, n_keys,
                             k_width, v_width, left, right, scale, cap, BN, D, E, LEFT, RIGHT, SEG, CAP, True, TMA,
                             PRECISION, UPCAST, BIAS, bias_t, bias_s, VIS, vis_t, vis_s, HAS_BIAS,
                             HAS_VIS)  # fmt: skip
     if not (SEG or HAS_BIAS or HAS_VIS or ONE_PATH):
-        acc, l, m = _attend(acc, l, m, q, K, V, b, g, G, a, z, q_at, q_seg, KV_SEG, T, S,
+        acc, l, m = _attend(acc, l, m, q, K, V, b, g, G, a, z, q_at, q_seg, KV_SEG, T, S, n_keys,
                             k_width, v_width, left, right, scale, cap, BN, D, E, LEFT, RIGHT, SEG, CAP, False, TMA,
                             PRECISION, UPCAST, BIAS, bias_t, bias_s, VIS, vis_t, vis_s, HAS_BIAS,
                             HAS_VIS)  # fmt: skip
-        acc, l, m = _attend(acc, l, m, q, K, V, b, g, G, z, hi, q_at, q_seg, KV_SEG, T, S,
+        acc, l, m = _attend(acc, l, m, q, K, V, b, g, G, z, hi, q_at, q_seg, KV_SEG, T, S, n_keys,
                             k_width, v_width, left, right, scale, cap, BN, D, E, LEFT, RIGHT, SEG, CAP, True, TMA,
                             PRECISION, UPCAST, BIAS, bias_t, bias_s, VIS, vis_t, vis_s, HAS_BIAS,
                             HAS_VIS)  # fmt: skip
@@ -269,6 +273,8 @@ def forward(Q, K, V, O, LSE, SINKS, Q_SEG, KV_SEG, LO, HI, BIAS, bias_b, bias_h,
     l = tl.where(some, l, 1.0)
     lse = tl.where(some, (m + tl.log2(l)) * 0.6931471805599453, float("-inf"))
     acc = acc / l[:, None]
+    if HAS_LAST:
+        acc = tl.where(n_keys > S, float("nan"), acc)
     tl.store(LSE + head.to(tl.int64) * T + rows, lse, mask=rows < T)
     if TMA:
         o = acc.to(O.dtype)

@@ -13,7 +13,7 @@ from experiments.console import in_bf16, say
 from experiments.finetune.setup import loss_chunk, special_ids, template_of
 from experiments.grading import Reward, grader_named
 from experiments.open_model import open_model
-from experiments.ops import generation_options, ops_for_generation, ops_named, sampling_weights
+from experiments.ops import evaluating_ops, generation_options, ops_for_generation, ops_named, sampling_weights
 from experiments.parallel import Job, Run, alone, layout
 from experiments.rl.config import MAY_CHANGE, Answers, FromRewards
 from experiments.rl.problems import Problem, content, read_problems
@@ -28,6 +28,7 @@ from purelm.dist.agreement import fingerprint as tensors_of
 from purelm.dist.world import World
 from purelm.models import transformer
 from purelm.ops import Ops
+from purelm.optim import Optimizer
 from purelm.tokenizer import BPE, fingerprint
 from purelm.tokenizer.chat import Chat
 from purelm.train import FULL, MIXED, Precision, TrainState
@@ -143,20 +144,29 @@ def sampler_of(cfg: Answers, world: World, given: Opened, min_new_tokens: int) -
             f"exact: answers of at least {min_new_tokens} tokens are drawn from other log-probabilities than the "
             "model's; take a recipe without a least length"
         )
-    model = transformer.make(given.model, _ops(cfg) or ops_for_generation(given.model, world.device))
+    model = transformer.make(given.model, _ops(cfg, ops_for_generation(given.model, world.device)))
     return Sampler(
         model, given.bpe, stop, cfg.max_new_tokens, cfg.sample_rows, given.reward, world,
         generation_options(world.device), sampling_weights(world.device),
     )  # fmt: skip
 
 
-def _ops(cfg: Answers) -> Ops | None:
-    """Those of an exact run, else None."""
+def _ops(cfg: Answers, otherwise: Ops) -> Ops:
+    """Those of an exact run, else the given ones."""
     if not cfg.exact:
-        return None
+        return otherwise
     from purelm.kernels.invariant import INVARIANT
 
     return INVARIANT
+
+
+def _core(cfg: FromRewards, model: transformer.Config, world: World) -> Optimizer:
+    """The optimizer without clipping; on a GPU, which steps in eager code keep waiting, AdamW as one launch."""
+    if world.device.type != "cuda" or world.size > 1:
+        return make_core(cfg.optim, transformer.leaves(model))
+    from purelm.kernels.adamw import adamw
+
+    return make_core(cfg.optim, transformer.leaves(model), adamw)
 
 
 def run_of(
@@ -169,12 +179,13 @@ def run_of(
     log-probabilities that are trained. The rest are the trainer's fields.
     """
     model = given.model
-    ops = _ops(cfg) or ops_named("reference" if model.attention_softcap is not None else "sdpa")
+    # Passes are of rows that differ in number and length, so they are not compiled: on a GPU kernels spare launches.
+    ops = _ops(cfg, ops_named("fused") if world.device.type == "cuda" else evaluating_ops(model))
     longest = max(len(x.ids) for x in given.problems) + cfg.max_new_tokens
     job = Job(
         model=model,
         init=lambda: given.params,
-        core=make_core(cfg.optim, transformer.leaves(model)),
+        core=_core(cfg, model, world),
         max_norm=cfg.optim.clip,
         whole_matrices=cfg.optim.name == "muon",
         schedule=make_schedule(cfg.optim, cfg.steps * updates),

@@ -12,6 +12,7 @@ from purelm.generate.rows import begin, draw
 from purelm.kernels.decode_attention import decode_attention_
 from purelm.kernels.draw import draw_
 from purelm.kernels.fused import FUSED
+from purelm.kernels.invariant_decode import invariant_decode_attention_
 from purelm.models import transformer
 from purelm.models.joined import join_weights
 from purelm.ops.decode_attention import decode_attention_ as reference
@@ -38,7 +39,8 @@ def numbers(seed, *shapes, dtype=torch.float32):
     [{}, {"window": 100}, {"softcap": 2.0, "scale": 0.3}, {"layout": "half"}, {"rope": False, "window": 0}],
     ids=str,
 )
-def test_attention_of_one_token_is_as_exact_as_the_reference(dtype, heads, options):
+@pytest.mark.parametrize("op", [decode_attention_, invariant_decode_attention_], ids=lambda op: op.__name__)
+def test_attention_of_one_token_is_as_exact_as_the_reference(dtype, heads, options, op):
     """Oracle: the reference in float64, on the cache as the kernel leaves it."""
     H, G = heads
     K, S = (64, 300) if H != 32 else (128, 1300)
@@ -49,7 +51,7 @@ def test_attention_of_one_token_is_as_exact_as_the_reference(dtype, heads, optio
     if options.pop("rope", True):
         options["cos_BJ"], options["sin_BJ"] = rope_tables(length, K)
     mine = [keys.clone(), values.clone()]
-    got = decode_attention_(q, k, v, *mine, length, **options)
+    got = op(q, k, v, *mine, length, **options)
     same_cache = [keys.clone(), values.clone()]
     same = reference(q, k, v, *same_cache, length, **options)
     exact = reference(*[x.double() for x in (q, k, v, keys, values)], length, **options)
@@ -75,10 +77,11 @@ def test_a_row_has_the_same_bits_in_every_batch_and_cache():
             assert torch.equal(whole[one], alone)
 
 
-def test_a_full_row_is_nan_and_writes_nothing():
+@pytest.mark.parametrize("op", [decode_attention_, invariant_decode_attention_], ids=lambda op: op.__name__)
+def test_a_full_row_is_nan_and_writes_nothing(op):
     q, k, v, keys, values = numbers(2, (2, 4, 32), (2, 4, 32), (2, 4, 32), (2, 10, 4, 32), (2, 10, 4, 32))
     mine = [keys.clone(), values.clone()]
-    out = decode_attention_(q, k, v, *mine, torch.tensor([10, 3], device=CUDA))
+    out = op(q, k, v, *mine, torch.tensor([10, 3], device=CUDA))
     assert out[0].isnan().all() and out[1].isfinite().all()
     assert torch.equal(mine[0][0], keys[0]) and torch.equal(mine[1][0], values[0])
 

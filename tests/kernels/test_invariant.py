@@ -13,6 +13,7 @@ import torch
 from purelm.kernels.invariant import INVARIANT
 from purelm.kernels.invariant_linear import invariant_linear
 from purelm.ops import REFERENCE
+from purelm.ops.decode_attention import decode_attention_ as reference_decode
 from purelm.ops.linear import linear as reference
 from purelm.ops.log_probs import log_probs as reference_log_probs
 from tests.kernels.rules import assert_as_exact
@@ -75,6 +76,46 @@ def test_log_probs_of_rows_are_those_that_drawing_notes(temperature):
     assert torch.equal(log_prob_rows_triton.log_probs(logits[3:4], rows.token_B[3:4], temperature), found[3:4])
 
 
+@INTERPRETED
+def test_one_path_and_the_last_key_of_rows():
+    """Oracles: attention in float64 (the rule of rules.py); a causal sequence's own rows, which read the same keys."""
+    from purelm.kernels.flash_attention_launch import Request, forward
+
+    q, k, v = numbers(6, (2, 80, 4, 16), (2, 80, 2, 16), (2, 80, 2, 16))
+    for window in (None, 20):
+        request = Request(window, 0, 0.25, None, "ieee")
+        whole, _ = forward(q, k, v, None, None, request, one_path=True)
+        exact = REFERENCE.attention(*(x.double() for x in (q, k, v)), window=window)
+        same = REFERENCE.attention(q, k, v, window=window)
+        assert_as_exact(whole, same, exact, roundings=20)
+        last = torch.tensor([70, 80])  # the second row is full, and has no such key
+        garbage = k.clone(), v.clone()
+        for x in garbage:
+            x[0, 71:] = 1e3
+        one, _ = forward(
+            q[:, 70:71], *garbage, None, None, request._replace(right=None), one_path=True, last=last
+        )  # fmt: skip
+        torch.testing.assert_close(one[0, 0], whole[0, 70], rtol=1e-6, atol=1e-6)
+        assert one[1].isnan().all()
+
+
+@INTERPRETED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_keys_and_values_are_put_into_their_slots(dtype):
+    """Oracle: assignment. A row that is full, and all other slots, are left as they are."""
+    from purelm.kernels.invariant_decode_triton import put_
+
+    k, v, keys, values = numbers(8, (3, 2, 12), (3, 5, 12), (3, 7, 2, 12), (3, 7, 2, 12), dtype=dtype)
+    v = v[:, 1:3]  # a view, as of joined projections
+    last = torch.tensor([0, 7, 6])
+    want_k, want_v = keys.clone(), values.clone()
+    for b in (0, 2):
+        want_k[b, last[b]], want_v[b, last[b]] = k[b], v[b]
+    put_(k, v, keys, values, last)
+    assert torch.equal(keys, want_k) and torch.equal(values, want_v)
+    put_(k[:0], v[:0], keys[:0], values[:0], last[:0])
+
+
 def test_on_a_cpu_they_are_the_references():
     """Exact, gradients too."""
     x, w, b = (t.requires_grad_() for t in numbers(4, (2, 3, 8), (5, 8), (5,)))
@@ -89,10 +130,11 @@ def test_on_a_cpu_they_are_the_references():
     assert torch.equal(INVARIANT.attention(q, k, k, window=2), REFERENCE.attention(q, k, k, window=2))
 
 
-@pytest.mark.parametrize("name", ["linear", "unembed", "attention", "log_probs"])
+@pytest.mark.parametrize("name", ["linear", "unembed", "attention", "log_probs", "decode_attention_"])
 def test_signatures_are_those_of_the_references(name):
     """Oracle: order, names, kinds and defaults of all arguments that the op has."""
-    op, wanted = (inspect.signature(getattr(ops, name)).parameters for ops in (INVARIANT, REFERENCE))
+    functions = [getattr(ops, name) for ops in (INVARIANT, REFERENCE)]
+    op, wanted = (inspect.signature(f or reference_decode).parameters for f in functions)
     assert [*op] == [*wanted][: len(op)]
     for key, parameter in op.items():
         assert (parameter.kind, parameter.default) == (wanted[key].kind, wanted[key].default)
