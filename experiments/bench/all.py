@@ -33,7 +33,7 @@ def programs(args: Args) -> list[tuple[str, list[str]]]:
     if args.device != "cpu":
         on = ["--device", args.device]
         sizes = [*on, "--sizes", "small", "medium", "large", "xl"]  # without 10B, which runs out of 80 GB, slowly
-        names = ("attention", "linear_cross_entropy", "norms", "train_step", "generate")
+        names = ("attention", "linear_cross_entropy", "norms", "train_step", "generate", "policy_losses")
         return [*((name, on) for name in names), ("course_sizes", sizes)]
     data = [] if args.data is None else ["--data", str(args.data)]
     tokenizer = [("tokenizer_encode", data), ("tokenizer_train", data)] if data else []
