@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from purelm.curate.minhash import MinHash, band_keys, match_probability, signature, signatures
 from purelm.curate.near_duplicates import cluster, find, near_duplicates
 from purelm.curate.normalise import folded
-from purelm.curate.shingles import jaccard, shingles
+from purelm.curate.shingles import BLOCK, jaccard, shingles
 
 WORDS = st.lists(st.sampled_from(["a", "bb", "c", "dd", "e1", "f"]), max_size=14).map(" ".join)
 
@@ -59,6 +60,21 @@ def test_shingles_of_long_and_odd_texts():
     assert len(shingles("\ud800 a \U0001f600", 1)) == 3
     with pytest.raises(ValueError, match="n must be at least 1 word"):
         shingles("a", 0)
+
+
+@pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 2])
+def test_shingles_across_blocks(size):
+    """Oracle: each run by itself. Runs begin, end and lie across where blocks do; memory is that of a few blocks."""
+    words = ["x" * (size - 12), "a", "bb", "c", "d" * BLOCK, "e", "f"]
+    for n in (1, 2, 3, 8):
+        runs = [" ".join(words[i : i + n]) for i in range(max(len(words) - n + 1, 1))]
+        assert shingles(" ".join(words), n).tolist() == [int(shingles(run, n)[0]) for run in runs]
+    text = "long " * (2 * BLOCK)
+    tracemalloc.start()
+    shingles(text.strip(), 5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 25 * len(text)  # 60 bytes a word; sums of all bytes at once took 50 a byte
 
 
 def test_a_signature_estimates_similarity():
