@@ -274,6 +274,9 @@ def test_inputs_and_outputs_that_cannot_be(web, tmp_path):
         ({"dedup": Dedup(n_bands=13)}, "n_bands must divide"),
         ({"filter": Filter(domains=tmp_path / "none")}, "none"),
         ({"filter": Filter(classifier="os:nothing")}, "filter.classifier 'os:nothing'"),
+        ({"filter": replace(PLAIN, classifier="os:getcwd")}, "filter.classifier 'os:getcwd': its source"),
+        ({"filter": Filter(languages=("en", "EN"))}, "filter.languages 'EN': it knows .*, en,"),
+        ({"filter": Filter(languages=("en", "all"))}, "filter.languages 'all': all stands alone"),
     ]:
         with pytest.raises((ValueError, OSError), match=message):
             run.curate(replace(config(web, tmp_path / "out"), **change))
