@@ -18,7 +18,8 @@ many texts are not looked for at all. Share is measured of an evaluation text: i
 
 PaLM's and Llama 2's numbers sort examples of evaluations, over tokens of their tokenizers, Llama 2's with up to four
 tokens of difference within a run; here they are of words, exact, and sort training documents. GPT-3 also ignored runs
-that stand in more than ten training documents, which one document cannot know: pass `ignored` to `index`. Post-training
+that stand in more than ten training documents, which one document cannot know: pass `ignored` to `index`. None of the
+presets but datatrove's was compared with its authors' code; a share of exactly the bound counts here. Post-training
 examples have their own matcher, whose words keep the signs of maths (`purelm.align.data.contamination`).
 """
 
