@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Real
+from typing import Any, cast
 
 import torch
 
@@ -64,7 +65,7 @@ def amounts(
     [50, 10]
     """
     S = len(sizes)
-    each = [most_epochs] * S if isinstance(most_epochs, Real) else list(most_epochs)
+    each: list[Any] = [most_epochs] * S if isinstance(most_epochs, Real) else list(cast(Sequence[float], most_epochs))
     if not len(weights) == S == len(each):
         counts = f"{len(weights)}, {S} and {len(each)} entries"
         raise ValueError(f"weights, sizes and most_epochs have {counts}; allowed: one each")
