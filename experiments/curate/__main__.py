@@ -8,7 +8,8 @@
 Inputs are WARC, WET, JSON lines and Parquet. It leaves in OUT: text/NNNNN.jsonl.zst (id, url, text, meta; in a random
 order of all documents), tokens/train-NNNNN.bin with a tokenizer, counts.json, report.html, timing/ and stages/, the
 outputs of each stage, from which a run that was ended in any way goes on. The same inputs and settings give the same
-bytes in all but timing/ and report.html, whatever the number of workers, the back end and the interruptions.
+bytes in all but timing/ and report.html, whatever the number of workers, the back end and the interruptions. (The time
+of an input's last change is noted in stages/, so that a file that was written over is not taken for the old one.)
 """
 
 import tyro

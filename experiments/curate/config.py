@@ -37,7 +37,8 @@ class Filter:
     pii: bool = True
     """mask e-mails, telephone numbers and IPv4 addresses"""
     classifier: Text | None = None
-    """MODULE:NAME of a step of one's own, a function Document -> Document | Drop"""
+    """MODULE:NAME of a step of one's own, a function Document -> Document | Drop; a change of that module's file is
+    seen on going on, one of what it imports or reads, such as a model, is not: use --redo then"""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from experiments.curate.files import rows_in, write_json
 from experiments.curate.shard import Tell, min_hash
 from purelm.curate.minhash import MinHash, band_keys
 from purelm.curate.near_duplicates import buckets, cluster
-from purelm.curate.normalise import folded
+from purelm.curate.normalise import comparable
 from purelm.curate.shingles import U64, jaccard, shingles
 
 __all__ = ["Found", "duplicates", "find_duplicates"]
@@ -64,7 +64,7 @@ def _shingles_of(
     shards: Sequence[Path], sizes: NDArray[np.int64], wanted: set[int], cfg: MinHash, compression: str
 ) -> dict[int, U64]:
     texts = _rows(shards, sizes, wanted, compression)
-    return {i: np.unique(shingles(folded(row["text"]), cfg.ngram)) for i, row in texts}
+    return {i: np.unique(shingles(comparable(row["text"]), cfg.ngram)) for i, row in texts}
 
 
 def _rows(

@@ -1,8 +1,8 @@
 """The work of a run as tasks, where each leaves its output, and how it is known to be done.
 
 A task is (stage, number). Its output is the folder OUT/stages/STAGE/NUMBER, which appears whole; done.json in it says
-from what it was made: the settings of its stage, the inputs (name and size), and a hash of the same of the stages
-before it. So it does not depend on how many workers there are, nor on which of them did it.
+from what it was made: the settings of its stage, the inputs (name, size and time of change), and a hash of the same of
+the stages before it. So it does not depend on how many workers there are, nor on which of them did it.
 """
 
 import hashlib
@@ -17,18 +17,20 @@ from typing import Any, NamedTuple
 from experiments.curate.config import Curate
 from experiments.curate.files import read_json, write_json
 from purelm.curate.read import records
+from purelm.data.tables import parquet_files
 
 __all__ = ["FORMAT", "Input", "Task", "check_done", "find_inputs", "mark", "place"]
 
-FORMAT = 1  # of the files in OUT/stages: raised where they change
+FORMAT = 2  # of the files in OUT/stages: raised where they change
 DONE = "done.json"
 
 
 class Input(NamedTuple):
-    """A file of the crawl."""
+    """A file of the crawl, or a folder of tables."""
 
     path: str
     size: int  # bytes
+    modified: int  # nanoseconds since 1970: of a file that was written over, which may be as large as before
 
 
 class Task(NamedTuple):
@@ -62,8 +64,8 @@ def find_inputs(patterns: tuple[str, ...], output: Path) -> tuple[Input, ...]:
             raise ValueError(f"input {pattern!r}: no such file")
         for path in paths:
             records(path)  # refuses a name that no reader knows
-            size = sum(file.stat().st_size for file in _files(Path(path)))
-            found[path] = Input(path, size)
+            parts = [file.stat() for file in (parquet_files(Path(path)) if Path(path).is_dir() else [Path(path)])]
+            found[path] = Input(path, sum(x.st_size for x in parts), max(x.st_mtime_ns for x in parts))
     seen: dict[tuple[int, int], str] = {}
     inside = output.resolve()
     for path in sorted(found):
@@ -76,10 +78,6 @@ def find_inputs(patterns: tuple[str, ...], output: Path) -> tuple[Input, ...]:
             assert samestat(status, Path(other).stat())
             raise ValueError(f"input {path}: is the same file as {other}")
     return tuple(found[path] for path in sorted(found))
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
 
 
 def digest(value: Any) -> str:

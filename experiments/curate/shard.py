@@ -18,7 +18,7 @@ from experiments.curate.steps import extraction
 from purelm.curate.document import Document, Drop, Raw, Step
 from purelm.curate.exact import digest
 from purelm.curate.minhash import MinHash, signature
-from purelm.curate.normalise import folded
+from purelm.curate.normalise import comparable
 from purelm.curate.read import records
 from purelm.curate.shingles import shingles
 from purelm.curate.skipped import Read, Skipped, tally
@@ -64,7 +64,7 @@ def filter_input(cfg: Curate, path: str, out: Path, steps: Mapping[str, Step], t
             lines.write(line_of(document))
             digests += digest(document.text)
             if near is not None:
-                signatures.append(signature(shingles(folded(document.text), near.ngram), near))
+                signatures.append(signature(shingles(comparable(document.text), near.ngram), near))
             lengths[length_class(len(document.text))] += 1
             domains[domain_of(document.url)] += 1
             masked.update(document.meta.get("pii") or {})

@@ -13,7 +13,7 @@ from purelm.curate import rules
 from purelm.curate.document import Document, Drop, Step
 from purelm.curate.extract import Extraction, extract
 from purelm.curate.fasttext import label_of, load_fasttext
-from purelm.curate.language import KeepLanguage, keep_language
+from purelm.curate.language import KeepLanguage, keep_language, known_languages
 from purelm.curate.pii import PII, mask
 from purelm.curate.url import UrlFilter, keep_url, word_list
 
@@ -36,7 +36,9 @@ def steps_of(cfg: Filter) -> Mapping[str, Step]:
         hard = word_list(cfg.words) if cfg.words else frozenset()
         steps["url"] = partial(keep_url, settings=UrlFilter(domains=domains, hard=hard))
     if cfg.languages != ("all",):
-        more = {"identify": partial(label_of, load_fasttext(cfg.language_model))} if cfg.language_model else {}
+        model = load_fasttext(cfg.language_model) if cfg.language_model else None
+        _check_languages(cfg.languages, frozenset(model.labels) if model else known_languages())
+        more = {"identify": partial(label_of, model)} if model else {}
         steps["language"] = partial(keep_language, settings=KeepLanguage(cfg.languages, cfg.language_least, **more))
     if cfg.rules != "none":
         steps["rules"] = partial(rules.judged, rules=RULES[cfg.rules])
@@ -45,6 +47,14 @@ def steps_of(cfg: Filter) -> Mapping[str, Step]:
     if cfg.classifier:
         steps["classifier"] = classifier(cfg.classifier)
     return steps
+
+
+def _check_languages(given: tuple[str, ...], known: frozenset[str]) -> None:
+    """ValueError for a language that no text is found to have: all would be dropped."""
+    for code in given:
+        if code not in known:
+            several = "all stands alone" if code == "all" else f"it knows {', '.join(sorted(known))}"
+            raise ValueError(f"filter.languages {code!r}: {several}")
 
 
 def classifier(name: str) -> Step:
@@ -63,8 +73,18 @@ def contents(cfg: Filter) -> dict[str, str]:
     """Hashes of the files that steps are made from: the lists, the model, the classifier's source."""
     files: dict[str, Any] = {"domains": cfg.domains, "words": cfg.words, "language_model": cfg.language_model}
     if cfg.classifier:
-        files["classifier"] = inspect.getsourcefile(inspect.unwrap(classifier(cfg.classifier)))
+        files["classifier"] = _source(cfg.classifier)
     return {f"{name}'s content": _sha256(Path(path)) for name, path in files.items() if path is not None}
+
+
+def _source(name: str) -> str:
+    step = inspect.unwrap(classifier(name))
+    try:
+        return inspect.getfile(step.func if isinstance(step, partial) else step)
+    except TypeError:
+        raise ValueError(
+            f"filter.classifier {name!r}: its source is not to be found: give a function of a module of your own"
+        ) from None
 
 
 def _sha256(path: Path) -> str:

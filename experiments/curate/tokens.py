@@ -4,7 +4,7 @@ The names of special tokens are taken out of documents: a page that writes one w
 there. The file's id is made from its content, so that the same text gives the same bytes.
 """
 
-import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.curate.files import read_json, rows_in, write_json
@@ -24,16 +24,30 @@ def load_tokenizer(path: Path) -> BPE:
     return bpe
 
 
-def without(text: str, names: re.Pattern[str]) -> str:
-    """The text with no name in it, none that comes together when another is taken out either."""
-    while (shorter := names.sub("", text)) != text:
-        text = shorter
-    return text
+def without(text: str, names: Sequence[str]) -> str:
+    """The text with no name in it, none that comes together when another is taken out either.
+
+    Character by character, a name is taken out where its last one comes: linear in the text, also where names are
+    nested a million times.
+    """
+    if not any(name in text for name in names):
+        return text
+    ends: dict[str, list[str]] = {}
+    for name in sorted(names, key=len, reverse=True):
+        ends.setdefault(name[-1], []).append(name)
+    kept: list[str] = []
+    for character in text:
+        kept.append(character)
+        for name in ends.get(character, ()):
+            if kept[-len(name) :] == list(name):
+                del kept[-len(name) :]
+                break
+    return "".join(kept)
 
 
 def tokenize(bpe: BPE, text: Path, out: Path, tell: Tell) -> None:
     """tokens.bin and tokens.json of the documents of a .jsonl.zst."""
-    names = re.compile("|".join(re.escape(name) for name in sorted(bpe.special_tokens, key=len, reverse=True)))
+    names = tuple(bpe.special_tokens)
     texts = (without(row["text"], names) for row in rows_in(text))
     found = encode_documents(bpe, texts, out / "tokens.bin", eot=DELIMITER, n_workers=1)
     sidecar = read_json(out / "tokens.json")

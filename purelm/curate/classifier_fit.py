@@ -36,10 +36,17 @@ class Fit:
 
 def class_weights(labels: Sequence[int], n_labels: int) -> list[float]:
     """A weight for each text, n / (n_labels n_class): every class weighs as much. ValueError for an empty one."""
-    counts = np.bincount(np.asarray(labels, np.int64), minlength=n_labels)
+    numbers = _numbers(labels, len(labels), n_labels)
+    counts = np.bincount(numbers, minlength=n_labels)
     if not counts.all():
         raise ValueError(f"labels: no text of class {int(np.flatnonzero(counts == 0)[0])}")
-    return (len(labels) / (n_labels * counts))[np.asarray(labels, np.int64)].tolist()
+    return (len(labels) / (n_labels * counts))[numbers].tolist()
+
+
+def _numbers(labels: Sequence[int], n: int, n_labels: int) -> list[int]:
+    if len(labels) != n:
+        raise ValueError(f"labels: one for each of {n} texts, got {len(labels)}")
+    return [check_int(f"labels[{i}]", label, 0, n_labels - 1) for i, label in enumerate(labels)]
 
 
 def fit(
@@ -54,11 +61,18 @@ def fit(
 ) -> dict[str, Tensor]:
     """Parameters after training on texts' features; the same bits for the same arguments on one machine.
 
+    labels: numbers of cfg.labels. weights: above 0. ValueError for others, and for not one of each a text.
+
     watch(step, steps, loss of the batch in nats) is called after every step.
     """
     settings = settings or Fit()
     if not len(ids):
         raise ValueError("ids: no text to train on")
+    numbers = _numbers(labels, len(ids), len(cfg.labels))
+    if weights is not None:
+        w = np.asarray(weights, np.float64)
+        if w.shape != (len(ids),) or not (np.isfinite(w) & (w > 0)).all():
+            raise ValueError(f"weights: allowed: a finite number above 0 for each of {len(ids)} texts")
     per_epoch = -(-len(ids) // settings.batch)
     steps = settings.epochs * per_epoch
     schedule = cosine(settings.lr, steps, lr_final=settings.lr / 100)
@@ -71,9 +85,8 @@ def fit(
         if at == 0:
             order = random.permutation(random.fold_in(order_key, epoch), len(ids)).tolist()
         chosen = order[at * settings.batch : (at + 1) * settings.batch]
-        batch = batch_of(
-            [ids[i] for i in chosen], [labels[i] for i in chosen], weights and [weights[i] for i in chosen]
-        )
+        own = None if weights is None else [weights[i] for i in chosen]
+        batch = batch_of([ids[i] for i in chosen], [numbers[i] for i in chosen], own)
         names = sorted(params)
         leaves = {name: params[name].detach().requires_grad_() for name in names}
         value, _ = loss(leaves, batch)

@@ -8,6 +8,8 @@
 from collections.abc import Iterable
 from hashlib import blake2b
 
+from purelm.curate.limits import check_several
+
 __all__ = ["LineCounts", "count_lines", "digest", "first_of", "merged_counts", "unique_lines"]
 
 LineCounts = dict[bytes, int]
@@ -24,6 +26,7 @@ def first_of(texts: Iterable[str]) -> list[int]:
     >>> first_of(["a", "b", "a"])
     [0, 1, 0]
     """
+    check_several("texts", texts)
     seen: dict[bytes, int] = {}
     return [seen.setdefault(digest(text), i) for i, text in enumerate(texts)]
 
@@ -33,6 +36,7 @@ def count_lines(texts: Iterable[str], counts: LineCounts | None = None) -> LineC
 
     Lines end with a line feed alone, as in CS336's assignment 4. Memory: about 150 bytes for each different line.
     """
+    check_several("texts", texts)
     counts = {} if counts is None else counts
     for text in texts:
         for line in text.split("\n"):

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from purelm.curate.exact import digest
 from purelm.curate.external_sort import least_memory, sorted_blocks
+from purelm.curate.limits import check_several
 from purelm.curate.minhash import MinHash, band_keys
 from purelm.curate.near_duplicates import join_group_
-from purelm.curate.normalise import folded
+from purelm.curate.normalise import comparable
 from purelm.curate.shingles import U64, jaccard, shingles
 from purelm.data.checks import check_int
 
@@ -48,7 +49,7 @@ def near_duplicates_of_files(
     check_int("memory", memory, 2 * least_memory(2))
     sizes = [len(_opened(path, cfg)) for path in signature_files]
     root = np.arange(sum(sizes), dtype=np.int64)
-    shingles_of = _kept(lambda i: np.unique(shingles(folded(text_of(i)), cfg.ngram)), memory // 2)
+    shingles_of = _kept(lambda i: np.unique(shingles(comparable(text_of(i)), cfg.ngram)), memory // 2)
 
     def same(i: int, j: int) -> bool:
         return jaccard(shingles_of(i), shingles_of(j)) >= cfg.jaccard
@@ -128,6 +129,7 @@ def _kept(make: Callable[[int], U64], n_bytes: int) -> Callable[[int], U64]:
 
 def digests(texts: Iterable[str]) -> U64:
     """(D, 2): the 128 bits of `exact.digest` of each text."""
+    check_several("texts", texts)
     return np.frombuffer(b"".join(map(digest, texts)), ">u8").astype(np.uint64).reshape(-1, 2)
 
 

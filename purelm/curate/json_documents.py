@@ -46,15 +46,17 @@ def document_of(row: Mapping[str, Any], where: str, field: str) -> Document | Sk
     inner = row.get("metadata")
     url = row.get("url") or (inner.get("url") if isinstance(inner, Mapping) else None)
     meta = {name: value for name, value in row.items() if name not in (field, "id", "url")}
-    return Document(str(row.get("id") or where), text, url if isinstance(url, str) else "", meta)
+    id = row.get("id")
+    return Document(where if id is None or id == "" else str(id), text, url if isinstance(url, str) else "", meta)
 
 
 def _document(line: bytes, where: str, field: str) -> Document | Skipped:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))  # some programs begin a file with a byte order mark
         found = document_of(row, where, field) if isinstance(row, dict) else Skipped("damaged", where)
         if isinstance(found, Document) and b"\\u" in line:
-            found.text.encode()  # an escape may be half a surrogate pair, which no file can hold
+            for value in (found.text, found.id, found.url):
+                value.encode()  # an escape may be half a surrogate pair, which no file can hold
         return found
     except (ValueError, RecursionError):
         return Skipped("damaged", where)

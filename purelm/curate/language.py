@@ -19,7 +19,9 @@ from purelm.curate.document import Document, Drop
 from purelm.data.checks import check_int
 from purelm.tokenizer.engine import has_numba
 
-__all__ = ["NO_LANGUAGE", "KeepLanguage", "Language", "identify", "keep_language", "language_of_script"]
+__all__ = [
+    "NO_LANGUAGE", "KeepLanguage", "Language", "identify", "keep_language", "known_languages", "language_of_script",
+]  # fmt: skip
 
 Language = tuple[str, float]  # (ISO 639 code, score in [0, 1])
 NO_LANGUAGE: Language = ("und", 0.0)  # ISO 639-2 for undetermined: a text without letters
@@ -78,6 +80,11 @@ def identify(text: str, most_characters: int = MOST_CHARACTERS) -> Language:
             return found
     language, score = classify(_bayes(), text) if has_numba() else _identifier().classify(text)
     return language, min(1.0, max(0.0, float(score)))
+
+
+def known_languages() -> frozenset[str]:
+    """The codes that `identify` may give, but for "und"."""
+    return frozenset(_identifier().nb_classes) | frozenset(SCRIPTS.values())
 
 
 @memo(1)

@@ -1,11 +1,11 @@
-"""Checks of the thresholds in the rules' configurations: each is None (the rule is off) or a number within a range."""
+"""Checks of arguments: thresholds of the rules, None (the rule is off) or a number within a range; texts, not one."""
 
 from math import inf, isfinite
 from typing import Any
 
 from purelm.data.checks import check_int
 
-__all__ = ["check_counts", "check_fractions", "check_words"]
+__all__ = ["check_counts", "check_fractions", "check_several", "check_words"]
 
 
 def check_counts(config: Any, *names: str, low: int = 0, high: int | None = None) -> None:
@@ -32,3 +32,10 @@ def check_words(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if not isinstance(value, tuple) or not all(isinstance(word, str) and word for word in value):
             raise ValueError(f"{type(config).__name__}: {name}={value!r}; allowed: a tuple of strings, none empty")
+
+
+def check_several(name: str, values: Any) -> None:
+    """ValueError for one text in the place of several, whose characters would be taken for them."""
+    if isinstance(values, str | bytes):
+        kind = type(values).__name__
+        raise ValueError(f"{name}={values[:40]!r}: allowed: several in a list or the like, got one {kind}")

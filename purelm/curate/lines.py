@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purelm.curate.external_sort import least_memory, sort_file, sorted_blocks
+from purelm.curate.limits import check_several
 from purelm.curate.shingles import U64
 from purelm.data.checks import check_int
 from purelm.files import refuse_overwrite, staging, sync
@@ -96,20 +97,18 @@ def exact_line_deduplication(
         memory: bytes for sorting. Beside it: blocks of some 4 MiB, or the longest line; the hashes that repeat, 24
             bytes each in a file that is mapped into memory, and 8 of each in memory itself.
 
-    Raises ValueError for two inputs of one name, an output that would replace an input, a missing file, and numbers out
-    of range; nothing is written then.
+    Lines that are empty, or of white space, are lines like others; "a\\r\\n" is another than "a\\n".
+
+    Raises ValueError for two inputs of one name, one file under two names, an output that would replace an input or a
+    folder, a missing file, and numbers out of range; nothing is written then.
     """
     if keep not in ("none", "first"):
         raise ValueError(f'keep={keep!r}; allowed: "none", "first"')
     check_int("memory", memory, LEAST)
+    check_several("input_files", input_files)
     paths, folder = [Path(path) for path in input_files], Path(output_directory)
+    _check_files(paths, folder)
     names = [path.name for path in paths]
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-        if names.count(path.name) > 1:
-            raise ValueError(f"{path}: another input is named {path.name} too, and outputs keep their names")
-    refuse_overwrite([folder / name for name in names], paths)
     line_hashes(b"", engine)  # refuses a wrong engine before anything is written
     with staging(folder) as staged:
         repeated = _repeated(_numbered(paths, engine), staged, memory)
@@ -129,6 +128,25 @@ def exact_line_deduplication(
             sync(staged / f"out-{name}")
         for name in names:
             os.replace(staged / f"out-{name}", folder / name)
+
+
+def _check_files(paths: Sequence[Path], folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_directory {folder}: is no folder")
+    names: set[str] = set()
+    files: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        if path.name in names:
+            raise ValueError(f"{path}: another input is named {path.name} too, and outputs keep their names")
+        names.add(path.name)
+        status = path.stat()
+        if (first := files.setdefault((status.st_dev, status.st_ino), path)) != path:
+            raise ValueError(f"{path}: is the same file as {first}, so each of its lines would stand there twice")
+        if (folder / path.name).is_dir():
+            raise ValueError(f"{folder / path.name}: is a folder, and an output is to have that name")
+    refuse_overwrite([folder / name for name in names], paths)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purelm.caches import memo
-from purelm.curate.normalise import folded
+from purelm.curate.limits import check_several
+from purelm.curate.normalise import comparable
 from purelm.curate.shingles import U64, mixed, shingles
+from purelm.data.checks import check_int
 
 __all__ = ["MinHash", "band_keys", "match_probability", "signature", "signatures"]
 
@@ -33,16 +35,14 @@ class MinHash:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least, most in (("n_hashes", 1, 1 << 16), ("n_bands", 1, 1 << 16), ("ngram", 1, 1 << 10)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not least <= value <= most:
-                raise ValueError(f"{name} must be an integer in {least}..{most}, got {value!r}")
+        for name, most in (("n_hashes", 1 << 16), ("n_bands", 1 << 16), ("ngram", 1 << 10)):
+            check_int(name, getattr(self, name), 1, most)
+        check_int("seed", self.seed, 0, (1 << 63) - 1)
         if self.n_hashes % self.n_bands:
             raise ValueError(f"n_bands must divide n_hashes {self.n_hashes}, got {self.n_bands}")
-        if not 0.0 < self.jaccard <= 1.0:
-            raise ValueError(f"jaccard must be above 0 and at most 1, got {self.jaccard}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"seed must be an integer in 0..2^63-1, got {self.seed!r}")
+        is_number = isinstance(self.jaccard, int | float) and not isinstance(self.jaccard, bool)
+        if not is_number or not 0.0 < self.jaccard <= 1.0:
+            raise ValueError(f"jaccard={self.jaccard!r}: allowed is above 0, to 1")
 
 
 def match_probability(similarity: float, cfg: MinHash) -> float:
@@ -75,8 +75,9 @@ def signature(hashes_M: U64, cfg: MinHash) -> NDArray[np.uint32]:
 
 
 def signatures(texts: Iterable[str], cfg: MinHash) -> NDArray[np.uint32]:
-    """(D, K): of each text, folded."""
-    found = [signature(shingles(folded(text), cfg.ngram), cfg) for text in texts]
+    """(D, K): of each text, `normalise.comparable`."""
+    check_several("texts", texts)
+    found = [signature(shingles(comparable(text), cfg.ngram), cfg) for text in texts]
     return np.stack(found) if found else np.zeros((0, cfg.n_hashes), np.uint32)
 
 

@@ -10,6 +10,8 @@ Legend: S sources.
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from numbers import Real
+from typing import Any, cast
 
 import torch
 
@@ -63,23 +65,23 @@ def amounts(
     [50, 10]
     """
     S = len(sizes)
-    each = [most_epochs] * S if isinstance(most_epochs, int | float) else list(most_epochs)
+    each: list[Any] = [most_epochs] * S if isinstance(most_epochs, Real) else list(cast(Sequence[float], most_epochs))
     if not len(weights) == S == len(each):
         counts = f"{len(weights)}, {S} and {len(each)} entries"
         raise ValueError(f"weights, sizes and most_epochs have {counts}; allowed: one each")
     for name, values, high in (("weights", weights, False), ("most_epochs", each, True)):
         for i, x in enumerate(values):
-            number = isinstance(x, int | float) and not isinstance(x, bool)
+            number = isinstance(x, Real) and not isinstance(x, bool)
             if not number or not x >= 0 or (math.isinf(x) and not high):
                 allowed = "a number from 0, or inf" if high else "a finite number from 0"
                 raise ValueError(f"{name}[{i}]={x!r}: allowed is {allowed}")
     numbers = [check_int(f"sizes[{i}]", size, 0) for i, size in enumerate(sizes)]
     budget = check_int("budget", budget, 0)
-    w = [Fraction(x) for x in weights]
+    w = [_exact(x) for x in weights]
     caps = []
     for i, (n, e) in enumerate(zip(numbers, each, strict=True)):
         possible = n > 0 and w[i] > 0
-        caps.append(budget if possible and math.isinf(e) else min(int(Fraction(e) * n), budget) if possible else 0)
+        caps.append(budget if possible and math.isinf(e) else min(int(_exact(e) * n), budget) if possible else 0)
     if sum(caps) < budget:
         most = f"{sum(caps):,} within most_epochs={most_epochs!r}"
         raise ValueError(f"budget={budget:,}: the sources give at most {most}")
@@ -95,6 +97,10 @@ def amounts(
     for i in rest[: budget - sum(found)]:
         found[i] += 1
     return found
+
+
+def _exact(x: float) -> Fraction:
+    return Fraction(x if isinstance(x, int) else float(x))  # numpy's numbers are no Rational
 
 
 def element(key: Key, n: int, index: int) -> tuple[int, int]:

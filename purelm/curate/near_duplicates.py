@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purelm.curate.minhash import MinHash, band_keys, signatures
-from purelm.curate.normalise import folded
+from purelm.curate.normalise import comparable
 from purelm.curate.shingles import U64, jaccard, shingles
 
 __all__ = ["buckets", "cluster", "find", "join_group_", "near_duplicates"]
@@ -36,7 +36,7 @@ def near_duplicates(texts: Sequence[str], cfg: MinHash) -> NDArray[np.int64]:
         if i not in recent:
             if len(recent) >= KEPT:
                 del recent[next(iter(recent))]
-            recent[i] = np.unique(shingles(folded(texts[i]), cfg.ngram))
+            recent[i] = np.unique(shingles(comparable(texts[i]), cfg.ngram))
         return recent[i]
 
     return cluster(keys, lambda i, j: jaccard(shingles_of(i), shingles_of(j)) >= cfg.jaccard)

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 
-__all__ = ["folded"]
+__all__ = ["comparable", "folded"]
 
 _OTHER = re.compile(r"[^\w\s]")
 
@@ -20,3 +20,14 @@ def folded(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFD", text)
     return " ".join(_OTHER.sub("", text.lower()).split())
+
+
+def comparable(text: str) -> str:
+    """The text folded; one of which nothing is left, of signs alone, as it is, with one space between its words.
+
+    So what has no letter is only like what has the same signs. Texts of white space are empty, and all alike.
+
+    >>> comparable("Well, well!"), comparable(" :-)  :-( ")
+    ('well well', ':-) :-(')
+    """
+    return folded(text) or " ".join(text.split())

@@ -52,6 +52,8 @@ PHONES = re.compile(
 # patterns, whose look-behind is tried at every character.
 RUN = re.compile(r"[0-9+(][0-9+() .\-]{6,}")
 AFTER_RUN = 2  # characters that the patterns' look-ahead needs
+LOOKED_BACK = 2  # characters that their look-behind needs
+MOST_LENGTH = 160  # characters, more than an address of any kind has
 NO_PHONE = re.compile(r"(?:isbn|issn|doi|arxiv|pmid|lccn)(?:-?1[03])?[\s.:#/]{0,3}$", re.IGNORECASE)
 BEFORE = 20  # characters that NO_ADDRESS and NO_PHONE look at
 
@@ -206,11 +208,33 @@ def _is_phone(found: re.Match[str], text: str) -> bool:
 
 
 def _replaced(text: str, pattern: re.Pattern[str], mark: str, is_one: Callable[[re.Match[str], str], bool]) -> Masked:
-    parts, done = [], 0
+    parts: list[str] = []
+    done = 0
     runs = ((0, len(text)),) if pattern is IPV6 else (run.span() for run in RUN.finditer(text))
     for start, end in runs:
-        for found in pattern.finditer(text, start, end + AFTER_RUN):
-            if is_one(found, text):
-                parts += [text[done : found.start()], mark]
-                done = found.end()
+        at = max(start, done)
+        while at < end and (found := pattern.search(text, at, end + AFTER_RUN)):
+            at = found.end()
+            if not is_one(found, text):
+                continue
+            parts += [text[done : found.start()], mark]
+            done = at
+            # What follows stands behind a mark now and is looked at again so: each pass would else find one more of a
+            # row of addresses, and a long row take quadratic time.
+            while next_one := _behind(mark, text[done : done + MOST_LENGTH], pattern, is_one):
+                skipped, taken = next_one
+                parts += [text[done : done + skipped], mark]
+                done += taken
+            at = done
     return ("".join((*parts, text[done:])), len(parts) // 2) if parts else (text, 0)
+
+
+def _behind(
+    mark: str, text: str, pattern: re.Pattern[str], is_one: Callable[[re.Match[str], str], bool]
+) -> tuple[int, int] | None:
+    """Where an address begins and ends in the text behind a mark, at its first or second character; None for none."""
+    for skipped in range(LOOKED_BACK):
+        found = pattern.match(mark + text, len(mark) + skipped)
+        if found and is_one(found, found.string):
+            return skipped, found.end() - len(mark)
+    return None

@@ -18,7 +18,8 @@ __all__ = ["jaccard", "mixed", "shingles"]
 
 B = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse mod 2^64
 INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
-BLOCK = 1 << 20  # bytes whose powers are kept; longer texts make theirs
+BLOCK = 1 << 20  # bytes that are summed at a time, and whose powers are kept
+POWER, INVERSE_POWER = pow(int(B), BLOCK, 1 << 64), pow(int(INVERSE), BLOCK, 1 << 64)
 
 U64 = NDArray[np.uint64]
 
@@ -36,12 +37,12 @@ def _of_bytes() -> U64:
     return mixed(np.arange(1, 257, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95))
 
 
-@memo(2)
-def _powers(n: int) -> tuple[U64, U64]:
-    """B^0 .. B^(n-1) and their inverses, mod 2^64."""
+@memo(1)
+def _powers() -> tuple[U64, U64]:
+    """B^0 .. B^(BLOCK-1) and their inverses, mod 2^64."""
     found = []
     for base in (B, INVERSE):
-        powers = np.full(n, base)
+        powers = np.full(BLOCK, base)
         powers[:1] = 1
         found.append(np.multiply.accumulate(powers))
     return found[0], found[1]
@@ -51,6 +52,7 @@ def shingles(text: str, n: int) -> U64:
     """(M,) hashes of the M = max(W - n + 1, 1) runs of n words; of a text of fewer words, of all; none of an empty one.
 
     text: words with one space between them, as `normalise.folded` gives. Equal runs have equal hashes and are repeated.
+    Memory: some 60 bytes a word beside the text.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1 word, got {n}")
@@ -63,11 +65,22 @@ def shingles(text: str, n: int) -> U64:
         starts, ends = starts[: len(starts) - n + 1], ends[n - 1 :]
     else:
         starts, ends = starts[:1], ends[-1:]
-    size = len(data) if len(data) > BLOCK else min(1 << max(len(data) - 1, 1).bit_length(), BLOCK)
-    powers, inverses = _powers.__wrapped__(size) if len(data) > BLOCK else _powers(BLOCK)
-    sums = np.zeros(len(data) + 1, np.uint64)
-    np.cumsum(_of_bytes()[data] * powers[: len(data)], out=sums[1:])
-    return mixed((sums[ends] - sums[starts]) * inverses[starts])
+    powers, inverses = _powers()
+    at_start, at_end, inverse = (np.empty(len(starts), np.uint64) for _ in range(3))  # S_i, S_k, B^-i
+    total, power, inverse_power = np.zeros(1, np.uint64), 1, 1  # S_i, B^i and B^-i at a block's first byte i
+    for first in range(0, len(data), BLOCK):
+        block = data[first : first + BLOCK]
+        sums = np.empty(len(block) + 1, np.uint64)
+        sums[0] = 0
+        np.cumsum(_of_bytes()[block] * powers[: len(block)], out=sums[1:])
+        sums = sums * np.uint64(power) + total
+        low, high = np.searchsorted(starts, (first, first + len(block)))
+        at_start[low:high] = sums[starts[low:high] - first]
+        inverse[low:high] = inverses[starts[low:high] - first] * np.uint64(inverse_power)
+        low, high = np.searchsorted(ends, (first + 1, first + len(block) + 1))
+        at_end[low:high] = sums[ends[low:high] - first]
+        total, power, inverse_power = sums[-1:], power * POWER % (1 << 64), inverse_power * INVERSE_POWER % (1 << 64)
+    return mixed((at_end - at_start) * inverse)
 
 
 def jaccard(a: U64, b: U64) -> float:

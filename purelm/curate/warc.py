@@ -10,7 +10,7 @@ Memory: one record, at most `most_bytes` before and as much after its encodings 
 import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from purelm.curate.document import Document, Raw
 from purelm.curate.http_message import body, response
@@ -64,26 +64,41 @@ def warc_records(
                     yield Skipped("damaged", f"{path}, after byte {max(last, 0)}: {error}")
                 in_damage = True
             if is_whole:
-                # FastWARC ends without a word where the header of the last record is cut.
-                tail = None if in_damage or mark is None else _next(file, mark, last + 1)
-                if tail is not None and _is_cut(file, mark, tail):
-                    yield Skipped("truncated", f"{path}, byte {tail}")
+                # FastWARC ends without a word at an empty gzip member, and where the header of the last record is cut.
+                rest, is_behind_empty = (None, False) if in_damage or not mark else _rest(file, mark, last + 1)
+                if rest is not None and is_behind_empty:
+                    at = rest
+                    continue
+                if rest is not None:
+                    yield Skipped("truncated", f"{path}, byte {rest}")
                 return
             tries += 1
             at = _next(file, mark, max(last, at) + 1) if mark and tries < MOST_TRIES else None
 
 
-def _is_cut(file: IO[bytes], mark: bytes | None, at: int) -> bool:
-    """Whether a record begins at a byte, where a reader found none; an empty gzip member is none."""
+def _rest(file: IO[bytes], mark: bytes, start: int) -> tuple[int | None, bool]:
+    """Where a record begins that a reader, which ended, did not find; and whether an empty gzip member is before it."""
+    at = _next(file, mark, start)
+    is_behind_empty, tries = False, 0
+    while at is not None and (found := _member(file, mark, at)) != "record" and tries < MOST_TRIES:
+        is_behind_empty |= found == "empty"
+        at, tries = _next(file, mark, at + 1), tries + 1
+    return (at if tries < MOST_TRIES else None), is_behind_empty
+
+
+def _member(file: IO[bytes], mark: bytes, at: int) -> Literal["record", "empty", "none"]:
+    """What begins at a byte that has the mark."""
     if mark == PLAIN_NEXT:
-        return True
+        return "record"
     file.seek(at)
     member = zlib.decompressobj(31)
     try:
         data = member.decompress(file.read(1 << 12), 1 << 12)
     except zlib.error:
-        return False  # the mark by chance, among packed bytes
-    return not member.eof if not data else data.startswith(PLAIN[: len(data)])
+        return "none"  # the mark by chance, among packed bytes
+    if not data:
+        return "empty" if member.eof else "record"
+    return "record" if data.startswith(PLAIN[: len(data)]) else "none"
 
 
 def _next(file: IO[bytes], mark: bytes, start: int) -> int | None:

@@ -99,6 +99,22 @@ def test_ranges_of_the_rest():
             Fit(**bad)
     with pytest.raises(ValueError, match="engine='c'"):
         features("a", SMALL, "c")
+    ids, cfg = [features(text, SMALL) for text in ("a b", "c")], Config(("a", "b"), SMALL)
+    for labels, weights, message in [
+        ([0, 1, 0], None, "labels: one for each of 2"), ([0], None, "labels: one for each of 2"),
+        ([0, 2], None, r"labels\[1\]=2"), ([0, -1], None, r"labels\[1\]=-1"), ([0, 0.7], None, r"labels\[1\]=0.7"),
+        ([0, 1], [0, 0], "weights"), ([0, 1], [1, -1], "weights"), ([0, 1], [1, math.nan], "weights"),
+        ([0, 1], [1], "weights"), ([0, 1], [], "weights"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            fit(ids, labels, cfg, random.key(0), weights=weights)
+    with pytest.raises(ValueError, match=r"labels\[0\]=0.5"):
+        class_weights([0.5, 1], 2)
+    few = Fit(epochs=2)
+    lists, arrays = (
+        fit(ids, kind([0, 1]), cfg, random.key(0), few, weights=kind([1.0, 2.0])) for kind in (list, np.array)
+    )
+    assert all(torch.equal(lists[name], arrays[name]) for name in lists)
     with pytest.raises(ValueError, match="class 1"):
         class_weights([0, 0], 2)
     with pytest.raises(ValueError, match="one for each of 1"):

@@ -184,6 +184,13 @@ def test_presets_and_ranges():
             Decontamination(**bad)
     with pytest.raises(ValueError, match="n=8"):
         decontaminated(Document("1", "a"), index({}, 13), PALM)
+    for call, message in [
+        (lambda: index({"s": "a text"}), r"sets\['s'\]='a text'"),
+        (lambda: index({"s": ["ab"]}), r"sets\['s'\]: an \(id, text\)='ab'"),
+        (lambda: index({}, ignored="a b c"), "ignored='a b c'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
     with pytest.raises(ValueError, match="n=0"):
         index({}, 0)
 

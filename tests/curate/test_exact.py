@@ -7,6 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purelm.curate.exact import count_lines, digest, first_of, merged_counts, unique_lines
+from purelm.curate.external import digests
+from purelm.curate.minhash import MinHash
+from purelm.curate.near_duplicates import near_duplicates
 
 TEXTS = st.lists(st.text("ab\n\r é\ud800", max_size=8), max_size=10)
 
@@ -30,3 +33,10 @@ def test_lines(texts, cut):
 def test_a_line_that_was_not_counted():
     with pytest.raises(KeyError):
         unique_lines("b", count_lines(["a"]))
+
+
+@pytest.mark.parametrize("f", [first_of, count_lines, digests, lambda text: near_duplicates(text, MinHash())])
+def test_one_text_is_not_several(f):
+    """Its characters would be the texts."""
+    with pytest.raises(ValueError, match=r"texts='one':.*got one str"):
+        f("one")

@@ -1,5 +1,6 @@
 """Lines of files. Oracles: collections.Counter over the lines themselves; the same hashes in plain Python."""
 
+import os
 from collections import Counter
 
 import numpy as np
@@ -72,7 +73,15 @@ def test_what_is_refused(tmp_path):
     path.write_bytes(b"x\n")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "a").write_bytes(b"x\n")
+    os.link(path, tmp_path / "same")
+    (tmp_path / "link").symlink_to(path)
+    (tmp_path / "taken" / "a").mkdir(parents=True)
     for inputs, output, options, message in [
+        ([path, tmp_path / "same"], tmp_path / "out", {}, "same: is the same file as"),
+        ([tmp_path / "link", path], tmp_path / "out", {}, "is the same file as"),
+        (str(path), tmp_path / "out", {}, "input_files=.*got one str"),
+        ([path], tmp_path / "taken", {}, "a: is a folder"),
+        ([path], tmp_path / "same", {}, "same: is no folder"),
         ([path], tmp_path, {}, "would replace it"),
         ([path, tmp_path / "b" / "a"], tmp_path / "out", {}, "another input is named a too"),
         ([tmp_path / "none"], tmp_path / "out", {}, "no such file"),

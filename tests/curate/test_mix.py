@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,6 +77,13 @@ def test_orders_differ_and_are_uniform():
     assert len({tuple(order) for order in orders}) == 4
     first = [element(random.key(seed), n, n)[1] for seed in range(400)]
     assert abs(sum(first) / 400 - (n - 1) / 2) < 4 * n / math.sqrt(12 * 400)
+
+
+def test_numbers_of_numpy():
+    """As Python's."""
+    sizes, weights, epochs = np.array([3, 9], np.int32), np.array([1, 2], np.float32), np.float32(1.5)
+    assert amounts(weights, sizes, 7, epochs) == amounts([1, 2], [3, 9], 7, 1.5) == [2, 5]
+    assert amounts(sizes, sizes, 7) == amounts([3, 9], [3, 9], 7)
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,18 @@
 import itertools
 import math
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from purelm.curate.external import near_duplicates_of_files
 from purelm.curate.minhash import MinHash, band_keys, match_probability, signature, signatures
 from purelm.curate.near_duplicates import cluster, find, near_duplicates
 from purelm.curate.normalise import folded
-from purelm.curate.shingles import jaccard, shingles
+from purelm.curate.shingles import BLOCK, jaccard, shingles
 
 WORDS = st.lists(st.sampled_from(["a", "bb", "c", "dd", "e1", "f"]), max_size=14).map(" ".join)
 
@@ -42,6 +44,16 @@ def test_folded(text, wanted):
     assert folded(text) == wanted and folded(wanted) == wanted
 
 
+def test_texts_of_signs_alone_are_not_all_alike(tmp_path):
+    """Oracle: they are duplicates where their words are equal; in memory and in files."""
+    texts = ["!!!", "\U0001f600 \U0001f600", "", " !!!\n", "?? ..", "\n", "word"]
+    expected = [0, 1, 2, 0, 4, 2, 6]
+    assert near_duplicates(texts, MinHash()).tolist() == expected
+    np.save(tmp_path / "a.npy", signatures(texts, MinHash()))
+    found = near_duplicates_of_files([tmp_path / "a.npy"], texts.__getitem__, MinHash(), tmp_path, 1 << 20)
+    assert found.tolist() == expected
+
+
 @given(WORDS, WORDS, st.integers(1, 4))
 def test_shingles_are_runs_of_words(a, b, n):
     """Oracle: sets of tuples of words; equal runs have equal hashes wherever they stand."""
@@ -59,6 +71,21 @@ def test_shingles_of_long_and_odd_texts():
     assert len(shingles("\ud800 a \U0001f600", 1)) == 3
     with pytest.raises(ValueError, match="n must be at least 1 word"):
         shingles("a", 0)
+
+
+@pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 2])
+def test_shingles_across_blocks(size):
+    """Oracle: each run by itself. Runs begin, end and lie across where blocks do; memory is that of a few blocks."""
+    words = ["x" * (size - 12), "a", "bb", "c", "d" * BLOCK, "e", "f"]
+    for n in (1, 2, 3, 8):
+        runs = [" ".join(words[i : i + n]) for i in range(max(len(words) - n + 1, 1))]
+        assert shingles(" ".join(words), n).tolist() == [int(shingles(run, n)[0]) for run in runs]
+    text = "long " * (2 * BLOCK)
+    tracemalloc.start()
+    shingles(text.strip(), 5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 25 * len(text)  # 60 bytes a word; sums of all bytes at once took 50 a byte
 
 
 def test_a_signature_estimates_similarity():
@@ -149,14 +176,16 @@ def test_the_fewest_questions_are_asked():
     assert cluster(keys, same).tolist() == [0] * 1000 and len(asked) == 999
     assert cluster(np.arange(10, dtype=np.uint64).reshape(5, 2), same).tolist() == [0, 1, 2, 3, 4]
     assert near_duplicates([], MinHash()).tolist() == []
-    assert near_duplicates(["", "!", "a"], MinHash()).tolist() == [0, 0, 2]
+    assert near_duplicates(["", " ", "a"], MinHash()).tolist() == [0, 0, 2]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_hashes": 0}, "n_hashes must be"), ({"n_bands": 5}, "n_bands must divide"), ({"ngram": 0}, "ngram must be"),
-        ({"jaccard": 0.0}, "jaccard must be"), ({"jaccard": 1.1}, "jaccard must be"), ({"seed": -1}, "seed must be"),
+        ({"n_hashes": 0}, "n_hashes=0"), ({"n_bands": 5}, "n_bands must divide"), ({"ngram": 0}, "ngram=0"),
+        ({"jaccard": 0.0}, "jaccard=0.0"), ({"jaccard": 1.1}, "jaccard=1.1"), ({"seed": -1}, "seed=-1"),
+        ({"n_hashes": True}, "n_hashes=True"), ({"jaccard": "0.8"}, "jaccard='0.8'"),
+        ({"jaccard": True}, "jaccard=True"),
     ],
 )  # fmt: skip
 def test_wrong_numbers(options, message):

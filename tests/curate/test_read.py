@@ -125,6 +125,15 @@ def test_a_cut_file_gives_a_prefix(folder, data):
     assert good == whole[: len(good)] and part[: len(good)] == good and len(part) <= len(good) + 1
 
 
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_empty_members_hide_nothing(folder, at):
+    """As programs leave them at the end of a file that is then joined to others; FastWARC stops there."""
+    parts = [gzip.compress(r, mtime=0) for r in pages(3)]
+    content = b"".join([*parts[:at], *[gzip.compress(b"", mtime=0)] * 2, *parts[at:]])
+    assert ids(read(folder, content)) == ["0", "1", "2"] and not reasons(read(folder, content))
+    assert reasons(read(folder, content + parts[0][:60])) == ["truncated"]
+
+
 def test_every_cut_of_members(folder):
     """All cuts: records before it are all there, and what is cut is said unless it is cut between two."""
     parts = [gzip.compress(r, mtime=0) for r in pages(3)]
@@ -222,6 +231,15 @@ def test_json_lines(tmp_path):
         assert reasons(found) == damaged
         assert found[1].where == f"{tmp_path / name}, line 3"
     assert read(tmp_path, b'{"body": "x", "text": 1}', "a.json", field="body")[0].text == "x"
+
+
+def test_json_ids_and_marks(tmp_path):
+    """A byte order mark is no damage, 0 is an id, and half a surrogate pair is none in a text, an id or an address."""
+    half = [f'{{"text": "a", "{name}": "x\\ud800"}}' for name in ("id", "url", "n")]
+    content = b'\xef\xbb\xbf{"text": "a", "id": 0}\n' + "\n".join([*half, '{"text": "b", "id": ""}']).encode()
+    found = read(tmp_path, content, "a.jsonl")
+    assert reasons(found) == ["damaged", "damaged"] and found[3].meta == {"n": "x\ud800"}
+    assert found[0] == Document("0", "a") and found[4].id == f"{tmp_path / 'a.jsonl'}, line 5"
 
 
 def test_a_line_without_end_is_not_held(tmp_path):
