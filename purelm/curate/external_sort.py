@@ -10,7 +10,7 @@ Legend: N rows, C columns. Disk: 8 C N bytes, twice that while runs are merged i
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -65,7 +65,7 @@ def sorted_rows(rows_NC: U64, engine: Literal["auto", "python", "numba"] = "auto
     return found
 
 
-def sorted_blocks(blocks: Iterable[U64], columns: int, folder: Path, memory: int) -> Iterator[U64]:
+def sorted_blocks(blocks: Iterable[U64], columns: int, folder: Path, memory: int) -> Generator[U64, None, None]:
     """All rows of all blocks in ascending order, as blocks again (none empty).
 
     Args:
@@ -81,7 +81,7 @@ def sorted_blocks(blocks: Iterable[U64], columns: int, folder: Path, memory: int
     return _sorted_blocks(blocks, columns, folder, memory)
 
 
-def _sorted_blocks(blocks: Iterable[U64], columns: int, folder: Path, memory: int) -> Iterator[U64]:
+def _sorted_blocks(blocks: Iterable[U64], columns: int, folder: Path, memory: int) -> Generator[U64, None, None]:
     most = memory // _row_bytes(columns)
     with staging(folder) as staged:
         runs: list[Path] = []
