@@ -2,8 +2,9 @@
 
     exact_line_deduplication(["a.txt", "b.txt"], "out")    # CS336, assignment 4: out/a.txt, out/b.txt
 
-A line's hash has 128 bits, two of 64: for each byte c, h <- (h ^ c) P mod 2^64, h <- h ^ (h >> 32), with other starts
-and odd factors P. Taken for random, two different lines among N share one with probability N^2 / 2^129: 1.5e-19 for
+A line's hash has 128 bits, two of 64: for each eight bytes as a number x, the lowest first and the last ones filled
+with zeros, and in the end for the length in bytes: h <- (h ^ x) P mod 2^64, h <- h ^ (h >> 32), with other starts and
+odd factors P. Taken for random, two different lines among N share one with probability N^2 / 2^129: 1.5e-19 for
 N = 10^10. 64 bits would not do: N^2 / 2^65 is above 1 there, and 3e-8 for N = 10^6. Lines made to collide can be found.
 
 Lines are bytes between line feeds; the last one may have none, and equals a line that has one.
@@ -11,13 +12,14 @@ Lines are bytes between line feeds; the last one may have none, and equals a lin
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from purelm.curate.external_sort import least_memory, sort_file, sorted_blocks
+from purelm.curate.external_sort import least_memory, sorted_blocks
 from purelm.curate.limits import check_several
 from purelm.curate.shingles import U64
 from purelm.data.checks import check_int
@@ -49,11 +51,17 @@ def line_hashes(data: bytes, engine: Engine = "auto") -> tuple[U64, NDArray[np.i
         raise ImportError("engine='numba' needs numba, which is not installed: pip install 'purelm[fast]'")
     if engine == "python" or not has_numba():
         return _plain(data)
+    return _compiled(data, 2)
+
+
+def _compiled(data: bytes, columns: int) -> tuple[U64, NDArray[np.int64]]:
+    """The same; columns from 2 on are for the caller to fill."""
     from purelm.curate.compiled.lines import hash_lines
 
-    n = data.count(b"\n") + 1
-    rows, ends = np.empty((n, 2), np.uint64), np.empty(n, np.int64)
-    n = hash_lines(np.frombuffer(data, np.uint8), FACTORS, rows, ends)
+    bytes_ = np.frombuffer(data, np.uint8)
+    n = int(np.count_nonzero(bytes_ == 10)) + 1
+    rows, ends = np.empty((n, columns), np.uint64), np.empty(n, np.int64)
+    n = hash_lines(bytes_, FACTORS, rows, ends)
     return rows[:n], ends[:n]
 
 
@@ -61,10 +69,11 @@ def _plain(data: bytes) -> tuple[U64, NDArray[np.int64]]:
     rows, ends, mask, place = [], [], (1 << 64) - 1, 0
     starts, factors = FACTORS[:2].tolist(), FACTORS[2:].tolist()
     for line in _cut(data):
-        both = []
+        text, both = line.removesuffix(b"\n"), []
+        words = [int.from_bytes(text[i : i + 8], "little") for i in range(0, len(text), 8)]
         for h, factor in zip(starts, factors, strict=True):
-            for byte in line.removesuffix(b"\n"):
-                h = (h ^ byte) * factor & mask
+            for word in (*words, len(text)):
+                h = (h ^ word) * factor & mask
                 h ^= h >> 32
             both.append(h)
         place += len(line)
@@ -89,13 +98,12 @@ def exact_line_deduplication(
 ) -> None:
     """Write each file under its own name to the folder, without lines that stand more than once in all files together.
 
-    Pass one hashes and sorts (in files, if they are many) and leaves the hashes that repeat, with the place of the
-    first; pass two reads the files again. Outputs come into place one by one, when all of them are complete.
+    Pass one hashes lines and sorts the hashes (in files, if they are many), then the numbers of the lines to leave out;
+    pass two reads the files again. Outputs come into place one by one, when all of them are complete.
 
     Args:
         keep: of a line that stands more than once: "none", or the "first" in the order of files and lines.
-        memory: bytes for sorting. Beside it: blocks of some 4 MiB, or the longest line; the hashes that repeat, 24
-            bytes each in a file that is mapped into memory, and 8 of each in memory itself.
+        memory: bytes for sorting. Beside it some 30 MB, for blocks of 4 MiB; more where a line is longer.
 
     Lines that are empty, or of white space, are lines like others; "a\\r\\n" is another than "a\\n".
 
@@ -111,19 +119,22 @@ def exact_line_deduplication(
     names = [path.name for path in paths]
     line_hashes(b"", engine)  # refuses a wrong engine before anything is written
     with staging(folder) as staged:
-        repeated = _repeated(_numbered(paths, engine), staged, memory)
-        firsts = np.ascontiguousarray(repeated[:, 0])  # a binary search of a column would copy it each time
-        n = 0
-        for path in paths:
-            with (staged / f"out-{path.name}").open("wb") as file:
-                for data in _blocks(path):
-                    hashes, ends = line_hashes(data, engine)
-                    first = _lookup(repeated, firsts, hashes)
-                    kept = first < 0
-                    if keep == "first":
-                        kept |= first == np.arange(n, n + len(ends))
-                    n += len(ends)
-                    file.write(_kept(data, ends, kept, engine))
+        found = _left_out(_numbered(paths, engine), keep, staged / "hashes", memory // 2)
+        numbers = sorted_blocks(found, 1, staged / "numbers", memory // 2)
+        with closing(numbers):
+            first, known = 0, np.zeros(0, np.int64)  # the block's first line; numbers from it on that were read
+            for path in paths:
+                with (staged / f"out-{path.name}").open("wb") as file:
+                    for data in _blocks(path):
+                        n = int(np.count_nonzero(np.frombuffer(data, np.uint8) == 10)) + (not data.endswith(b"\n"))
+                        while not len(known) or known[-1] < first + n:
+                            rows = next(numbers, None)
+                            if rows is None:
+                                break
+                            known = np.concatenate([known, rows[:, 0].astype(np.int64)])
+                        here = int(np.searchsorted(known, first + n))
+                        file.write(_kept(data, known[:here] - first, engine))
+                        first, known = first + n, known[here:]
         for name in names:
             sync(staged / f"out-{name}")
         for name in names:
@@ -163,58 +174,37 @@ def _numbered(paths: Iterable[Path], engine: Engine) -> Iterator[U64]:
     n = 0
     for path in paths:
         for data in _blocks(path):
-            hashes, _ = line_hashes(data, engine)
-            yield np.column_stack([hashes, np.arange(n, n + len(hashes), dtype=np.uint64)])
-            n += len(hashes)
+            if engine == "python" or not has_numba():
+                rows = np.pad(_plain(data)[0], ((0, 0), (0, 1)))
+            else:
+                rows = _compiled(data, 3)[0]
+            rows[:, 2] = np.arange(n, n + len(rows), dtype=np.uint64)
+            yield rows
+            n += len(rows)
 
 
-def _repeated(blocks: Iterable[U64], folder: Path, memory: int) -> U64:
-    """(repeated, 3): hash and first number of each hash that comes more than once, ascending; mapped from a file."""
-
-    def heads() -> Iterator[U64]:
-        last: U64 = np.zeros((0, 3), np.uint64)  # the first row of the last hash, twice if it came more than once
-        for rows in sorted_blocks(blocks, 3, folder, memory // 2):
-            rows = np.concatenate([last, rows])
-            new = np.ones(len(rows), bool)
-            new[1:] = (rows[1:, :2] != rows[:-1, :2]).any(1)
-            starts = np.flatnonzero(new)
-            many = np.diff(np.append(starts, len(rows))) > 1
-            yield rows[starts[:-1][many[:-1]]]
-            last = rows[[starts[-1]] * (2 if many[-1] else 1)]
-        if len(last) == 2:
-            yield last[:1]
-
-    path = folder / "repeated"
-    n = sort_file(heads(), path, 3, memory // 2)
-    return np.memmap(path, "<u8", "r", shape=(n, 3)) if n else np.zeros((0, 3), np.uint64)
+def _left_out(blocks: Iterable[U64], keep: Literal["none", "first"], folder: Path, memory: int) -> Iterator[U64]:
+    """(any, 1): numbers of the lines whose hash comes more than once, with keep="first" but for the first of each."""
+    last: U64 = np.zeros((0, 3), np.uint64)  # the last row of the block before
+    is_out = keep == "first"  # whether that one is done with
+    for block in sorted_blocks(blocks, 3, folder, memory):
+        rows = np.concatenate([last, block])
+        again = (rows[1:, 0] == rows[:-1, 0]) & (rows[1:, 1] == rows[:-1, 1])
+        cut = np.append(False, again)
+        if keep == "none":
+            cut[:-1] |= again
+        last, was_out, is_out = rows[-1:], int(is_out and len(last) > 0), bool(cut[-1]) or keep == "first"
+        yield rows[was_out:, 2:][cut[was_out:]]
 
 
-def _lookup(repeated: U64, firsts: U64, hashes: U64) -> NDArray[np.int64]:
-    """(lines,): the number of the first line of each hash that repeats, -1 for one that does not."""
-    first = np.full(len(hashes), -1, np.int64)
-    if not len(repeated):
-        return first
-    at = np.searchsorted(firsts, hashes[:, 0])
-    left = np.flatnonzero(firsts[np.minimum(at, len(firsts) - 1)] == hashes[:, 0])
-    while len(left):  # one round, but for different hashes whose first halves are equal
-        left = left[at[left] < len(repeated)]
-        rows = repeated[at[left]]
-        left, rows = (x[rows[:, 0] == hashes[left, 0]] for x in (left, rows))
-        hit = rows[:, 1] == hashes[left, 1]
-        first[left[hit]] = rows[hit, 2].astype(np.int64)
-        left = left[~hit]
-        at[left] += 1
-    return first
-
-
-def _kept(data: bytes, ends: NDArray[np.int64], kept: NDArray[np.bool_], engine: Engine) -> bytes | memoryview:
-    if kept.all():
+def _kept(data: bytes, left_out: NDArray[np.int64], engine: Engine) -> bytes | memoryview:
+    """The data without the lines of these numbers, ascending."""
+    if not len(left_out):
         return data
     if engine == "python" or not has_numba():
-        starts = np.concatenate([[0], ends[:-1]])
-        pairs = zip(starts[kept].tolist(), ends[kept].tolist(), strict=True)
-        return b"".join(data[start:end] for start, end in pairs)
+        gone = set(left_out.tolist())
+        return b"".join(line for i, line in enumerate(_cut(data)) if i not in gone)
     from purelm.curate.compiled.lines import kept_bytes
 
     out = np.empty(len(data), np.uint8)
-    return out.data[: kept_bytes(np.frombuffer(data, np.uint8), ends, kept, out)]
+    return out.data[: kept_bytes(np.frombuffer(data, np.uint8), left_out, out)]

@@ -14,6 +14,9 @@ from purelm.curate.external import digests, first_of_digests, near_duplicates_of
 from purelm.curate.external_sort import least_memory, read_rows, sort_file, sorted_blocks, sorted_rows
 from purelm.curate.minhash import MinHash, signatures
 from purelm.curate.near_duplicates import near_duplicates
+from purelm.tokenizer.engine import has_numba
+
+ENGINES = ["python", *(["numba"] if has_numba() else [])]
 
 NUMBERS = st.one_of(st.integers(0, 2), st.integers(2**64 - 3, 2**64 - 1), st.integers(0, 2**64 - 1))
 
@@ -44,11 +47,26 @@ def test_sorted_blocks(tmp_path_factory, drawn, more):
     assert all((a == b).all() for a, b in zip(given_blocks, before, strict=True)) and not list(folder.iterdir())
 
 
-@given(some_blocks())
-def test_sorted_rows(drawn):
+@pytest.mark.parametrize("engine", ENGINES)
+@given(drawn=some_blocks())
+@settings(deadline=None)
+def test_sorted_rows(engine, drawn):
     columns, blocks = drawn
     rows = np.concatenate([np.zeros((0, columns), np.uint64), *arrays(columns, blocks)])
-    assert [tuple(row) for row in sorted_rows(rows).tolist()] == sorted(map(tuple, rows.tolist()))
+    before = rows.copy()
+    assert [tuple(row) for row in sorted_rows(rows, engine).tolist()] == sorted(map(tuple, rows.tolist()))
+    assert (rows == before).all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("most", [1, 2, 300, 2**16, 2**63])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_many_sorted_rows(engine, most, columns):
+    """Oracle: sorted(). Numbers that many rows share, and bits in all places; rows of a column of another array."""
+    rng = np.random.default_rng(0)
+    rows = np.asfortranarray(rng.integers(0, most, (5000, columns)).astype(np.uint64)) << np.uint64(1)
+    rows[:40, 0] = 2**64 - 1 - (np.arange(40, dtype=np.uint64) % np.uint64(3))
+    assert [tuple(row) for row in sorted_rows(rows, engine).tolist()] == sorted(map(tuple, rows.tolist()))
 
 
 def test_many_runs_at_a_time(tmp_path, monkeypatch):

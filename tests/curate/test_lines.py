@@ -13,7 +13,9 @@ from purelm.curate.lines import LEAST, exact_line_deduplication, line_hashes
 from purelm.tokenizer.engine import has_numba
 
 ENGINES = ["python", *(["numba"] if has_numba() else [])]
-FILES = st.lists(st.text("ab\n\n\n\r é\0", max_size=30).map(str.encode), min_size=1, max_size=4)
+LONG = ["a line of many bytes", "a line of many byteS", "", "\r"]
+LINE = st.one_of(st.sampled_from(LONG), st.text("ab é\0", max_size=18))
+FILES = st.lists(st.lists(LINE.map(str.encode), max_size=9).map(b"\n".join), min_size=1, max_size=4)
 
 
 def cut(data):
@@ -47,7 +49,7 @@ def test_files(tmp_path_factory, block, engine, files, keep):
     assert len(list((folder / "out").iterdir())) == len(files)
 
 
-@given(st.binary(max_size=60))
+@given(st.lists(st.binary(max_size=20), max_size=6).map(b"\n".join))
 @settings(deadline=None)
 def test_hashes(data):
     """Equal for equal lines alone, and by both engines."""
@@ -61,11 +63,28 @@ def test_hashes(data):
         assert (again[0] == hashes).all() and (again[1] == ends).all()
 
 
-def test_halves_that_are_equal():
-    """Of hashes with equal first halves each is found by both."""
-    repeated = np.array([[1, 5, 10], [1, 7, 11], [1, 9, 12], [4, 0, 13]], np.uint64)
-    asked = np.array([[1, 7], [1, 9], [1, 6], [0, 5], [4, 0], [4, 1], [5, 0], [1, 5]], np.uint64)
-    assert lines._lookup(repeated, repeated[:, 0], asked).tolist() == [11, 12, -1, -1, 13, -1, -1, 10]
+@pytest.mark.parametrize("keep", ["none", "first"])
+@given(groups=st.lists(st.integers(1, 20), max_size=12), memory=st.sampled_from([LEAST // 2, 2000, 1 << 20]))
+@settings(max_examples=40, deadline=None)
+def test_hashes_with_equal_halves(tmp_path_factory, keep, groups, memory):
+    """Oracle: the groups' places. Hashes that differ in one half alone; groups that go over the ends of blocks."""
+    rows = [(h // 2, h % 2, i) for i, h in enumerate(h for h, n in enumerate(groups) for _ in range(n))]
+    place, wanted = 0, []
+    for n in groups:
+        wanted += [*range(place + (keep == "first"), place + n)] if n > 1 else []
+        place += n
+    blocks = [np.array(rows[::-1], np.uint64).reshape(-1, 3)]
+    found = [x for part in lines._left_out(blocks, keep, tmp_path_factory.mktemp("x"), memory) for x in part[:, 0]]
+    assert sorted(found) == wanted
+
+
+def test_words_of_eight_bytes():
+    """Lines of all lengths about a word's, with each byte changed once: all hashes differ, in both halves."""
+    texts = {bytes(n) for n in range(20)}
+    texts |= {bytes([*bytes(i), 1 + n % 7, *bytes(n - i - 1)]) for n in range(1, 20) for i in range(n)}
+    for engine in ENGINES:
+        hashes, _ = line_hashes(b"\n".join(sorted(texts)) + b"\n", engine)
+        assert len(hashes) == len(texts) and all(len({*column}) == len(texts) for column in hashes.T.tolist())
 
 
 def test_what_is_refused(tmp_path):

@@ -6,42 +6,88 @@ from purelm.tokenizer.compiled.jit import loop, part
 
 
 @part
-def step(h, byte, factor):
-    """One byte into a hash: a bijection of h for each byte, and of the byte for each h."""
-    h = (h ^ np.uint64(byte)) * factor
+def step(h, word, factor):
+    """Eight bytes into a hash: a bijection of h for each word, and of the word for each h."""
+    h = (h ^ word) * factor
     return h ^ (h >> np.uint64(32))
+
+
+@part
+def eight(data, i):
+    """data[i : i + 8] as a number, the lowest byte first: one load, as LLVM sees."""
+    return (
+        np.uint64(data[i])
+        | np.uint64(data[i + 1]) << np.uint64(8)
+        | np.uint64(data[i + 2]) << np.uint64(16)
+        | np.uint64(data[i + 3]) << np.uint64(24)
+        | np.uint64(data[i + 4]) << np.uint64(32)
+        | np.uint64(data[i + 5]) << np.uint64(40)
+        | np.uint64(data[i + 6]) << np.uint64(48)
+        | np.uint64(data[i + 7]) << np.uint64(56)
+    )
+
+
+@part
+def zero_byte(x):
+    """Not 0 where a byte of x is 0."""
+    return (x - np.uint64(0x0101010101010101)) & ~x & np.uint64(0x8080808080808080)
+
+
+@part
+def line_end(data, start):
+    """The place of the next newline, or the size."""
+    i, size = start, data.size
+    while i + 8 <= size and not zero_byte(eight(data, i) ^ np.uint64(0x0A0A0A0A0A0A0A0A)):
+        i += 8
+    while i < size and data[i] != 10:
+        i += 1
+    return i
 
 
 @loop
 def hash_lines(data, factors, rows, ends):
-    """Fill rows, uint64 (lines, 2), and ends, int64 (lines,): each the place behind a line's newline or of the end.
+    """Fill columns 0 and 1 of rows, uint64 (lines, 2 or more), and ends, int64 (lines,): behind a newline, or the end.
 
     factors: (4,) two starts and two factors. Returns how many lines there are; both arrays must have room.
     """
-    a, b = factors[0], factors[1]
     n = start = 0
-    for i in range(data.size):
-        byte = data[i]
-        if byte == 10:
-            rows[n, 0], rows[n, 1], ends[n] = a, b, i + 1
-            n += 1
-            a, b, start = factors[0], factors[1], i + 1
-        else:
-            a, b = step(a, byte, factors[2]), step(b, byte, factors[3])
-    if start < data.size:
-        rows[n, 0], rows[n, 1], ends[n] = a, b, data.size
+    while start < data.size:
+        end = line_end(data, start)
+        a, b = factors[0], factors[1]
+        i = start
+        while i + 8 <= end:
+            word = eight(data, i)
+            a, b = step(a, word, factors[2]), step(b, word, factors[3])
+            i += 8
+        if i < end:
+            word = np.uint64(0)
+            for j in range(i, end):
+                word |= np.uint64(data[j]) << np.uint64(8 * (j - i))
+            a, b = step(a, word, factors[2]), step(b, word, factors[3])
+        size = np.uint64(end - start)  # tells "a" from "a\0"
+        rows[n, 0], rows[n, 1] = step(a, size, factors[2]), step(b, size, factors[3])
+        start = min(end + 1, data.size)
+        ends[n] = start
         n += 1
     return n
 
 
 @loop
-def kept_bytes(data, ends, keep, out):
-    """Copy the lines that are kept; returns how many bytes they have."""
-    n = start = 0
-    for i in range(ends.size):
-        if keep[i]:
-            for j in range(start, ends[i]):
-                out[n] = data[j]
-                n += 1
-        start = ends[i]
-    return n
+def kept_bytes(data, left_out, out):
+    """Copy the lines but those whose numbers, ascending, are in left_out; returns how many bytes."""
+    n = m = next_out = start = kept_from = 0  # what is kept is copied in long stretches
+    while start < data.size:
+        end = min(line_end(data, start) + 1, data.size)
+        if next_out < left_out.size and left_out[next_out] == n:
+            size = start - kept_from
+            for j in range(size):
+                out[m + j] = data[kept_from + j]
+            m += size
+            next_out += 1
+            kept_from = end
+        n += 1
+        start = end
+    size = data.size - kept_from
+    for j in range(size):
+        out[m + j] = data[kept_from + j]
+    return m + size
