@@ -13,6 +13,7 @@ A room is imported when its name is first used, so that `import purelm` itself i
     curate           web data: steps from crawls to documents that are worth training on
     generate, evals  text from a model; perplexity and bits per byte
     align            post-training: prompts and responses, masked means, LoRA, graders
+    scaling          laws of loss over parameters and tokens, fitted to runs, and what is best for a budget
     accounting       parameters, FLOPs, bytes and messages
     checkpoint       saved trees, whole or by parts
     track            metrics, curves and reports of a run
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         ops,
         optim,
         random,
+        scaling,
         testing,
         tokenizer,
         track,
@@ -74,6 +76,7 @@ __all__ = [
     "ops",
     "optim",
     "random",
+    "scaling",
     "testing",
     "tokenizer",
     "track",

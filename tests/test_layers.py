@@ -26,6 +26,7 @@ ARROWS = {
     "tokenizer": "data files caches workers",  # no model
     "curate": "tree random optim data files tokenizer caches workers",  # no model
     "generate": "tree random ops devices transforms models.model models.tokens models.cache_rows",  # no model family
+    "scaling": "random",  # no model: its runs are numbers
     "align": "tree random devices data workers caches",  # no model
     "evals": "tree random ops data tokenizer generate align models.model models.tokens",  # no model family
     "accounting": "tree models",

@@ -1,0 +1,1 @@
+"""Programs for scaling laws; `fit` reads runs and writes laws."""
