@@ -10,7 +10,7 @@ objective of `parametric` is minimised, unless huber is None: one start in the p
 
 import numpy as np
 
-from purelm.scaling.laws import Law
+from purelm.scaling.laws import Law, loss
 from purelm.scaling.parametric import DELTA, law_of, logs, refit, unknowns_of
 from purelm.scaling.runs import Array, Runs, check
 
@@ -33,7 +33,8 @@ def fit(runs: Runs, *, huber: float | None = DELTA, exponents: tuple[float, floa
     if huber is not None and not 0 < huber < np.inf:
         raise ValueError(f"huber must be positive and finite, or None, got {huber}")
     _check_determined(runs)
-    law = _polished(runs, _searched(runs, low, high))
+    begins = _without_zeros(runs, _searched(runs, low, high), low, high)
+    law = min((_polished(runs, x) for x in begins), key=lambda x: _cost(runs, x))
     if huber is None:
         return law
     # From the least squares: the objective of approach 3 has many minima, and this start lies near the best.
@@ -100,27 +101,52 @@ def _searched(runs: Runs, low: float, high: float) -> Law:
     return Law(*(float(y) for y in x[best]), *(float(y) for y in np.exp(points[best])))
 
 
-def _polished(runs: Runs, law: Law, most: int = 50) -> Law:
-    """Gauss-Newton on relative errors, as long as it lowers them; each law's own numbers stay positive."""
+def _without_zeros(runs: Runs, law: Law, low: float, high: float) -> list[Law]:
+    """The law, and where the search left A or B at 0 laws in which its term is a thousandth of the loss.
+
+    On a grid the other term takes over what a small one explains, so the search may end there in spite of a better law.
+    """
+    found = [law]
+    for name, exponent, x in (("A", "alpha", runs.parameters), ("B", "beta", runs.tokens)):
+        if getattr(law, name) == 0:
+            for e in (e for e in (0.1, 0.2, 0.4, 0.8) if low <= e <= high):
+                size = 1e-3 * float(np.exp(np.log(runs.loss).mean() + e * np.log(x).mean()))
+                found.append(law._replace(**{name: size, exponent: e}))
+    return found
+
+
+def _cost(runs: Runs, law: Law) -> float:
+    return float(np.square(loss(law, runs.parameters, runs.tokens) / runs.loss - 1).sum())
+
+
+def _polished(runs: Runs, law: Law, most: int = 200) -> Law:
+    """Gauss-Newton on relative errors, damped, as long as it lowers them.
+
+    In log A and log B: along the valley of nearly equal laws these rise with the exponents in a straight line. What is
+    0 stays 0.
+    """
     log_n, log_d = np.log(runs.parameters), np.log(runs.tokens)
 
     def residual(x: Array) -> tuple[Array, Array, Array]:
-        p, q = np.exp(-x[3] * log_n) / runs.loss, np.exp(-x[4] * log_d) / runs.loss
-        return x[0] / runs.loss + x[1] * p + x[2] * q - 1, p, q
+        with np.errstate(over="ignore"):
+            p, q = np.exp(x[1] - x[3] * log_n) / runs.loss, np.exp(x[2] - x[4] * log_d) / runs.loss
+        return x[0] / runs.loss + p + q - 1, p, q
 
-    x = np.array(law, np.float64)
+    with np.errstate(divide="ignore"):
+        x = np.array([law.E, np.log(law.A), np.log(law.B), law.alpha, law.beta], np.float64)
     r, p, q = residual(x)
-    damping = 0.0
+    damping = 1e-6
     for _ in range(most):
-        jacobian = np.stack([1 / runs.loss, p, q, -x[1] * p * log_n, -x[2] * q * log_d], 1)
+        jacobian = np.stack([1 / runs.loss, p, q, -p * log_n, -q * log_d], 1)
         size = np.sqrt(np.square(jacobian).sum(0))
-        size[size == 0] = 1.0
+        free = size > 0
+        size[~free] = 1.0
         scaled = np.concatenate([jacobian / size, np.sqrt(damping) * np.eye(5)])
         step = np.linalg.lstsq(scaled, np.concatenate([-r, np.zeros(5)]), rcond=1e-15)[0] / size
-        new = x + step
+        new = x + np.where(free, step, 0.0)
         r_new, p_new, q_new = residual(new)
-        if (new >= 0).all() and new[3] > 0 and new[4] > 0 and np.square(r_new).sum() < np.square(r).sum():
-            done = np.abs(step).max() <= 1e-15 * np.abs(x).max()
+        if new[0] >= 0 and (new[3:] > 0).all() and np.square(r_new).sum() < np.square(r).sum():
+            done = np.abs(step[free]).max() <= 1e-15 * np.abs(x[free]).max()
             x, r, p, q, damping = new, r_new, p_new, q_new, damping / 10
             if done:
                 break
@@ -128,7 +154,7 @@ def _polished(runs: Runs, law: Law, most: int = 50) -> Law:
             break
         else:
             damping = max(10 * damping, 1e-12)
-    return Law(*(float(y) for y in x))
+    return Law(float(x[0]), float(np.exp(x[1])), float(np.exp(x[2])), float(x[3]), float(x[4]))
 
 
 def _begins(law: Law) -> Array:
