@@ -62,7 +62,7 @@ def without_repeats(texts: Sequence[str], n_bytes: int = 200, *, keep: Keep = "f
     """The texts without substrings of at least n_bytes of UTF-8 that repeat. No character is cut in two.
 
     >>> without_repeats(["one, and two", "three, and two"], n_bytes=8)
-    ['one, and two', 'three']
+    ['one, and two', 'thre']
     """
     data = [text.encode("utf-8", "surrogatepass") for text in texts]
     found = repeated_spans(data, n_bytes, keep=keep)
