@@ -2,6 +2,7 @@
 
     python -m experiments.curate --input 'crawl/*.warc.wet.gz' --output runs/web --workers 16
     python -m experiments.curate --input ... --output ... --final.tokenizer tokenizer.json
+    python -m experiments.curate --input ... --output ... --filter.decontaminate.files data/math data/eval
     python -m experiments.curate --input ... --output ... --backend slurm --slurm.partition cpu --workers 500
     python -m experiments.curate --input ... --output ... --dedup.kind none --filter.rules none --no-filter.pii
 
