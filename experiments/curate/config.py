@@ -170,7 +170,7 @@ def _filter_settings(cfg: Filter) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for item in dataclasses.fields(cfg):
         value = getattr(cfg, item.name)
-        if not dataclasses.is_dataclass(value):
+        if not isinstance(value, Classes | Decontaminate):
             found[f"filter.{item.name}"] = _plain(value)
         elif value != type(value)():
             found |= {f"filter.{item.name}.{x.name}": _plain(getattr(value, x.name)) for x in dataclasses.fields(value)}
