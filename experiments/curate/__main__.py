@@ -2,8 +2,9 @@
 
     python -m experiments.curate --input 'crawl/*.warc.wet.gz' --output runs/web --workers 16
     python -m experiments.curate --input ... --output ... --final.tokenizer tokenizer.json
+    python -m experiments.curate --input ... --output ... --filter.decontaminate.files data/math data/eval
     python -m experiments.curate --input ... --output ... --backend slurm --slurm.partition cpu --workers 500
-    python -m experiments.curate --input ... --output ... --dedup.kind none --filter.rules none --no-filter.pii
+    python -m experiments.curate --input ... --output ... --dedup.kind none --filter.rules none --filter.no-pii
 
 Inputs are WARC, WET, JSON lines and Parquet. It leaves in OUT: text/NNNNN.jsonl.zst (id, url, text, meta; in a random
 order of all documents), tokens/train-NNNNN.bin with a tokenizer, counts.json, report.html, timing/ and stages/, the

@@ -6,15 +6,45 @@ from typing import Annotated, Any, Literal
 
 from experiments.limits import Count, Factor, Place, Range, Share, Text
 
-__all__ = ["Cost", "Curate", "Dedup", "Filter", "Final", "Slurm", "stage_settings"]
+__all__ = ["Classes", "Cost", "Curate", "Decontaminate", "Dedup", "Filter", "Final", "Slurm", "stage_settings"]
 
 Megabytes = Annotated[float, Range(0.001, 10**6)]
 Whole63 = Annotated[int, Range(0, 2**63, open_high=True)]
 
 
 @dataclass(frozen=True)
+class Classes:
+    """A step by a classifier of texts; none without a model."""
+
+    model: Place | None = None
+    """.safetensors of experiments.train_classifier, .bin or .ftz of fastText"""
+    label: Text | None = None
+    """the class that is meant; None: the public models' own, hq, toxic or nsfw"""
+    least: Share | None = None
+    """score from which on a document is of the class; None, without a label of one's own: the public models' thresholds
+    (purelm.curate.classes)"""
+
+
+@dataclass(frozen=True)
+class Decontaminate:
+    """A step that looks for questions of evaluation sets; none without files."""
+
+    files: tuple[Place, ...] = ()
+    """test sets as experiments.prepare_sft reads them, text (.txt, .zip), or folders of test sets"""
+    preset: Literal["gpt3", "datatrove", "palm", "llama2", "tulu3", "decon"] | None = None
+    """of purelm.curate.decontaminate, or purelm.curate.decon; None: gpt3"""
+    n: Annotated[int, Range(1, 1000)] | None = None
+    """words of a run, in the place of the preset's"""
+    share: Share | None = None
+    """least share of a question that is found (decon: least score), in the place of the preset's"""
+    action: Literal["drop", "cut", "note"] | None = None
+    """in the place of the preset's; decon only drops"""
+
+
+@dataclass(frozen=True)
 class Filter:
-    """Steps of one document, in this order: extract, url, language, rules, pii, classifier."""
+    """Steps of one document, in this order: extract, url, language, rules, quality, toxicity, nsfw, decontaminate, pii,
+    classifier."""
 
     most_megabytes: Megabytes = 16.0
     """a record or line that is longer is skipped and counted"""
@@ -34,6 +64,13 @@ class Filter:
     """a fastText file such as lid.176.ftz; without it py3langid"""
     rules: Literal["english", "all", "course", "none"] = "english"
     """quality rules: lists of purelm.curate.rules"""
+    quality: Classes = Classes()
+    """keeps the class"""
+    toxicity: Classes = Classes()
+    """drops the class"""
+    nsfw: Classes = Classes()
+    """drops the class"""
+    decontaminate: Decontaminate = Decontaminate()
     pii: bool = True
     """mask e-mails, telephone numbers and IPv4 addresses"""
     classifier: Text | None = None
@@ -117,7 +154,7 @@ def stage_settings(cfg: Curate) -> dict[str, dict[str, Any]]:
     """What each stage's output depends on, beside the outputs of stages before it."""
     return {
         "filter": {
-            **{f"filter.{name}": _plain(value) for name, value in dataclasses.asdict(cfg.filter).items()},
+            **_filter_settings(cfg.filter),
             # Signatures are made with the filter, where the text is at hand.
             **{f"dedup.{name}": getattr(cfg.dedup, name) for name in ("kind", "n_hashes", "ngram")},
             "seed": cfg.seed, "examples": cfg.examples, "compression": cfg.compression,
@@ -129,5 +166,19 @@ def stage_settings(cfg: Curate) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
+def _filter_settings(cfg: Filter) -> dict[str, Any]:
+    """Of optional steps only those that are asked for, so that a new kind of step leaves what is done as it is."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(cfg):
+        value = getattr(cfg, item.name)
+        if not isinstance(value, Classes | Decontaminate):
+            found[f"filter.{item.name}"] = _plain(value)
+        elif value != type(value)():
+            found |= {f"filter.{item.name}.{x.name}": _plain(getattr(value, x.name)) for x in dataclasses.fields(value)}
+    return found
+
+
 def _plain(value: Any) -> Any:
-    return value if value is None or isinstance(value, bool | int | float | str | tuple | list) else str(value)
+    if isinstance(value, tuple):
+        return [_plain(x) for x in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -41,7 +41,7 @@ def page(cfg: Curate, inputs: Sequence[Input], counts: Mapping[str, Any], times:
         f"documents with {final[1]:,} characters"
         + (f", {sum(counts['tokens']):,} tokens" if counts["tokens"] else "") + ".</p>",
         "<h2>Documents by step</h2>", _funnel(counts, final),
-        "<h2>Why documents were dropped</h2>", _reasons(counts),
+        "<h2>Why documents were dropped</h2>", _reasons(counts), _looked_for(counts),
         "<h2>Read</h2>", _read(counts),
         "<h2>Languages</h2>", _bars("language", sorted(counts["languages"].items(), key=_most)[:30]),
         "<h2>Lengths of documents kept by the steps, characters</h2>",
@@ -128,6 +128,14 @@ def _reasons(counts: Mapping[str, Any]) -> str:
         for reason, n in sorted(row["dropped"].items(), key=_most)
     ]
     return _table(("step", "reason", "documents", "share of those that reached the step"), rows)
+
+
+def _looked_for(counts: Mapping[str, Any]) -> str:
+    texts = counts.get("evaluation texts")
+    if texts is None:
+        return ""
+    return (f"<p>Decontamination looked for {texts['looked for']:,} evaluation texts; {texts['too short']:,} more are "
+            "too short to be looked for.</p>")  # fmt: skip
 
 
 def _read(counts: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from experiments.console import progress_bar, say
 from experiments.curate import backends
 from experiments.curate.config import Curate, stage_settings
+from experiments.curate.evaluations import looked_for
 from experiments.curate.files import best_compression, read_json
 from experiments.curate.page import write_page
 from experiments.curate.plan import FORMAT, Input, Task, check_done, digest, find_inputs, place
@@ -57,6 +58,8 @@ def curate(cfg: Curate, executor: Any = None) -> None:
         for ending in ("json", "bin"):
             _link(cfg, "tokens", f"tokens.{ending}", f"train-{{}}.{ending}", n_token_files)
         counts = _counts(cfg, len(inputs), n_outputs)
+        if "evaluation texts" in settings["filter"]:
+            counts["evaluation texts"] = settings["filter"]["evaluation texts"]
         track.write_json(cfg.output / "counts.json", counts)
         write_page(cfg, inputs, counts)
     documents = sum(x["documents"] for x in counts["text"])
@@ -66,9 +69,11 @@ def curate(cfg: Curate, executor: Any = None) -> None:
 def checked(cfg: Curate) -> dict[str, dict[str, Any]]:
     """The settings by stage, with hashes of the files they name; ValueError before anything is written."""
     min_hash(cfg)
-    steps_of(cfg.filter)
+    steps = steps_of(cfg.filter)
     settings = stage_settings(cfg)
     settings["filter"] |= contents(cfg.filter)
+    if "decontaminate" in steps:
+        settings["filter"]["evaluation texts"] = looked_for(steps["decontaminate"])
     if cfg.final.tokenizer is not None:
         settings["tokens"]["tokenizer"] = fingerprint(load_tokenizer(cfg.final.tokenizer))
     return settings

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.curate.config import Filter
-from purelm.curate import rules
+from experiments.curate.config import Classes, Filter
+from experiments.curate.evaluations import decontamination, files_of
+from purelm.curate import classes, rules
 from purelm.curate.document import Document, Drop, Step
 from purelm.curate.extract import Extraction, extract
 from purelm.curate.fasttext import label_of, load_fasttext
@@ -20,6 +21,10 @@ from purelm.curate.url import UrlFilter, keep_url, word_list
 __all__ = ["contents", "extraction", "steps_of", "warm"]
 
 RULES = {"english": rules.ENGLISH, "all": rules.ALL, "course": rules.COURSE}
+# Settings of each step by a classifier, and whether the class is kept.
+CLASSES: dict[str, tuple[Callable[..., classes.KeepClass], bool]] = {
+    "quality": (classes.quality, True), "toxicity": (classes.toxicity, False), "nsfw": (classes.nsfw, False),
+}  # fmt: skip
 
 
 def extraction(cfg: Filter) -> Callable[..., Document | Drop]:
@@ -42,6 +47,13 @@ def steps_of(cfg: Filter) -> Mapping[str, Step]:
         steps["language"] = partial(keep_language, settings=KeepLanguage(cfg.languages, cfg.language_least, **more))
     if cfg.rules != "none":
         steps["rules"] = partial(rules.judged, rules=RULES[cfg.rules])
+    for name, (preset, kept) in CLASSES.items():
+        settings = class_of(f"filter.{name}", getattr(cfg, name), preset)
+        if settings is not None:
+            steps[name] = partial(classes.keep_class if kept else classes.drop_class, settings=settings)
+    decontaminate = decontamination(cfg.decontaminate)
+    if decontaminate is not None:
+        steps["decontaminate"] = decontaminate
     if cfg.pii:
         steps["pii"] = partial(mask, settings=PII())
     if cfg.classifier:
@@ -57,6 +69,22 @@ def _check_languages(given: tuple[str, ...], known: frozenset[str]) -> None:
             raise ValueError(f"filter.languages {code!r}: {several}")
 
 
+def class_of(name: str, cfg: Classes, preset: Callable[..., classes.KeepClass]) -> classes.KeepClass | None:
+    """The settings of a step by a classifier; None where none is asked for. ValueError names the flag."""
+    if cfg == Classes():
+        return None
+    if cfg.model is not None and cfg.label is not None and cfg.least is None:
+        raise ValueError(
+            f"{name}.least: must be given with a label of one's own; the default is that of a public model. The table "
+            "of experiments.train_classifier helps to choose it"
+        )
+    more = {key: value for key, value in (("label", cfg.label), ("least", cfg.least)) if value is not None}
+    try:
+        return preset(cfg.model, **more)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 def classifier(name: str) -> Step:
     """The function that MODULE:NAME names."""
     module, _, function = name.partition(":")
@@ -70,8 +98,12 @@ def classifier(name: str) -> Step:
 
 
 def contents(cfg: Filter) -> dict[str, str]:
-    """Hashes of the files that steps are made from: the lists, the model, the classifier's source."""
+    """Hashes of the files that steps are made from: the lists, the models, test sets, the classifier's source."""
     files: dict[str, Any] = {"domains": cfg.domains, "words": cfg.words, "language_model": cfg.language_model}
+    for name in CLASSES:
+        files[f"{name}.model"] = getattr(cfg, name).model
+    for file in files_of(cfg.decontaminate):
+        files[f"decontaminate {file}"] = file
     if cfg.classifier:
         files["classifier"] = _source(cfg.classifier)
     return {f"{name}'s content": _sha256(Path(path)) for name, path in files.items() if path is not None}
@@ -95,6 +127,6 @@ def _sha256(path: Path) -> str:
 def warm(steps: Mapping[str, Step]) -> None:
     """Load models and machine code, so that the first document's time is like that of the others."""
     document: Any = Document("", "The quick brown fox jumps over the lazy dog. " * 30, "http://example.org/")
-    for name in ("url", "language", "rules", "pii"):
-        if name in steps:
-            steps[name](document)
+    for name, step in steps.items():
+        if name != "classifier":
+            step(document)

@@ -1,6 +1,7 @@
 """One task of a run, by any back end: a function of the task alone, whose output appears whole or not at all."""
 
 import errno
+import json
 import os
 import resource
 import time
@@ -14,7 +15,7 @@ from experiments.curate.files import publishing
 from experiments.curate.plan import Task, mark, place
 from experiments.curate.shard import Tell, filter_input
 from experiments.curate.shuffle import gather, scatter
-from experiments.curate.steps import steps_of, warm
+from experiments.curate.steps import contents, steps_of, warm
 from experiments.curate.tokens import load_tokenizer, tokenize
 from purelm import track
 from purelm.caches import memo
@@ -52,7 +53,7 @@ def attempt(task: Task, tell: Tell = nothing) -> Result:
 
 def do(task: Task, tell: Tell) -> None:
     """The task's folder, and its times beside: they differ from run to run, so they lie in a folder of their own."""
-    steps = _steps(task.cfg.filter) if task.stage == "filter" else {}
+    steps = _steps(task.cfg.filter, json.dumps(task.made_from["settings"])) if task.stage == "filter" else {}
     seconds, cpu = time.perf_counter(), time.process_time()
     done = [0, 0]
 
@@ -77,7 +78,12 @@ def timing_place(task: Task) -> Path:
 
 
 @memo(1)
-def _steps(cfg: Filter) -> Mapping[str, Step]:
+def _steps(cfg: Filter, settings: str) -> Mapping[str, Step]:
+    """settings: of the stage, as JSON. They hold hashes of the lists and models, which must still be the same."""
+    made_from = json.loads(settings)
+    for name, found in contents(cfg).items():
+        if made_from.get(name) != found:
+            raise ValueError(f"{name} has changed since the run began")
     steps = steps_of(cfg)
     warm(steps)
     return steps
