@@ -6,7 +6,6 @@ finite differences; least squares by numpy.
 
 import csv
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from purelm.scaling.laws import Law, exponents, loss, optimum, power
 from purelm.scaling.minimise import minimise
 from purelm.scaling.runs import Runs, budgets, of_budgets, taken
 
-DATA = Path(__file__).parents[2] / "../shared/data/scaling"
 HOFFMANN = Law(1.69, 406.4, 410.7, 0.34, 0.28)
 
 
@@ -31,27 +29,27 @@ def grid(law, n=(1e8, 1e10), budgets=(1e20, 1e22), sizes=6, n_budgets=5):
     return Runs(p, c / (6 * p), loss(law, p, c / (6 * p)))
 
 
-def chinchilla():
+def chinchilla(shared_data):
     """The 240 runs of Besiroglu et al., read off Hoffmann et al.'s figure 4; the 5 highest losses are left out."""
-    path = DATA / "chinchilla-figure4.csv"
+    path = shared_data / "scaling/chinchilla-figure4.csv"
     if not path.is_file():
-        pytest.skip("needs the runs of Chinchilla's figure 4")
+        pytest.skip(f"no {path}")
     with path.open() as file:
         rows = list(csv.DictReader(file))
     n, c, y = (np.array([float(r[k]) for r in rows]) for k in ("Model Size", "Training FLOP", "loss"))
     return taken(Runs(n, c / (6 * n), y), np.sort(np.argsort(y)[:-5]))
 
 
-def isoflops():
-    path = DATA / "isoflops_curves.json"
+def isoflops(shared_data):
+    path = shared_data / "scaling/isoflops_curves.json"
     if not path.is_file():
-        pytest.skip("needs CS336's IsoFLOPs runs")
+        pytest.skip(f"no {path}")
     return of_budgets(json.loads(path.read_text()))
 
 
-def test_isoflops_of_the_course():
+def test_isoflops_of_the_course(shared_data):
     """Oracle: spec values, from least squares and polyfit by other code; and the law that the file was made of."""
-    runs = isoflops()
+    runs = isoflops(shared_data)
     assert len(budgets(runs)) == 9 and all(len(group) == 8 for _, group in budgets(runs))
     for how, nearest, n23, n24 in (
         ("lowest", None, 7.005e10, 2.061e11),
@@ -74,9 +72,9 @@ def test_isoflops_of_the_course():
     np.testing.assert_allclose(best.loss, (3.2750, 3.0811), atol=1e-4)
 
 
-def test_chinchilla_from_the_default_fit_and_bootstrap():
+def test_chinchilla_from_the_default_fit_and_bootstrap(shared_data):
     """Oracle: a refit from 4,500 starts by scipy's BFGS, with its objective; published intervals (wider tolerance)."""
-    runs = chinchilla()
+    runs = chinchilla(shared_data)
     law = variable_projection.fit(runs)
     np.testing.assert_allclose(law[1:3], (477.83, 2143.4), rtol=1e-3)
     np.testing.assert_allclose((law.E, law.alpha, law.beta), (1.8172, 0.3473, 0.3672), atol=2e-4)
@@ -156,7 +154,7 @@ def test_gradient_of_the_objective():
 
 
 def test_minimise_many_at_once():
-    """Oracle: scipy's BFGS on Rosenbrock's function of four unknowns, from each start; and the problems' own minima."""
+    """Oracle: Rosenbrock's function of four unknowns has these two minima alone; problems that know their own."""
 
     def function(x, at):
         del at
@@ -166,8 +164,7 @@ def test_minimise_many_at_once():
     starts = np.random.default_rng(1).uniform(-2, 2, (30, 4))
     found = minimise(function, starts, most_steps=1000)
     assert found.converged.all()
-    for row, x in zip(starts, found.x, strict=True):
-        assert scipy.optimize.minimize(scipy.optimize.rosen, row, jac=scipy.optimize.rosen_der, tol=1e-9).fun >= 0
+    for x in found.x:
         assert min(np.abs(x - 1).max(), np.abs(x - (-0.77565923, 0.61309337, 0.38206285, 0.14597202)).max()) < 1e-6
     alone = minimise(function, starts[3:4], most_steps=1000)
     np.testing.assert_array_equal(alone.x[0], found.x[3])  # a problem does not depend on the others
