@@ -25,11 +25,11 @@ from purelm import track
 from purelm.files import sync
 from purelm.tokenizer import fingerprint
 
-__all__ = ["curate"]
+__all__ = ["curate", "summary"]
 
 TOP_DOMAINS = 50
 STAGES = ("filter", "duplicates", "scatter", "text", "tokens")
-FAILURES_SHOWN = 5
+PLACES_SHOWN = 5
 Backend = Callable[[Sequence[Task], Callable[[int, int], None]], Iterator[Result]]
 
 
@@ -62,8 +62,23 @@ def curate(cfg: Curate, executor: Any = None) -> None:
             counts["evaluation texts"] = settings["filter"]["evaluation texts"]
         track.write_json(cfg.output / "counts.json", counts)
         write_page(cfg, inputs, counts)
+    for line in summary(counts):
+        say(line)
+    say(f"{cfg.output}: text/, counts.json, report.html")
+
+
+def summary(counts: dict[str, Any]) -> list[str]:
+    """What became of everything, a line each for reading, the steps and duplicates; and the first places of damage."""
+    read, duplicates = counts["read"], counts["duplicates"]
+    skipped = ", ".join(f"{n:,} {reason}" for reason, n in read["skipped"].items())
+    lines = [f"read {read['records']:,} records" + (f"; skipped: {skipped}" if skipped else "")]
+    lines += [f"  {place}" for place in counts["places"][:PLACES_SHOWN]]
+    for step, x in counts["funnel"].items():
+        if x["documents"] > x["kept"]:
+            lines.append(f"{step}: {x['kept']:,} of {x['documents']:,} documents kept")
     documents = sum(x["documents"] for x in counts["text"])
-    say(f"{cfg.output}: {documents:,} documents in text/, counts.json, report.html")
+    exact, near = duplicates["exact"], duplicates["near"]
+    return [*lines, f"{documents:,} documents left, without {exact:,} exact and {near:,} near duplicates"]
 
 
 def checked(cfg: Curate) -> dict[str, dict[str, Any]]:

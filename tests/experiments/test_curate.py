@@ -100,6 +100,22 @@ def test_what_is_kept_and_in_which_order(web, whole):
     assert sum(x["documents"] for x in counts["text"]) == len(kept)
 
 
+def test_the_last_lines_say_what_became_of_everything(whole):
+    """Oracle: what lies in the run's folder; damage, steps that drop and duplicates have a line, other steps none."""
+    counts = read_json(whole / "counts.json")
+    lines = run.summary(counts)
+    extracted, kept = counts["funnel"]["extract"], len(final(whole))
+    assert f"extract: {extracted['kept']} of {extracted['documents']} documents kept" in lines
+    assert not any(line.startswith("pii") for line in lines)
+    duplicates = counts["duplicates"]
+    said = f"{kept} documents left, without {duplicates['exact']} exact and {duplicates['near']} near duplicates"
+    assert lines[-1] == said and lines[0].startswith(f"read {counts['read']['records']} records")
+    damage = {"records": 5000, "size": 1, "skipped": {"damaged": 1200}}
+    lines = run.summary({**counts, "read": damage, "places": [f"damaged: x, line {i}" for i in range(9)]})
+    assert lines[:3] == ["read 5,000 records; skipped: 1,200 damaged", "  damaged: x, line 0", "  damaged: x, line 1"]
+    assert sum(line.startswith("  damaged") for line in lines) == 5
+
+
 def test_counts_add_up(whole):
     counts = read_json(whole / "counts.json")
     reached = counts["funnel"]["extract"]["kept"] + counts["read"]["records"] - counts["funnel"]["extract"]["documents"]
