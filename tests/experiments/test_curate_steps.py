@@ -101,7 +101,8 @@ def test_a_model_that_changes_while_a_run_goes_on_is_noticed(web, model, tmp_pat
     cfg = config(web, tmp_path / "out", replace(PLAIN, toxicity=Classes(own, "bad", 0.5)))
     settings = run.checked(cfg)["filter"]
     path = next(web.glob("c*"))
-    task = Task(cfg, "filter", 0, {"settings": settings}, (Input(str(path), path.stat().st_size),))
+    source = Input(str(path), path.stat().st_size, path.stat().st_mtime_ns)
+    task = Task(cfg, "filter", 0, {"settings": settings}, (source,))
     save_classifier(own, classifier(2))
     assert "toxicity.model's content has changed since the run began" in str(work.attempt(task).error)
     assert not (tmp_path / "out" / "stages" / "filter" / "00000").exists()
