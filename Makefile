@@ -11,7 +11,7 @@ RUN ?= runs/quickstart
 JSON ?= build/artifacts/bench
 # of the library, for the programs and for the tests
 RUN_EXTRAS := fast,report,zstd
-DEV_EXTRAS := $(RUN_EXTRAS),kernels,testing,gguf,math,curate
+DEV_EXTRAS := $(RUN_EXTRAS),kernels,testing,gguf,math,curate,service
 export TOKENIZERS_PARALLELISM ?= false
 
 ifeq ($(PY),$(VENV_PY))
