@@ -45,10 +45,9 @@ def page(result: Mapping[str, Any], runs: Runs, law: Law) -> str:
         lines.append("| measured | the final run did not complete |")
     else:
         measured, seconds = result["measured"]
-        lines.append(
-            f"| measured | **{measured:.4f}** after {seconds:,.0f} s: {100 * (measured / result['predicted'][0] - 1):+.2f} "
-            f"%, the interval {'held' if result['held'] else 'did not hold'} |"
-        )
+        error = 100 * (measured / result["predicted"][0] - 1)
+        held = "held" if result["held"] else "did not hold"
+        lines.append(f"| measured | **{measured:.4f}** after {seconds:,.0f} s: {error:+.2f} %, the interval {held} |")
     hidden = (result.get("final_run") or {}).get("hidden")
     if hidden:
         lines += ["", "Revealed afterwards:", "", *(f"- {k}: {v}" for k, v in hidden.items())]
