@@ -128,6 +128,7 @@ class Rules(_Frozen):
     min_vocab_size: Annotated[int, Field(gt=0)] = 1  # more than the largest token of the data
     max_train_tokens: Annotated[int, Field(gt=0, le=MAX_TOKENS)] = MAX_TOKENS  # one pass over the data
     max_parameters: Annotated[int, Field(gt=0)] = 10**13  # what the device holds
+    attention_bias: bool = True  # whether models may have it
 
 
 def total_steps(cfg: TrainingConfig, rules: Rules) -> int:
@@ -154,6 +155,8 @@ def problem(cfg: TrainingConfig, rules: Rules) -> str | None:
         return f"total_train_tokens must be at most {rules.max_train_tokens}: the data holds no more"
     if a.vocab_size < rules.min_vocab_size:
         return f"vocab_size must be at least {rules.min_vocab_size}, the vocabulary of the data"
+    if a.attention_bias and not rules.attention_bias:
+        return "attention_bias must be false: this server's models have none"
     if n_parameters(a) > rules.max_parameters:
         return f"the model has {n_parameters(a)} parameters, this server takes at most {rules.max_parameters}"
     return None

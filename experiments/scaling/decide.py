@@ -1,0 +1,198 @@
+"""From finished experiments of the training service to the next ones, and to the best run of a larger budget.
+
+The budget is time on a device, not FLOPs: small models use a device badly, so what is optimal depends on both the law
+of loss and the law of speed,
+
+    L(N, D) = E + A / N^alpha + B / D^beta,    seconds(N, D) = D (u + v N),
+
+N being the parameters that multiply: all but the embeddings (Porian et al. 2024 count the head, too). Everything here
+is a pure function of shapes, laws and results.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from experiments.scaling.service.schemas import (
+    AdamWConfig,
+    ArchitectureConfig,
+    Completed,
+    Experiment,
+    Rules,
+    TrainingConfig,
+    WarmupCosineDecay,
+    n_parameters,
+)
+from purelm import random
+from purelm.scaling.bootstrap import interval
+from purelm.scaling.laws import Law, loss
+from purelm.scaling.runs import Runs
+
+__all__ = [
+    "Choice",
+    "Shape",
+    "Speed",
+    "best_rate",
+    "best_run",
+    "config",
+    "counted",
+    "forecast",
+    "rate_law",
+    "runs_of",
+    "shapes",
+    "speed_of",
+]
+
+HEAD_DIM = 16
+MOST_STEEP = 0.75  # exponent of the learning rate in N: StepLaw finds .713, at a given number of tokens
+
+
+class Shape(NamedTuple):
+    """A model in two numbers; heads are HEAD_DIM wide, and the feed-forward 8/3 of the width."""
+
+    width: int
+    layers: int
+
+
+class Speed(NamedTuple):
+    """seconds = tokens (a_token + a_parameter N)."""
+
+    a_token: float
+    a_parameter: float
+
+
+class Choice(NamedTuple):
+    """A run for a budget."""
+
+    shape: Shape
+    tokens: int
+    loss: float  # by the law
+    seconds: float  # by the speed
+
+
+def shapes(widths: Iterable[int], aspect: int = 32) -> tuple[Shape, ...]:
+    """Models of these widths, with width / aspect layers, 2 at least."""
+    found = []
+    for width in widths:
+        if width < HEAD_DIM or width % HEAD_DIM:
+            raise ValueError(f"width must be a multiple of {HEAD_DIM}, got {width}")
+        found.append(Shape(width, max(2, round(width / aspect))))
+    return tuple(found)
+
+
+def config(
+    shape: Shape, tokens: int, rate: float, rules: Rules, *, batch: int, evals: int, seconds: float, seed: int = 0,
+    dtype: str = "float32",
+) -> TrainingConfig:  # fmt: skip
+    """The run as the service takes it; tokens are rounded to a whole number of updates between evaluations."""
+    a_chunk = rules.seq_len * batch * evals
+    rows = math.gcd(batch, rules.n_val_tokens // rules.seq_len)
+    return TrainingConfig.model_validate({
+        "architecture_config": {
+            "attention_bias": False, "head_dim": HEAD_DIM, "hidden_size": shape.width,
+            "intermediate_size": -(-8 * shape.width // 3 // HEAD_DIM) * HEAD_DIM,
+            "num_attention_heads": shape.width // HEAD_DIM, "num_hidden_layers": shape.layers,
+            "num_key_value_heads": shape.width // HEAD_DIM, "rms_norm_eps": 1e-6, "rope_theta": 10_000,
+            "tie_word_embeddings": False, "dtype": dtype, "vocab_size": rules.min_vocab_size,
+        },
+        "optimizer_config": AdamWConfig(lr_scheduler=WarmupCosineDecay(peak_value=rate)).model_dump(),
+        "train_batch_size": batch, "val_batch_size": rows, "n_evals": evals,
+        "total_train_tokens": max(1, round(tokens / a_chunk)) * a_chunk,
+        "max_runtime_seconds": seconds, "model_seed": seed,
+    })  # fmt: skip
+
+
+def counted(a: ArchitectureConfig) -> int:
+    """N: the parameters without the token embeddings; the head, which multiplies, counts."""
+    return n_parameters(a) - (0 if a.tie_word_embeddings else a.vocab_size * a.hidden_size)
+
+
+def runs_of(done: Sequence[tuple[TrainingConfig, float]]) -> Runs:
+    """Runs of (configuration, last validation loss)."""
+    n = np.array([counted(cfg.architecture_config) for cfg, _ in done], np.float64)
+    return Runs(n, np.array([cfg.total_train_tokens for cfg, _ in done], np.float64), np.array([x for _, x in done]))
+
+
+def work(cfg: TrainingConfig, rules: Rules) -> float:
+    """Tokens trained on, and a third of those evaluated on, which have no backward pass."""
+    return cfg.total_train_tokens + cfg.n_evals * rules.n_val_tokens / 3
+
+
+def speed_of(done: Iterable[Experiment], rules: Rules) -> Speed:
+    """The speed with the least squared relative errors of seconds, both numbers at least 0. ValueError without runs."""
+    rows = []
+    for run in done:
+        if isinstance(run.status, Completed):
+            tokens = work(run.training_config, rules) / run.status.used_runtime_seconds
+            rows.append((tokens, tokens * counted(run.training_config.architecture_config)))
+    if not rows:
+        raise ValueError("no run has been completed, so nothing is known of the device's speed")
+    x = np.array(rows)  # x (u, v) = 1
+    alone = x.sum(0) / (x**2).sum(0)
+    tries = [np.array([alone[0], 0.0]), np.array([0.0, alone[1]])]
+    scale = np.abs(x).max(0)
+    both = np.linalg.lstsq(x / scale, np.ones(len(x)), rcond=None)[0] / scale
+    if len(x) > 1 and (both >= 0).all():
+        tries.append(both)
+    return Speed(*(float(v) for v in min(tries, key=lambda v: float(((x @ v - 1) ** 2).sum()))))
+
+
+def seconds_of(cfg: TrainingConfig, speed: Speed, rules: Rules) -> float:
+    """By the law of speed, evaluations included."""
+    return work(cfg, rules) * (speed.a_token + speed.a_parameter * counted(cfg.architecture_config))
+
+
+def best_run(
+    law: Law, speed: Speed, among: Sequence[Shape], seconds: float, rules: Rules, *, batch: int, evals: int
+) -> Choice:
+    """The shape of the least loss by the law, each trained on as many tokens as fit in the time (and in the data)."""
+    found = []
+    for shape in among:
+        cfg = config(shape, 1, 1.0, rules, batch=batch, evals=evals, seconds=1.0)
+        n, least = counted(cfg.architecture_config), cfg.total_train_tokens
+        spare = seconds / (speed.a_token + speed.a_parameter * n) - evals * rules.n_val_tokens / 3
+        tokens = int(min(spare, rules.max_train_tokens) // least * least)
+        if tokens > 0:
+            cfg = cfg.model_copy(update={"total_train_tokens": tokens})
+            found.append(Choice(shape, tokens, float(loss(law, n, tokens)), seconds_of(cfg, speed, rules)))
+    if not found:
+        raise ValueError(f"{seconds:.0f} s are too few for any of these models")
+    return min(found, key=lambda x: x.loss)
+
+
+def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """The least of the parabola in ln(rate) through the best and its neighbours; an end of the range is itself."""
+    if len(rates) != len(losses) or not rates:
+        raise ValueError(f"there are {len(rates)} rates and {len(losses)} losses")
+    order = np.argsort(rates)
+    x, y = np.log(np.asarray(rates, np.float64)[order]), np.asarray(losses, np.float64)[order]
+    i = int(np.argmin(y))
+    if not 0 < i < len(x) - 1:
+        return float(np.exp(x[i]))
+    curve = np.polyfit(x[i - 1 : i + 2], y[i - 1 : i + 2], 2)
+    return float(np.exp(np.clip(-curve[1] / (2 * curve[0]), x[i - 1], x[i + 1])))
+
+
+def rate_law(sizes: Sequence[float], rates: Sequence[float]) -> tuple[float, float]:
+    """(c, p) of rate = c N^-p by least squares of logarithms, p within 0 and `MOST_STEEP`."""
+    x, y = np.log(np.asarray(sizes, np.float64)), np.log(np.asarray(rates, np.float64))
+    p = 0.0 if len(x) < 2 else -float(np.polyfit(x, y, 1)[0])
+    p = min(max(p, 0.0), MOST_STEEP)
+    return float(np.exp(np.mean(y + p * x))), p
+
+
+def forecast(
+    key: Tensor, law: Law, laws: Law, runs: Runs, parameters: float, tokens: float, coverage: float
+) -> tuple[float, float, float]:
+    """(loss, low, high) of one more run: each law of a bootstrap sample with a relative residual of some run.
+
+    key: of purelm.random. laws: of `bootstrap.resampled`, fields (n,).
+    """
+    residuals = np.log(runs.loss / loss(law, runs.parameters, runs.tokens))
+    spread = math.sqrt(len(residuals) / max(1, len(residuals) - 5))  # five numbers were fitted to them
+    drawn = random.randint(key, (len(laws.E),), 0, len(residuals)).numpy()
+    each = loss(laws, parameters, tokens) * np.exp(spread * residuals[drawn])
+    return float(loss(law, parameters, tokens)), *interval(each, coverage)
