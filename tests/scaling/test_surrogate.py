@@ -155,7 +155,10 @@ def test_divergence():
     assert losses(config(lr=over, schedule={"warmup_frac": 0.1}))[-1] < 7 < losses(config(lr=over))[-1]
     assert losses(config(lr=over, schedule={"warmup_frac": 0.0}))[-1] > 7
     # A first learning rate above the edge diverges at once, whatever the peak is.
-    assert losses(config(lr=lr, schedule={"init_value": over}))[0] > 9
+    assert losses(config(lr=lr, schedule={"init_value": over}))[-1] > 7
+    bare = config(lr=lr * math.exp(h.edge - 0.4))
+    unclipped = bare.optimizer_config.model_copy(update={"grad_clip_norm": None})
+    assert losses(bare)[-1] < 7 < losses(bare.model_copy(update={"optimizer_config": unclipped}))[-1]
 
 
 def _q(h, x, cfg):
@@ -206,11 +209,11 @@ def test_at_once_or_as_time_passes(tmp_path):
     assert backend(Surrogate()).run(config(), RULES, once) == whole.outcome
     assert told == [0.0, (whole.val_losses.tolist(), whole.seconds[-1])] and not list(tmp_path.iterdir())
 
-    slow = Surrogate(time_scale=0.05)
+    slow = Surrogate(time_scale=0.5)
     slept = []
     watched, told = control(tmp_path)
     assert _run(slow, config(), RULES, watched, slept.append) == whole.outcome
-    assert sum(slept) == pytest.approx(0.05 * whole.outcome.seconds) and max(slept) <= 0.1
+    assert sum(slept) == pytest.approx(0.5 * whole.outcome.seconds) and max(slept) <= 0.1
     lengths = [len(x[0]) for x in told[1:]]
     assert lengths == sorted(set(lengths)) and told[-1][0] == whole.val_losses.tolist()
     (tmp_path / "surrogate.json").unlink()
@@ -218,17 +221,17 @@ def test_at_once_or_as_time_passes(tmp_path):
     slept.clear()
     stopping, told = control(tmp_path, stop=lambda: len(slept) >= 5)
     stopped = _run(slow, config(), RULES, stopping, slept.append)
-    assert isinstance(stopped, Stopped) and stopped.seconds == pytest.approx(5 * 0.1 / 0.05)
+    assert isinstance(stopped, Stopped) and stopped.seconds == pytest.approx(5 * 0.1 / 0.5)
     again, told = control(tmp_path)
     assert _run(slow, config(), RULES, again, slept.append) == whole.outcome and told[0] == stopped.seconds
-    assert sum(slept) == pytest.approx(0.05 * whole.outcome.seconds)
+    assert sum(slept) == pytest.approx(0.5 * whole.outcome.seconds)
 
     class Killed(BaseException):
         pass
 
     def kill(seconds):
         slept.append(seconds)
-        if sum(slept) > 0.05 * whole.outcome.seconds * 0.6:
+        if sum(slept) > 0.5 * whole.outcome.seconds * 0.6:
             raise Killed
 
     (tmp_path / "surrogate.json").unlink()
@@ -285,6 +288,7 @@ def test_regret():
     assert run.reveal(found, RULES, 5, 100.0)["regret"] == 0.0
     assert run.reveal(found.model_copy(update={"n_evals": 1}), RULES, 5, 50.0)["regret"] is None
     assert run.reveal(config(lr=10.0), RULES, 5, 100.0)["final"]["outcome"] == "broken"
+    assert run.reveal(config(), RULES, 5, 1e9)["best"]["seconds"] <= 43_200  # no run may take longer
     for nothing in (0.5, 1.0):  # an evaluation alone takes longer with this device
         told = backend(Surrogate(peak_flops=1e9)).reveal(config(), RULES, 5, nothing)
         assert told["best"] is told["regret"] is None and told["law"]["E"] == draw(QUIET, 5).law.E
