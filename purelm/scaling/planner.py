@@ -263,7 +263,7 @@ def _after(v: Array, rows: Array) -> Array:
         return v
     half = np.linalg.cholesky(v)
     x = rows @ half
-    lower: Array = half @ np.linalg.solve(np.eye(len(v)) + x.T @ x, half.T)
+    lower: Array = np.asarray(half @ np.linalg.solve(np.eye(len(v)) + x.T @ x, half.T), np.float64)
     return lower
 
 
