@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 HEAD_DIM = 16
-MOST_STEEP = 0.75  # exponent of the learning rate in N: StepLaw finds .713, at a given number of tokens
+MOST_STEEP = 0.5  # exponent of the learning rate in N: two short sweeps must not extrapolate wildly
 
 
 class Shape(NamedTuple):
@@ -195,4 +195,6 @@ def forecast(
     spread = math.sqrt(len(residuals) / max(1, len(residuals) - 5))  # five numbers were fitted to them
     drawn = random.randint(key, (len(laws.E),), 0, len(residuals)).numpy()
     each = loss(laws, parameters, tokens) * np.exp(spread * residuals[drawn])
+    if bad := int((~np.isfinite(each)).sum()):
+        raise ValueError(f"{bad} of {len(each)} bootstrap laws are not finite: the runs are too few, or too much alike")
     return float(loss(law, parameters, tokens)), *interval(each, coverage)

@@ -5,7 +5,7 @@
         --forecasts results/scaling/forecasts.jsonl --widths 32 48 64 96 128 --final-widths 64 96 128 192 256
 
 It goes in steps, each from the results of those before: two short runs for the device's speed; learning rates of a
-small and of a middle model, for a law of them; --widths at times that rise threefold; the law of loss, by variable
+small and of a middle model, for a law of them; --widths at three times; the law of loss, by variable
 projection, with its bootstrap; the shape and the number of tokens that are best in --multiple times the budget; the
 prediction of their loss, which is appended to FORECASTS and submitted; the final run; the outcome.
 
@@ -27,7 +27,7 @@ import tyro
 from experiments.console import program, progress_bar, say
 from experiments.limits import Count, Place, Range, Seed, Share, Text
 from experiments.scaling import study_page
-from experiments.scaling.client import Client, Failure
+from experiments.scaling.client import Client, Failure, InsufficientBudget
 from experiments.scaling.decide import (
     Choice,
     Shape,
@@ -44,7 +44,7 @@ from experiments.scaling.decide import (
     speed_of,
 )
 from experiments.scaling.forecasts import Forecast, register, settle
-from experiments.scaling.service.schemas import Completed, Experiment, Rules, TrainingConfig
+from experiments.scaling.service.schemas import Completed, Experiment, Rules, TrainingConfig, total_steps
 from purelm import random, track
 from purelm.scaling import variable_projection
 from purelm.scaling.bootstrap import resampled
@@ -54,8 +54,10 @@ from purelm.scaling.runs import Runs
 Width = Annotated[int, Range(16, 16_384)]
 Rate = Annotated[float, Range(0, 10, open_low=True)]
 
-RATES_SHARE, GRID_SHARE = 0.2, 0.65  # of the budget; what is left is for the speed, and for runs that take longer
-LEVELS = (1, 3, 9)  # times of the grid, relative
+RATES_SHARE = 0.2  # of the budget
+USED_SHARE = 0.8  # of what is left is planned for: runs reserve more than they use, and may take longer
+LEVELS = (1.0, 2.5, 6.25)  # times of the grid, relative
+MOST_WIDER = 3  # runs that are added where the best learning rate is an end of those tried
 SLACK = 1.6  # reserved for a run, over what the law of speed says
 
 
@@ -81,8 +83,10 @@ class Args:
     """learning rates that are tried"""
     batch: Count = 16
     """sequences"""
-    evals: Count = 4
+    evals: Count = 2
     """of each run"""
+    least_steps: Count = 50
+    """updates of a run, under which a law of loss would be one of warmups"""
     multiple: Annotated[float, Range(1, 100)] = 4.0
     """the final run's time, relative to the budget"""
     margin: Annotated[float, Range(0.1, 1)] = 0.85
@@ -117,9 +121,15 @@ class Study:
         return cfg
 
     def run(self, what: str, configs: Sequence[TrainingConfig]) -> list[Experiment]:
-        """Submit what is new, wait for all; those that failed are said."""
-        ids = [self.client.submit(cfg.model_dump(mode="json"), known=True)["experiment_id"] for cfg in configs]
-        with progress_bar(what, len(ids), "runs") as update:
+        """Submit what is new, as far as the budget's reservations allow; wait for all; say which failed."""
+        ids: list[int] = []
+        with progress_bar(what, len(configs), "runs") as update:
+            for i, cfg in enumerate(configs):
+                number = self._submitted(cfg, ids)
+                if number is None:
+                    say(f"{what}: the budget is spent, {i} of {len(configs)} runs were submitted")
+                    break
+                ids.append(number)
             found = self.client.wait(ids, lambda rows: update(sum(_ended(x) for x in rows)))
         runs = [Experiment.model_validate(x) for x in found]
         self.done |= {x.experiment_id: x for x in runs}
@@ -128,12 +138,30 @@ class Study:
                 say(f"experiment {x.experiment_id} failed: {json.dumps(x.status.model_dump(mode='json'))[:300]}")
         return runs
 
+    def _submitted(self, cfg: TrainingConfig, before: Sequence[int]) -> int | None:
+        """Its number. While the budget is short, runs before it are awaited: they reserve more than they use.
+
+        None if it stays short.
+        """
+        while True:
+            try:
+                return self.client.submit(cfg.model_dump(mode="json"), known=True)["experiment_id"]
+            except InsufficientBudget:
+                if all(_ended(self.client.experiment(x)) for x in before):
+                    return None
+                time.sleep(0.5)
+
     def planned(self, shape: Shape, seconds: float, rate: float, speed: Speed) -> TrainingConfig:
         """A run of about so many seconds, by the law of speed."""
         one = self.config(shape, 1, rate, 2.0)
         evals = self.args.evals * self.rules.n_val_tokens / 3
         tokens = seconds / (speed.a_token + speed.a_parameter * counted(one.architecture_config)) - evals
         cfg = self.config(shape, max(tokens, 1), rate, 2.0)
+        if (steps := total_steps(cfg, self.rules)) < self.args.least_steps:
+            raise ValueError(
+                f"width {shape.width}: {seconds:.1f} s are enough for {steps} updates, fewer than least_steps "
+                f"{self.args.least_steps}: give the key more seconds, or smaller --widths, --evals or n_val_tokens"
+            )
         limit = max(2.0, math.ceil(SLACK * seconds_of(cfg, speed, self.rules)))
         return cfg.model_copy(update={"max_runtime_seconds": float(limit)})
 
@@ -189,15 +217,16 @@ def _main(args: Args) -> None:
     study = Study(args)
     among = shapes(sorted(set(args.widths)))
     say(f"{study.client.backend} back end, {study.total:,.0f} s of budget; {study.rules}")
-    speed = _speed(study, among)
-    rate = _rates(study, among, speed)
-    speed = speed_of(study.done.values(), study.rules)
-    seconds = [GRID_SHARE * study.total * x / (sum(LEVELS) * len(among)) for x in LEVELS]
-    grid = study.run("grid", study.plan("grid", (
-        study.planned(shape, s, _rate(rate, study, shape), speed) for s in seconds for shape in among
-    )))  # fmt: skip
-    done = [(x.training_config, loss) for x in grid if (loss := _last(x)) is not None]
-    runs = runs_of(done)
+    rate, tuned = _rates(study, among, _speed(study, among))
+    grid: list[Experiment] = []
+    for i, level in enumerate(LEVELS):  # the speed and what is left are known better with each
+        speed = speed_of(study.done.values(), study.rules)
+        left = USED_SHARE * study.client.budget()["remaining_seconds"]
+        seconds = left * level / sum(LEVELS[i:]) / len(among)
+        planned = (study.planned(shape, seconds, _rate(rate, study, shape), speed) for shape in among)
+        grid += study.run(f"grid, level {i + 1}", study.plan(f"grid, level {i + 1}", planned))
+    done = {x.experiment_id: (x.training_config, value) for x in [*tuned, *grid] if (value := _last(x)) is not None}
+    runs = runs_of(list(done.values()))
     law = variable_projection.fit(runs)
     laws = resampled(random.key(args.seed), runs, law, args.bootstrap)
     speed = speed_of(study.done.values(), study.rules)
@@ -239,31 +268,52 @@ def _rate(rate: tuple[float, float], study: Study, shape: Shape) -> float:
 
 def _speed(study: Study, among: Sequence[Shape]) -> Speed:
     """From a run of few tokens for the smallest and the largest model."""
-    tokens = study.rules.seq_len * study.args.batch * study.args.evals * 8
-    limit = max(2.0, study.total / 20)
+    tokens = study.rules.seq_len * study.args.batch * study.args.evals * 4
+    limit = max(2.0, study.total / 5)  # reserved, not used
     middle = sorted(study.args.rates)[len(study.args.rates) // 2]
     study.run("speed", study.plan("speed", (study.config(x, tokens, middle, limit) for x in (among[0], among[-1]))))
     return speed_of(study.done.values(), study.rules)
 
 
-def _rates(study: Study, among: Sequence[Shape], speed: Speed) -> tuple[float, float]:
-    """The law of the best learning rate, from a small and a middle model."""
+def _rates(study: Study, among: Sequence[Shape], speed: Speed) -> tuple[tuple[float, float], list[Experiment]]:
+    """The law of the best learning rate, from a small and a middle model, and the best run of each."""
     pair, rates = (among[0], among[len(among) // 2]), sorted(study.args.rates)
     seconds = RATES_SHARE * study.total / (len(rates) * len(pair))
     configs = study.plan("rates", (study.planned(shape, seconds, rate, speed) for shape in pair for rate in rates))
     found = study.run("learning rates", configs)
-    sizes, best = [], []
-    for shape in pair:
-        rows = [(x.training_config.optimizer_config.lr_scheduler.peak_value, _last(x)) for x in found
-                if x.training_config.architecture_config.hidden_size == shape.width]  # fmt: skip
-        good = [(rate, value) for rate, value in rows if value is not None]
-        if not good:
-            raise ValueError(f"no run of the learning rates {rates} was completed with width {shape.width}")
+    sizes, best, tuned = [], [], []
+    for i, shape in enumerate(pair):
+        mine = _widened(study, f"rates of {shape.width}", found[i * len(rates) : (i + 1) * len(rates)])
         sizes.append(float(counted(study.config(shape, 1, 1.0, 2.0).architecture_config)))
-        best.append(best_rate(*zip(*good, strict=True)))
+        best.append(best_rate(*zip(*_tried(mine), strict=True)))
+        tuned.append(min((x for x in mine if _last(x) is not None), key=lambda x: _last(x) or 0.0))
     law = rate_law(sizes, best)
     say(f"best learning rates {', '.join(f'{x:.3g}' for x in best)}: {law[0]:.3g} N^-{law[1]:.2f}")
-    return law
+    return law, tuned
+
+
+def _tried(found: Iterable[Experiment]) -> list[tuple[float, float]]:
+    """(rate, loss) of the runs that were completed."""
+    rows = [(x.training_config.optimizer_config.lr_scheduler.peak_value, _last(x)) for x in found]
+    return sorted((rate, value) for rate, value in rows if value is not None)
+
+
+def _widened(study: Study, kind: str, found: list[Experiment]) -> list[Experiment]:
+    """The runs, and more while the best rate is the least or the greatest: each time one twice as far out."""
+    for i in range(MOST_WIDER):
+        tried = _tried(found)
+        if len(tried) < 2:
+            raise ValueError(f"{len(tried)} runs of {kind} were completed: give other --rates")
+        at = min(range(len(tried)), key=lambda i: tried[i][1])
+        if 0 < at < len(tried) - 1:
+            break
+        rate = tried[at][0] * (2.0 if at else 0.5)
+        cfg = found[0].training_config
+        scheduler = cfg.optimizer_config.lr_scheduler.model_copy(update={"peak_value": rate})
+        optimizer = cfg.optimizer_config.model_copy(update={"lr_scheduler": scheduler})
+        wider = study.plan(f"{kind}, {i}", [cfg.model_copy(update={"optimizer_config": optimizer})])
+        found = [*found, *study.run(kind, wider)]
+    return found
 
 
 def _final(study: Study, law: Law, speed: Speed, rate: tuple[float, float]) -> tuple[Choice, TrainingConfig]:

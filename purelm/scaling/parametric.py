@@ -20,6 +20,7 @@ from purelm.scaling.runs import Array, Runs, check
 __all__ = ["DELTA", "fit", "law_of", "logs", "objective", "refit", "starts", "unknowns_of"]
 
 DELTA = 1e-3
+MOST = 700.0  # e^710 is no float64
 Logs = tuple[Array, Array, Array]
 
 
@@ -32,9 +33,10 @@ def starts() -> Array:
 
 
 def law_of(x: Array) -> Law:
-    """The law, or laws, of unknowns (..., 5)."""
+    """The law, or laws, of unknowns (..., 5). Coefficients stay finite: runs that do not determine one give e^700."""
     a, b, e, alpha, beta = np.moveaxis(np.asarray(x, np.float64), -1, 0)
-    return Law(np.exp(e), np.exp(a), np.exp(b), alpha, beta)
+    e, a, b = np.exp(np.minimum((e, a, b), MOST))
+    return Law(e, a, b, alpha, beta)
 
 
 def unknowns_of(law: Law) -> Array:
