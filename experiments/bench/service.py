@@ -36,6 +36,8 @@ from experiments.scaling.service import keys
 from experiments.scaling.service.schemas import TrainingConfig
 from experiments.scaling.service.store import FILE, create, open_store
 
+STATES = "SELECT state, COUNT(*) FROM runs GROUP BY state"
+EVENTS = "SELECT kind, COUNT(*) FROM events GROUP BY kind"
 PACKAGES = ("purelm", "fastapi", "uvicorn", "pydantic")
 Seconds = Annotated[float, Range(0, 60)]
 
@@ -191,19 +193,19 @@ class Server:
         self.process.wait()
 
 
-def totals(folder: Path) -> Counter[str]:
-    """Number of runs in each state."""
+def counted(folder: Path, sql: str) -> Counter[str]:
+    """Rows by name: of runs by their state, of events by their kind."""
     db = sqlite3.connect(f"{(folder / FILE).as_uri()}?mode=ro", uri=True)
     with contextlib.closing(db):
-        return Counter(dict(db.execute("SELECT state, COUNT(*) FROM runs GROUP BY state")))
+        return Counter(dict(db.execute(sql)))
 
 
 async def killing(args: Args, server: Server, done: asyncio.Event) -> Counter[str]:
-    """The kills, half of them the server's, then `done`."""
+    """The kills, by turns of the server and of a worker, then `done`."""
     rng, killed = random.Random(args.seed), Counter[str]()
     while killed.total() < args.kills:
         await asyncio.sleep(rng.uniform(0.2, 2.0))
-        if rng.random() < 0.5:
+        if killed.total() % 2 == 0:
             server.kill()
             killed["server"] += 1
         elif server.kill_worker(rng):
@@ -257,7 +259,7 @@ async def measure(args: Args, folder: Path) -> tuple[Found, Counter[str], float]
         found = await submitting
         seconds = time.perf_counter() - begun
         last, since = Counter[str](), time.monotonic()
-        while (now := totals(folder))["queued"] + now["running"]:
+        while (now := counted(folder, STATES))["queued"] + now["running"]:
             if now != last:
                 last, since = now, time.monotonic()
             if time.monotonic() - since > 60:
@@ -274,6 +276,7 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         found, killed, seconds = asyncio.run(measure(args, Path(folder)))
         bad = check(args, Path(folder), found)
+        told = counted(Path(folder), EVENTS)
         log = (Path(folder) / "server.log").read_text()
     name = f"{args.submissions} submissions, {args.clients} clients"
     if args.kills:
@@ -281,6 +284,9 @@ def main(args: Args) -> None:
     rows = [row(f"{name}: {what}", n, "runs", packages=PACKAGES) for what, n in bad.items()]
     if args.kills:
         rows.append(row(f"{name}: requests repeated", found.repeated, "requests", packages=PACKAGES))
+        # Else the kills would have hit nothing.
+        for kind, what in (("lost", "attempts that were killed"), ("preempted", "attempts put aside by workers")):
+            rows.append(row(f"{name}: {what}", told[kind], "attempts", packages=PACKAGES))
     else:
         parts = statistics.quantiles(found.seconds, n=100, method="inclusive")
         for what, value in (("p50", parts[49]), ("p99", parts[98]), ("slowest", max(found.seconds))):

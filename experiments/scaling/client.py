@@ -4,15 +4,13 @@
     id_ = client.submit(config)["experiment_id"]              # config: a dict, as in README.md
     (done,) = client.wait([id_])
     done["status"]["val_losses"][-1]
-
-    python -m experiments.scaling.client runs.json --key 12345678     # finished runs, as experiments.scaling.fit reads
+    runs_of(client.experiments())                             # as experiments.scaling.fit reads; collect.py writes them
 
 All answers are the JSON of the service, as dicts. What goes wrong is an exception of this file.
 """
 
 import http.client
 import json
-import os
 import time
 import urllib.error
 import urllib.parse
@@ -246,41 +244,3 @@ def runs_of(experiments: Iterable[Mapping[str, Any]], *, embeddings: bool = Fals
         })  # fmt: skip
     return rows
 
-
-def _program() -> None:
-    import dataclasses
-    from pathlib import Path
-
-    import tyro
-
-    from experiments.console import program, say
-    from experiments.limits import Place, Text
-
-    @dataclasses.dataclass(frozen=True)
-    class Args:
-        """Write the completed experiments of a key as a list of runs."""
-
-        out: tyro.conf.Positional[Place]
-        url: Text = URL
-        key: Text = ""
-        """default: the environment's PURELM_API_KEY"""
-        embeddings: bool = False
-        """count the vocabulary's matrices as parameters too"""
-
-    @program
-    def main(args: Args) -> None:
-        client = Client(args.url, args.key or os.environ.get("PURELM_API_KEY", ""))
-        try:
-            rows = runs_of(client.experiments(), embeddings=args.embeddings)
-        except Failure as error:
-            raise ValueError(str(error)) from None
-        staged = Path(f"{args.out}.new")
-        staged.write_text(json.dumps(rows, indent=1) + "\n")
-        staged.replace(args.out)
-        say(f"{args.out}: {len(rows)} completed runs, by the {client.backend} back end")
-
-    main(tyro.cli(Args))
-
-
-if __name__ == "__main__":
-    _program()
