@@ -5,7 +5,7 @@
     with store.read() as db: ...       # a snapshot
     commits.submit(change).result()    # changes of many callers, few transactions, one flush to the disk each
 
-A change is durable when its transaction has ended (synchronous = FULL): it outlasts kill -9 and a loss of power.
+A change is on the disk when its transaction has ended (synchronous = FULL): it outlasts kill -9 and a loss of power.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import queue
 import secrets
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -29,6 +30,7 @@ FILE = "service.sqlite3"
 APPLICATION = 0x70754C4D  # "puLM", SQLite's application_id
 VERSION = 1  # of the tables, SQLite's user_version
 BUSY = 10.0  # seconds to wait for the write lock
+LOOK = 0.0005  # seconds from one look at the write lock to the next
 MOST_AT_ONCE = 64  # changes in one transaction
 
 SCHEMA = """
@@ -85,33 +87,58 @@ CREATE INDEX events_by_run ON events (run);
 
 
 class Store:
-    """Connections to one file, kept for reuse; any thread may use it."""
+    """Connections to one file, kept for reuse; any thread may use it.
 
-    def __init__(self, path: Path, busy: float = BUSY):
+    durable: a change outlasts a loss of power too. Without it the last ones may be undone by that, in order; kill -9
+        undoes none.
+    """
+
+    def __init__(self, path: Path, busy: float = BUSY, durable: bool = True):
         self.path = path
         self.busy = busy
+        self.durable = durable
         self._idle: deque[sqlite3.Connection] = deque()
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that holds the write lock from its beginning: what it reads cannot change before it writes."""
-        with self._transaction("BEGIN IMMEDIATE") as db:
+        """A transaction that holds the write lock from its beginning: what it reads cannot change before it writes.
+
+        sqlite3.OperationalError after `busy` seconds without the lock.
+        """
+        with self._transaction(self._begin_to_write) as db:
             yield db
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
         """A snapshot: all that is read in it is of one moment. It waits for no writer."""
-        with self._transaction("BEGIN") as db:
+        with self._transaction(lambda db: db.execute("BEGIN")) as db:
             yield db
 
+    def _begin_to_write(self, db: sqlite3.Connection) -> None:
+        """SQLite's own waiting for the lock sleeps longer and longer, up to 0.1 s, while others come and go."""
+        until = time.monotonic() + self.busy
+        db.execute("PRAGMA busy_timeout = 0")
+        try:
+            while True:
+                try:
+                    db.execute("BEGIN IMMEDIATE")
+                    return
+                except sqlite3.OperationalError as error:
+                    # The low byte is the kind: the others tell recovery and snapshots apart.
+                    if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                        raise
+                time.sleep(LOOK)
+        finally:
+            db.execute(f"PRAGMA busy_timeout = {int(1000 * self.busy)}")
+
     @contextlib.contextmanager
-    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, begin: Callable[[sqlite3.Connection], Any]) -> Iterator[sqlite3.Connection]:
         try:
             db = self._idle.pop()
         except IndexError:
-            db = connect(self.path, self.busy)
+            db = connect(self.path, self.busy, self.durable)
         try:
-            db.execute(begin)
+            begin(db)
             yield db
             db.execute("COMMIT")
         except BaseException:
@@ -134,13 +161,13 @@ class Store:
             self._idle.pop().close()
 
 
-def connect(path: Path, busy: float) -> sqlite3.Connection:
+def connect(path: Path, busy: float, durable: bool = True) -> sqlite3.Connection:
     """A connection to a file that exists; nothing is begun or committed but by name."""
     db = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=busy, isolation_level=None, check_same_thread=False
     )
     db.row_factory = sqlite3.Row
-    db.execute("PRAGMA synchronous = FULL")
+    db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
     db.execute("PRAGMA foreign_keys = ON")
     return db
 
@@ -174,7 +201,7 @@ def create(folder: Path, facts: dict[str, Any]) -> Store:
     return Store(path)
 
 
-def open_store(folder: Path, *, busy: float = BUSY, check: bool = True) -> Store:
+def open_store(folder: Path, *, busy: float = BUSY, durable: bool = True, check: bool = True) -> Store:
     """The file in `folder`; ValueError if it is none of ours, of another version, or damaged.
 
     check: read it whole and compare tables with indexes and references.
@@ -182,7 +209,7 @@ def open_store(folder: Path, *, busy: float = BUSY, check: bool = True) -> Store
     path = folder / FILE
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    store = Store(path, busy)
+    store = Store(path, busy, durable)
     try:
         with store.read() as db:
             application, version = (

@@ -49,6 +49,8 @@ class Supervisor:
         most_lost: int = dispatch.MOST_LOST,
         say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ):
+        if plan.make.__module__ == "__main__":
+            raise ValueError("make must be a function of a module that workers can import, not of __main__")
         self._store, self._plan = store, plan
         self._setup, self._most_lost, self._say = setup, most_lost, say
         self._slots = [_Slot(i, env, plan) for i, env in enumerate(slots)]

@@ -50,7 +50,9 @@ class _NotFinite(Exception):
 
 def work(plan: Plan, leave: threading.Event) -> None:
     """Take runs until `leave` is set, `plan.runs` are done, or one has raised: what that leaves behind is not known."""
-    store = open_store(plan.folder, check=False)
+    # Only a run's last word must outlast a loss of power, after which its claim and its progress mean nothing.
+    store = open_store(plan.folder, durable=False, check=False)
+    last = open_store(plan.folder, check=False)
     backend = plan.make(plan.settings)
     n, clean = 0, True
     alive = Alive(plan.folder, plan.worker)
@@ -60,13 +62,14 @@ def work(plan: Plan, leave: threading.Event) -> None:
             if job is None:
                 leave.wait(POLL)
                 continue
-            clean = carry_out(store, backend, job, plan, leave)
+            clean = carry_out(store, last, backend, job, plan, leave)
             n += 1
             alive.end()
             alive = Alive(plan.folder, plan.worker)
     finally:
         alive.end()
         store.close()
+        last.close()
 
 
 def _next(store: Store, run_id: str, leave: threading.Event) -> dispatch.Job | None:
@@ -76,8 +79,10 @@ def _next(store: Store, run_id: str, leave: threading.Event) -> dispatch.Job | N
     return _insist(store, lambda db: dispatch.claim(db, run_id, time.time()), leave)
 
 
-def carry_out(store: Store, backend: Backend, job: dispatch.Job, plan: Plan, leave: threading.Event) -> bool:
-    """One run, from claim to its last word; False if it raised."""
+def carry_out(
+    store: Store, last: Store, backend: Backend, job: dispatch.Job, plan: Plan, leave: threading.Event
+) -> bool:
+    """One run, from claim to its last word, which is for `last`; False if it raised."""
     folder = plan.folder / "runs" / str(job.id)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     disowned = threading.Event()
@@ -115,7 +120,7 @@ def carry_out(store: Store, backend: Backend, job: dispatch.Job, plan: Plan, lea
     if isinstance(outcome, Stopped) and not stop():
         outcome, clean = Broken(outcome.seconds, "the back end stopped unasked"), False
     if not disowned.is_set():
-        _insist(store, lambda db: dispatch.ended(db, job, outcome, time.time()), leave)
+        _insist(last, lambda db: dispatch.ended(db, job, outcome, time.time()), leave)
     return clean
 
 
