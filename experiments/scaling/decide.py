@@ -33,6 +33,7 @@ from purelm.scaling.runs import Runs
 
 __all__ = [
     "Choice",
+    "RateLaw",
     "Shape",
     "Speed",
     "best_rate",
@@ -41,13 +42,15 @@ __all__ = [
     "counted",
     "forecast",
     "rate_law",
+    "rate_of",
     "runs_of",
     "shapes",
     "speed_of",
 ]
 
 HEAD_DIM = 16
-MOST_STEEP = 0.5  # exponent of the learning rate in N: two short sweeps must not extrapolate wildly
+STEEP_N = (0.0, 0.75)  # StepLaw: .713
+STEEP_D = (-0.5, 0.35)  # StepLaw: .307 with batches that grow; with one batch size, longer runs want lower rates
 
 
 class Shape(NamedTuple):
@@ -62,6 +65,14 @@ class Speed(NamedTuple):
 
     a_token: float
     a_parameter: float
+
+
+class RateLaw(NamedTuple):
+    """Best learning rate = coefficient N^-parameters D^tokens, for one number of sequences in a batch."""
+
+    coefficient: float
+    parameters: float
+    tokens: float
 
 
 class Choice(NamedTuple):
@@ -176,12 +187,27 @@ def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
     return float(np.exp(np.clip(-curve[1] / (2 * curve[0]), x[i - 1], x[i + 1])))
 
 
-def rate_law(sizes: Sequence[float], rates: Sequence[float]) -> tuple[float, float]:
-    """(c, p) of rate = c N^-p by least squares of logarithms, p within 0 and `MOST_STEEP`."""
-    x, y = np.log(np.asarray(sizes, np.float64)), np.log(np.asarray(rates, np.float64))
-    p = 0.0 if len(x) < 2 else -float(np.polyfit(x, y, 1)[0])
-    p = min(max(p, 0.0), MOST_STEEP)
-    return float(np.exp(np.mean(y + p * x))), p
+def rate_law(sizes: Sequence[float], tokens: Sequence[float], rates: Sequence[float]) -> RateLaw:
+    """The law through the best rates of three sweeps, the last two of one size or of one number of tokens or neither.
+
+    Least squares of logarithms under p in `STEEP_N` and q in `STEEP_D`: sweeps are short and noisy, and must not be
+    extrapolated wildly. With fewer than three, exponents that are not determined are 0.
+    """
+    x = np.stack([-np.log(np.asarray(sizes, np.float64)), np.log(np.asarray(tokens, np.float64))], -1)
+    y = np.log(np.asarray(rates, np.float64))
+    x0, y0 = x.mean(0), y.mean()
+    best, least = (0.0, 0.0), math.inf
+    for p in np.linspace(*STEEP_N, 101):  # a convex problem in two bounded numbers: a grid is near enough
+        for q in np.linspace(*STEEP_D, 101):
+            cost = float((((x - x0) @ (p, q) - (y - y0)) ** 2).sum()) + 1e-9 * (p * p + q * q)
+            if cost < least:
+                best, least = (float(p), float(q)), cost
+    return RateLaw(float(np.exp(y0 - x0 @ best)), *best)
+
+
+def rate_of(law: RateLaw, parameters: float, tokens: float) -> float:
+    """c N^-p D^q, in three digits."""
+    return float(f"{law.coefficient * parameters**-law.parameters * tokens**law.tokens:.3g}")
 
 
 def forecast(

@@ -5,7 +5,7 @@
         --forecasts results/scaling/forecasts.jsonl --widths 32 48 64 96 128 --final-widths 64 96 128 192 256
 
 It goes in steps, each from the results of those before: two short runs for the device's speed; learning rates of a
-small and of a middle model, for a law of them; --widths at three times; the law of loss, by variable
+small and a middle model and of longer runs, for a law of them; --widths at three times; the law of loss, by variable
 projection, with its bootstrap; the shape and the number of tokens that are best in --multiple times the budget; the
 prediction of their loss, which is appended to FORECASTS and submitted; the final run; the outcome.
 
@@ -14,11 +14,11 @@ study.json, study.md and study.png in OUT.
 """
 
 import json
-import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -27,38 +27,34 @@ import tyro
 from experiments.console import program, progress_bar, say
 from experiments.limits import Count, Place, Range, Seed, Share, Text
 from experiments.scaling import study_page
-from experiments.scaling.client import Client, Failure, InsufficientBudget
+from experiments.scaling.client import Client, Failure
 from experiments.scaling.decide import (
-    Choice,
+    RateLaw,
     Shape,
     Speed,
-    best_rate,
     best_run,
-    config,
     counted,
     forecast,
-    rate_law,
+    rate_of,
     runs_of,
     seconds_of,
     shapes,
     speed_of,
 )
 from experiments.scaling.forecasts import Forecast, register, settle
-from experiments.scaling.service.schemas import Completed, Experiment, Rules, TrainingConfig, total_steps
+from experiments.scaling.service.schemas import MAX_SECONDS, Experiment, TrainingConfig
+from experiments.scaling.study_steps import Server, Sizes, device_speed, ended, last, learning_rates
 from purelm import random, track
 from purelm.scaling import variable_projection
 from purelm.scaling.bootstrap import resampled
-from purelm.scaling.laws import Law, loss
+from purelm.scaling.laws import Law
 from purelm.scaling.runs import Runs
 
 Width = Annotated[int, Range(16, 16_384)]
 Rate = Annotated[float, Range(0, 10, open_low=True)]
 
-RATES_SHARE = 0.2  # of the budget
 USED_SHARE = 0.8  # of what is left is planned for: runs reserve more than they use, and may take longer
 LEVELS = (1.0, 2.5, 6.25)  # times of the grid, relative
-MOST_WIDER = 3  # runs that are added where the best learning rate is an end of those tried
-SLACK = 1.6  # reserved for a run, over what the law of speed says
 
 
 @dataclass(frozen=True)
@@ -98,103 +94,11 @@ class Args:
     """of the bootstrap"""
 
 
-class Study:
-    """The server's side of a study: what was submitted, and what came of it."""
-
-    def __init__(self, args: Args):
-        self.args = args
-        self.client = Client(args.url, args.key or os.environ.get("PURELM_API_KEY", ""))
-        self.rules = Rules.model_validate(self.client.rules())
-        self.total = self.client.budget()["total_budget_seconds"]
-        self.done: dict[int, Experiment] = {}
-
-    def config(self, shape: Shape, tokens: float, rate: float, seconds: float) -> TrainingConfig:
-        """Limits are whole numbers of seconds."""
-        tokens = min(int(tokens), self.rules.max_train_tokens)
-        limit = max(2.0, math.ceil(seconds))
-        cfg = config(
-            shape, tokens, rate, self.rules, batch=self.args.batch, evals=self.args.evals, seconds=limit
-        )
-        if cfg.total_train_tokens > self.rules.max_train_tokens:
-            step = cfg.total_train_tokens // max(1, round(tokens / (self.rules.seq_len * self.args.batch)))
-            raise ValueError(f"the data hold {self.rules.max_train_tokens:,} tokens, fewer than {step:,} of one run")
-        return cfg
-
-    def run(self, what: str, configs: Sequence[TrainingConfig]) -> list[Experiment]:
-        """Submit what is new, as far as the budget's reservations allow; wait for all; say which failed."""
-        ids: list[int] = []
-        with progress_bar(what, len(configs), "runs") as update:
-            for i, cfg in enumerate(configs):
-                number = self._submitted(cfg, ids)
-                if number is None:
-                    say(f"{what}: the budget is spent, {i} of {len(configs)} runs were submitted")
-                    break
-                ids.append(number)
-            found = self.client.wait(ids, lambda rows: update(sum(_ended(x) for x in rows)))
-        runs = [Experiment.model_validate(x) for x in found]
-        self.done |= {x.experiment_id: x for x in runs}
-        for x in runs:
-            if not isinstance(x.status, Completed):
-                say(f"experiment {x.experiment_id} failed: {json.dumps(x.status.model_dump(mode='json'))[:300]}")
-        return runs
-
-    def _submitted(self, cfg: TrainingConfig, before: Sequence[int]) -> int | None:
-        """Its number. While the budget is short, runs before it are awaited: they reserve more than they use.
-
-        None if it stays short.
-        """
-        while True:
-            try:
-                return self.client.submit(cfg.model_dump(mode="json"), known=True)["experiment_id"]
-            except InsufficientBudget:
-                if all(_ended(self.client.experiment(x)) for x in before):
-                    return None
-                time.sleep(0.5)
-
-    def planned(self, shape: Shape, seconds: float, rate: float, speed: Speed) -> TrainingConfig:
-        """A run of about so many seconds, by the law of speed."""
-        one = self.config(shape, 1, rate, 2.0)
-        evals = self.args.evals * self.rules.n_val_tokens / 3
-        tokens = seconds / (speed.a_token + speed.a_parameter * counted(one.architecture_config)) - evals
-        cfg = self.config(shape, max(tokens, 1), rate, 2.0)
-        if (steps := total_steps(cfg, self.rules)) < self.args.least_steps:
-            raise ValueError(
-                f"width {shape.width}: {seconds:.1f} s are enough for {steps} updates, fewer than least_steps "
-                f"{self.args.least_steps}: give the key more seconds, or smaller --widths, --evals or n_val_tokens"
-            )
-        limit = max(2.0, math.ceil(SLACK * seconds_of(cfg, speed, self.rules)))
-        return cfg.model_copy(update={"max_runtime_seconds": float(limit)})
-
-    def submitted(self, kind: str) -> list[TrainingConfig] | None:
-        """The configurations of a step, as planned the first time: what is measured later must not move them."""
-        file = self.args.out / "plan.json"
-        plan = json.loads(file.read_text()) if file.is_file() else {}
-        return [TrainingConfig.model_validate(x) for x in plan[kind]] if kind in plan else None
-
-    def plan(self, kind: str, configs: Iterable[TrainingConfig]) -> list[TrainingConfig]:
-        """Those of the first time, or these, written down."""
-        if (known := self.submitted(kind)) is not None:
-            return known
-        file, configs = self.args.out / "plan.json", list(configs)
-        plan = json.loads(file.read_text()) if file.is_file() else {}
-        plan[kind] = [x.model_dump(mode="json") for x in configs]
-        track.write_text(file, json.dumps(plan, indent=1) + "\n")
-        return configs
-
-
-def _ended(row: dict[str, Any]) -> bool:
-    return row["status"]["status_type"] in ("completed", "failed")
-
-
-def _last(run: Experiment) -> float | None:
-    return run.status.val_losses[-1] if isinstance(run.status, Completed) else None
-
-
 @program
 def main(args: Args) -> None:
     _checked(args)
     try:
-        _main(args)
+        carry_out(args, Client(args.url, args.key or os.environ.get("PURELM_API_KEY", "")))
     except Failure as error:
         raise ValueError(f"the service at {args.url}: {error}") from None
 
@@ -213,148 +117,111 @@ def _checked(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
 
-def _main(args: Args) -> None:
-    study = Study(args)
+def carry_out(args: Args, client: Client) -> None:
+    """The whole study; every step that was done before is taken from the server."""
+    server = Server(client, Sizes(args.batch, args.evals, args.least_steps), args.out / "plan.json")
     among = shapes(sorted(set(args.widths)))
-    say(f"{study.client.backend} back end, {study.total:,.0f} s of budget; {study.rules}")
-    rate, tuned = _rates(study, among, _speed(study, among))
-    grid: list[Experiment] = []
-    for i, level in enumerate(LEVELS):  # the speed and what is left are known better with each
-        speed = speed_of(study.done.values(), study.rules)
-        left = USED_SHARE * study.client.budget()["remaining_seconds"]
-        seconds = left * level / sum(LEVELS[i:]) / len(among)
-        planned = (study.planned(shape, seconds, _rate(rate, study, shape), speed) for shape in among)
-        grid += study.run(f"grid, level {i + 1}", study.plan(f"grid, level {i + 1}", planned))
-    done = {x.experiment_id: (x.training_config, value) for x in [*tuned, *grid] if (value := _last(x)) is not None}
+    say(f"{client.backend} back end, {server.total:,.0f} s of budget; {server.rules}")
+    speed = device_speed(server, among, min(args.rates) / 4)
+    rates, tuned = learning_rates(server, among, args.rates, speed)
+    grid = _grid(server, among, rates)
+    done = {x.experiment_id: (x.training_config, value) for x in [*tuned, *grid] if (value := last(x)) is not None}
     runs = runs_of(list(done.values()))
     law = variable_projection.fit(runs)
     laws = resampled(random.key(args.seed), runs, law, args.bootstrap)
-    speed = speed_of(study.done.values(), study.rules)
-    choice, final = _final(study, law, speed, rate)
+    speed = speed_of(server.done.values(), server.rules)
+    final = _final(args, server, law, speed, rates)
     n, d = counted(final.architecture_config), final.total_train_tokens
-    where = random.fold_in(random.key(args.seed), 1)
-    predicted, low, high = forecast(where, law, laws, runs, n, d, args.coverage)
-    say(f"law {_short(law)}; final run: {choice.shape}, {n:,} parameters, {d:,} tokens, {choice.seconds:.0f} s")
-    say(f"predicted loss {predicted:.4f}, {100 * args.coverage:.0f} % within {low:.4f} and {high:.4f}")
-    _foretold(study, final, runs, (predicted, low, high))
-    measured = _measured(study)
-    held = None
+    predicted = forecast(random.fold_in(random.key(args.seed), 1), law, laws, runs, n, d, args.coverage)
+    say(f"law {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}")
+    say(f"final run: {n:,} parameters, {d:,} tokens, {seconds_of(final, speed, server.rules):,.0f} s")
+    value, low, high = predicted
+    say(f"predicted loss {value:.4f}, {100 * args.coverage:.0f} % within {low:.4f} and {high:.4f}")
+    row = _foretold(args, server, final, runs, predicted)
+    measured, held = _measured(args, server), None
     if measured is not None:
-        held = settle(args.forecasts, args.name, *measured) if not _settled(args) else low <= measured[0] <= high
-        say(f"measured {measured[0]:.4f} after {measured[1]:.0f} s: the interval {'held' if held else 'did not hold'}")
+        held = row["low"] <= measured[0] <= row["high"]
+        if not _rows(args, "outcome"):
+            settle(args.forecasts, args.name, *measured)
+        say(f"measured {measured[0]:.4f} after {measured[1]:,.0f} s: the interval {'held' if held else 'did not hold'}")
     result = {
-        "name": args.name, "device": args.device, "backend": study.client.backend, "rules": study.rules.model_dump(),
-        "budget": study.client.budget(), "law": law._asdict(), "speed": speed._asdict(),
-        "rate": {"coefficient": rate[0], "exponent": rate[1]}, "predicted": [predicted, low, high],
-        "coverage": args.coverage, "final": final.model_dump(mode="json"), "final_parameters": n,
-        "measured": measured, "held": held, "final_run": study.client.final_run(),
-        "experiments": [x.model_dump(mode="json") for x in sorted(study.done.values(), key=lambda x: x.experiment_id)],
+        "name": args.name, "device": args.device, "backend": client.backend, "rules": server.rules.model_dump(),
+        "budget": client.budget(), "law": law._asdict(), "speed": speed._asdict(), "rate": rates._asdict(),
+        "predicted": predicted, "coverage": args.coverage, "final": final.model_dump(mode="json"),
+        "final_parameters": n, "final_seconds": args.multiple * server.total, "measured": measured, "held": held,
+        "final_run": client.final_run(),
+        "experiments": [x.model_dump(mode="json") for x in sorted(server.done.values(), key=lambda x: x.experiment_id)],
     }  # fmt: skip
     track.write_text(args.out / "study.json", json.dumps(result, indent=1) + "\n")
     track.write_text(args.out / "study.md", study_page.page(result, runs, law))
-    study_page.draw(args.out / "study.png", runs, law, laws, (n, d), (predicted, low, high), measured and measured[0])
+    study_page.draw(args.out / "study.png", runs, law, laws, (n, d), predicted, measured and measured[0])
     say(f"wrote {args.out / 'study.md'}")
 
 
-def _short(law: Law) -> str:
-    return f"{law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}"
-
-
-def _rate(rate: tuple[float, float], study: Study, shape: Shape) -> float:
-    """By the law of rates, in three digits."""
-    n = counted(study.config(shape, 1, 1.0, 2.0).architecture_config)
-    return float(f"{rate[0] * n ** -rate[1]:.3g}")
-
-
-def _speed(study: Study, among: Sequence[Shape]) -> Speed:
-    """From a run of few tokens for the smallest and the largest model."""
-    tokens = study.rules.seq_len * study.args.batch * study.args.evals * 4
-    limit = max(2.0, study.total / 5)  # reserved, not used
-    middle = sorted(study.args.rates)[len(study.args.rates) // 2]
-    study.run("speed", study.plan("speed", (study.config(x, tokens, middle, limit) for x in (among[0], among[-1]))))
-    return speed_of(study.done.values(), study.rules)
-
-
-def _rates(study: Study, among: Sequence[Shape], speed: Speed) -> tuple[tuple[float, float], list[Experiment]]:
-    """The law of the best learning rate, from a small and a middle model, and the best run of each."""
-    pair, rates = (among[0], among[len(among) // 2]), sorted(study.args.rates)
-    seconds = RATES_SHARE * study.total / (len(rates) * len(pair))
-    configs = study.plan("rates", (study.planned(shape, seconds, rate, speed) for shape in pair for rate in rates))
-    found = study.run("learning rates", configs)
-    sizes, best, tuned = [], [], []
-    for i, shape in enumerate(pair):
-        mine = _widened(study, f"rates of {shape.width}", found[i * len(rates) : (i + 1) * len(rates)])
-        sizes.append(float(counted(study.config(shape, 1, 1.0, 2.0).architecture_config)))
-        best.append(best_rate(*zip(*_tried(mine), strict=True)))
-        tuned.append(min((x for x in mine if _last(x) is not None), key=lambda x: _last(x) or 0.0))
-    law = rate_law(sizes, best)
-    say(f"best learning rates {', '.join(f'{x:.3g}' for x in best)}: {law[0]:.3g} N^-{law[1]:.2f}")
-    return law, tuned
-
-
-def _tried(found: Iterable[Experiment]) -> list[tuple[float, float]]:
-    """(rate, loss) of the runs that were completed."""
-    rows = [(x.training_config.optimizer_config.lr_scheduler.peak_value, _last(x)) for x in found]
-    return sorted((rate, value) for rate, value in rows if value is not None)
-
-
-def _widened(study: Study, kind: str, found: list[Experiment]) -> list[Experiment]:
-    """The runs, and more while the best rate is the least or the greatest: each time one twice as far out."""
-    for i in range(MOST_WIDER):
-        tried = _tried(found)
-        if len(tried) < 2:
-            raise ValueError(f"{len(tried)} runs of {kind} were completed: give other --rates")
-        at = min(range(len(tried)), key=lambda i: tried[i][1])
-        if 0 < at < len(tried) - 1:
-            break
-        rate = tried[at][0] * (2.0 if at else 0.5)
-        cfg = found[0].training_config
-        scheduler = cfg.optimizer_config.lr_scheduler.model_copy(update={"peak_value": rate})
-        optimizer = cfg.optimizer_config.model_copy(update={"lr_scheduler": scheduler})
-        wider = study.plan(f"{kind}, {i}", [cfg.model_copy(update={"optimizer_config": optimizer})])
-        found = [*found, *study.run(kind, wider)]
+def _grid(server: Server, among: Sequence[Shape], rates: RateLaw) -> list[Experiment]:
+    """Every model at times that rise; the speed and what is left of the budget are known better with each level."""
+    found: list[Experiment] = []
+    for i, level in enumerate(LEVELS):
+        speed = speed_of(server.done.values(), server.rules)
+        left = USED_SHARE * server.client.budget()["remaining_seconds"]
+        seconds = left * level / sum(LEVELS[i:]) / len(among)
+        kind = f"grid, level {i + 1}"
+        plan = server.plan(kind, partial(_level, server, among, seconds, rates, speed))
+        found += server.run(kind, plan)
     return found
 
 
-def _final(study: Study, law: Law, speed: Speed, rate: tuple[float, float]) -> tuple[Choice, TrainingConfig]:
-    args = study.args
-    seconds = args.multiple * study.total
-    among = shapes(sorted(set(args.final_widths)))
-    choice = best_run(
-        law, speed, among, args.margin * seconds, study.rules, batch=args.batch, evals=args.evals
-    )
-    cfg = study.config(choice.shape, choice.tokens, _rate(rate, study, choice.shape), min(seconds, 43_200.0))
-    known = study.plan("final", [cfg])[0]
-    n = counted(known.architecture_config)
-    there = float(loss(law, n, known.total_train_tokens))
-    shape = Shape(known.architecture_config.hidden_size, known.architecture_config.num_hidden_layers)
-    return Choice(shape, known.total_train_tokens, there, seconds_of(known, speed, study.rules)), known
+def _level(
+    server: Server, among: Sequence[Shape], seconds: float, rates: RateLaw, speed: Speed
+) -> list[TrainingConfig]:
+    return [server.planned(shape, seconds, rates, speed) for shape in among]
 
 
-def _foretold(study: Study, final: TrainingConfig, runs: Runs, what: tuple[float, float, float]) -> None:
-    """Write the forecast down and submit it, once."""
-    args = study.args
-    if not any(row["name"] == args.name for row in track.read_rows(args.forecasts)):
-        n, d = counted(final.architecture_config), final.total_train_tokens
+def _final(args: Args, server: Server, law: Law, speed: Speed, rates: RateLaw) -> TrainingConfig:
+    """The best that fits in the time; as it was submitted, if it was."""
+
+    def best() -> list[TrainingConfig]:
+        seconds, among = args.margin * args.multiple * server.total, shapes(sorted(set(args.final_widths)))
+        shape, tokens, *_ = best_run(law, speed, among, seconds, server.rules, batch=args.batch, evals=args.evals)
+        n = counted(server.config(shape, 1, 1.0, 2.0).architecture_config)
+        # The service gives the final run its own time, whatever is said here.
+        return [server.config(shape, tokens, rate_of(rates, n, tokens), min(args.multiple * server.total, MAX_SECONDS))]
+
+    return server.plan("final", best)[0]
+
+
+def _rows(args: Args, kind: str) -> list[dict[str, Any]]:
+    return [x for x in track.read_rows(args.forecasts) if x["name"] == args.name and x["kind"] == kind]
+
+
+def _foretold(
+    args: Args, server: Server, final: TrainingConfig, runs: Runs, what: tuple[float, float, float]
+) -> dict[str, Any]:
+    """Write the forecast down and submit it, once; the row."""
+    n, d = counted(final.architecture_config), final.total_train_tokens
+    if not _rows(args, "forecast"):
         register(args.forecasts, Forecast(
-            args.name, args.device or str(study.client.backend), study.total, final.max_runtime_seconds, n, d, *what,
-            args.coverage, len(runs.loss), float(np.max(runs.flops)), 6.0 * n * d,
+            args.name, args.device or str(server.client.backend), server.total, args.multiple * server.total, n, d,
+            *what, args.coverage, len(runs.loss), float(np.max(runs.flops)), 6.0 * n * d,
         ))  # fmt: skip
-    if study.client.final_run() is None:
-        study.client.submit_final(final.model_dump(mode="json"), what[0])
-        study.client.start_final_run()
+    row = _rows(args, "forecast")[0]
+    if (row["parameters"], row["tokens"]) != (n, d):
+        raise ValueError(f"forecasts {args.forecasts}: {args.name!r} is of another run: give another --name")
+    if server.client.final_run() is None:
+        server.client.submit_final(final.model_dump(mode="json"), what[0])
+        server.client.start_final_run()
+    return row
 
 
-def _settled(args: Args) -> bool:
-    return any(row["name"] == args.name and row["kind"] == "outcome" for row in track.read_rows(args.forecasts))
-
-
-def _measured(study: Study) -> tuple[float, float] | None:
+def _measured(args: Args, server: Server) -> tuple[float, float] | None:
     """(last loss, seconds) of the final run, once it has ended; None if it failed."""
-    evals = study.args.evals
-    with progress_bar("final run", evals, "evaluations") as update:
-        while not _ended(found := study.client.final_run() or {}):
+    with progress_bar("final run", args.evals, "evaluations") as update:
+        while True:
+            found = server.client.final_run()
+            assert found is not None
             update(len(found["status"].get("val_losses", ())))
+            if ended(found):
+                break
             time.sleep(1.0)
     status = found["status"]
     if status["status_type"] != "completed":

@@ -33,7 +33,7 @@ def page(result: Mapping[str, Any], runs: Runs, law: Law) -> str:
         f"| its relative residuals | root mean square {100 * float(np.sqrt((residuals**2).mean())):.2f} %, "
         f"largest {100 * float(np.abs(residuals).max()):.2f} % |",
         f"| speed | {speed['a_token']:.3g} + {speed['a_parameter']:.3g} N seconds a token |",
-        f"| learning rate | {rate['coefficient']:.4g} N^-{rate['exponent']:.3f} |",
+        f"| learning rate | {rate['coefficient']:.4g} N^{-rate['parameters']:.3f} D^{rate['tokens']:.3f} |",
         f"| final run | {a['num_hidden_layers']} layers of width {a['hidden_size']}, {result['final_parameters']:,} "
         f"parameters, {final['total_train_tokens']:,} tokens, at most {final['max_runtime_seconds']:,.0f} s; "
         f"{6 * result['final_parameters'] * final['total_train_tokens'] / float(runs.flops.max()):.1f} times the FLOPs "

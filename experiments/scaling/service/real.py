@@ -48,6 +48,7 @@ from purelm.train import Precision, TrainState
 
 __all__ = ["Real", "backend", "model_of", "rules_of"]
 
+SAVE_SHARE = 0.02  # of the time, at most, goes into checkpoints: those who watch the run do not see its clock stand
 DATA_KEY = 0  # of the one order in which all runs see the data
 
 
@@ -236,19 +237,20 @@ def _updates(settings: Real, cfg: TrainingConfig, rules: Rules, control: Control
     run, batch, evaluate, identity = parts
     state, done, losses, before = _begun(run, control.folder, identity)
     steps, every = total_steps(cfg, rules), eval_steps(cfg, rules)
-    begun, idle, saved = time.perf_counter(), 0.0, time.perf_counter()
+    begun, idle, saved, cost = time.perf_counter(), 0.0, time.perf_counter(), 0.0
 
     def seconds() -> float:
         return before + time.perf_counter() - begun - idle
 
     def save() -> None:
-        nonlocal idle, saved
+        nonlocal idle, saved, cost
         start = time.perf_counter()
         trees = {"params": state.params, "opt_state": state.opt_state}
         meta = {"identity": identity, "val_losses": list(losses), "seconds": seconds()}
         run.save(control.folder, done, trees, meta=meta, keep_last=1)
         saved = time.perf_counter()
-        idle += saved - start
+        cost = saved - start
+        idle += cost
 
     control.started(before)
     waiting: torch.Tensor | None = None  # the loss of the update before: reading it waits for that update alone
@@ -269,7 +271,7 @@ def _updates(settings: Real, cfg: TrainingConfig, rules: Rules, control: Control
                 return Broken(seconds(), f"the validation loss is {value} after {done} updates: the run diverged")
             losses = (*losses, value)
             control.evaluated(losses, seconds())
-            if done < steps and time.perf_counter() - saved >= settings.save_seconds:
+            if done < steps and time.perf_counter() - saved >= max(settings.save_seconds, cost / SAVE_SHARE):
                 save()
     used = seconds()
     return Late(used, losses) if used > cfg.max_runtime_seconds else Done(used, losses)

@@ -1,0 +1,143 @@
+"""The study over a client that answers from the surrogate back end at once, with the service's budget."""
+
+import dataclasses
+import datetime as dt
+import json
+
+import pytest
+
+from experiments.scaling import study
+from experiments.scaling.client import InsufficientBudget
+from experiments.scaling.service.backend import Control, Done, Late, charge
+from experiments.scaling.service.schemas import (
+    Completed,
+    Experiment,
+    Failed,
+    Rules,
+    Timeout,
+    TrainingConfig,
+    Unexpected,
+    config_digest,
+    problem,
+)
+from experiments.scaling.service.surrogate import Surrogate, backend
+from purelm import track
+
+NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+RULES = Rules(min_vocab_size=4096)
+
+
+class Local:
+    """A service of one key, without a server."""
+
+    backend = "surrogate"
+
+    def __init__(self, folder, budget, seed=0):
+        self.folder, self.total, self.seed, self.used = folder, budget, seed, 0.0
+        self.runs, self.final, self.final_result = {}, None, None
+
+    def rules(self):
+        return RULES.model_dump()
+
+    def budget(self):
+        left = self.total - self.used
+        return {"used_seconds": self.used, "remaining_seconds": left, "total_budget_seconds": self.total}
+
+    def trained(self, cfg, number):
+        control = Control(self.folder / str(number), self.seed, lambda s: None, lambda x, s: None, lambda: False)
+        control.folder.mkdir()
+        out = backend(Surrogate()).run(cfg, RULES, control)
+        seconds = charge(out.seconds, cfg.max_runtime_seconds)
+        common = {"queued_at": NOW, "dispatched_at": NOW, "run_id": "r", "used_runtime_seconds": seconds}
+        if isinstance(out, Done):
+            status = Completed(**common, val_losses=list(out.val_losses), completed_at=NOW)
+        elif isinstance(out, Late):
+            status = Failed(**common, failed_at=NOW, reason=Timeout(partial_val_losses=list(out.val_losses)))
+        else:
+            status = Failed(**common, failed_at=NOW, reason=Unexpected(failure=out.failure))
+        return Experiment(experiment_id=number, training_config=cfg, status=status), seconds
+
+    def submit(self, body, *, known=False):
+        cfg = TrainingConfig.model_validate(body)
+        assert known and problem(cfg, RULES) is None, problem(cfg, RULES)
+        if (digest := config_digest(cfg)) not in self.runs:
+            if cfg.max_runtime_seconds > self.total - self.used:
+                raise InsufficientBudget("insufficient budget", self.budget())
+            self.runs[digest], seconds = self.trained(cfg, len(self.runs) + 1)
+            self.used += seconds
+        return {"experiment_id": self.runs[digest].experiment_id}
+
+    def experiments(self):
+        return [x.model_dump(mode="json") for x in self.runs.values()]
+
+    def experiment(self, number):
+        return self.experiments()[number - 1]
+
+    def wait(self, ids, progress):
+        found = [self.experiment(x) for x in ids]
+        progress(found)
+        return found
+
+    def submit_final(self, body, predicted):
+        self.final = TrainingConfig.model_validate(body)
+
+    def start_final_run(self):
+        longer = self.final.model_copy(update={"max_runtime_seconds": 4 * self.total})  # as the service does
+        self.final_result = self.trained(longer, 10**6)[0].model_dump(mode="json")
+
+    def final_run(self):
+        return self.final_result
+
+
+def args(tmp_path, **changes):
+    made = study.Args(
+        "s", tmp_path / "out", tmp_path / "f.jsonl", widths=(256, 384, 512, 768), final_widths=(512, 768, 1024, 1280),
+        batch=128, rates=(5e-4, 1e-3, 2e-3), bootstrap=200,
+    )  # fmt: skip
+    made = dataclasses.replace(made, **changes)
+    study._checked(made)
+    return made
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_study_foretells_its_final_run(tmp_path, seed):
+    """Oracle: the hidden law, by the run itself; within 3 %, which a law fitted badly misses by far."""
+    client, given = Local(tmp_path, 43_200.0, seed), args(tmp_path)
+    study.carry_out(given, client)
+    result = json.loads((given.out / "study.json").read_text())
+    assert client.used <= client.total and len(client.runs) >= 18
+    assert result["measured"][0] == pytest.approx(result["predicted"][0], rel=0.03)
+    largest = max(x.training_config.total_train_tokens for x in client.runs.values())
+    assert result["final"]["total_train_tokens"] > largest
+    rows = track.read_rows(given.forecasts)
+    assert [x["kind"] for x in rows] == ["forecast", "outcome"] and rows[1]["held"] == result["held"]
+    page = (given.out / "study.md").read_text()
+    assert f"**{result['measured'][0]:.4f}**" in page and "simulated" in page and (given.out / "study.png").is_file()
+
+    before, runs = given.forecasts.read_bytes(), len(client.runs)
+    study.carry_out(given, client)  # again: nothing is submitted, nothing foretold anew
+    assert (given.forecasts.read_bytes(), len(client.runs)) == (before, runs)
+    assert json.loads((given.out / "study.json").read_text()) == result
+
+
+def test_a_budget_that_is_too_small_is_said(tmp_path):
+    with pytest.raises(ValueError, match="fewer than least_steps"):
+        study.carry_out(args(tmp_path), Local(tmp_path, 200.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"widths": (32, 48, 64)}, "at least 4 different ones"),
+        ({"widths": (32, 40, 64, 80)}, "multiple of 16"),
+        ({"final_widths": ()}, "final_widths: must not be empty"),
+        ({"rates": (1e-3, 2e-3, 1e-3)}, "3 different ones"),
+        ({"name": ""}, "name: must not be empty"),
+        ({"forecasts": "f.md"}, "must end in .jsonl"),
+    ],
+)
+def test_arguments_that_cannot_be(tmp_path, change, words):
+    if "forecasts" in change:
+        change = {"forecasts": tmp_path / change["forecasts"]}
+    with pytest.raises(ValueError, match=words):
+        args(tmp_path, **change)
