@@ -110,6 +110,8 @@ def test_changes_together_are_each_whole(tmp_path):
     some = [commits.submit(lambda db, i=i: ledger.submit(db, ada, parsed(model_seed=i), 0.0)) for i in range(5)]
     bad = commits.submit(failing)
     again = commits.submit(lambda db: ledger.submit(db, ada, parsed(model_seed=3), 0.0))
+    left = commits.submit(lambda db: ledger.submit(db, ada, parsed(model_seed=50), 0.0))
+    assert left.cancel()  # as when a client's connection breaks
     last = commits.submit(lambda db: ledger.submit(db, ada, parsed(model_seed=5), 0.0))
     gate.set()
     assert first.result() and [f.result().experiment_id for f in some] == [1, 2, 3, 4, 5]

@@ -258,6 +258,25 @@ def test_what_a_dead_server_left_is_taken_up_once(tmp_path, supervised):
     assert status(store, ada, 2).val_losses == [6.0] and events(store, 2)["claimed"] == 1
 
 
+def test_a_slot_has_one_process(tmp_path):
+    """The next one waits until the worker of an earlier server has left; asked to leave meanwhile, it does."""
+    store, (ada, _) = make_store(tmp_path)
+    submit(store, ada)
+    here, leave = threading.Event(), threading.Event()
+    with alive.only_one(tmp_path / "slots" / "0", threading.Event()) as mine:
+        assert mine
+        impatient = threading.Thread(target=work, args=(plan_of(tmp_path), leave))
+        waiting = threading.Thread(target=work, args=(plan_of(tmp_path, scale=0.0)._replace(runs=1), here))
+        impatient.start()
+        waiting.start()
+        work(plan_of(tmp_path)._replace(slot="1", runs=0), threading.Event())  # another place is free
+        leave.set()
+        impatient.join()
+        assert status(store, ada, 1).status_type == "queued" and waiting.is_alive()
+    waiting.join()
+    assert status(store, ada, 1).status_type == "completed"
+
+
 def test_a_worker_that_cannot_start_is_told(tmp_path, supervised):
     store, _ = make_store(tmp_path)
     (tmp_path / "elsewhere").mkdir()

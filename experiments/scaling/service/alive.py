@@ -6,11 +6,14 @@ are given anew. A process takes it before it claims a run, so that no claimed ru
 
 import os
 import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from purelm.files import hold
 
-__all__ = ["Alive", "check_locks", "lives", "remove_dead"]
+__all__ = ["Alive", "check_locks", "lives", "only_one", "remove_dead"]
 
 FOLDER = "alive"
 
@@ -41,6 +44,19 @@ def lives(folder: Path, run_id: str) -> bool:
         return False
     try:
         return not hold(file)
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def only_one(path: Path, leave: threading.Event) -> Iterator[bool]:
+    """Wait until no other process is in the place of this name; False if asked to leave before."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        while not (mine := hold(file)) and not leave.wait(0.1):
+            pass
+        yield mine
     finally:
         os.close(file)
 

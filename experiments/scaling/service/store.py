@@ -266,7 +266,8 @@ class Commits:
                     batch.append(self._changes.get_nowait())
             if batch[-1] is None:
                 open_ = False
-            self._together([x for x in batch if x is not None])
+            # One whose caller has given up is left out; the others can be given up no more.
+            self._together([x for x in batch if x is not None and x[1].set_running_or_notify_cancel()])
 
     def _together(self, batch: list[tuple[Callable[[sqlite3.Connection], Any], Future]]) -> None:
         ended: list[tuple[Future, bool, Any]] = []

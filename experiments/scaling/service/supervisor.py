@@ -163,7 +163,7 @@ class _Slot:
             )  # fmt: skip
         assert self.process.stdin is not None
         try:
-            pickle.dump(self.plan._replace(worker=self.name), self.process.stdin)
+            pickle.dump(self.plan._replace(worker=self.name, slot=str(self.number)), self.process.stdin)
             self.process.stdin.flush()
         except BrokenPipeError:  # it has ended; renew() says so
             pass

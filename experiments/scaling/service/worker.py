@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from experiments.scaling.service import dispatch
-from experiments.scaling.service.alive import Alive
+from experiments.scaling.service.alive import Alive, only_one
 from experiments.scaling.service.backend import Backend, Broken, Control, Done, Late, Outcome, Stopped
 from experiments.scaling.service.schemas import Rules
 from experiments.scaling.service.store import Store, open_store
@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     settings: Any
     rules: Rules
     worker: str = "worker"  # its name, for once
+    slot: str = "0"  # its place, for which it waits while the worker of an earlier server is leaving it
     runs: int | None = None  # after so many the process ends, and another takes its place
 
 
@@ -49,7 +50,16 @@ class _NotFinite(Exception):
 
 
 def work(plan: Plan, leave: threading.Event) -> None:
-    """Take runs until `leave` is set, `plan.runs` are done, or one has raised: what that leaves behind is not known."""
+    """Have the slot to oneself, and take runs until `leave` is set, `plan.runs` are done, or one has raised.
+
+    What a run that raised leaves behind in a process is not known.
+    """
+    with only_one(plan.folder / "slots" / plan.slot, leave) as mine:
+        if mine:
+            _take(plan, leave)
+
+
+def _take(plan: Plan, leave: threading.Event) -> None:
     # Only a run's last word must outlast a loss of power, after which its claim and its progress mean nothing.
     store = open_store(plan.folder, durable=False, check=False)
     last = open_store(plan.folder, check=False)
