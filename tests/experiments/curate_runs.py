@@ -64,11 +64,11 @@ def damaged(folder):
 
 
 def tree(output):
-    """A hash of each file of a run but for those that hold times."""
+    """A hash of each file of a run but for those that hold times, and Slurm's logs."""
     return {
         str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(output.rglob("*"))
-        if path.is_file() and path.relative_to(output).parts[0] not in ("timing", "report.html")
+        if path.is_file() and path.relative_to(output).parts[0] not in ("timing", "report.html", "slurm")
     }
 
 
