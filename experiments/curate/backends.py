@@ -185,7 +185,7 @@ def _last_line(error: Exception) -> str:
 
 @contextmanager
 def started_ray(address: str | None) -> Iterator[Any]:
-    """The module, connected, and on leaving not, unless it was before; ValueError naming the extra where it is missing."""
+    """The module, connected until the block ends, or as it was; ValueError naming the extra where it is missing."""
     try:
         import ray
     except ModuleNotFoundError as error:
