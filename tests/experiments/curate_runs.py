@@ -97,8 +97,8 @@ from experiments.curate.config import Curate, Dedup, Filter, Final
 from experiments.curate.run import curate
 
 crawl, out, tokenizer = map(Path, sys.argv[1:4])
-cfg = Curate((f"{crawl}/*",), out, Filter(languages=("all",), rules="none"), Dedup("near"),
-             Final(0.003, tokenizer), seed=3)
+cfg = Curate((f"{crawl}/*",), out, Filter(languages=("all",), rules="none"),
+             Dedup("near", memory_megabytes=0.01), Final(0.003, tokenizer), seed=3)
 EVENTS = {"open", "os.rename", "os.mkdir", "os.link", "os.remove", "os.rmdir", "shutil.rmtree"}
 seen, last = 0, None
 

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from experiments.curate import backends, page, run, shard, statistics
 from experiments.curate.config import Cost, Curate, Dedup, Filter, Final, Slurm
-from experiments.curate.duplicates import duplicates
 from experiments.curate.files import append_packed, packed_lines, read_json
 from experiments.curate.plan import Input, Task
 from experiments.curate.shuffle import final_shard, keys_of
@@ -447,13 +446,6 @@ def test_packed_bytes_do_not_hold_the_time(compression, monkeypatch):
         packed.append(file.getvalue())
     assert packed[0] == packed[1]
     assert list(packed_lines(io.BytesIO(packed[0]), compression)) == [b"one\n", b"two\n", b"three\n"]
-
-
-def test_duplicates_of_nothing(tmp_path):
-    np.save(tmp_path / "digests.npy", np.zeros((0, 16), np.uint8))
-    np.save(tmp_path / "signatures.npy", np.zeros((0, 112), np.uint32))
-    found = duplicates([tmp_path], shard.min_hash(Curate(("x",), tmp_path)), "gz")
-    assert len(found.roots) == 0 and found.sizes.tolist() == [0]
 
 
 def test_real_crawls_by_the_command(shared_data, tmp_path):
