@@ -36,7 +36,11 @@ ARROWS = {
     "testing": "tree random transforms ops models optim train data dist",
 }
 # What one part of a package may import beside these: nothing that imports the package.
-BEYOND = {"purelm.models.hf": "files tokenizer", "purelm.models.gguf": "tokenizer"}
+BEYOND = {
+    "purelm.models.hf": "files tokenizer",
+    "purelm.models.gguf": "tokenizer",
+    "purelm.scaling.mup": "models optim",  # of leaf tables and optimizers
+}
 PUBLIC = {"_replace", "_asdict", "_fields", "_make"}  # NamedTuple's, in spite of their names
 FOLDERS = ("purelm", "purelm/kernels", "purelm/dist", "experiments")  # rglob does not walk into links
 SOURCES = {p.relative_to(ROOT).with_suffix(""): p.read_text() for f in FOLDERS for p in (ROOT / f).rglob("*.py")}

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import Any, cast
 
 from experiments.curate.config import Slurm
 from experiments.curate.plan import Task
-from experiments.curate.work import Result, nothing
+from experiments.curate.work import Result
 
-__all__ = ["Pool", "run_here", "run_local", "run_ray", "run_slurm", "slurm_executor", "start_ray"]
+__all__ = ["Pool", "run_here", "run_local", "run_ray", "run_slurm", "slurm_executor", "started_ray"]
 
 Work = Callable[[Task, Callable[[int, int], None]], Result]
 Tell = Callable[[int, int], None]
@@ -154,41 +155,57 @@ def run_slurm(work: Work, tasks: Sequence[Task], executor: Any, most_jobs: int, 
     jobs = executor.map_array(_Group(work), groups)
     for job, group in zip(jobs, groups, strict=True):
         try:
-            results = job.result()
+            results, told = job.result()
         except Exception as error:
-            what = f"job {job.job_id}: {(str(error).strip().splitlines() or [type(error).__name__])[-1]}"
-            results = [Result(task.name, what) for task in group]
+            what = f"job {job.job_id}: {_last_line(error)}"
+            results, told = [Result(task.name, what) for task in group], (0, 0)
+        tell(*told)
         yield from results
 
 
 class _Group:
-    """Tasks one after the other, up to one with a fatal result; a value that can be sent."""
+    """Tasks one after the other, up to one with a fatal result; a value that can be sent.
+
+    It gives the results, and how many documents and bytes were done.
+    """
 
     def __init__(self, work: Work):
         self.work = work
 
-    def __call__(self, tasks: Sequence[Task]) -> list[Result]:
-        return list(run_here(self.work, tasks, nothing))
+    def __call__(self, tasks: Sequence[Task]) -> tuple[list[Result], tuple[int, int]]:
+        told: list[tuple[int, int]] = [(0, 0)]
+        results = list(run_here(self.work, tasks, lambda *more: told.append(more)))
+        documents, n_bytes = (sum(x) for x in zip(*told, strict=True))
+        return results, (documents, n_bytes)
 
 
-def start_ray(address: str | None) -> Any:
-    """The module, connected; ValueError naming the extra where it is missing."""
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+@contextmanager
+def started_ray(address: str | None) -> Iterator[Any]:
+    """The module, connected until the block ends, or as it was; ValueError naming the extra where it is missing."""
     try:
         import ray
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
         raise ValueError("backend ray needs ray: pip install 'purelm[ray]'") from None
-    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
-    return ray
+    if ray.is_initialized():
+        yield ray
+        return
+    ray.init(address=address, log_to_driver=False)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 def run_ray(work: Work, tasks: Sequence[Task], workers: int, ray: Any, tell: Tell) -> Iterator[Result]:
     """By Ray's workers, at most `workers` tasks at a time. ray: the module, after ray.init."""
-    def one(task: Task) -> Result:
-        return work(task, nothing)
-
-    remote = ray.remote(num_cpus=1, max_retries=0)(one)
+    group = _Group(work)
+    remote = ray.remote(num_cpus=1, max_retries=0)(lambda task: group([task]))
     waiting = list(reversed(tasks))
     running: dict[Any, Task] = {}
     while waiting or running:
@@ -198,9 +215,10 @@ def run_ray(work: Work, tasks: Sequence[Task], workers: int, ray: Any, tell: Tel
         (done,), _ = ray.wait(list(running), num_returns=1)
         task = running.pop(done)
         try:
-            result = ray.get(done)
+            (result,), told = ray.get(done)
         except Exception as error:
-            result = Result(task.name, (str(error).strip().splitlines() or [type(error).__name__])[-1])
+            result, told = Result(task.name, _last_line(error)), (0, 0)
+        tell(*told)
         yield result
         if result.is_fatal:
             waiting.clear()

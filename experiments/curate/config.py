@@ -88,6 +88,8 @@ class Dedup:
     ngram: Annotated[int, Range(1, 1 << 10)] = 5
     """words"""
     jaccard: Annotated[float, Range(0, 1, open_low=True)] = 0.8
+    memory_megabytes: Annotated[float, Range(0.01, 10**6)] = 1024.0
+    """for sorting and comparing; what does not fit is sorted in files. At most 18 bytes a document come to it"""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,9 @@ def stage_settings(cfg: Curate) -> dict[str, dict[str, Any]]:
             **{f"dedup.{name}": getattr(cfg.dedup, name) for name in ("kind", "n_hashes", "ngram")},
             "seed": cfg.seed, "examples": cfg.examples, "compression": cfg.compression,
         },
-        "duplicates": {f"dedup.{name}": value for name, value in dataclasses.asdict(cfg.dedup).items()},
+        "duplicates": {
+            f"dedup.{name}": getattr(cfg.dedup, name) for name in ("kind", "n_hashes", "n_bands", "ngram", "jaccard")
+        },
         "scatter": {"final.shard_megabytes": cfg.final.shard_megabytes},
         "text": {},
         "tokens": {"final.tokenizer": _plain(cfg.final.tokenizer)},

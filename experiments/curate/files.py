@@ -13,9 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from purelm.files import hold, remove_leftovers, sync
 
-__all__ = ["append_packed", "best_compression", "packed_lines", "publishing", "read_json", "rows_in", "write_json"]
+__all__ = [
+    "append_packed", "best_compression", "packed_lines", "publishing", "read_json", "rows_at", "rows_in", "write_json",
+]  # fmt: skip
 
 Compression = Literal["auto", "zst", "gz"]
 ZSTD_LEVEL, GZIP_LEVEL = 3, 6
@@ -61,6 +66,22 @@ def rows_in(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a .jsonl.zst or .jsonl.gz of this run."""
     with open(path, "rb") as file:
         yield from map(json.loads, packed_lines(file, path.suffix[1:]))
+
+
+def rows_at(path: Path, numbers: NDArray[np.int64]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, row) of these lines of such a file, ascending; others are not parsed, and without any it is not read."""
+    if not len(numbers):
+        return
+    wanted = iter(numbers.tolist())
+    number = next(wanted)
+    with open(path, "rb") as file:
+        for i, line in enumerate(packed_lines(file, path.suffix[1:])):
+            if i == number:
+                yield i, json.loads(line)
+                number = next(wanted, None)
+                if number is None:
+                    return
+    raise ValueError(f"{path}: has no line {number:,}; remove its folder and start again")
 
 
 def write_json(path: Path, value: Any) -> None:

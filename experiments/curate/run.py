@@ -99,7 +99,7 @@ def _backend(cfg: Curate, executor: Any, stack: ExitStack) -> Backend:
         executor = executor or backends.slurm_executor(cfg.slurm, cfg.workers, cfg.output / "slurm")
         return lambda tasks, tell: backends.run_slurm(attempt, tasks, executor, cfg.slurm.array, tell)
     if cfg.backend == "ray":
-        ray = backends.start_ray(cfg.ray_address)
+        ray = stack.enter_context(backends.started_ray(cfg.ray_address))
         return lambda tasks, tell: backends.run_ray(attempt, tasks, cfg.workers, ray, tell)
     if cfg.workers == 1:
         return lambda tasks, tell: backends.run_here(attempt, tasks, tell)

@@ -163,18 +163,19 @@ def _grid(server: Server, among: Sequence[Shape], rates: RateLaw) -> list[Experi
     found: list[Experiment] = []
     for i, level in enumerate(LEVELS):
         speed = speed_of(server.done.values(), server.rules)
-        left = USED_SHARE * server.client.budget()["remaining_seconds"]
-        seconds = left * level / sum(LEVELS[i:]) / len(among)
+        left = server.client.budget()["remaining_seconds"]
+        seconds = USED_SHARE * left * level / sum(LEVELS[i:]) / len(among)
+        most = left - (len(among) - 1) * seconds  # so that the last one can be reserved, too
         kind = f"grid, level {i + 1}"
-        plan = server.plan(kind, partial(_level, server, among, seconds, rates, speed))
+        plan = server.plan(kind, partial(_level, server, among, seconds, rates, speed, most))
         found += server.run(kind, plan)
     return found
 
 
 def _level(
-    server: Server, among: Sequence[Shape], seconds: float, rates: RateLaw, speed: Speed
+    server: Server, among: Sequence[Shape], seconds: float, rates: RateLaw, speed: Speed, most: float
 ) -> list[TrainingConfig]:
-    return [server.planned(shape, seconds, rates, speed) for shape in among]
+    return [server.planned(shape, seconds, rates, speed, most) for shape in among]
 
 
 def _final(args: Args, server: Server, law: Law, speed: Speed, rates: RateLaw) -> TrainingConfig:

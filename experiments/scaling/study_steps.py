@@ -20,7 +20,7 @@ __all__ = ["Server", "Sizes", "device_speed", "ended", "last", "learning_rates"]
 RATES_SHARE = 0.3  # of the budget
 LONGER = 4.0  # times that the third sweep's runs take of the first's
 MOST_WIDER = 5  # runs that are added where the best learning rate is an end of those tried
-SLACK = 1.6  # reserved for a run, over what the law of speed says
+SLACK = 3.0  # reserved for a run, over what the law of speed says
 
 
 class Sizes(NamedTuple):
@@ -55,8 +55,10 @@ class Server:
         tokens = min(int(tokens), most)
         return decide.config(shape, tokens, rate, self.rules, batch=batch, evals=evals, seconds=limit)
 
-    def planned(self, shape: Shape, seconds: float, rate: float | RateLaw, speed: Speed) -> TrainingConfig:
-        """A run of about so many seconds, by the law of speed."""
+    def planned(
+        self, shape: Shape, seconds: float, rate: float | RateLaw, speed: Speed, most: float = math.inf
+    ) -> TrainingConfig:
+        """A run of about so many seconds, by the law of speed; it may use `SLACK` times as many, or `most`."""
         n = counted(self.config(shape, 1, 1.0, 2.0).architecture_config)
         evaluated = self.sizes.evals * self.rules.n_val_tokens / 3
         tokens = max(1.0, seconds / (speed.a_token + speed.a_parameter * n) - evaluated)
@@ -66,7 +68,7 @@ class Server:
                 f"width {shape.width}: {seconds:.1f} s are enough for {steps} updates, fewer than least_steps "
                 f"{self.sizes.least_steps}: give the key more seconds, or smaller --widths, --evals or n_val_tokens"
             )
-        limit = max(2.0, math.ceil(SLACK * seconds_of(cfg, speed, self.rules)))
+        limit = max(2.0, math.floor(min(SLACK * seconds_of(cfg, speed, self.rules) + 1, most)))
         return cfg.model_copy(update={"max_runtime_seconds": float(limit)})
 
     def plan(self, kind: str, make: Callable[[], Iterable[TrainingConfig]]) -> list[TrainingConfig]:

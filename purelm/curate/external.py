@@ -1,10 +1,11 @@
 """Duplicates of a corpus that does not fit in memory: exact ones and near ones, by sorting in files.
 
-    clusters = near_duplicates_of_files(signature_files, text_of, MinHash(), folder, memory=4 << 30)
     firsts = first_of_digests(digest_blocks, folder, memory=4 << 30)
+    clusters = near_duplicates_of_files(signature_files, text_of, MinHash(), folder, memory=4 << 30, firsts=firsts)
 
-Both give what `near_duplicates.near_duplicates` and `exact.first_of` give for the same texts, to the last number. In
-memory are 8 bytes for each document, the result, beside `memory`; on disk at most 32 (48 for digests) bytes for each.
+They give what `exact.first_of` and `near_duplicates.near_duplicates` give for the same texts, to the last number. In
+memory are 8 bytes for each document, the result, beside `memory` (near duplicates: 9, and 8 of firsts). On disk are at
+most 48 bytes for each (near duplicates: 32, and 16 for each band in which it is with others).
 Legend: D documents, K hashes.
 """
 
@@ -16,21 +17,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purelm.curate.exact import digest
-from purelm.curate.external_sort import least_memory, sorted_blocks
+from purelm.curate.external_sort import in_groups, least_memory, read_rows, sorted_blocks
 from purelm.curate.limits import check_several
 from purelm.curate.minhash import MinHash, band_keys
 from purelm.curate.near_duplicates import join_group_
 from purelm.curate.normalise import comparable
 from purelm.curate.shingles import U64, jaccard, shingles
 from purelm.data.checks import check_int
+from purelm.files import staging
 
 __all__ = ["digests", "first_of_digests", "near_duplicates_of_files"]
 
 SIGNED_AT_ONCE = 1 << 14  # documents whose signatures are in memory
+READ_AT_ONCE = 1 << 16  # rows of a file, or documents
 
 
 def near_duplicates_of_files(
-    signature_files: Sequence[Path], text_of: Callable[[int], str], cfg: MinHash, folder: Path, memory: int
+    signature_files: Sequence[Path],
+    text_of: Callable[[int], str],
+    cfg: MinHash,
+    folder: Path,
+    memory: int,
+    *,
+    firsts: NDArray[np.int64] | None = None,
+    prepare: Callable[[NDArray[np.bool_]], object] | None = None,
 ) -> NDArray[np.int64]:
     """(D,): for each document the number of the first one of its cluster, as `near_duplicates` gives.
 
@@ -43,24 +53,51 @@ def near_duplicates_of_files(
             kept, in half of `memory`.
         folder: where temporary files are made, and removed.
         memory: bytes for the sort (half of it) and for shingles; those of two documents are kept in any case.
+        firsts: (D,) of `first_of_digests`. Only the first of equal documents is compared; the others go with it.
+        prepare: called once, before the first text is asked for, with (D,): whose text may be. So texts that no file
+            has in reach are copied in one pass.
 
-    Raises ValueError for files of another dtype or shape, and too little memory.
+    Raises ValueError for files of another dtype or shape, firsts that are none, and too little memory.
     """
     check_int("memory", memory, 2 * least_memory(2))
-    sizes = [len(_opened(path, cfg)) for path in signature_files]
-    root = np.arange(sum(sizes), dtype=np.int64)
+    D = sum(len(_opened(path, cfg)) for path in signature_files)
+    root = np.arange(D, dtype=np.int64) if firsts is None else _checked(firsts, D).copy()
     shingles_of = _kept(lambda i: np.unique(shingles(comparable(text_of(i)), cfg.ngram)), memory // 2)
 
     def same(i: int, j: int) -> bool:
         return jaccard(shingles_of(i), shingles_of(j)) >= cfg.jaccard
 
-    for band in range(cfg.n_bands):
-        rows = sorted_blocks(_band(signature_files, cfg, band), 2, folder, memory // 2)
-        for group in _groups(rows):
-            join_group_(root, group, same)
-    while (root[root] != root).any():
-        root = root[root]
+    with staging(folder) as staged:
+        wanted = np.zeros(D, np.bool_)
+        for band in range(cfg.n_bands):
+            rows = sorted_blocks(_band(signature_files, cfg, band, root), 2, staged / "sort", memory // 2)
+            with (staged / f"band-{band}").open("wb") as file:
+                for block, first, place in in_groups(rows, 1):
+                    pairs = np.stack([first, block[:, 1]], 1)[place > 0]
+                    wanted[pairs] = True
+                    file.write(np.ascontiguousarray(pairs, "<u8").data)
+        if prepare is not None:
+            prepare(wanted)
+        del wanted
+        for band in range(cfg.n_bands):
+            for group in _groups(read_rows(staged / f"band-{band}", 2, READ_AT_ONCE)):
+                join_group_(root, group, same)
+    for start in range(0, D, READ_AT_ONCE):  # no root is above its documents, so that those before are final
+        part = root[start : start + READ_AT_ONCE]
+        while (part != (up := root[part])).any():
+            part[:] = up
     return root
+
+
+def _checked(firsts: NDArray[np.int64], D: int) -> NDArray[np.int64]:
+    if firsts.dtype != np.int64 or firsts.shape != (D,):
+        raise ValueError(f"firsts must be int64 ({D},), a number for each signature, got {firsts.dtype} {firsts.shape}")
+    for start in range(0, D, READ_AT_ONCE):
+        part = firsts[start : start + READ_AT_ONCE]
+        known = (part >= 0) & (part <= np.arange(start, start + len(part)))
+        if not known.all() or (firsts[part] != part).any():
+            raise ValueError("firsts must be numbers of documents that are their own first, and none after its own")
+    return firsts
 
 
 def _opened(path: Path, cfg: MinHash) -> NDArray[np.uint32]:
@@ -70,8 +107,8 @@ def _opened(path: Path, cfg: MinHash) -> NDArray[np.uint32]:
     return found
 
 
-def _band(paths: Sequence[Path], cfg: MinHash, band: int) -> Iterator[U64]:
-    """(key, document) of one band, in the order of documents."""
+def _band(paths: Sequence[Path], cfg: MinHash, band: int, root: NDArray[np.int64]) -> Iterator[U64]:
+    """(key, document) of one band, in the order of documents, of those that are their own root."""
     n = cfg.n_hashes // cfg.n_bands
     alone = replace(cfg, n_hashes=n, n_bands=1)
     first = 0
@@ -79,33 +116,24 @@ def _band(paths: Sequence[Path], cfg: MinHash, band: int) -> Iterator[U64]:
         signed = _opened(path, cfg)
         for start in range(0, len(signed), SIGNED_AT_ONCE):
             keys = band_keys(np.array(signed[start : start + SIGNED_AT_ONCE, band * n : (band + 1) * n]), alone)
-            documents = np.arange(first + start, first + start + len(keys), dtype=np.uint64)
-            yield np.stack([keys[:, 0], documents], 1)
+            documents = np.arange(first + start, first + start + len(keys))
+            is_root = root[documents] == documents
+            yield np.stack([keys[:, 0], documents.astype(np.uint64)], 1)[is_root]
         first += len(signed)
 
 
 def _groups(blocks: Iterable[U64]) -> Iterator[list[int]]:
-    """Documents of one key, ascending, for each key of at least two; blocks are sorted rows (key, document)."""
-    held: list[U64] = []  # rows of the last key so far: the next block may go on with it
+    """Documents of one key, ascending; blocks are rows (the first of a key, one of its others), a key's together."""
+    group: list[int] = []
     for block in blocks:
-        cuts = np.flatnonzero(block[1:, 0] != block[:-1, 0]) + 1
-        if held and held[0][0, 0] != block[0, 0]:
-            yield from _two_or_more(held)
-            held = []
-        if not len(cuts):
-            held.append(block.copy())
-            continue
-        yield from _two_or_more([*held, block[: cuts[0]]])
-        starts, ends = cuts[:-1], cuts[1:]
-        for start, end in zip(*(x[ends - starts > 1].tolist() for x in (starts, ends)), strict=True):
-            yield block[start:end, 1].tolist()
-        held = [block[cuts[-1] :].copy()]
-    yield from _two_or_more(held)
-
-
-def _two_or_more(parts: list[U64]) -> Iterator[list[int]]:
-    if sum(map(len, parts)) > 1:
-        yield np.concatenate(parts)[:, 1].tolist()
+        for first, other in block.tolist():
+            if not group or group[0] != first:
+                if group:
+                    yield group
+                group = [first]
+            group.append(other)
+    if group:
+        yield group
 
 
 def _kept(make: Callable[[int], U64], n_bytes: int) -> Callable[[int], U64]:
@@ -148,16 +176,9 @@ def first_of_digests(blocks: Iterable[U64], folder: Path, memory: int) -> NDArra
             n += len(block)
 
     ordered = sorted_blocks(numbered(), 3, folder, memory)
-    first = np.zeros(0, np.int64)
-    last: U64 | None = None  # the first row of the last digest
-    for rows in ordered:
-        if not len(first):
-            first = np.empty(n, np.int64)  # sorting has read them all
-        if last is not None:
-            rows = np.concatenate([last, rows])
-        new = np.ones(len(rows), bool)
-        new[1:] = (rows[1:, :2] != rows[:-1, :2]).any(1)
-        heads = rows[new]
-        first[rows[:, 2].astype(np.int64)] = heads[np.cumsum(new) - 1, 2].astype(np.int64)
-        last = heads[-1:]
-    return first
+    found = np.zeros(0, np.int64)
+    for rows, first, _ in in_groups(ordered, 2):
+        if not len(found):
+            found = np.empty(n, np.int64)  # sorting has read them all
+        found[rows[:, 2].astype(np.int64)] = first.astype(np.int64)
+    return found

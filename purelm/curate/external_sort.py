@@ -21,12 +21,13 @@ from purelm.data.checks import check_int
 from purelm.files import staging, sync
 from purelm.tokenizer.engine import has_numba
 
-__all__ = ["least_memory", "read_rows", "sort_file", "sorted_blocks", "sorted_rows"]
+__all__ = ["in_groups", "least_memory", "read_rows", "sort_file", "sorted_blocks", "sorted_rows"]
 
 U64 = NDArray[np.uint64]
 
 MERGED_ROWS = 1 << 14  # of a run that lie in memory while many are merged: reads of some 200 kB
 COMPILED_FROM = 1 << 14  # rows, for which loading the machine code has paid after some blocks
+GROUPED_ROWS = 1 << 16  # looked at at a time, so that what is made of them stays in a core's cache
 MOST_RUNS = 128  # merged at a time: as many files are open
 
 
@@ -174,6 +175,37 @@ def _n_up_to(rows_NC: U64, bound: list[int]) -> int:
         part = rows_NC[low:high, column]
         low, high = (low + int(np.searchsorted(part, np.uint64(value), side)) for side in ("left", "right"))
     return high
+
+
+def in_groups(blocks: Iterable[U64], n_keys: int) -> Iterator[tuple[U64, U64, NDArray[np.uint8]]]:
+    """Sorted rows and their groups, which are equal in the first n_keys columns; a group may go on in the next block.
+
+    Yields (rows, first, place), some rows at a time. first (n,): the last column of the first row of each one's group.
+    place (n,): 0 for that row, 1 for the second one of the group, 2 for all after it.
+
+    >>> (found,) = in_groups([np.array([[3, 5], [3, 6], [4, 0]], np.uint64)], 1)
+    >>> found[1].tolist(), found[2].tolist()
+    ([5, 5, 0], [0, 1, 0])
+    """
+    held: tuple[U64, U64, int] | None = None  # the last row's key, first and place
+    for block in blocks:
+        for start in range(0, len(block), GROUPED_ROWS):
+            rows = block[start : start + GROUPED_ROWS]
+            again = np.ones(len(rows), bool)
+            for column in rows[:, :n_keys].T:
+                again[1:] &= column[1:] == column[:-1]
+            again[0] = held is not None and bool((rows[0, :n_keys] == held[0]).all())
+            place = again.astype(np.uint8)
+            place[1:] += again[1:] & again[:-1]
+            firsts = rows[~again, -1]
+            if held is not None and again[0]:
+                firsts = np.append(held[1], firsts)
+                place[0] = min(held[2] + 1, 2)
+            new = ~again
+            new[0] = True
+            first = firsts[np.cumsum(new) - 1]
+            held = rows[-1, :n_keys].copy(), first[-1:], int(place[-1])
+            yield rows, first, place
 
 
 def sort_file(blocks: Iterable[U64], output: Path, columns: int, memory: int) -> int:

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from purelm.curate.external_sort import least_memory, sorted_blocks
+from purelm.curate.external_sort import in_groups, least_memory, sorted_blocks
 from purelm.curate.limits import check_several
 from purelm.curate.shingles import U64
 from purelm.data.checks import check_int
@@ -185,16 +185,10 @@ def _numbered(paths: Iterable[Path], engine: Engine) -> Iterator[U64]:
 
 def _left_out(blocks: Iterable[U64], keep: Literal["none", "first"], folder: Path, memory: int) -> Iterator[U64]:
     """(any, 1): numbers of the lines whose hash comes more than once, with keep="first" but for the first of each."""
-    last: U64 = np.zeros((0, 3), np.uint64)  # the last row of the block before
-    is_out = keep == "first"  # whether that one is done with
-    for block in sorted_blocks(blocks, 3, folder, memory):
-        rows = np.concatenate([last, block])
-        again = (rows[1:, 0] == rows[:-1, 0]) & (rows[1:, 1] == rows[:-1, 1])
-        cut = np.append(False, again)
+    for rows, first, place in in_groups(sorted_blocks(blocks, 3, folder, memory), 2):
+        yield rows[place > 0, 2:]
         if keep == "none":
-            cut[:-1] |= again
-        last, was_out, is_out = rows[-1:], int(is_out and len(last) > 0), bool(cut[-1]) or keep == "first"
-        yield rows[was_out:, 2:][cut[was_out:]]
+            yield first[place == 1, None]
 
 
 def _kept(data: bytes, left_out: NDArray[np.int64], engine: Engine) -> bytes | memoryview:

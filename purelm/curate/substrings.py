@@ -32,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from purelm.curate.external_sort import least_memory, sort_file, sorted_blocks, sorted_rows
+from purelm.curate.external_sort import in_groups, least_memory, sort_file, sorted_blocks, sorted_rows
 from purelm.curate.shingles import U64, mixed
 from purelm.data.checks import check_int
 from purelm.files import staging
@@ -272,17 +272,8 @@ def _sorted(blocks: Iterable[U64], columns: int, folder: Path | None, memory: in
 
 def _repeated(blocks: Iterable[U64], folder: Path | None, memory: int) -> U64:
     """The hashes that come more than once, ascending."""
-    found: list[U64] = [np.zeros(0, np.uint64)]
-    last: U64 = np.zeros(0, np.uint64)
-    for rows in _sorted(blocks, 1, folder, memory):
-        column = np.concatenate([last, rows[:, 0]])
-        again = column[1:][column[1:] == column[:-1]]
-        if len(again):
-            again = again[np.append(True, again[1:] != again[:-1])]
-            found.append(again[1:] if len(found[-1]) and found[-1][-1] == again[0] else again)
-            found = [x for x in found if len(x)] or [np.zeros(0, np.uint64)]
-        last = column[-1:]
-    return np.concatenate(found)
+    found = [rows[place == 1, 0] for rows, _, place in in_groups(_sorted(blocks, 1, folder, memory), 1)]
+    return np.concatenate([np.zeros(0, np.uint64), *found])
 
 
 def _pairs(blocks: Iterable[U64], n: int, keep: Keep, folder: Path | None, memory: int) -> Iterator[U64]:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from purelm.curate import external_sort
 from purelm.curate.exact import first_of
 from purelm.curate.external import digests, first_of_digests, near_duplicates_of_files
-from purelm.curate.external_sort import least_memory, read_rows, sort_file, sorted_blocks, sorted_rows
-from purelm.curate.minhash import MinHash, signatures
+from purelm.curate.external_sort import in_groups, least_memory, read_rows, sort_file, sorted_blocks, sorted_rows
+from purelm.curate.minhash import MinHash, band_keys, signatures
 from purelm.curate.near_duplicates import near_duplicates
 from purelm.tokenizer.engine import has_numba
 
@@ -159,6 +159,61 @@ def test_near_duplicates(tmp_path, seed, cfg):
     few = len(asked)
     near_duplicates_of_files(files, text_of, cfg, tmp_path / "work", 1 << 24)
     assert len(asked) - few <= min(few, 160)  # with room for all shingles, each text is asked for once at most
+
+
+def test_those_that_equal_one_before_go_with_it(tmp_path):
+    """Oracle: near_duplicates of the firsts alone. The texts of the others, not equal here, are not asked for."""
+    cfg = MinHash(n_hashes=12, n_bands=12, ngram=1, jaccard=0.6)
+    texts = corpus(0, 30, 60)
+    np.save(tmp_path / "a.npy", signatures(texts, cfg))
+    firsts = np.array([i if i % 3 else i // 2 - i // 2 % 3 + (1 if i else 0) for i in range(60)])
+    firsts[0], before = 0, firsts.copy()
+    left = np.flatnonzero(firsts == np.arange(60))
+    near = left[near_duplicates([texts[i] for i in left], cfg)]
+    wanted, asked, prepared = np.arange(60), set(), []
+    wanted[left] = near
+
+    def text_of(i):
+        assert prepared[0][i]
+        asked.add(i)
+        return texts[i]
+
+    options = {"firsts": firsts, "prepare": prepared.append}
+    found = near_duplicates_of_files([tmp_path / "a.npy"], text_of, cfg, tmp_path, 1 << 20, **options)
+    assert found.tolist() == wanted[firsts].tolist() and (firsts == before).all()
+    assert 20 < len(left) < 50 and asked <= set(left.tolist()) and len(prepared) == 1
+    keys = band_keys(signatures([texts[i] for i in left], cfg), cfg)
+    shared = {int(left[i]) for column in keys.T for i in range(len(left)) if (column == column[i]).sum() > 1}
+    assert set(np.flatnonzero(prepared[0]).tolist()) == shared
+    for wrong in (firsts.astype(np.int32), firsts[:-1], firsts[::-1], np.append(firsts[:-1], 0)[::-1], firsts - 1):
+        with pytest.raises(ValueError, match="firsts must be"):
+            near_duplicates_of_files([tmp_path / "a.npy"], text_of, cfg, tmp_path, 1 << 20, firsts=wrong)
+
+
+def test_a_chain_of_bands(tmp_path):
+    """Pairs (2, 3), (1, 2), (0, 1), one after the other: each root is found over those of its root."""
+    signed = np.array([[0, 1, 9], [2, 8, 9], [7, 8, 3], [7, 4, 5]], np.uint32)
+    np.save(tmp_path / "a.npy", signed)
+    cfg = MinHash(n_hashes=3, n_bands=3)
+    assert near_duplicates_of_files([tmp_path / "a.npy"], lambda i: "same", cfg, tmp_path, 10_000).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 1 << 16])
+@given(st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=5), st.integers(1, 2))
+def test_groups(rows_at_once, blocks, n_keys):
+    """Oracle: itertools.groupby."""
+    flat = sorted((a // 2, a % 2, i) for i, a in enumerate(a for block in blocks for a in block))
+    rows = np.array(flat, np.uint64).reshape(-1, 3)
+    cuts = np.cumsum([len(block) for block in blocks])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(external_sort, "GROUPED_ROWS", rows_at_once)
+        parts = list(in_groups(np.split(rows, cuts[:-1]) if blocks else [], n_keys))
+    wanted = []
+    for _, group in itertools.groupby(flat, lambda row: row[:n_keys]):
+        group = list(group)
+        wanted += [(*row, group[0][2], min(i, 2)) for i, row in enumerate(group)]
+    found = [(*a, b, c) for part in parts for a, b, c in zip(*(x.tolist() for x in part), strict=True)]
+    assert found == wanted
 
 
 def test_no_documents(tmp_path):

@@ -64,11 +64,11 @@ def damaged(folder):
 
 
 def tree(output):
-    """A hash of each file of a run but for those that hold times."""
+    """A hash of each file of a run but for those that hold times, and Slurm's logs."""
     return {
         str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(output.rglob("*"))
-        if path.is_file() and path.relative_to(output).parts[0] not in ("timing", "report.html")
+        if path.is_file() and path.relative_to(output).parts[0] not in ("timing", "report.html", "slurm")
     }
 
 
@@ -97,8 +97,8 @@ from experiments.curate.config import Curate, Dedup, Filter, Final
 from experiments.curate.run import curate
 
 crawl, out, tokenizer = map(Path, sys.argv[1:4])
-cfg = Curate((f"{crawl}/*",), out, Filter(languages=("all",), rules="none"), Dedup("near"),
-             Final(0.003, tokenizer), seed=3)
+cfg = Curate((f"{crawl}/*",), out, Filter(languages=("all",), rules="none"),
+             Dedup("near", memory_megabytes=0.01), Final(0.003, tokenizer), seed=3)
 EVENTS = {"open", "os.rename", "os.mkdir", "os.link", "os.remove", "os.rmdir", "shutil.rmtree"}
 seen, last = 0, None
 

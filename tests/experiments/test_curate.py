@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from experiments.curate import backends, page, run, shard, statistics
 from experiments.curate.config import Cost, Curate, Dedup, Filter, Final, Slurm
-from experiments.curate.duplicates import duplicates
 from experiments.curate.files import append_packed, packed_lines, read_json
 from experiments.curate.plan import Input, Task
 from experiments.curate.shuffle import final_shard, keys_of
@@ -182,7 +181,7 @@ def test_back_ends_and_workers_give_the_same_bytes(web, whole, tmp_path, monkeyp
     run.curate(config(web, tmp_path / "two", workers=2))
     executor = Executor()
     run.curate(config(web, tmp_path / "slurm", backend="slurm", slurm=Slurm(array=3)), executor)
-    monkeypatch.setattr(backends, "start_ray", lambda address: Ray())
+    monkeypatch.setattr(backends, "started_ray", lambda address: nullcontext(Ray()))
     run.curate(config(web, tmp_path / "ray", backend="ray", workers=3))
     assert executor.sizes[:3] == [3, 1, 3]  # four inputs by three jobs
     for name in ("two", "slurm", "ray"):
@@ -224,8 +223,13 @@ def test_a_job_that_fails_names_its_tasks():
         return jobs
 
     executor = type("Failing", (), {"map_array": staticmethod(map_array)})
-    work = lambda task, tell: backends.Result(task.name)  # noqa: E731
-    results = list(backends.run_slurm(work, tasks(5), executor, 2, print))
+    def work(task, tell):
+        tell(task.number, 10)
+        return backends.Result(task.name)
+
+    told = []
+    results = list(backends.run_slurm(work, tasks(5), executor, 2, lambda *more: told.append(more)))
+    assert told == [(0, 0), (1 + 3, 20)]
     assert [x.name[10] for x in results if x.error == "job 7_0: out of memory"] == ["0", "2", "4"]
     assert [x.name[10] for x in results if x.error is None] == ["1", "3"]
 
@@ -442,13 +446,6 @@ def test_packed_bytes_do_not_hold_the_time(compression, monkeypatch):
         packed.append(file.getvalue())
     assert packed[0] == packed[1]
     assert list(packed_lines(io.BytesIO(packed[0]), compression)) == [b"one\n", b"two\n", b"three\n"]
-
-
-def test_duplicates_of_nothing(tmp_path):
-    np.save(tmp_path / "digests.npy", np.zeros((0, 16), np.uint8))
-    np.save(tmp_path / "signatures.npy", np.zeros((0, 112), np.uint32))
-    found = duplicates([tmp_path], shard.min_hash(Curate(("x",), tmp_path)), "gz")
-    assert len(found.roots) == 0 and found.sizes.tolist() == [0]
 
 
 def test_real_crawls_by_the_command(shared_data, tmp_path):
