@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,7 +53,7 @@ class Args:
     slots: Annotated[int, Range(1, 64)] = 2
     evals: Annotated[int, Range(1, 64)] = 4
     """evaluations of a run"""
-    seconds: Seconds = 0.005
+    seconds: Seconds = 0.02
     """that an evaluation takes"""
     kills: Whole = 0
     """of the server or a worker, at random times"""
@@ -114,9 +115,12 @@ class Found:
     ids: dict[int, int]  # configuration -> experiment
     seconds: list[float]
     repeated: int = 0
+    cpu: float = 0.0  # seconds of the server's process, workers not counted
 
 
-async def submit_all(args: Args, port: int, texts: list[str], each: float = 0.0) -> Found:
+async def submit_all(
+    args: Args, port: int, texts: list[str], each: float = 0.0, cpu: Callable[[], float] = lambda: 0.0
+) -> Found:
     """Every configuration once, by clients that take the next one; repeated until it has an answer."""
     found, left = Found({}, []), iter(range(args.submissions))
     start = asyncio.Event()
@@ -152,8 +156,10 @@ async def submit_all(args: Args, port: int, texts: list[str], each: float = 0.0)
 
     tasks = [asyncio.create_task(client(c)) for c in range(args.clients)]
     await asyncio.sleep(1.0)
+    before = cpu()
     start.set()
     await asyncio.gather(*tasks)
+    found.cpu = cpu() - before
     return found
 
 
@@ -187,6 +193,15 @@ class Server:
                 rng.choice(workers).kill()
                 return True
         return False
+
+    def cpu(self) -> float:
+        """Seconds that the server's process has computed; 0 where it is gone."""
+        import psutil
+
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = psutil.Process(self.process.pid).cpu_times()
+            return times.user + times.system
+        return 0.0
 
     def end(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -253,7 +268,7 @@ async def measure(args: Args, folder: Path) -> tuple[Found, Counter[str], float]
     try:
         # With kills the submissions take about as long as these.
         each = 1.6 * args.kills * args.clients / args.submissions
-        submitting = asyncio.create_task(submit_all(args, server.port, texts, each))
+        submitting = asyncio.create_task(submit_all(args, server.port, texts, each, server.cpu))
         killed = await killing(args, server, done) if args.kills else Counter[str]()
         begun = time.perf_counter()
         found = await submitting
@@ -291,6 +306,7 @@ def main(args: Args) -> None:
         parts = statistics.quantiles(found.seconds, n=100, method="inclusive")
         for what, value in (("p50", parts[49]), ("p99", parts[98]), ("slowest", max(found.seconds))):
             rows.append(row(f"{name}: {what}", 1e3 * value, "ms", packages=PACKAGES))
+        rows.append(row(f"{name}: server's CPU time each", 1e3 * found.cpu / args.submissions, "ms", packages=PACKAGES))
         rows.append(row(f"{name}: rate", args.submissions / seconds, "submissions/s", packages=PACKAGES))
     publish(rows, args.json)
     if any(bad.values()):

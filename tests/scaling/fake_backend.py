@@ -1,7 +1,8 @@
 """A back end for tests: losses fall as 1/k, the seconds of a run are a number in its configuration.
 
 A run takes `eps` of its AdamW x 1e6 seconds of its own clock for each evaluation, which pass in no time unless
-`scale` is set. Its model_seed says how it goes: 1 raises, 2 ends its process, 3 diverges, 4 never looks at its time.
+`scale` is set. Its model_seed says how it goes: 1 raises, 2 ends its process, 3 diverges, 4 never looks at its time,
+6 is never ready.
 """
 
 import json
@@ -23,6 +24,8 @@ def backend(settings: Fake) -> Backend:
     def run(cfg, rules, control):
         state = control.folder / "state.json"
         used, losses = json.loads(state.read_text()) if state.exists() else (0.0, [])
+        while cfg.model_seed == 6:
+            time.sleep(0.05)
         control.started(used)
         if cfg.model_seed == 4:
             control.evaluated([9.0], 1.0)

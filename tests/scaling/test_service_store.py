@@ -193,6 +193,22 @@ def test_a_preempted_run_keeps_its_place(tmp_path):
         assert dispatch.claim(db, "r1", 6.0).id == first
 
 
+def test_a_run_may_be_lost_some_times(tmp_path):
+    """Preemptions do not count."""
+    store, (ada, _) = make_store(tmp_path)
+    with store.write() as db:
+        ledger.submit(db, ada, parsed(), 0.0)
+        for i in range(dispatch.MOST_LOST):
+            assert ledger.experiments(db, ada)[0].status.status_type == "queued"
+            dispatch.ended(db, dispatch.claim(db, f"p{i}", 1.0), Stopped(1.0), 2.0)
+            dispatch.claim(db, f"r{i}", 3.0)
+            (run,) = dispatch.under_way(db)
+            assert dispatch.lost(db, run, 4.0) and not dispatch.lost(db, run, 4.0)
+        failed = ledger.experiments(db, ada)[0].status
+        assert failed.reason.failure.startswith(f"its process was lost, time {dispatch.MOST_LOST} of {dispatch.MOST_LOST} ")
+        assert dispatch.claim(db, "more", 5.0) is None
+
+
 def test_a_final_run_has_its_own_time_and_no_cost(tmp_path):
     store, (ada, _) = make_store(tmp_path)
     with store.write() as db:

@@ -211,7 +211,7 @@ def test_a_run_that_ends_its_process_fails_after_some_times(tmp_path, supervised
     submit(store, ada)
     supervised(store, plan_of(tmp_path), most_lost=2)
     failed = until(lambda: over(store, ada, 1))
-    assert failed.reason.failure.startswith("its process was lost 2 times") and failed.used_runtime_seconds == 1.0
+    assert failed.reason.failure.startswith("its process was lost, time 2 of 2 ") and failed.used_runtime_seconds == 1.0
     assert until(lambda: over(store, ada, 2)).status_type == "completed"  # and it holds up nobody
     assert any("ended with status -9" in line for line in supervised.said)
 
@@ -256,6 +256,33 @@ def test_what_a_dead_server_left_is_taken_up_once(tmp_path, supervised):
         assert dispatch.ended(db, orphan, Done(2.0, (6.0,)), 3.0)  # its report is taken
     living.end()
     assert status(store, ada, 2).val_losses == [6.0] and events(store, 2)["claimed"] == 1
+
+
+def test_a_worker_of_an_earlier_server_is_left_its_run(tmp_path, monkeypatch):
+    """Over its time too: it leaves by itself, and no one else can end its process."""
+    monkeypatch.setattr(supervisor, "hard_limit", lambda seconds: 0.0)
+    store, (ada, _) = make_store(tmp_path)
+    submit(store, ada)
+    living = Alive(tmp_path, "0.orphan")
+    with store.write() as db:
+        dispatch.started(db, dispatch.claim(db, living.run_id, 1.0), 0.0, 1.0)
+    watched = Supervisor(store, plan_of(tmp_path), [])
+    for _ in range(3):
+        watched.tick()
+    assert status(store, ada, 1).status_type == "running"
+    living.end()
+    watched.tick()
+    assert status(store, ada, 1).status_type == "queued"
+
+
+def test_a_run_that_is_never_ready_is_given_up(tmp_path, supervised):
+    """One that loads or compiles for ever has no clock; its process is killed after `setup` seconds."""
+    store, (ada, _) = make_store(tmp_path)
+    submit(store, ada, model_seed=6)
+    supervised(store, plan_of(tmp_path), setup=0.3, most_lost=1)
+    failed = until(lambda: over(store, ada, 1))
+    assert failed.reason.failure.startswith("its process was lost, time 1 of 1 ")
+    assert supervised.said[0] == "run 1: not ready after 0.3 s, killed"
 
 
 def test_a_slot_has_one_process(tmp_path):

@@ -120,7 +120,7 @@ def lost(db: Connection, run: Under, now: float, most: int = MOST_LOST) -> bool:
         db.execute("UPDATE runs SET state = 'queued', clock = NULL, lost = ? WHERE id = ?", (n, run.id))
         note(db, now, run.id, "lost", f"{run.run_id}, time {n} of {most}")
         return True
-    failure = f"its process was lost {n} times (killed, out of memory, or the machine went down)"
+    failure = f"its process was lost, time {n} of {most} (killed, out of memory, or the machine went down)"
     db.execute(
         "UPDATE runs SET state = 'failed', ended_at = ?, lost = ?, failure = ? WHERE id = ?", (now, n, failure, run.id)
     )

@@ -277,10 +277,8 @@ class Commits:
                     db.execute("SAVEPOINT one")
                     try:
                         ended.append((future, True, change(db)))
-                    except sqlite3.OperationalError:  # a full disk may have ended the whole transaction
-                        raise
                     except Exception as error:
-                        db.execute("ROLLBACK TO one")
+                        db.execute("ROLLBACK TO one")  # fails, and with it all of them, if a full disk has ended it all
                         ended.append((future, False, error))
                     db.execute("RELEASE one")
         except Exception as error:

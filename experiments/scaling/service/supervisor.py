@@ -59,9 +59,8 @@ class Supervisor:
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def start(self) -> None:
-        """Take up what an earlier server left, then start the workers."""
+        """Start the workers, and look after them and what an earlier server left."""
         remove_dead(self._plan.folder)
-        self._release()
         for slot in self._slots:
             slot.begin()
         self._thread.start()
