@@ -29,7 +29,7 @@ def eight(data, i):
 
 @part
 def zero_byte(x):
-    """Not 0 where a byte of x is 0."""
+    """Its lowest bit that is set is the highest bit of the lowest byte of x that is 0; 0 if none is."""
     return (x - np.uint64(0x0101010101010101)) & ~x & np.uint64(0x8080808080808080)
 
 
@@ -37,11 +37,26 @@ def zero_byte(x):
 def line_end(data, start):
     """The place of the next newline, or the size."""
     i, size = start, data.size
-    while i + 8 <= size and not zero_byte(eight(data, i) ^ np.uint64(0x0A0A0A0A0A0A0A0A)):
+    while i + 8 <= size:
+        found = zero_byte(eight(data, i) ^ np.uint64(0x0A0A0A0A0A0A0A0A))
+        if found:
+            lowest = (found & (~found + np.uint64(1))) >> np.uint64(7)  # 2^(8 k), of the newline in byte k
+            return i + np.int64((lowest * np.uint64(0x0001020304050607)) >> np.uint64(56))
         i += 8
     while i < size and data[i] != 10:
         i += 1
     return i
+
+
+@part
+def up_to(data, i, end):
+    """data[i : end], fewer than eight bytes, as a number."""
+    if i + 8 <= data.size:
+        return eight(data, i) & ((np.uint64(1) << np.uint64(8 * (end - i))) - np.uint64(1))
+    word = np.uint64(0)
+    for j in range(i, end):
+        word |= np.uint64(data[j]) << np.uint64(8 * (j - i))
+    return word
 
 
 @loop
@@ -60,9 +75,7 @@ def hash_lines(data, factors, rows, ends):
             a, b = step(a, word, factors[2]), step(b, word, factors[3])
             i += 8
         if i < end:
-            word = np.uint64(0)
-            for j in range(i, end):
-                word |= np.uint64(data[j]) << np.uint64(8 * (j - i))
+            word = up_to(data, i, end)
             a, b = step(a, word, factors[2]), step(b, word, factors[3])
         size = np.uint64(end - start)  # tells "a" from "a\0"
         rows[n, 0], rows[n, 1] = step(a, size, factors[2]), step(b, size, factors[3])
