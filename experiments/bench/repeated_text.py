@@ -3,7 +3,7 @@
     python -m experiments.bench.repeated_text [--data text.zip pages.jsonl.gz ...] [--megabytes 16] [--json FILE]
 
 Each source of --data is measured alone, and so is made-up text. Lines: files to files without the lines that stand more
-than once, in memory and in files (1 MB for sorting); the peer counts the hashes of the lines of a file, and reads it
+than once, in memory and in files (4 MB for sorting); the peer counts the hashes of the lines of a file, and reads it
 again; the outputs must be equal. Substrings of 200 bytes: spans of documents in memory; the peer is a suffix array and
 the longest common prefixes of neighbours in it (pydivsufsort), without what Lee et al. 2021 do with them. It counts
 windows that overlap each other, too, so that it may find more bytes than purelm, never fewer, which is checked.
@@ -35,7 +35,7 @@ from purelm.data.sources import documents
 
 PACKAGES = ("purelm", "numpy", "numba", "pydivsufsort")
 N = 200  # bytes of a window
-IN_FILES = 1 << 20  # bytes for sorting
+IN_FILES = 4 << 20  # bytes for sorting
 
 
 @dataclass(frozen=True)

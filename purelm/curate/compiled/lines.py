@@ -1,4 +1,4 @@
-"""Hashes of lines, and lines left out, in one pass over bytes each."""
+"""Hashes of lines, and lines left out."""
 
 import numpy as np
 
@@ -86,21 +86,18 @@ def hash_lines(data, factors, rows, ends):
 
 
 @loop
-def kept_bytes(data, left_out, out):
-    """Copy the lines but those whose numbers, ascending, are in left_out; returns how many bytes."""
-    n = m = next_out = start = kept_from = 0  # what is kept is copied in long stretches
-    while start < data.size:
-        end = min(line_end(data, start) + 1, data.size)
-        if next_out < left_out.size and left_out[next_out] == n:
-            size = start - kept_from
-            for j in range(size):
-                out[m + j] = data[kept_from + j]
-            m += size
-            next_out += 1
-            kept_from = end
-        n += 1
-        start = end
-    size = data.size - kept_from
-    for j in range(size):
-        out[m + j] = data[kept_from + j]
-    return m + size
+def kept_bytes(data, feeds, left_out, out):
+    """Copy the lines but those whose numbers, ascending, are in left_out; returns how many bytes.
+
+    feeds: the places of all newlines. What is kept is copied in long stretches.
+    """
+    m = start = 0
+    for number in left_out:
+        end = feeds[number - 1] + 1 if number else 0
+        for j in range(end - start):
+            out[m + j] = data[start + j]
+        m += end - start
+        start = feeds[number] + 1 if number < feeds.size else data.size
+    for j in range(data.size - start):
+        out[m + j] = data[start + j]
+    return m + data.size - start
