@@ -205,7 +205,8 @@ def test_a_run_may_be_lost_some_times(tmp_path):
             (run,) = dispatch.under_way(db)
             assert dispatch.lost(db, run, 4.0) and not dispatch.lost(db, run, 4.0)
         failed = ledger.experiments(db, ada)[0].status
-        assert failed.reason.failure.startswith(f"its process was lost, time {dispatch.MOST_LOST} of {dispatch.MOST_LOST} ")
+        n = dispatch.MOST_LOST
+        assert failed.reason.failure.startswith(f"its process was lost, time {n} of {n} ")
         assert dispatch.claim(db, "more", 5.0) is None
 
 
