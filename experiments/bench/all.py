@@ -44,6 +44,8 @@ def programs(args: Args) -> list[tuple[str, list[str]]]:
         ("import_time", []),
         ("graders", []),
         ("near_duplicates", []),
+        ("clusters", []),
+        ("repeated_text", data),
         ("fsdp_host", []),
         ("decode", []),
         ("generate", ["--device", "cpu"]),

@@ -139,6 +139,8 @@ class Curate:
     """of the order of documents, of MinHash and of the examples in the report"""
     examples: Annotated[int, Range(0, 1000)] = 5
     """random documents shown for each reason"""
+    excerpt: Annotated[int, Range(0, 1500)] = 1500
+    """characters of a document that report.html shows; a member of a cluster has 400 at most"""
     compression: Literal["auto", "zst", "gz"] = "auto"
     """auto: zst where zstandard is installed"""
     backend: Literal["local", "slurm", "ray"] = "local"

@@ -48,9 +48,9 @@ def page(cfg: Curate, inputs: Sequence[Input], counts: Mapping[str, Any], times:
         _bars("at least", sorted(counts["lengths"].items(), key=lambda item: int(item[0]))),
         "<h2>Domains with the most documents kept by the steps</h2>", _bars("domain", counts["domains"]),
         "<h2>Masked</h2>", _bars("kind", counts["masked"].items()),
-        "<h2>Duplicates</h2>", _duplicates(duplicates),
+        "<h2>Duplicates</h2>", _duplicates(duplicates, cfg.excerpt),
         "<h2>Speed and cost</h2>", _speed(cfg, times),
-        "<h2>Random documents</h2>", _examples(counts["examples"]),
+        "<h2>Random documents</h2>", _examples(counts["examples"], cfg.excerpt),
         "<h2>Settings</h2>", f"<pre>{_text(cfg)}</pre></html>",
     ]  # fmt: skip
     return "\n".join(parts) + "\n"
@@ -146,14 +146,14 @@ def _read(counts: Mapping[str, Any]) -> str:
     return f"<p>{counts['read']['records']:,} records read.</p>{table}{damage}"
 
 
-def _duplicates(found: Mapping[str, Any]) -> str:
+def _duplicates(found: Mapping[str, Any], most: int) -> str:
     parts = [
         f"<p>{found['exact']:,} exact and {found['near']:,} near duplicates of {found['documents']:,} documents; the "
         "first of each cluster is kept.</p>",
         _table(("documents in a cluster", "clusters"), ((size, n) for size, n in found["clusters"].items())),
     ]
     for cluster in found["largest"]:
-        members = "".join(_document(x) for x in cluster["members"])
+        members = "".join(_document(x, most) for x in cluster["members"])
         parts.append(f"<details><summary>a cluster of {cluster['documents']:,}</summary>{members}</details>")
     return "\n".join(parts)
 
@@ -183,15 +183,16 @@ def _speed(cfg: Curate, times: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _examples(examples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def _examples(examples: Mapping[str, Sequence[Mapping[str, Any]]], most: int) -> str:
     parts = []
     for kind, shown in sorted(examples.items(), key=lambda item: (item[0] != "kept", item[0])):
-        inner = "".join(_document(x) for x in shown)
+        inner = "".join(_document(x, most) for x in shown)
         parts.append(f"<details><summary>{_text(kind)}</summary>{inner}</details>")
     return "\n".join(parts)
 
 
-def _document(shown: Mapping[str, Any]) -> str:
+def _document(shown: Mapping[str, Any], most: int) -> str:
+    """most: characters of its text."""
     value = shown.get("value")
     measured = "" if value is None else f" ({_text(value)})"
-    return f"<p>{_text(shown['url'] or shown['id'])}{measured}</p><pre>{_text(shown['text'])}</pre>"
+    return f"<p>{_text(shown['url'] or shown['id'])}{measured}</p><pre>{_text(shown['text'][:most])}</pre>"

@@ -155,11 +155,15 @@ def _cut(args: Args, path: Path) -> Path:
     """The first documents of a reference, until reference_bytes; the last one is cut at a blank, where there is one."""
     rows, left = [], args.reference_bytes
     for text in documents(path):
-        part = text if len(text.encode()) <= left else text[:left].rpartition(" ")[0]
-        left -= len(part.encode())
-        if part.strip():
-            rows.append({"text": part})
-        if left < 100:
+        data = text.encode()
+        is_cut = len(data) > left
+        if is_cut:
+            part = data[:left].decode(errors="ignore")
+            text = part.rpartition(" ")[0] or part
+        if text.strip():
+            rows.append({"text": text})
+        left -= len(text.encode())
+        if is_cut or left < 100:
             break
     target = args.work / f"{path.name.split('.')[0]}.jsonl"
     _write_rows(target, rows)

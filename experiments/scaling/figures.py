@@ -1,12 +1,14 @@
-"""Figures of a fit: IsoFLOP curves, the best sizes with their band, residuals."""
+"""Figures of a fit: IsoFLOP curves, the best sizes with their band, residuals, the largest budget held out."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from purelm.scaling.bootstrap import interval
 from purelm.scaling.laws import FLOPS, Law, loss, optimum
-from purelm.scaling.runs import Runs, budgets
+from purelm.scaling.runs import Runs, budgets, taken
 
 __all__ = ["draw"]
 
@@ -14,15 +16,20 @@ MOST_CURVES = 12
 
 
 def draw(
-    runs: Runs, law: Law, laws: Law | None, targets: tuple[float, ...], path: Path, *, tolerance: float, coverage: float
-) -> None:
-    """A picture of three panels. Needs matplotlib (extra `report`)."""
+    runs: Runs, law: Law, laws: Law | None, targets: tuple[float, ...], path: Path, *, tolerance: float,
+    coverage: float, held: tuple[Law, NDArray[np.int64]] | None = None,
+) -> None:  # fmt: skip
+    """A picture of four panels. Needs matplotlib (extra `report`).
+
+    held: a law, and the places of the runs that it was not fitted to.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    left, middle, right, last = axes.ravel()
     groups = [(c, g) for c, g in budgets(runs, tolerance) if len(g) > 2]
     every = max(1, -(-len(groups) // MOST_CURVES))
     for i, (c, group) in enumerate(groups[::every]):
@@ -55,5 +62,22 @@ def draw(
     right.axhline(0, color="grey", lw=1)
     right.scatter(runs.flops, residual, c=np.log10(runs.parameters), s=12)
     right.set(xscale="log", xlabel="FLOPs", title="log of predicted over measured; darker: smaller models")
+
+    _held_out(last, runs, held)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _held_out(axis: Any, runs: Runs, held: tuple[Law, NDArray[np.int64]] | None) -> None:
+    """Measured losses of the runs that were held out, and the curve that the law of the others predicts."""
+    axis.set(xscale="log", xlabel="parameters", ylabel="loss, nats a token")
+    if held is None:
+        axis.set_title("too few runs to hold any out")
+        return
+    law, places = held
+    some = taken(runs, places[np.argsort(runs.parameters[places])])
+    style = "x-" if len(budgets(some, 0.05)) == 1 else "x"  # runs of several budgets lie on no one curve
+    axis.plot(some.parameters, loss(law, some.parameters, some.tokens), style, color="C1", label="predicted")
+    axis.plot(some.parameters, some.loss, "o", color="C0", label="measured")
+    axis.set_title(f"held out: {len(places)} runs from {some.flops.min():.2g} FLOPs on")
+    axis.legend()

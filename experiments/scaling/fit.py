@@ -7,6 +7,11 @@ RUNS is JSON (a list), JSON lines or CSV with parameters, loss, and tokens or FL
 on the robust objective of Chinchilla's third approach; beside it stand that approach from 4,500 starts (--grid),
 parabolas and lowest losses of each budget, where there are such. Intervals are from bootstrap samples. The law is also
 fitted without the largest budget, whose losses are then predicted. It leaves in OUT: fits.json, report.md, fits.png.
+
+The training service's answer to GET /experiments is read too, with N as --counting says:
+
+    curl -s -H "X-API-Key: $KEY" localhost:8000/experiments > runs.json
+    python -m experiments.scaling.fit runs.json --counting blocks --lowest
 """
 
 import dataclasses
@@ -17,19 +22,20 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 
 import purelm
 from experiments import limits
 from experiments.console import program, say
 from experiments.limits import Place, Range, Seed, Share, Whole
 from experiments.scaling.figures import draw
-from experiments.scaling.read import read_runs
+from experiments.scaling.read import Counting, read
 from purelm import random
 from purelm.files import staging, sync
 from purelm.scaling import isoflop, parametric, variable_projection
 from purelm.scaling.bootstrap import interval, resampled
 from purelm.scaling.laws import Law, exponents, loss, optimum, power
-from purelm.scaling.runs import Runs, budgets, taken
+from purelm.scaling.runs import Runs, budgets, lowest_of_each, taken
 
 Flops = Annotated[float, Range(1.0, 1e40)]
 
@@ -48,6 +54,10 @@ class Args:
     """samples for the intervals; 0: none"""
     coverage: Share = 0.95
     """of the intervals"""
+    counting: Counting = "all"
+    """of a service's configurations: all parameters; blocks: without embeddings and head; kaplan: 12 n d^2"""
+    lowest: bool = False
+    """of runs with one N and D (several learning rates, say) take that of the lowest loss alone"""
     drop_highest: Whole = 0
     """runs of the highest losses that are left out: Besiroglu et al. leave out 5"""
     grid: bool = False
@@ -62,7 +72,9 @@ def main(args: Args) -> None:
     limits.check(args)
     if not 0 < args.coverage < 1:
         raise ValueError(f"coverage must be between 0 and 1, got {args.coverage}")
-    runs = read_runs(args.runs)
+    runs, left_out = read(args.runs, args.counting)
+    if args.lowest:
+        runs = lowest_of_each(runs)
     if args.drop_highest >= len(runs.loss):
         raise ValueError(f"drop_highest: {args.drop_highest} of {len(runs.loss)} runs leave none")
     runs = taken(runs, np.sort(np.argsort(runs.loss, kind="stable")[: len(runs.loss) - args.drop_highest]))
@@ -70,7 +82,7 @@ def main(args: Args) -> None:
     law = variable_projection.fit(runs)
     laws = resampled(random.key(args.seed), runs, law, args.bootstrap) if args.bootstrap else None
     result: dict[str, Any] = {
-        "runs": len(runs.loss), "purelm": purelm.__version__,
+        "runs": len(runs.loss), "left_out": left_out, "purelm": purelm.__version__,
         "settings": {k: v for k, v in dataclasses.asdict(args).items() if k not in ("runs", "out")},
         "law": law._asdict(), "objective": float(parametric.objective(runs, law)), "exponents": exponents(law),
         "intervals": _intervals(law, laws, args.coverage), "predicted": _predicted(law, laws, targets, args.coverage),
@@ -82,14 +94,24 @@ def main(args: Args) -> None:
             "law": other._asdict(), "objective": float(parametric.objective(runs, other)), "starts_at_the_best": at_best
         }  # fmt: skip
     result["isoflop"] = _isoflop(runs, targets, args.tolerance)
-    result["held_out"] = _held_out(runs, args.tolerance)
+    held = _held_out(runs, args.tolerance)
+    result["held_out"] = None if held is None else _compared(runs, *held, args.tolerance)
     text = report(result, targets)
     print(text)
     if args.out is not None:
         with staging(args.out) as staged:
             (staged / "fits.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
             (staged / "report.md").write_text(text + "\n![runs, laws and residuals](fits.png)\n")
-            draw(runs, law, laws, targets, staged / "fits.png", tolerance=args.tolerance, coverage=args.coverage)
+            draw(
+                runs,
+                law,
+                laws,
+                targets,
+                staged / "fits.png",
+                tolerance=args.tolerance,
+                coverage=args.coverage,
+                held=held,
+            )
             for name in ("fits.png", "report.md", "fits.json"):
                 sync(staged / name)
                 (staged / name).replace(args.out / name)
@@ -136,8 +158,8 @@ def _isoflop(runs: Runs, targets: tuple[float, ...], tolerance: float) -> dict[s
     return found
 
 
-def _held_out(runs: Runs, tolerance: float) -> dict[str, Any] | None:
-    """The law of all runs but those of the largest budget, and how far it is from these; None: too few runs.
+def _held_out(runs: Runs, tolerance: float) -> tuple[Law, NDArray[np.int64]] | None:
+    """The law of all runs but those of the largest budget, and the places of these; None: too few runs.
 
     Where the largest budget has fewer than 3 runs, the tenth of the runs with the most compute is left out.
     """
@@ -147,13 +169,25 @@ def _held_out(runs: Runs, tolerance: float) -> dict[str, Any] | None:
     mask = np.ones(len(runs.loss), np.bool_)
     mask[last] = False
     try:
-        law = variable_projection.fit(taken(runs, mask))
+        return variable_projection.fit(taken(runs, mask)), last
     except ValueError:
         return None
+
+
+def _compared(runs: Runs, law: Law, last: NDArray[np.int64], tolerance: float) -> dict[str, Any]:
+    """How far the law is from the runs that it was not fitted to; and from their parabola, where they have one."""
     some, c = taken(runs, last), float(runs.flops[last].min())
     errors = loss(law, some.parameters, some.tokens) - some.loss
-    return {"flops": c, "runs": len(last), "law": law._asdict(), "mean_error": float(errors.mean()),
-            "largest_error": float(errors[np.abs(errors).argmax()])}  # fmt: skip
+    best = optimum(law, c)
+    found: dict[str, Any] = {
+        "flops": c, "runs": len(last), "law": law._asdict(), "mean_error": float(errors.mean()),
+        "largest_error": float(errors[np.abs(errors).argmax()]), "parameters": best.parameters, "loss": best.loss,
+    }  # fmt: skip
+    try:
+        (n,), (y,) = isoflop.minima(some, tolerance=tolerance)[1:3]
+    except ValueError:  # of several budgets, too few sizes, or without a minimum
+        return found
+    return {**found, "measured_parameters": float(n), "measured_loss": float(y)}
 
 
 def report(result: dict[str, Any], targets: tuple[float, ...]) -> str:
@@ -194,6 +228,14 @@ def report(result: dict[str, Any], targets: tuple[float, ...]) -> str:
             f"Fitted without the {h['runs']} runs from {h['flops']:.3g} FLOPs on, the law is off by "
             f"{h['mean_error']:+.4f} nats there in the mean, and by {h['largest_error']:+.4f} at most.", "",
         ]  # fmt: skip
+        if "measured_loss" in h:
+            lines += [
+                "| of that budget | best parameters | their loss |", "|---|---|---|",
+                f"| predicted by the law of the others | {h['parameters']:.4g} | {h['loss']:.4f} |",
+                f"| by a parabola through its runs | {h['measured_parameters']:.4g} | {h['measured_loss']:.4f} |", "",
+            ]  # fmt: skip
+    if result["left_out"]:
+        lines += [f"Left out: {', '.join(f'{n} {why}' for why, n in result['left_out'].items())}.", ""]
     return "\n".join([*lines, *left_out])
 
 

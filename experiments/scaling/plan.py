@@ -20,12 +20,12 @@ import purelm
 from experiments.console import program, say
 from experiments.limits import Count, Place, Range
 from experiments.scaling.fit import Flops
-from experiments.scaling.read import read_runs
+from experiments.scaling.read import Counting, read_runs
 from purelm import track
 from purelm.files import refuse_overwrite
 from purelm.scaling import planner, variable_projection
 from purelm.scaling.laws import Law, optimum
-from purelm.scaling.runs import Runs
+from purelm.scaling.runs import Runs, lowest_of_each
 
 Number = Annotated[float, Range(1e-6, 1e40)]
 
@@ -52,6 +52,10 @@ class Args:
     """least and most tokens a parameter"""
     sizes: Annotated[int, Range(1, 200)] = 24
     budgets: Annotated[int, Range(1, 200)] = 12
+    counting: Counting = "all"
+    """of a service's configurations, as for `experiments.scaling.fit`"""
+    lowest: bool = False
+    """of runs with one N and D take that of the lowest loss alone"""
     repeats: Annotated[int, Range(1, 1000)] = 1
     """how often one candidate may be taken, with another seed each time"""
     noise: Annotated[float, Range(1e-6, 1.0)] | None = None
@@ -64,7 +68,9 @@ class Args:
 def main(args: Args) -> None:
     if args.json is not None:
         refuse_overwrite([args.json], [args.runs])
-    runs = read_runs(args.runs)
+    runs = read_runs(args.runs, args.counting)
+    if args.lowest:
+        runs = lowest_of_each(runs)
     law = variable_projection.fit(runs)
     n = args.parameters or (runs.parameters.min() / 3, 3 * runs.parameters.max())
     flops = args.flops or (min(runs.flops.min(), args.budget), args.budget)

@@ -1,17 +1,33 @@
-"""Runs from JSON and CSV files."""
+"""Runs from JSON and CSV files, and from what the training service answers to GET /experiments."""
 
 import csv
 import io
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from purelm.scaling.counting import kaplan_parameters
 from purelm.scaling.laws import FLOPS
 from purelm.scaling.runs import Runs, check
 
-__all__ = ["read_runs"]
+if TYPE_CHECKING:
+    from experiments.scaling.service.schemas import ArchitectureConfig
+
+__all__ = ["Counting", "Read", "count", "read", "read_runs"]
+
+# What N is, of a service's configurations. all: every parameter; blocks: without embeddings and head; kaplan: 12 n d^2.
+Counting = Literal["all", "blocks", "kaplan"]
+
+
+class Read(NamedTuple):
+    """What a file has."""
+
+    runs: Runs
+    left_out: dict[str, int]  # experiments of the service without a final loss, by why: "timeout", "running", ...
+
 
 # What a column may be called, the first that is there; by what it is.
 NAMES = {
@@ -22,14 +38,69 @@ NAMES = {
 }
 
 
-def read_runs(path: Path) -> Runs:
+def read_runs(path: Path, counting: Counting = "all") -> Runs:
+    """The runs of `read`."""
+    return read(path, counting).runs
+
+
+def read(path: Path, counting: Counting = "all") -> Read:
     """Runs of a .json list, a .jsonl file or a .csv file with parameters, loss, and tokens or FLOPs (C = 6 N D).
 
     ValueError with the row's number for what is missing or no number; a row without a loss (a run that failed) is one.
+    The answer of the service to GET /experiments is such a list too: N is counted by `counting`, D is
+    total_train_tokens, the loss is the last of val_losses. Experiments that did not complete are left out and counted.
     """
     rows = _rows(path)
     if not rows:
         raise ValueError(f"{path}: has no runs")
+    if all("training_config" in row and "status" in row for row in rows):
+        return _of_service(path, rows, counting)
+    return Read(_of_rows(path, rows), {})
+
+
+def count(a: "ArchitectureConfig", counting: Counting) -> int:
+    """N of an architecture by this convention."""
+    from experiments.scaling.service.schemas import n_parameters
+
+    if counting == "kaplan":
+        return kaplan_parameters(a.num_hidden_layers, a.hidden_size)
+    tables = (1 if a.tie_word_embeddings else 2) * a.vocab_size * a.hidden_size
+    return n_parameters(a) - (tables if counting == "blocks" else 0)
+
+
+def _of_service(path: Path, rows: list[dict[str, Any]], counting: Counting) -> Read:
+    try:
+        from pydantic import ValidationError
+    except ImportError:
+        raise ValueError(f"{path}: an answer of the training service is checked by pydantic, which is not installed: "
+                         "pip install 'purelm[service]'") from None  # fmt: skip
+
+    from experiments.scaling.service.schemas import Completed, Experiment, Failed
+
+    found: list[tuple[float, float, float]] = []
+    left_out: Counter[str] = Counter()
+    for i, row in enumerate(rows):
+        try:
+            experiment = Experiment.model_validate(row)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{path}: experiment {i + 1}: {where}: {first['msg']}") from None
+        cfg, status = experiment.training_config, experiment.status
+        if isinstance(status, Completed) and status.val_losses:
+            n = count(cfg.architecture_config, counting)
+            found.append((float(n), float(cfg.total_train_tokens), status.val_losses[-1]))
+        else:
+            left_out[status.reason.reason if isinstance(status, Failed) else status.status_type] += 1
+    if not found:
+        raise ValueError(f"{path}: none of {len(rows)} experiments has completed")
+    try:
+        return Read(check(Runs(*np.array(found, np.float64).T)), dict(left_out))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} (numbered from 0, of those that completed)") from None
+
+
+def _of_rows(path: Path, rows: list[dict[str, Any]]) -> Runs:
     found: dict[str, list[float]] = {"parameters": [], "tokens": [], "loss": []}
     for i, row in enumerate(rows):
         where = f"{path}: run {i + 1}"

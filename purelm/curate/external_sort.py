@@ -24,9 +24,10 @@ from purelm.tokenizer.engine import has_numba
 __all__ = ["in_groups", "least_memory", "read_rows", "sort_file", "sorted_blocks", "sorted_rows"]
 
 U64 = NDArray[np.uint64]
+Engine = Literal["auto", "python", "numba"]
 
 MERGED_ROWS = 1 << 14  # of a run that lie in memory while many are merged: reads of some 200 kB
-COMPILED_FROM = 1 << 14  # rows, for which loading the machine code has paid after some blocks
+COMPILED_FROM = 1 << 14  # rows in all, for which loading the machine code has paid after some blocks
 GROUPED_ROWS = 1 << 16  # looked at at a time, so that what is made of them stays in a core's cache
 MOST_RUNS = 128  # merged at a time: as many files are open
 
@@ -41,7 +42,7 @@ def _row_bytes(columns: int) -> int:
     return 4 * 8 * columns + 24
 
 
-def sorted_rows(rows_NC: U64, engine: Literal["auto", "python", "numba"] = "auto") -> U64:
+def sorted_rows(rows_NC: U64, engine: Engine = "auto") -> U64:
     """The rows in ascending order: by the first column, and by all of them where it is equal.
 
     engine: "numba" deals rows out by their bits, most significant first, several times as fast as numpy's sorts where
@@ -86,11 +87,15 @@ def _sorted_blocks(blocks: Iterable[U64], columns: int, folder: Path, memory: in
     most = memory // _row_bytes(columns)
     with staging(folder) as staged:
         runs: list[Path] = []
+        n = 0
+        engine: Engine = "python"
         last: U64 | None = None  # a run that need not be written if it is the only one
         for rows in _filled(blocks, columns, most):
             if last is not None:
                 runs.append(_written(staged / f"0-{len(runs)}", [last]))
-            last = sorted_rows(rows)
+            n += len(rows)
+            engine = "numba" if n >= COMPILED_FROM and has_numba() else "python"
+            last = sorted_rows(rows, engine)
         if last is None:
             return
         if not runs:
@@ -104,11 +109,11 @@ def _sorted_blocks(blocks: Iterable[U64], columns: int, folder: Path, memory: in
             merged: list[Path] = []
             for i in range(0, len(runs), fan):
                 group = runs[i : i + fan]
-                merged.append(_written(staged / f"{level}-{len(merged)}", _merged(group, columns, most)))
+                merged.append(_written(staged / f"{level}-{len(merged)}", _merged(group, columns, most, engine)))
                 for path in group:
                     path.unlink()
             runs, level = merged, level + 1
-        yield from _merged(runs, columns, most)
+        yield from _merged(runs, columns, most, engine)
 
 
 def _filled(blocks: Iterable[U64], columns: int, most: int) -> Iterator[U64]:
@@ -152,7 +157,7 @@ def read_rows(path: Path, columns: int, n_rows: int) -> Iterator[U64]:
             yield found.astype(np.uint64, copy=False).reshape(-1, columns)
 
 
-def _merged(paths: list[Path], columns: int, most: int) -> Iterator[U64]:
+def _merged(paths: list[Path], columns: int, most: int, engine: Engine) -> Iterator[U64]:
     """Of each run some rows are in memory. Up to the least of their last rows, all rows that exist are among them."""
     n_rows = max(most // len(paths), 1)
     runs = [read_rows(path, columns, n_rows) for path in paths]
@@ -160,7 +165,7 @@ def _merged(paths: list[Path], columns: int, most: int) -> Iterator[U64]:
     while heads:
         bound = min(head[-1].tolist() for head in heads)
         cuts = [_n_up_to(head, bound) for head in heads]
-        yield sorted_rows(np.concatenate([head[:cut] for head, cut in zip(heads, cuts, strict=True)]))
+        yield sorted_rows(np.concatenate([head[:cut] for head, cut in zip(heads, cuts, strict=True)]), engine)
         left = []
         for i, (head, cut) in enumerate(zip(heads, cuts, strict=True)):
             left.append(head[cut:] if cut < len(head) else next(runs[i], None))

@@ -200,5 +200,5 @@ def _kept(data: bytes, left_out: NDArray[np.int64], engine: Engine) -> bytes | m
         return b"".join(line for i, line in enumerate(_cut(data)) if i not in gone)
     from purelm.curate.compiled.lines import kept_bytes
 
-    out = np.empty(len(data), np.uint8)
-    return out.data[: kept_bytes(np.frombuffer(data, np.uint8), left_out, out)]
+    bytes_, out = np.frombuffer(data, np.uint8), np.empty(len(data), np.uint8)
+    return out.data[: kept_bytes(bytes_, np.flatnonzero(bytes_ == 10), left_out, out)]

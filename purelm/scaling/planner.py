@@ -189,7 +189,7 @@ def noise_of(runs: Runs, law: Law) -> float:
 
 def _chosen(v: Array, g: Array, rows: Array, costs: Array, budget: float, n: int, repeats: int) -> list[int]:
     """Numbers of the chosen candidates. rows: sensitivities over the noise."""
-    ends = []
+    ends = []  # of two starts: by the reduction for its cost cheap runs can leave too little for the one that matters
     for price in (costs, np.ones_like(costs)):
         some = _exchanged(v, g, rows, costs, _greedy(v, g, rows, costs, price, budget, n, repeats), budget, n, repeats)
         ends.append((_variance(v, g, rows[some]), some))

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from purelm.scaling.laws import FLOPS
 
-__all__ = ["Array", "Runs", "budgets", "check", "of_budgets", "taken"]
+__all__ = ["Array", "Runs", "budgets", "check", "lowest_of_each", "of_budgets", "taken"]
 
 Array = NDArray[np.float64]
 
@@ -53,6 +53,19 @@ def check(runs: Runs, least: int = 1) -> Runs:
 def taken(runs: Runs, at: Any) -> Runs:
     """The runs at these places, or where a mask is True."""
     return Runs(*(x[at] for x in runs))
+
+
+def lowest_of_each(runs: Runs) -> Runs:
+    """Of the runs with one N and D (several learning rates, say) that of the lowest loss; in the order of the first.
+
+    >>> lowest_of_each(Runs(np.array([1.0, 2, 1]), np.array([5.0, 5, 5]), np.array([3.0, 2, 1]))).loss
+    array([1., 2.])
+    """
+    best: dict[tuple[float, float], int] = {}
+    for i, (n, d) in enumerate(zip(runs.parameters.tolist(), runs.tokens.tolist(), strict=True)):
+        if (n, d) not in best or runs.loss[i] < runs.loss[best[n, d]]:
+            best[n, d] = i
+    return taken(runs, list(best.values()))
 
 
 def budgets(runs: Runs, tolerance: float = 0.01) -> list[tuple[float, NDArray[np.int64]]]:

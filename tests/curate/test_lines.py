@@ -1,5 +1,6 @@
 """Lines of files. Oracles: collections.Counter over the lines themselves; the same hashes in plain Python."""
 
+import itertools
 import os
 from collections import Counter
 
@@ -85,6 +86,17 @@ def test_words_of_eight_bytes():
     for engine in ENGINES:
         hashes, _ = line_hashes(b"\n".join(sorted(texts)) + b"\n", engine)
         assert len(hashes) == len(texts) and all(len({*column}) == len(texts) for column in hashes.T.tolist())
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_bytes_near_a_line_feed(engine):
+    """Oracle: plain Python. Those from which a search eight bytes at a time might carry into the next one."""
+    for n in (7, 8, 9, 16, 17):
+        for i, a, b in itertools.product(range(n), (9, 10, 11, 138, 255), (0, 10, 11, 12, 128)):
+            data = bytearray(b"x" * n)
+            data[i], data[(i + 1) % n] = a, b
+            found, wanted = line_hashes(bytes(data), engine), line_hashes(bytes(data), "python")
+            assert found[1].tolist() == wanted[1].tolist() and found[0].tolist() == wanted[0].tolist()
 
 
 def test_what_is_refused(tmp_path):

@@ -2,8 +2,10 @@
 without interruption; sums; Counter."""
 
 import errno
+import html
 import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -426,6 +428,18 @@ def test_the_page_shows_markup_as_text(web, whole):
     assert "&lt;b&gt;" in report and "call |||PHONE_NUMBER|||" in report and " src=" not in report
 
 
+def test_the_page_shows_as_much_of_a_document_as_is_asked_for(web, whole):
+    """Oracle: the examples and members of clusters themselves. Markup is counted before it is escaped."""
+    counts = read_json(whole / "counts.json")
+    members = [x for cluster in counts["duplicates"]["largest"] for x in cluster["members"]]
+    members[0]["text"] = "<&>" * 50
+    texts = [x["text"] for x in (*members, *(y for some in counts["examples"].values() for y in some))]
+    for most in (0, 20, 1500):
+        made = page.page(config(web, Path("out"), excerpt=most), [], counts, [])
+        shown = [html.unescape(x) for x in re.findall("<pre>(.*?)</pre>", made, re.S)[:-1]]
+        assert sorted(shown) == sorted(text[:most] for text in texts)
+
+
 def test_the_estimate():
     """2 CPU seconds for 1 MB as stored: 5,000 files of 75 MB take 750,000 s."""
     times = [{"cpu_seconds": 1.5, "stored_bytes": 10**6}, {"cpu_seconds": 0.5, "stored_bytes": 0}]
@@ -458,3 +472,5 @@ def test_real_crawls_by_the_command(shared_data, tmp_path):
     assert 50 < sum(x["documents"] for x in counts["text"]) < 200
     bad = run_here("experiments.curate.__main__", "--input", "x.warc", "--output", tmp_path / "b", "--workers", 0)
     assert bad.returncode == 2 and "workers must be at least 1" in bad.stderr
+    bad = run_here("experiments.curate.__main__", "--input", "x.warc", "--output", tmp_path / "b", "--excerpt", 1501)
+    assert bad.returncode == 2 and "excerpt must be at least 0 and at most 1,500, got 1501" in bad.stderr

@@ -83,3 +83,16 @@ def test_what_cannot_be_fitted_is_refused(tmp_path, text, flags, says):
     (tmp_path / "runs.json").write_text(json.dumps(rows()) if text is None else text)
     assert says in run(tmp_path / "runs.json", "--out", tmp_path / "out", *flags, status=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_largest_budget_held_out(tmp_path):
+    """Oracle: the law that the runs are of, at that budget, and a parabola of its runs."""
+    (tmp_path / "runs.json").write_text(json.dumps(rows()))
+    said = run(tmp_path / "runs.json", "--out", tmp_path / "out", "--bootstrap", 0)
+    held = json.loads((tmp_path / "out/fits.json").read_text())["held_out"]
+    best = optimum(LAW, 1e20)
+    assert held["runs"] == 6 and held["parameters"] == pytest.approx(best.parameters, rel=1e-3)
+    assert held["loss"] == pytest.approx(best.loss, abs=1e-4) and f"| {held['parameters']:.4g} |" in said
+    n, y = np.array([(r["parameters"], r["final_loss"]) for r in rows() if r["compute_budget"] > 9e19]).T
+    a, b, _ = np.polyfit(np.log(n), y, 2)
+    assert held["measured_parameters"] == pytest.approx(np.exp(-b / (2 * a)), rel=1e-6) and "by a parabola" in said

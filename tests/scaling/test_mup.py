@@ -208,16 +208,17 @@ def test_refused_tables():
 def test_program(tmp_path):
     """The best of each width is the least of the table, and both ways are one at the base's width."""
     small = ("--widths", 16, 32, "--base", 16, "--head-dim", 8, "--check-widths", 16, 32, "--layers", 1,
-             "--context", 16, "--batch", 4, "--steps", 4, "--stories", 50, "--lrs", 0.1, 0.01, 0.001, "--device", "cpu")  # fmt: skip
+             "--context", 16, "--batch", 4, "--steps", 4, "--stories", 50, "--device", "cpu",
+             "--lrs", 1e30, 0.1, 0.01, 0.001)  # fmt: skip
     done = run_here("experiments.scaling.mup_check", "--out", tmp_path, *small)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "mup.json").read_text())
     by = {(r["way"], r["width"], r["lr"]): r["loss"] for r in found["losses"]}
-    assert len(by) == 12
+    assert len(by) == 16 and by["muP", 32, 1e30] is None
     for lr in (0.1, 0.01, 0.001):
         assert by["muP", 16, lr] == by["standard", 16, lr]
     for row in found["best"]:
-        of_width = [y for (way, width, _), y in by.items() if (way, width) == (row["way"], row["width"])]
+        of_width = [y for (way, width, _), y in by.items() if (way, width) == (row["way"], row["width"]) and y]
         assert row["loss"] == min(of_width) == by[row["way"], row["width"], row["lr"]]
     assert (tmp_path / "mup.png").stat().st_size > 10_000 and "exponent" in (tmp_path / "mup.md").read_text()
     for flags, says in ((("--base", 64), "widths must contain"), (("--lrs", 0), "lrs"), (("--stories", 1), "stories")):

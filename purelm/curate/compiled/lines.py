@@ -1,4 +1,4 @@
-"""Hashes of lines, and lines left out, in one pass over bytes each."""
+"""Hashes of lines, and lines left out."""
 
 import numpy as np
 
@@ -29,7 +29,7 @@ def eight(data, i):
 
 @part
 def zero_byte(x):
-    """Not 0 where a byte of x is 0."""
+    """Its lowest bit that is set is the highest bit of the lowest byte of x that is 0; 0 if none is."""
     return (x - np.uint64(0x0101010101010101)) & ~x & np.uint64(0x8080808080808080)
 
 
@@ -37,11 +37,26 @@ def zero_byte(x):
 def line_end(data, start):
     """The place of the next newline, or the size."""
     i, size = start, data.size
-    while i + 8 <= size and not zero_byte(eight(data, i) ^ np.uint64(0x0A0A0A0A0A0A0A0A)):
+    while i + 8 <= size:
+        found = zero_byte(eight(data, i) ^ np.uint64(0x0A0A0A0A0A0A0A0A))
+        if found:
+            lowest = (found & (~found + np.uint64(1))) >> np.uint64(7)  # 2^(8 k), of the newline in byte k
+            return i + np.int64((lowest * np.uint64(0x0001020304050607)) >> np.uint64(56))
         i += 8
     while i < size and data[i] != 10:
         i += 1
     return i
+
+
+@part
+def up_to(data, i, end):
+    """data[i : end], fewer than eight bytes, as a number."""
+    if i + 8 <= data.size:
+        return eight(data, i) & ((np.uint64(1) << np.uint64(8 * (end - i))) - np.uint64(1))
+    word = np.uint64(0)
+    for j in range(i, end):
+        word |= np.uint64(data[j]) << np.uint64(8 * (j - i))
+    return word
 
 
 @loop
@@ -60,9 +75,7 @@ def hash_lines(data, factors, rows, ends):
             a, b = step(a, word, factors[2]), step(b, word, factors[3])
             i += 8
         if i < end:
-            word = np.uint64(0)
-            for j in range(i, end):
-                word |= np.uint64(data[j]) << np.uint64(8 * (j - i))
+            word = up_to(data, i, end)
             a, b = step(a, word, factors[2]), step(b, word, factors[3])
         size = np.uint64(end - start)  # tells "a" from "a\0"
         rows[n, 0], rows[n, 1] = step(a, size, factors[2]), step(b, size, factors[3])
@@ -73,21 +86,18 @@ def hash_lines(data, factors, rows, ends):
 
 
 @loop
-def kept_bytes(data, left_out, out):
-    """Copy the lines but those whose numbers, ascending, are in left_out; returns how many bytes."""
-    n = m = next_out = start = kept_from = 0  # what is kept is copied in long stretches
-    while start < data.size:
-        end = min(line_end(data, start) + 1, data.size)
-        if next_out < left_out.size and left_out[next_out] == n:
-            size = start - kept_from
-            for j in range(size):
-                out[m + j] = data[kept_from + j]
-            m += size
-            next_out += 1
-            kept_from = end
-        n += 1
-        start = end
-    size = data.size - kept_from
-    for j in range(size):
-        out[m + j] = data[kept_from + j]
-    return m + size
+def kept_bytes(data, feeds, left_out, out):
+    """Copy the lines but those whose numbers, ascending, are in left_out; returns how many bytes.
+
+    feeds: the places of all newlines. What is kept is copied in long stretches.
+    """
+    m = start = 0
+    for number in left_out:
+        end = feeds[number - 1] + 1 if number else 0
+        for j in range(end - start):
+            out[m + j] = data[start + j]
+        m += end - start
+        start = feeds[number] + 1 if number < feeds.size else data.size
+    for j in range(data.size - start):
+        out[m + j] = data[start + j]
+    return m + data.size - start
