@@ -223,7 +223,7 @@ async def killing(args: Args, server: Server, done: asyncio.Event) -> Counter[st
         if killed.total() % 2 == 0:
             server.kill()
             killed["server"] += 1
-        elif server.kill_worker(rng):
+        elif counted(server.folder, STATES)["running"] and server.kill_worker(rng):  # not one that only starts
             killed["worker"] += 1
     done.set()
     return killed

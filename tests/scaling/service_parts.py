@@ -58,7 +58,7 @@ def served(store, **options):
         sock.close()
 
 
-def until(condition, seconds=60.0):
+def until(condition, seconds=600.0):
     """Wait for something that other processes bring about; the limit is only for a test that fails."""
     end = time.monotonic() + seconds
     while not (found := condition()):
