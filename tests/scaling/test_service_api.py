@@ -1,5 +1,6 @@
 """The service's routes. Oracle: the contract of CS336's third assignment, status by status."""
 
+import asyncio
 import json
 import sqlite3
 import time
@@ -14,6 +15,7 @@ from experiments.scaling.service import dispatch, keys, ledger
 from experiments.scaling.service.access import Throttle, network
 from experiments.scaling.service.app import create_app
 from experiments.scaling.service.backend import Broken, Done, Late
+from experiments.scaling.service.guard import Guard
 from experiments.scaling.service.schemas import Rules
 from tests.scaling.service_parts import TEXT, config, make_store
 
@@ -226,6 +228,22 @@ def test_large_bodies_are_not_read(client):
         for content in (b" " * n, chunks(n)):
             answer = client.post("/submit", content=content, headers={"Content-Type": "application/json"})
             assert answer.status_code == status and answer.headers["X-Backend"] == "surrogate"
+
+
+def test_a_length_that_is_too_large_is_refused_unread():
+    """Oracle: an app and a receive that must not be called."""
+    sent = []
+
+    async def never(*args):
+        raise AssertionError
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-length", b"65537")]
+    scope = {"type": "http", "method": "POST", "path": "/submit", "headers": headers}
+    asyncio.run(Guard(never, {})(scope, never, send))
+    assert sent[0]["status"] == 413
 
 
 def test_headers_of_every_answer(client):

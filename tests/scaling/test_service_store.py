@@ -96,6 +96,32 @@ def test_a_busy_file_is_an_error_after_a_time(tmp_path):
         ledger.note(db, 0.0, None, "now")
 
 
+def test_the_log_is_copied_into_the_file(tmp_path):
+    """Beside a writer, which is not disturbed; only where there is much of it."""
+    store, (ada, _) = make_store(tmp_path, budget=1e9)
+
+    def fill(first, n):
+        for i in range(first, first + n):
+            with store.write() as db:
+                ledger.submit(db, ada, parsed(model_seed=i), 0.0)
+
+    def size():
+        return (tmp_path / FILE).stat().st_size
+
+    fill(0, 3)
+    small = size()
+    store.checkpoint()
+    assert size() == small
+    while (tmp_path / f"{FILE}-wal").stat().st_size < 4_100_000:
+        fill(int(1e6) + (tmp_path / f"{FILE}-wal").stat().st_size, 40)
+    with store.write() as db:
+        store.checkpoint()
+        ledger.note(db, 0.0, None, "mine")
+    assert size() > small
+    with open_store(tmp_path).read() as db:
+        assert db.execute("SELECT COUNT(*) FROM events WHERE kind = 'mine'").fetchone()[0] == 1
+
+
 def test_changes_together_are_each_whole(tmp_path):
     """One that fails leaves nothing, and the others of its transaction stay."""
     store, (ada, _) = make_store(tmp_path, budget=1000.0)
@@ -205,8 +231,7 @@ def test_a_run_may_be_lost_some_times(tmp_path):
             (run,) = dispatch.under_way(db)
             assert dispatch.lost(db, run, 4.0) and not dispatch.lost(db, run, 4.0)
         failed = ledger.experiments(db, ada)[0].status
-        n = dispatch.MOST_LOST
-        assert failed.reason.failure.startswith(f"its process was lost, time {n} of {n} ")
+        assert failed.reason.failure.startswith("its process was lost, time 5 of 5 ")
         assert dispatch.claim(db, "more", 5.0) is None
 
 

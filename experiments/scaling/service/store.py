@@ -31,6 +31,8 @@ APPLICATION = 0x70754C4D  # "puLM", SQLite's application_id
 VERSION = 1  # of the tables, SQLite's user_version
 BUSY = 10.0  # seconds to wait for the write lock
 LOOK = 0.0005  # seconds from one look at the write lock to the next
+LARGE = 4_000_000  # bytes of the log
+MOST_LOG = 20_000  # pages of the log at which a transaction that ends copies them itself, and takes as long
 MOST_AT_ONCE = 64  # changes in one transaction
 
 SCHEMA = """
@@ -155,6 +157,13 @@ class Store:
         with self.read() as db:
             return {row["name"]: json.loads(row["value"]) for row in db.execute("SELECT name, value FROM meta")}
 
+    def checkpoint(self) -> None:
+        """Copy what the log of changes holds into the file, if that is much; writers and readers go on meanwhile."""
+        log = Path(f"{self.path}-wal")
+        if log.exists() and log.stat().st_size > LARGE:
+            with contextlib.closing(connect(self.path, self.busy)) as db:
+                db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
     def close(self) -> None:
         """Close the connections that are not in use."""
         while self._idle:
@@ -169,6 +178,7 @@ def connect(path: Path, busy: float, durable: bool = True) -> sqlite3.Connection
     db.row_factory = sqlite3.Row
     db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
     db.execute("PRAGMA foreign_keys = ON")
+    db.execute(f"PRAGMA wal_autocheckpoint = {MOST_LOG}")
     return db
 
 

@@ -86,6 +86,7 @@ class Supervisor:
         while not self._leave.wait(TICK):
             try:
                 self.tick()
+                self._store.checkpoint()
             except (sqlite3.OperationalError, OSError) as error:  # busy, or a full disk: the next look may do better
                 self._say(f"supervisor: {error}")
 
