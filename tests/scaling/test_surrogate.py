@@ -288,7 +288,9 @@ def test_regret():
     assert run.reveal(found, RULES, 5, 100.0)["regret"] == 0.0
     assert run.reveal(found.model_copy(update={"n_evals": 1}), RULES, 5, 50.0)["regret"] is None
     assert run.reveal(config(lr=10.0), RULES, 5, 100.0)["final"]["outcome"] == "broken"
-    assert run.reveal(config(), RULES, 5, 1e9)["best"]["seconds"] <= 43_200  # no run may take longer
+    short, long = (run.reveal(config(), RULES, 5, x)["best"] for x in (43_200, 4 * 43_200))
+    assert short["seconds"] <= 43_200 < long["seconds"] <= 4 * 43_200  # a final run has more than a client may ask for
+    assert long["loss"] < short["loss"] and long["training_config"]["max_runtime_seconds"] == 43_200
     for nothing in (0.5, 1.0):  # an evaluation alone takes longer with this device
         told = backend(Surrogate(peak_flops=1e9)).reveal(config(), RULES, 5, nothing)
         assert told["best"] is told["regret"] is None and told["law"]["E"] == draw(QUIET, 5).law.E

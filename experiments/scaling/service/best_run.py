@@ -22,6 +22,7 @@ from experiments.scaling.service.hidden_law import (
     step_seconds,
 )
 from experiments.scaling.service.schemas import (
+    MAX_SECONDS,
     AdamWConfig,
     ArchitectureConfig,
     Rules,
@@ -73,14 +74,17 @@ def best(
         return None
     _, setup, lr = _value(settings, hidden, like, rules, seconds, _shapes(found[None]), bf16)
     shape = Shapes(*(int(x) for x in found))
-    return TrainingConfig(
+    made = TrainingConfig(
         architecture_config=_architecture(like.architecture_config, shape, bf16),
         optimizer_config=AdamWConfig(
             lr_scheduler=WarmupCosineDecay(peak_value=float(lr[0]), final_lr_frac=0.0, warmup_frac=WARMUP)
         ),
         train_batch_size=shape.batch, val_batch_size=like.val_batch_size, n_evals=1,
-        total_train_tokens=int(setup.tokens[0]), max_runtime_seconds=seconds, model_seed=like.model_seed,
+        total_train_tokens=int(setup.tokens[0]), max_runtime_seconds=min(seconds, MAX_SECONDS),
+        model_seed=like.model_seed,
     )  # fmt: skip
+    # A final run may take longer than what a client may ask for.
+    return made.model_copy(update={"max_runtime_seconds": seconds})
 
 
 def _shapes(rows: NDArray[np.int64]) -> Shapes:
