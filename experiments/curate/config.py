@@ -46,8 +46,9 @@ class Filter:
     """Steps of one document, in this order: extract, url, language, rules, quality, toxicity, nsfw, decontaminate, pii,
     classifier."""
 
-    most_megabytes: Megabytes = 16.0
-    """a record or line that is longer is skipped and counted"""
+    most_megabytes: Megabytes = 12.0
+    """a record or line that is longer is skipped and counted; with 12, a worker's memory stays below 1 GB, also for a
+    text that is one word"""
     field: Text = "text"
     """of JSON lines and rows: the document's text"""
     main_content: bool = False
