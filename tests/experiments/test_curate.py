@@ -41,6 +41,14 @@ ROOT = Path(__file__).resolve().parents[2]
 PLAIN = Filter(languages=("all",), rules="none")  # the tests' words are of no language
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_waiting_for_the_disk():
+    """It is half of the time of small runs, and counts where power fails alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def web(tmp_path_factory):
     return crawl(tmp_path_factory.mktemp("curate") / "crawl")
