@@ -22,6 +22,7 @@ from experiments.scaling.service.hidden_law import (
     step_seconds,
 )
 from experiments.scaling.service.schemas import (
+    MAX_SECONDS,
     AdamWConfig,
     ArchitectureConfig,
     Rules,
@@ -50,6 +51,7 @@ def best(
 ) -> TrainingConfig | None:
     """The configuration of the least loss in this time, with the vocabulary, the tying and the rules of `like`.
 
+    It can be submitted: its max_runtime_seconds are at most an experiment's, and a final run has its own.
     None where no update fits into it.
     """
     if seconds < 1:  # the least max_runtime_seconds
@@ -79,7 +81,7 @@ def best(
             lr_scheduler=WarmupCosineDecay(peak_value=float(lr[0]), final_lr_frac=0.0, warmup_frac=WARMUP)
         ),
         train_batch_size=shape.batch, val_batch_size=like.val_batch_size, n_evals=1,
-        total_train_tokens=int(setup.tokens[0]), max_runtime_seconds=seconds, model_seed=like.model_seed,
+        total_train_tokens=int(setup.tokens[0]), max_runtime_seconds=min(seconds, MAX_SECONDS), model_seed=like.model_seed,
     )  # fmt: skip
 
 
