@@ -73,7 +73,9 @@ def _revealed(told: Mapping[str, Any]) -> list[str]:
         f"N {law['parameters']}"
     ]
     if best is not None:
-        lines.append(f"- best run: {best['parameters']:,} parameters so counted, {best['tokens']:,} tokens, {best['loss']:.4f}")
+        lines.append(
+            f"- best run: {best['parameters']:,} parameters so counted, {best['tokens']:,} tokens, {best['loss']:.4f}"
+        )
     if regret is not None:
         lines.append(f"- regret, without noise: {regret:.4f}")
     return lines

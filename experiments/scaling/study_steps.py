@@ -49,7 +49,7 @@ class Server:
         plan, facts = self._read(), json.loads(json.dumps(facts))
         if plan and (kept := plan.get("study")) != facts:
             changed = [k for k, v in facts.items() if kept is None or kept.get(k) != v]
-            raise ValueError(f"{self._plan}: was planned with other {', '.join(changed)}: take another --out, or the same")
+            raise ValueError(f"{self._plan}: was planned with other {', '.join(changed)}: take another --out")
         if len(plan) > 2 and not self.client.experiments():  # the second step is planned when the first has run
             raise ValueError(f"{self._plan}: was planned with another key: take another --out, or that key")
         track.write_text(self._plan, json.dumps({**plan, "study": facts}, indent=1) + "\n")

@@ -81,7 +81,8 @@ def best(
             lr_scheduler=WarmupCosineDecay(peak_value=float(lr[0]), final_lr_frac=0.0, warmup_frac=WARMUP)
         ),
         train_batch_size=shape.batch, val_batch_size=like.val_batch_size, n_evals=1,
-        total_train_tokens=int(setup.tokens[0]), max_runtime_seconds=min(seconds, MAX_SECONDS), model_seed=like.model_seed,
+        total_train_tokens=int(setup.tokens[0]), max_runtime_seconds=min(seconds, MAX_SECONDS),
+        model_seed=like.model_seed,
     )  # fmt: skip
 
 
