@@ -49,11 +49,14 @@ class InvalidKey(Failure):
 
 
 class InsufficientBudget(Failure):
-    """400; `budget` has used_seconds, remaining_seconds, total_budget_seconds."""
+    """400; `budget` has used_seconds, remaining_seconds, total_budget_seconds.
 
-    def __init__(self, text: str, budget: dict[str, float]):
+    experiment_id: of this configuration if it was submitted before, which the service says second.
+    """
+
+    def __init__(self, text: str, budget: dict[str, float], experiment_id: int | None = None):
         super().__init__(text, 400)
-        self.budget = budget
+        self.budget, self.experiment_id = budget, experiment_id
 
 
 class NotFound(Failure):
@@ -99,11 +102,12 @@ class Client:
     def submit(self, config: Mapping[str, Any], *, known: bool = False) -> dict[str, Any]:
         """{experiment_id, budget_summary}.
 
-        known: a configuration that was submitted before gives its experiment_id, where without it Duplicate is raised.
+        known: a configuration that was submitted before gives its experiment_id, however little of the budget is left;
+            without it Duplicate is raised, or InsufficientBudget.
         """
         try:
             return self._ask("POST", "/submit", config)
-        except Duplicate as error:
+        except (Duplicate, InsufficientBudget) as error:
             if not known or error.experiment_id is None:
                 raise
             return {"experiment_id": error.experiment_id, "budget_summary": self.budget()}
@@ -206,11 +210,12 @@ def _failure(error: urllib.error.HTTPError) -> Failure:
     except (ValueError, KeyError, TypeError, OSError):
         detail = error.reason
     code, text = error.code, str(detail)
+    given = error.headers.get("X-Experiment-Id")
+    id_ = None if given is None else int(given)
     if code == 400 and isinstance(detail, dict):
-        return InsufficientBudget(f"insufficient budget: {detail['budget_summary']}", detail["budget_summary"])
+        return InsufficientBudget(f"insufficient budget: {detail['budget_summary']}", detail["budget_summary"], id_)
     if code == 409 and "already exists" in text:
-        id_ = error.headers.get("X-Experiment-Id")
-        return Duplicate(text, None if id_ is None else int(id_))
+        return Duplicate(text, id_)
     if code == 422 and isinstance(detail, list):
         lines = [f"{'.'.join(map(str, x.get('loc', ())[1:]))}: {x.get('msg')}".removeprefix(": ") for x in detail]
         return Invalid("; ".join(lines), detail)

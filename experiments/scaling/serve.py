@@ -183,6 +183,7 @@ def ready_of(args: Serve, secret: int) -> Ready:
         )  # fmt: skip
         rules = module.rules_of(settings)
         facts["data"] = [module.sampled(open_tokens(path)) for path in (args.data, args.val)]
+        settings = dataclasses.replace(settings, expected=tuple(facts["data"]))
     return Ready(module, settings, rules, {**facts, "rules": rules.model_dump(mode="json")})
 
 

@@ -13,6 +13,7 @@ Experiments lie on the server: the same command goes on where it stopped, since 
 study.json, study.md and study.png in OUT.
 """
 
+import dataclasses
 import json
 import os
 import time
@@ -55,6 +56,8 @@ Rate = Annotated[float, Range(0, 10, open_low=True)]
 
 USED_SHARE = 0.8  # of what is left is planned for: runs reserve more than they use, and may take longer
 LEVELS = (1.0, 2.5, 6.25)  # times of the grid, relative
+FREE = ("out", "forecasts", "url", "key", "device", "bootstrap", "coverage", "seed")  # arguments that plan no run
+OWN = ("max_runtime_seconds",)  # of a final run: the service's own
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ def carry_out(args: Args, client: Client) -> None:
     """The whole study; every step that was done before is taken from the server."""
     server = Server(client, Sizes(args.batch, args.evals, args.least_steps), args.out / "plan.json")
     among = shapes(sorted(set(args.widths)))
+    shaped = {k: v for k, v in dataclasses.asdict(args).items() if k not in FREE}
+    server.begin({**shaped, "backend": client.backend, "budget": server.total, "rules": server.rules.model_dump()})
     say(f"{client.backend} back end, {server.total:,.0f} s of budget; {server.rules}")
     speed = device_speed(server, among, min(args.rates) / 4)
     rates, tuned = learning_rates(server, among, args.rates, speed)
@@ -135,9 +140,9 @@ def carry_out(args: Args, client: Client) -> None:
     predicted = forecast(random.fold_in(random.key(args.seed), 1), law, laws, runs, n, d, args.coverage)
     say(f"law {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}")
     say(f"final run: {n:,} parameters, {d:,} tokens, {seconds_of(final, speed, server.rules):,.0f} s")
-    value, low, high = predicted
-    say(f"predicted loss {value:.4f}, {100 * args.coverage:.0f} % within {low:.4f} and {high:.4f}")
     row = _foretold(args, server, final, runs, predicted)
+    value, low, high = predicted = (row["loss"], row["low"], row["high"])  # as it was written down, by whatever samples
+    say(f"predicted loss {value:.4f}, {100 * row['coverage']:.0f} % within {low:.4f} and {high:.4f}")
     measured, held = _measured(args, server), None
     if measured is not None:
         held = row["low"] <= measured[0] <= row["high"]
@@ -147,7 +152,7 @@ def carry_out(args: Args, client: Client) -> None:
     result = {
         "name": args.name, "device": args.device, "backend": client.backend, "rules": server.rules.model_dump(),
         "budget": client.budget(), "law": law._asdict(), "speed": speed._asdict(), "rate": rates._asdict(),
-        "predicted": predicted, "coverage": args.coverage, "final": final.model_dump(mode="json"),
+        "predicted": predicted, "coverage": row["coverage"], "final": final.model_dump(mode="json"),
         "final_parameters": n, "final_seconds": args.multiple * server.total, "measured": measured, "held": held,
         "final_run": client.final_run(),
         "experiments": [x.model_dump(mode="json") for x in sorted(server.done.values(), key=lambda x: x.experiment_id)],
@@ -198,18 +203,23 @@ def _rows(args: Args, kind: str) -> list[dict[str, Any]]:
 def _foretold(
     args: Args, server: Server, final: TrainingConfig, runs: Runs, what: tuple[float, float, float]
 ) -> dict[str, Any]:
-    """Write the forecast down and submit it, once; the row."""
+    """Write the forecast down and submit it, once; the row. ValueError where the final run is known of already."""
     n, d = counted(final.architecture_config), final.total_train_tokens
+    asked, config = server.client.final_run(), final.model_dump(mode="json")
+    if asked is not None and any(asked["training_config"][k] != v for k, v in config.items() if k not in OWN):
+        raise ValueError("the final run that was asked for with this key is not this study's: take another key")
     if not _rows(args, "forecast"):
+        if asked is not None:
+            raise ValueError(f"name {args.name!r}: the final run was asked for already, and can be foretold no more")
         register(args.forecasts, Forecast(
             args.name, args.device or str(server.client.backend), server.total, args.multiple * server.total, n, d,
             *what, args.coverage, len(runs.loss), float(np.max(runs.flops)), 6.0 * n * d,
         ))  # fmt: skip
     row = _rows(args, "forecast")[0]
-    if (row["parameters"], row["tokens"]) != (n, d):
+    if (row["parameters"], row["tokens"], row["budget_seconds"]) != (n, d, server.total):
         raise ValueError(f"forecasts {args.forecasts}: {args.name!r} is of another run: give another --name")
-    if server.client.final_run() is None:
-        server.client.submit_final(final.model_dump(mode="json"), what[0])
+    if asked is None:
+        server.client.submit_final(config, row["loss"])
         server.client.start_final_run()
     return row
 

@@ -48,9 +48,8 @@ def page(result: Mapping[str, Any], runs: Runs, law: Law) -> str:
         error = 100 * (measured / result["predicted"][0] - 1)
         held = "held" if result["held"] else "did not hold"
         lines.append(f"| measured | **{measured:.4f}** after {seconds:,.0f} s: {error:+.2f} %, the interval {held} |")
-    hidden = (result.get("final_run") or {}).get("hidden")
-    if hidden:
-        lines += ["", "Revealed afterwards:", "", *(f"- {k}: {v}" for k, v in hidden.items())]
+    if revealed := (result["final_run"] or {}).get("revealed"):
+        lines += ["", "Revealed afterwards:", "", *_revealed(revealed)]
     lines += ["", "![](study.png)", "", "| experiment | width | layers | tokens | learning rate | seconds | loss |"]
     lines.append("|---|---|---|---|---|---|---|")
     for x in result["experiments"]:
@@ -64,6 +63,22 @@ def page(result: Mapping[str, Any], runs: Runs, law: Law) -> str:
             f"{status.get('used_runtime_seconds', 0.0):.1f} | {value} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _revealed(told: Mapping[str, Any]) -> list[str]:
+    """What a surrogate hid."""
+    law, best, regret = told["law"], told["best"], told["regret"]
+    lines = [
+        f"- law: {law['E']:.4f} + {law['A']:.5g} / N^{law['alpha']:.4f} + {law['B']:.5g} / D^{law['beta']:.4f}; "
+        f"N {law['parameters']}"
+    ]
+    if best is not None:
+        lines.append(
+            f"- best run: {best['parameters']:,} parameters so counted, {best['tokens']:,} tokens, {best['loss']:.4f}"
+        )
+    if regret is not None:
+        lines.append(f"- regret, without noise: {regret:.4f}")
+    return lines
 
 
 def draw(

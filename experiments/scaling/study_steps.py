@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +44,19 @@ class Server:
         self.total: float = client.budget()["total_budget_seconds"]
         self.done: dict[int, Experiment] = {}
 
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Write down what the plan is of; ValueError if it is of something else already."""
+        plan, facts = self._read(), json.loads(json.dumps(facts))
+        if plan and (kept := plan.get("study")) != facts:
+            changed = [k for k, v in facts.items() if kept is None or kept.get(k) != v]
+            raise ValueError(f"{self._plan}: was planned with other {', '.join(changed)}: take another --out")
+        if len(plan) > 2 and not self.client.experiments():  # the second step is planned when the first has run
+            raise ValueError(f"{self._plan}: was planned with another key: take another --out, or that key")
+        track.write_text(self._plan, json.dumps({**plan, "study": facts}, indent=1) + "\n")
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self._plan.read_text(encoding="utf-8")) if self._plan.is_file() else {}
+
     def config(self, shape: Shape, tokens: float, rate: float, seconds: float) -> TrainingConfig:
         """As many tokens as the data have at most; limits are whole numbers of seconds."""
         batch, evals, _ = self.sizes
@@ -73,7 +86,7 @@ class Server:
 
     def plan(self, kind: str, make: Callable[[], Iterable[TrainingConfig]]) -> list[TrainingConfig]:
         """The configurations of this step: those of the first time, or what `make` gives, written down."""
-        plan = json.loads(self._plan.read_text(encoding="utf-8")) if self._plan.is_file() else {}
+        plan = self._read()
         if kind not in plan:
             plan[kind] = [x.model_dump(mode="json") for x in make()]
             track.write_text(self._plan, json.dumps(plan, indent=1) + "\n")

@@ -69,7 +69,9 @@ def test_budget_comes_before_duplicate(client):
         "message": "insufficient budget",
         "budget_summary": {"used_seconds": 60.0, "remaining_seconds": 40.0, "total_budget_seconds": 100.0},
     }}  # fmt: skip
+    assert answer.headers["X-Experiment-Id"] == "1"
     assert client.post("/submit", json=config(max_runtime_seconds=40)).status_code == 200  # all that remains
+    assert "X-Experiment-Id" not in client.post("/submit", json=config(max_runtime_seconds=1)).headers
 
 
 def test_duplicates(client):
@@ -144,7 +146,8 @@ def test_configurations_that_are_refused(client):
 def test_bodies_that_are_none(client):
     nan, inf = json.dumps(config(max_runtime_seconds=float("nan"))), json.dumps(config(optimizer_config={"eps": 1e999}))
     deep = '{"architecture_config": ' + "[" * 900 + "]" * 900 + "}"
-    for text in (nan, inf, deep, "[" * 30_000, "{" * 10, "", "null", "[]", "9" * 10_000):
+    half = '{"\\ud800": "\\udfff"}'  # of a pair, as a name and as a value
+    for text in (nan, inf, deep, half, "[" * 30_000, "{" * 10, "", "null", "[]", "9" * 10_000):
         answer = client.post("/submit", content=text.encode(), headers={"Content-Type": "application/json"})
         assert answer.status_code in (400, 422) and answer.json()["detail"], text[:50]
 

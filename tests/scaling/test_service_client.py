@@ -58,12 +58,17 @@ def test_errors_have_names(url):
         client.submit(config())
     assert twice.value.experiment_id == 1 and isinstance(twice.value, Conflict)
     assert client.submit(config(), known=True) == first
+    spent = client.submit(config(max_runtime_seconds=client.budget()["remaining_seconds"]))
+    with pytest.raises(InsufficientBudget) as short:  # the service looks at the budget first
+        client.submit(config())
+    assert short.value.experiment_id == 1
+    assert client.submit(config(), known=True) == {**spent, "experiment_id": 1}
     with pytest.raises(Invalid, match=r"architecture_config.*num_key_value_heads must equal") as invalid:
         client.submit(config({"num_key_value_heads": 1}))
     assert len(invalid.value.errors) == 1
     with pytest.raises(Invalid, match="must be divisible by n_evals"):
         client.submit(config(n_evals=3))
-    for call in (lambda: client.experiment(2), client.start_final_run, lambda: client.wait([1, 2])):
+    for call in (lambda: client.experiment(3), client.start_final_run, lambda: client.wait([1, 3])):
         with pytest.raises(NotFound):
             call()
     with pytest.raises(InvalidKey):

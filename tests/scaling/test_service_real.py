@@ -1,5 +1,6 @@
 """The back end that trains, on a file of 4,000 tokens: against a loop in plain torch, and against itself cut short."""
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -197,3 +198,14 @@ def test_rules_come_from_the_files(settings, tmp_path):
         writer.append(np.arange(200) % V)
     with pytest.raises(ValueError, match="not known to be of the tokenizer"):
         rules_of(Real(**vars(settings) | {"val": other}))
+
+
+def test_token_files_that_are_replaced_while_the_server_runs(settings, tmp_path):
+    """Their runs would be of other data than those before, without a word."""
+    expected = tuple(real.sampled(x) for x in real._files(settings))
+    same = dataclasses.replace(settings, expected=expected)
+    assert isinstance(backend(same).run(config(), rules_of(same), control(tmp_path)), Done)
+    for i, name in enumerate(("train", "val")):
+        changed = dataclasses.replace(settings, expected=(*expected[:i], "0", *expected[i + 1 :]))
+        with pytest.raises(ValueError, match=rf"{name}\.bin: has other tokens than when the server was started"):
+            backend(changed).run(config(), rules_of(settings), control(tmp_path / name))

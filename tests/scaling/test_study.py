@@ -79,11 +79,14 @@ class Local:
         return found
 
     def submit_final(self, body, predicted):
-        self.final = TrainingConfig.model_validate(body)
+        self.final, self.predicted = TrainingConfig.model_validate(body), predicted
 
     def start_final_run(self):
         longer = self.final.model_copy(update={"max_runtime_seconds": 4 * self.total})  # as the service does
-        self.final_result = self.trained(longer, 10**6)[0].model_dump(mode="json")
+        ran = self.trained(longer, 10**6)[0].model_dump(mode="json")
+        told = backend(Surrogate()).reveal(longer, RULES, self.seed, longer.max_runtime_seconds)
+        self.final_result = {"training_config": self.final.model_dump(mode="json"), "status": ran["status"],
+                             "predicted_final_loss": self.predicted, "revealed": told}  # fmt: skip
 
     def final_run(self):
         return self.final_result
@@ -113,11 +116,31 @@ def test_a_study_foretells_its_final_run(tmp_path, seed):
     assert [x["kind"] for x in rows] == ["forecast", "outcome"] and rows[1]["held"] == result["held"]
     page = (given.out / "study.md").read_text()
     assert f"**{result['measured'][0]:.4f}**" in page and "simulated" in page and (given.out / "study.png").is_file()
+    told = result["final_run"]["revealed"]
+    assert f"{told['law']['E']:.4f} + " in page and f"regret, without noise: {told['regret']:.4f}" in page
+    assert client.predicted == rows[0]["loss"] == result["predicted"][0]
 
     before, runs = given.forecasts.read_bytes(), len(client.runs)
     study.carry_out(given, client)  # again: nothing is submitted, nothing foretold anew
     assert (given.forecasts.read_bytes(), len(client.runs)) == (before, runs)
     assert json.loads((given.out / "study.json").read_text()) == result
+
+    # With other samples the interval stays the one that was written down.
+    study.carry_out(dataclasses.replace(given, seed=9, coverage=0.5), client)
+    assert json.loads((given.out / "study.json").read_text()) == result
+
+    # What is another study is refused, and a run that was made is foretold no more.
+    for change, words in (({"name": "t"}, "other name"), ({"rates": (1e-3, 2e-3, 4e-3)}, "other rates")):
+        with pytest.raises(ValueError, match=words):
+            study.carry_out(dataclasses.replace(given, **change), client)
+    with pytest.raises(ValueError, match="another key"):
+        study.carry_out(given, Local(tmp_path, 43_200.0, seed))
+    with pytest.raises(ValueError, match="can be foretold no more"):
+        study.carry_out(dataclasses.replace(given, forecasts=tmp_path / "other.jsonl"), client)
+    client.final_result["training_config"]["model_seed"] = 1
+    with pytest.raises(ValueError, match="not this study's"):
+        study.carry_out(given, client)
+    assert given.forecasts.read_bytes() == before and not (tmp_path / "other.jsonl").exists()
 
 
 def test_a_budget_that_is_too_small_is_said(tmp_path):

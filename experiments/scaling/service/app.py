@@ -202,7 +202,8 @@ def _errors(app: FastAPI) -> None:
 
     @on(ledger.InsufficientBudget)
     async def insufficient(request: Request, error: ledger.InsufficientBudget) -> Response:
-        return detail(400, {"message": str(error), "budget_summary": error.summary.model_dump(mode="json")})
+        body = {"message": str(error), "budget_summary": error.summary.model_dump(mode="json")}
+        return detail(400, body, None if error.known is None else {"X-Experiment-Id": str(error.known)})
 
     @on(ledger.Duplicate)
     async def duplicate(request: Request, error: ledger.Duplicate) -> Response:
@@ -229,10 +230,12 @@ def _errors(app: FastAPI) -> None:
 
 
 def _told(error: Any) -> dict[str, Any]:
-    """One error of validation as JSON: what was given may be nan, which JSON has not, or nested without end."""
-    told = {"type": error["type"], "loc": list(error["loc"]), "msg": error["msg"]}
+    """One error of validation as JSON: what was given may be nan, which JSON has not, nested without end, or half of a
+    pair of UTF-16, which UTF-8 has not and which a field's name may be, too."""
+    loc = [x.encode(errors="backslashreplace").decode() if isinstance(x, str) else x for x in error["loc"]]
+    told = {"type": error["type"], "loc": loc, "msg": error["msg"].encode(errors="backslashreplace").decode()}
     try:
-        json.dumps(error.get("input"), allow_nan=False)
+        json.dumps(error.get("input"), allow_nan=False, ensure_ascii=False).encode()
         told["input"] = error.get("input")
     except (ValueError, TypeError, RecursionError):
         told["input"] = None

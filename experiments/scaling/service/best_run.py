@@ -51,6 +51,7 @@ def best(
 ) -> TrainingConfig | None:
     """The configuration of the least loss in this time, with the vocabulary, the tying and the rules of `like`.
 
+    It can be submitted: its max_runtime_seconds are at most an experiment's, and a final run has its own.
     None where no update fits into it.
     """
     if seconds < 1:  # the least max_runtime_seconds
@@ -74,7 +75,7 @@ def best(
         return None
     _, setup, lr = _value(settings, hidden, like, rules, seconds, _shapes(found[None]), bf16)
     shape = Shapes(*(int(x) for x in found))
-    made = TrainingConfig(
+    return TrainingConfig(
         architecture_config=_architecture(like.architecture_config, shape, bf16),
         optimizer_config=AdamWConfig(
             lr_scheduler=WarmupCosineDecay(peak_value=float(lr[0]), final_lr_frac=0.0, warmup_frac=WARMUP)
@@ -83,8 +84,6 @@ def best(
         total_train_tokens=int(setup.tokens[0]), max_runtime_seconds=min(seconds, MAX_SECONDS),
         model_seed=like.model_seed,
     )  # fmt: skip
-    # A final run may take longer than what a client may ask for.
-    return made.model_copy(update={"max_runtime_seconds": seconds})
 
 
 def _shapes(rows: NDArray[np.int64]) -> Shapes:

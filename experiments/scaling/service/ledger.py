@@ -51,9 +51,10 @@ class Refused(Exception):
 
 
 class InsufficientBudget(Refused):
-    def __init__(self, summary: BudgetSummary):
+    def __init__(self, summary: BudgetSummary, known: int | None):
         super().__init__("insufficient budget")
         self.summary = summary
+        self.known = known  # the experiment, if this configuration was submitted before
 
 
 class Duplicate(Refused):
@@ -91,12 +92,12 @@ def budget(db: Connection, key: Key) -> BudgetSummary:
 def submit(db: Connection, key: Key, cfg: TrainingConfig, now: float) -> SubmitResponse:
     """Queue an experiment. InsufficientBudget first, then Duplicate, as the course has it."""
     before = budget(db, key)
-    if cfg.max_runtime_seconds > before.remaining_seconds:
-        raise InsufficientBudget(before)
     digest = config_digest(cfg)
     row = db.execute(
         "SELECT id FROM runs WHERE key = ? AND kind = 'experiment' AND digest = ?", (key.id, digest)
     ).fetchone()
+    if cfg.max_runtime_seconds > before.remaining_seconds:
+        raise InsufficientBudget(before, None if row is None else row["id"])
     if row is not None:
         raise Duplicate(row["id"])
     id_ = _queue(db, key, "experiment", cfg, digest, cfg.max_runtime_seconds, now)

@@ -67,6 +67,8 @@ class Real:
     """auto: on a GPU; on a CPU compiling takes longer than most runs"""
     rows: Whole = 0
     """most sequences in one pass, to bound memory: larger batches are accumulated; 0: all"""
+    expected: tuple[str, ...] = ()
+    """`sampled` of train and val as the server found them; runs on files that are other since then fail"""
     save_seconds: Annotated[float, Range(0, 86_400)] = 30.0
     """a checkpoint is written at an evaluation this long after the last one"""
 
@@ -192,6 +194,10 @@ def backend(settings: Real) -> Backend:
 def _train(settings: Real, cfg: TrainingConfig, rules: Rules, control: Control) -> Outcome:
     device = pick_device(settings.device)
     train, val = _files(settings)
+    identity = {"config": config_digest(cfg), "train": sampled(train), "val": sampled(val)}
+    for path, was, name in zip((settings.train, settings.val), settings.expected, ("train", "val"), strict=False):
+        if was != identity[name]:  # losses would not be comparable
+            raise ValueError(f"{path}: has other tokens than when the server was started")
     job = job_of(cfg, rules, device, settings.rows)
     a_pass = cfg.train_batch_size // job.microbatches
     capacity.check_fits(job.model, a_pass, device, moments=0 if isinstance(cfg.optimizer_config, SGDConfig) else 2)
@@ -214,7 +220,6 @@ def _train(settings: Real, cfg: TrainingConfig, rules: Rules, control: Control) 
         evaluate(state)
         del state
         torch.cuda.synchronize(device)
-    identity = {"config": config_digest(cfg), "train": sampled(train), "val": sampled(val)}
     return _updates(settings, cfg, rules, control, _Parts(run, batch, evaluate, identity))
 
 

@@ -39,7 +39,6 @@ from experiments.scaling.service.hidden_law import (
     step_seconds,
 )
 from experiments.scaling.service.schemas import (
-    MAX_SECONDS,
     Rules,
     TrainingConfig,
     eval_steps,
@@ -161,7 +160,7 @@ def _reveal(settings: Surrogate, cfg: TrainingConfig, rules: Rules, seed: int, b
     search for the best run misses, some 1e-4. `best` and the regret are None where no update fits into the budget.
     """
     quiet = draw(settings, seed)._replace(noise=0.0)
-    seconds = float(budget)
+    seconds = float(budget)  # a final run may take longer than an experiment
     own = trajectory(settings, cfg.model_copy(update={"max_runtime_seconds": min(cfg.max_runtime_seconds, seconds)}),
                      rules, quiet, seed)  # fmt: skip
     found = best(settings, quiet, cfg, rules, seconds)
@@ -174,15 +173,12 @@ def _reveal(settings: Surrogate, cfg: TrainingConfig, rules: Rules, seed: int, b
     }
     if found is None:
         return {**told, "best": None, "regret": None}
-    theirs = trajectory(settings, found, rules, quiet, seed)
+    theirs = trajectory(settings, found.model_copy(update={"max_runtime_seconds": seconds}), rules, quiet, seed)
     least = float(theirs.val_losses[-1])
     setup, lr = setup_of(found, rules), found.optimizer_config.lr_scheduler.peak_value
     run = {
         "loss": least, "parameters": int(setup.parameters), "tokens": int(setup.tokens), "learning_rate": lr,
         "batch_tokens": int(setup.batch), "seconds": theirs.outcome.seconds,
-        # As it could be submitted: a final run has the time of its budget, whatever it says.
-        "training_config": found.model_copy(
-            update={"max_runtime_seconds": min(seconds, MAX_SECONDS)}
-        ).model_dump(mode="json"),
+        "training_config": found.model_dump(mode="json"),
     }  # fmt: skip
     return {**told, "best": run, "regret": None if mine is None else mine - least}
