@@ -80,6 +80,7 @@ def main(args: Args) -> None:
     runs = taken(runs, np.sort(np.argsort(runs.loss, kind="stable")[: len(runs.loss) - args.drop_highest]))
     targets = args.budgets or tuple(float(f"{m * runs.flops.max():.3g}") for m in (10, 100))
     law = variable_projection.fit(runs)
+    _check_falls(runs, law)
     laws = resampled(random.key(args.seed), runs, law, args.bootstrap) if args.bootstrap else None
     result: dict[str, Any] = {
         "runs": len(runs.loss), "left_out": left_out, "purelm": purelm.__version__,
@@ -116,6 +117,15 @@ def main(args: Args) -> None:
                 sync(staged / name)
                 (staged / name).replace(args.out / name)
         say(f"{args.out}: fits.json, report.md, fits.png")
+
+
+def _check_falls(runs: Runs, law: Law) -> None:
+    """ValueError where the law's loss does not fall with N, or with D: then no size is best for a budget."""
+    for name, x, size, exponent in (("parameters", runs.parameters, law.A, law.alpha),
+                                    ("tokens", runs.tokens, law.B, law.beta)):  # fmt: skip
+        falls = size * (x.min() ** -exponent - x.max() ** -exponent)
+        if not falls > 1e-6 * runs.loss.min():
+            raise ValueError(f"runs: by the law that fits best, losses do not fall with {name}; no best size follows")
 
 
 def _intervals(law: Law, laws: Law | None, coverage: float) -> dict[str, tuple[float, float]]:

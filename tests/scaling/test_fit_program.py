@@ -96,3 +96,15 @@ def test_the_largest_budget_held_out(tmp_path):
     n, y = np.array([(r["parameters"], r["final_loss"]) for r in rows() if r["compute_budget"] > 9e19]).T
     a, b, _ = np.polyfit(np.log(n), y, 2)
     assert held["measured_parameters"] == pytest.approx(np.exp(-b / (2 * a)), rel=1e-6) and "by a parabola" in said
+
+
+@pytest.mark.parametrize("rise", [0.0, 1e-9])
+def test_losses_that_do_not_fall_have_no_best_size(tmp_path, rise):
+    """Equal losses, and losses that rise with N: two lines and status 2, no traceback."""
+    sizes = [(n, d) for n in (1e6, 5e6, 2e7, 1e8) for d in (1e8, 3e8, 1e9)]
+    rows = [{"parameters": n, "tokens": d, "loss": 3.0 + rise * n} for n, d in sizes]
+    file = tmp_path / "runs.json"
+    file.write_text(json.dumps(rows))
+    done = run_here("experiments.scaling.fit", file, "--bootstrap", 0)
+    assert done.returncode == 2 and "do not fall with parameters" in done.stderr
+    assert "Traceback" not in done.stderr
