@@ -70,6 +70,8 @@ class Args:
 def main(args: Args) -> None:
     if args.base not in args.widths:
         raise ValueError(f"widths must contain the base's, {args.base}, got {args.widths}")
+    if not args.lrs or len(set(args.check_widths)) < 2:
+        raise ValueError(f"lrs needs one, check_widths two different ones, got {args.lrs} and {args.check_widths}")
     configs = {w: config_of(args, w) for w in (*args.widths, *args.check_widths)}
     device = pick_device(args.device)
     data = _data(args, device)
@@ -98,9 +100,9 @@ def main(args: Args) -> None:
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     text = report(result)
-    _draw(result, args.out / "mup.png")
     track.write_json(args.out / "mup.json", result)
     track.write_text(args.out / "mup.md", text + "\n![losses and sizes](mup.png)\n")
+    _draw(result, args.out / "mup.png")
     print(text)
     say(f"{args.out}: mup.json, mup.md, mup.png")
 
@@ -265,15 +267,15 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     for axis, way in zip(axes, WAYS, strict=False):
         for i, w in enumerate(widths):
             rows = sorted((r["lr"], r["loss"]) for r in result["losses"] if (r["way"], r["width"]) == (way, w))
-            axis.plot(
-                *zip(*((x, y) for x, y in rows if y is not None), strict=True), "o-", color=f"C{i}", label=str(w), ms=4
-            )
+            drawn = np.array([(x, y) for x, y in rows if y is not None], np.float64).reshape(-1, 2)
+            axis.plot(drawn[:, 0], drawn[:, 1], "o-", color=f"C{i}", label=str(w), ms=4)
         axis.set(xscale="log", xlabel="peak learning rate", ylabel="held-out loss, nats a byte", title=way)
         axis.legend(title="width", fontsize=8)
     finite = [r["loss"] for r in result["losses"] if r["loss"] is not None]
-    low, high = min(finite), float(np.quantile(finite, 0.8))
-    for axis in axes[:2]:
-        axis.set_ylim(low - 0.05 * (high - low), high)
+    if finite:
+        low, high = min(finite), float(np.quantile(finite, 0.8))
+        for axis in axes[:2]:
+            axis.set_ylim(low - 0.05 * (high - low), high + 1e-6)
     for i, part in enumerate(PARTS):
         for way, style in zip(WAYS, ("o-", "s--"), strict=True):
             sizes = [r[part] for r in result["coordinates"] if r["way"] == way]
