@@ -46,6 +46,7 @@ __all__ = [
     "runs_of",
     "shapes",
     "speed_of",
+    "work",
 ]
 
 HEAD_DIM = 16

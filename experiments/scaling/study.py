@@ -55,7 +55,7 @@ Width = Annotated[int, Range(16, 16_384)]
 Rate = Annotated[float, Range(0, 10, open_low=True)]
 
 USED_SHARE = 0.8  # of what is left is planned for: runs reserve more than they use, and may take longer
-LEVELS = (1.0, 2.5, 6.25)  # times of the grid, relative
+LEVELS = (1.0, 3.0, 9.0)  # times of the grid, relative
 FREE = ("out", "forecasts", "url", "key", "device", "bootstrap", "coverage", "seed")  # arguments that plan no run
 OWN = ("max_runtime_seconds",)  # of a final run: the service's own
 

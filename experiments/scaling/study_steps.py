@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from experiments.console import progress_bar, say
 from experiments.scaling import decide
 from experiments.scaling.client import Client, InsufficientBudget
-from experiments.scaling.decide import RateLaw, Shape, Speed, counted, rate_of, seconds_of
+from experiments.scaling.decide import RateLaw, Shape, Speed, counted, rate_of, work
 from experiments.scaling.service.schemas import Completed, Experiment, Rules, TrainingConfig, total_steps
 from purelm import track
 
@@ -71,18 +71,29 @@ class Server:
     def planned(
         self, shape: Shape, seconds: float, rate: float | RateLaw, speed: Speed, most: float = math.inf
     ) -> TrainingConfig:
-        """A run of about so many seconds, by the law of speed; it may use `SLACK` times as many, or `most`."""
+        """A run of about so many seconds; it may use `SLACK` times as many, or `most`."""
         n = counted(self.config(shape, 1, 1.0, 2.0).architecture_config)
         evaluated = self.sizes.evals * self.rules.n_val_tokens / 3
-        tokens = max(1.0, seconds / (speed.a_token + speed.a_parameter * n) - evaluated)
+        pace = self._pace(n, speed)
+        tokens = max(1.0, seconds / pace - evaluated)
         cfg = self.config(shape, tokens, rate if isinstance(rate, float) else rate_of(rate, n, tokens), 2.0)
         if (steps := total_steps(cfg, self.rules)) < self.sizes.least_steps:
             raise ValueError(
                 f"width {shape.width}: {seconds:.1f} s are enough for {steps} updates, fewer than least_steps "
                 f"{self.sizes.least_steps}: give the key more seconds, or smaller --widths, --evals or n_val_tokens"
             )
-        limit = max(2.0, math.floor(min(SLACK * seconds_of(cfg, speed, self.rules) + 1, most)))
+        limit = max(2.0, math.floor(min(SLACK * pace * work(cfg, self.rules) + 1, most)))
         return cfg.model_copy(update={"max_runtime_seconds": float(limit)})
+
+    def _pace(self, n: int, speed: Speed) -> float:
+        """Seconds a token with N parameters: of the longest run with as many, or else by the law of speed."""
+        same = [x for x in self.done.values() if isinstance(x.status, Completed) and
+                counted(x.training_config.architecture_config) == n]  # fmt: skip
+        if not same:
+            return speed.a_token + speed.a_parameter * n
+        longest = max(same, key=lambda x: (work(x.training_config, self.rules), x.experiment_id))
+        assert isinstance(longest.status, Completed)
+        return longest.status.used_runtime_seconds / work(longest.training_config, self.rules)
 
     def plan(self, kind: str, make: Callable[[], Iterable[TrainingConfig]]) -> list[TrainingConfig]:
         """The configurations of this step: those of the first time, or what `make` gives, written down."""
