@@ -4,7 +4,6 @@
     id_ = client.submit(config)["experiment_id"]              # config: a dict, as in README.md
     (done,) = client.wait([id_])
     done["status"]["val_losses"][-1]
-    runs_of(client.experiments())                             # as experiments.scaling.fit reads; collect.py writes them
 
 All answers are the JSON of the service, as dicts. What goes wrong is an exception of this file.
 """
@@ -28,7 +27,6 @@ __all__ = [
     "InvalidKey",
     "NotFound",
     "Unavailable",
-    "runs_of",
 ]
 
 URL = "http://127.0.0.1:8000"
@@ -221,31 +219,3 @@ def _failure(error: urllib.error.HTTPError) -> Failure:
         return Invalid("; ".join(lines), detail)
     kinds = {401: InvalidKey, 429: InvalidKey, 404: NotFound, 409: Conflict, 503: Unavailable, 507: Unavailable}
     return kinds[code](text, code) if code in kinds else Failure(f"{code}: {text}", code)
-
-
-def runs_of(experiments: Iterable[Mapping[str, Any]], *, embeddings: bool = False) -> list[dict[str, Any]]:
-    """Completed experiments as runs for experiments.scaling.fit: parameters, tokens, loss, and what else tells them.
-
-    embeddings: count the vocabulary's matrices too. Kaplan's and Chinchilla's laws differ by that.
-    """
-    rows = []
-    for found in experiments:
-        status, config = found["status"], found["training_config"]
-        if status["status_type"] != "completed" or not status["val_losses"]:
-            continue
-        a = config["architecture_config"]
-        d = a["hidden_size"]
-        layer = 4 * d * d + (4 * d if a["attention_bias"] else 0)
-        layer += 3 * d * a["intermediate_size"] + 2 * d + 2 * a["head_dim"]
-        tables = (1 if a["tie_word_embeddings"] else 2) * a["vocab_size"] * d
-        rows.append({
-            "experiment": found["experiment_id"],
-            "parameters": a["num_hidden_layers"] * layer + d + (tables if embeddings else 0),
-            "tokens": config["total_train_tokens"],
-            "loss": status["val_losses"][-1],
-            "batch": config["train_batch_size"],
-            "lr": config["optimizer_config"]["lr_scheduler"]["peak_value"],
-            "seconds": status["used_runtime_seconds"],
-        })  # fmt: skip
-    return rows
-

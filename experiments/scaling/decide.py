@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from experiments.scaling.count import count
 from experiments.scaling.service.schemas import (
     AdamWConfig,
     ArchitectureConfig,
@@ -24,7 +25,6 @@ from experiments.scaling.service.schemas import (
     Rules,
     TrainingConfig,
     WarmupCosineDecay,
-    n_parameters,
 )
 from purelm import random
 from purelm.scaling.bootstrap import interval
@@ -118,8 +118,8 @@ def config(
 
 
 def counted(a: ArchitectureConfig) -> int:
-    """N: the parameters without the token embeddings; the head, which multiplies, counts."""
-    return n_parameters(a) - (0 if a.tie_word_embeddings else a.vocab_size * a.hidden_size)
+    """N: the parameters that multiply."""
+    return count(a, "head")
 
 
 def runs_of(done: Sequence[tuple[TrainingConfig, float]]) -> Runs:

@@ -28,8 +28,9 @@ import purelm
 from experiments import limits
 from experiments.console import program, say
 from experiments.limits import Place, Range, Seed, Share, Whole
+from experiments.scaling.count import Counting
 from experiments.scaling.figures import draw
-from experiments.scaling.read import Counting, read
+from experiments.scaling.read import read
 from purelm import random
 from purelm.files import staging, sync
 from purelm.scaling import isoflop, parametric, variable_projection
@@ -55,7 +56,8 @@ class Args:
     coverage: Share = 0.95
     """of the intervals"""
     counting: Counting = "all"
-    """of a service's configurations: all parameters; blocks: without embeddings and head; kaplan: 12 n d^2"""
+    """what N is of a service's configurations: all parameters; head: without token embeddings; blocks: without the head
+    either; kaplan: 12 n d^2"""
     lowest: bool = False
     """of runs with one N and D (several learning rates, say) take that of the lowest loss alone"""
     drop_highest: Whole = 0
@@ -72,7 +74,7 @@ def main(args: Args) -> None:
     limits.check(args)
     if not 0 < args.coverage < 1:
         raise ValueError(f"coverage must be between 0 and 1, got {args.coverage}")
-    runs, left_out = read(args.runs, args.counting)
+    runs, left_out, counting = read(args.runs, args.counting)
     if args.lowest:
         runs = lowest_of_each(runs)
     if args.drop_highest >= len(runs.loss):
@@ -83,7 +85,7 @@ def main(args: Args) -> None:
     _check_falls(runs, law)
     laws = resampled(random.key(args.seed), runs, law, args.bootstrap) if args.bootstrap else None
     result: dict[str, Any] = {
-        "runs": len(runs.loss), "left_out": left_out, "purelm": purelm.__version__,
+        "runs": len(runs.loss), "left_out": left_out, "counting": counting, "purelm": purelm.__version__,
         "settings": {k: v for k, v in dataclasses.asdict(args).items() if k not in ("runs", "out")},
         "law": law._asdict(), "objective": float(parametric.objective(runs, law)), "exponents": exponents(law),
         "intervals": _intervals(law, laws, args.coverage), "predicted": _predicted(law, laws, targets, args.coverage),
@@ -244,6 +246,8 @@ def report(result: dict[str, Any], targets: tuple[float, ...]) -> str:
                 f"| predicted by the law of the others | {h['parameters']:.4g} | {h['loss']:.4f} |",
                 f"| by a parabola through its runs | {h['measured_parameters']:.4g} | {h['measured_loss']:.4f} |", "",
             ]  # fmt: skip
+    if result["counting"]:
+        lines += [f"N is counted as `{result['counting']}` (--counting).", ""]
     if result["left_out"]:
         lines += [f"Left out: {', '.join(f'{n} {why}' for why, n in result['left_out'].items())}.", ""]
     return "\n".join([*lines, *left_out])

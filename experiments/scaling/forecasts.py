@@ -8,13 +8,16 @@ A forecast has one name, and neither it nor its outcome can be written twice.
 """
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+import fcntl
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from purelm import track
 
-__all__ = ["Forecast", "register", "render", "settle"]
+__all__ = ["Forecast", "read_rows", "register", "render", "settle"]
 
 
 class Forecast(NamedTuple):
@@ -37,30 +40,52 @@ class Forecast(NamedTuple):
 
 def register(file: Path, forecast: Forecast, now: dt.datetime | None = None) -> None:
     """Append it. ValueError if the name is taken."""
-    if any(row["name"] == forecast.name for row in track.read_rows(file)):
-        raise ValueError(f"{file}: {forecast.name!r} has been forecast already; forecasts are not changed")
-    _append(file, {"kind": "forecast", **forecast._asdict()}, now)
+    with _alone(file):
+        if any(row["name"] == forecast.name for row in read_rows(file)):
+            raise ValueError(f"{file}: {forecast.name!r} has been forecast already; forecasts are not changed")
+        _append(file, {"kind": "forecast", **forecast._asdict()}, now)
 
 
 def settle(file: Path, name: str, measured: float, seconds: float, now: dt.datetime | None = None) -> bool:
     """Append the outcome; whether the interval held. ValueError without a forecast, and for a second outcome."""
-    rows = {(row["kind"], row["name"]): row for row in track.read_rows(file)}
-    forecast = rows.get(("forecast", name))
-    if forecast is None:
-        raise ValueError(f"{file}: nothing was forecast under the name {name!r}")
-    if ("outcome", name) in rows:
-        raise ValueError(f"{file}: {name!r} has an outcome already")
-    held = forecast["low"] <= measured <= forecast["high"]
-    _append(file, {"kind": "outcome", "name": name, "measured": measured, "seconds": seconds, "held": held}, now)
+    with _alone(file):
+        rows = {(row["kind"], row["name"]): row for row in read_rows(file)}
+        forecast = rows.get(("forecast", name))
+        if forecast is None:
+            raise ValueError(f"{file}: nothing was forecast under the name {name!r}")
+        if ("outcome", name) in rows:
+            raise ValueError(f"{file}: {name!r} has an outcome already")
+        held = forecast["low"] <= measured <= forecast["high"]
+        _append(file, {"kind": "outcome", "name": name, "measured": measured, "seconds": seconds, "held": held}, now)
     return held
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Forecasts and outcomes, in their order; none without a file. ValueError for a file of something else."""
+    rows = track.read_rows(file)
+    for i, row in enumerate(rows, 1):
+        if row.get("kind") not in ("forecast", "outcome") or not isinstance(row.get("name"), str):
+            raise ValueError(f"{file}: line {i} is neither a forecast nor an outcome: give another file")
+    return rows
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Have the folder's lock, so that of two studies neither writes over the other's row."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _append(file: Path, row: Mapping[str, Any], now: dt.datetime | None) -> None:
     at = (now or dt.datetime.now(dt.UTC)).replace(microsecond=0).isoformat()
-    file.parent.mkdir(parents=True, exist_ok=True)
     track.drop_rows(file, lambda row: False)  # but for a last line that a kill cut short
     track.jsonl_sink(file)({**row, "at": at})
-    track.write_text(file.with_suffix(".md"), render(track.read_rows(file)))
+    track.write_text(file.with_suffix(".md"), render(read_rows(file)))
 
 
 def render(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -70,7 +95,8 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
         "# Forecasts",
         "",
         "Each was written down before its run, by `experiments.scaling.study`; rows are added, never changed. Losses",
-        "are in nats a token; x is how many times the FLOPs of the largest run that was fitted the final run has.",
+        "are in nats a token; x is how many times the FLOPs of the largest run that was fitted the final run has. N is",
+        "without token embeddings.",
         "",
         "| registered | study | device | runs | N | D | x | predicted | interval | measured | error | held |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",

@@ -19,8 +19,9 @@ import tyro
 import purelm
 from experiments.console import program, say
 from experiments.limits import Count, Place, Range
+from experiments.scaling.count import Counting
 from experiments.scaling.fit import Flops
-from experiments.scaling.read import Counting, read_runs
+from experiments.scaling.read import read_runs
 from purelm import track
 from purelm.files import refuse_overwrite
 from purelm.scaling import planner, variable_projection

@@ -5,21 +5,15 @@ import io
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from purelm.scaling.counting import kaplan_parameters
+from experiments.scaling.count import Counting, count
 from purelm.scaling.laws import FLOPS
 from purelm.scaling.runs import Runs, check
 
-if TYPE_CHECKING:
-    from experiments.scaling.service.schemas import ArchitectureConfig
-
-__all__ = ["Counting", "Read", "count", "read", "read_runs"]
-
-# What N is, of a service's configurations. all: every parameter; blocks: without embeddings and head; kaplan: 12 n d^2.
-Counting = Literal["all", "blocks", "kaplan"]
+__all__ = ["Read", "read", "read_runs"]
 
 
 class Read(NamedTuple):
@@ -27,6 +21,7 @@ class Read(NamedTuple):
 
     runs: Runs
     left_out: dict[str, int]  # experiments of the service without a final loss, by why: "timeout", "running", ...
+    counting: str | None  # what N is, where the file or its reader says so
 
 
 # What a column may be called, the first that is there; by what it is.
@@ -55,17 +50,15 @@ def read(path: Path, counting: Counting = "all") -> Read:
         raise ValueError(f"{path}: has no runs")
     if all("training_config" in row and "status" in row for row in rows):
         return _of_service(path, rows, counting)
-    return Read(_of_rows(path, rows), {})
+    return Read(_of_rows(path, rows), {}, _counted(path, rows))
 
 
-def count(a: "ArchitectureConfig", counting: Counting) -> int:
-    """N of an architecture by this convention."""
-    from experiments.scaling.service.schemas import n_parameters
-
-    if counting == "kaplan":
-        return kaplan_parameters(a.num_hidden_layers, a.hidden_size)
-    tables = (1 if a.tie_word_embeddings else 2) * a.vocab_size * a.hidden_size
-    return n_parameters(a) - (tables if counting == "blocks" else 0)
+def _counted(path: Path, rows: list[dict[str, Any]]) -> str | None:
+    """What the rows say of N; ValueError where they differ."""
+    said = {str(row["counting"]) for row in rows if row.get("counting")}
+    if len(said) > 1:
+        raise ValueError(f"{path}: its runs count parameters differently, {', '.join(sorted(said))}: one law has one N")
+    return next(iter(said), None)
 
 
 def _of_service(path: Path, rows: list[dict[str, Any]], counting: Counting) -> Read:
@@ -95,7 +88,7 @@ def _of_service(path: Path, rows: list[dict[str, Any]], counting: Counting) -> R
     if not found:
         raise ValueError(f"{path}: none of {len(rows)} experiments has completed")
     try:
-        return Read(check(Runs(*np.array(found, np.float64).T)), dict(left_out))
+        return Read(check(Runs(*np.array(found, np.float64).T)), dict(left_out), counting)
     except ValueError as error:
         raise ValueError(f"{path}: {error} (numbered from 0, of those that completed)") from None
 

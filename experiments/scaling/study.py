@@ -42,7 +42,7 @@ from experiments.scaling.decide import (
     shapes,
     speed_of,
 )
-from experiments.scaling.forecasts import Forecast, register, settle
+from experiments.scaling.forecasts import Forecast, read_rows, register, settle
 from experiments.scaling.service.schemas import MAX_SECONDS, Experiment, TrainingConfig
 from experiments.scaling.study_steps import Server, Sizes, device_speed, ended, last, learning_rates
 from purelm import random, track
@@ -117,6 +117,7 @@ def _checked(args: Args) -> None:
     shapes((*args.widths, *args.final_widths))
     if args.forecasts.suffix != ".jsonl":
         raise ValueError(f"forecasts {args.forecasts}: must end in .jsonl")
+    read_rows(args.forecasts)
     args.out.mkdir(parents=True, exist_ok=True)
 
 
@@ -197,7 +198,7 @@ def _final(args: Args, server: Server, law: Law, speed: Speed, rates: RateLaw) -
 
 
 def _rows(args: Args, kind: str) -> list[dict[str, Any]]:
-    return [x for x in track.read_rows(args.forecasts) if x["name"] == args.name and x["kind"] == kind]
+    return [x for x in read_rows(args.forecasts) if x["name"] == args.name and x["kind"] == kind]
 
 
 def _foretold(

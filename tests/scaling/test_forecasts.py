@@ -1,10 +1,11 @@
 """Forecasts and outcomes are written once, and only added."""
 
 import datetime as dt
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from experiments.scaling.forecasts import Forecast, register, settle
+from experiments.scaling.forecasts import Forecast, read_rows, register, settle
 
 NOW = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
 ONE = Forecast("one", "a | b", 100.0, 400.0, 1000, 50_000, 3.0, 2.9, 3.1, 0.9, 12, 1e7, 3e8)
@@ -39,3 +40,20 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
         out.write(b'{"kind": "outc')
     settle(file, "one", 3.0, 1.0, NOW)
     assert file.read_bytes().startswith(whole) and file.read_bytes().count(b"\n") == 2
+
+
+def test_forecasts_made_at_once_are_all_there(tmp_path):
+    """Oracle: the names. Eight threads, each with a descriptor of its own, which is what flock goes by."""
+    file = tmp_path / "f.jsonl"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: register(file, ONE._replace(name=str(i)), NOW), range(40)))
+    assert sorted(int(row["name"]) for row in read_rows(file)) == list(range(40))
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 2.0}\n')
+    for call in (lambda: register(file, ONE), lambda: settle(file, "one", 3.0, 1.0), lambda: read_rows(file)):
+        with pytest.raises(ValueError, match="line 1 is neither a forecast nor an outcome"):
+            call()
+    assert file.read_text() == '{"step": 1, "loss": 2.0}\n'

@@ -11,7 +11,9 @@ import math
 import numpy as np
 import pytest
 
-from experiments.scaling.read import count, read
+from experiments.scaling.collect import runs_of
+from experiments.scaling.count import count
+from experiments.scaling.read import read
 from experiments.scaling.service.backend import Broken, Done, Late
 from experiments.scaling.service.hidden_law import Surrogate, centres, draw, setup_of
 from experiments.scaling.service.schemas import (
@@ -74,6 +76,7 @@ def test_counting_by_hand():
         blocks = 3 * layer + d
         assert count(a, "blocks") == blocks and count(a, "kaplan") == 12 * 3 * d * d
         assert count(a, "all") == blocks + (1 if tied else 2) * 10**6 * d
+        assert count(a, "head") == blocks + 10**6 * d
 
 
 def test_what_did_not_complete_is_left_out_and_counted(tmp_path):
@@ -82,7 +85,8 @@ def test_what_did_not_complete_is_left_out_and_counted(tmp_path):
     late = status(Late(9.0, (2.0,)))
     every = (status(done), late, status(Broken(1.0, "x")), queued, running, late, status(Done(5.0, (4.5,))))
     pairs = [(config(2 + i), s) for i, s in enumerate(every)]
-    runs, left_out = read(answer(tmp_path / "a.json", pairs), "blocks")
+    runs, left_out, counting = read(answer(tmp_path / "a.json", pairs), "blocks")
+    assert counting == "blocks"
     assert left_out == {"timeout": 2, "unexpected": 1, "queued": 1, "running": 1}
     assert runs.loss.tolist() == [3.5, 4.5] and runs.tokens.tolist() == [1280.0, 1280.0]
     assert runs.parameters.tolist() == [count(config(n).architecture_config, "blocks") for n in (2, 8)]
@@ -94,6 +98,21 @@ def test_what_did_not_complete_is_left_out_and_counted(tmp_path):
     with pytest.raises(ValueError, match=r"experiment 2: training_config.architecture_config: .*hidden_size") as error:
         read(tmp_path / "c.json")
     assert "\n" not in str(error.value)
+
+
+def test_collected_runs_are_those_of_the_answer(tmp_path):
+    """Oracle: `read` of the same experiments. Runs that count N differently make no law."""
+    pairs = [(config(n), status(Done(5.0, (4.0, 3.0 + n)))) for n in (2, 3)] + [(config(4), status(Late(9.0, (2.0,))))]
+    rows = json.loads(answer(tmp_path / "a.json", pairs).read_text())
+    file = tmp_path / "runs.json"
+    for counting, embeddings in (("blocks", False), ("all", True)):
+        file.write_text(json.dumps(runs_of(rows, embeddings=embeddings)))
+        mine, there = read(file), read(tmp_path / "a.json", counting)
+        assert [x.tolist() for x in mine.runs] == [x.tolist() for x in there.runs]
+        assert mine.counting == there.counting == counting
+    file.write_text(json.dumps(runs_of(rows) + runs_of(rows, embeddings=True)))
+    with pytest.raises(ValueError, match="count parameters differently, all, blocks"):
+        read(file)
 
 
 def test_the_lowest_of_each():

@@ -21,8 +21,8 @@ from experiments.scaling.client import (
     InvalidKey,
     NotFound,
     Unavailable,
-    runs_of,
 )
+from experiments.scaling.collect import runs_of
 from experiments.scaling.service import dispatch
 from experiments.scaling.service.backend import Broken, Done, Late
 from experiments.scaling.service.schemas import Experiment, TrainingConfig, n_parameters
@@ -120,6 +120,7 @@ def test_runs_for_the_fit(store, url, tmp_path):
     ]  # fmt: skip
     all_of_it = [n_parameters(Experiment.model_validate(x).training_config.architecture_config) for x in found]
     assert [r["parameters"] for r in whole] == [all_of_it[0], all_of_it[2]]
+    assert {r["counting"] for r in whole} == {"all"} and {r["counting"] for r in runs_of(found)} == {"blocks"}
     assert [r["parameters"] for r in runs_of(found)] == [all_of_it[0] - 2 * 100 * 32, all_of_it[2] - 100 * 32]
     done = collect(tmp_path / "runs.json", "--url", url, "--key", TEXT["ada"])
     assert done.returncode == 0 and json.loads((tmp_path / "runs.json").read_text()) == runs_of(found)

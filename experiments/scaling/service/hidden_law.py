@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from experiments.limits import Range, Seed
+from experiments.scaling.count import count
 from experiments.scaling.service.schemas import (
     AdamWConfig,
     Rules,
     TrainingConfig,
     WarmupCosineDecay,
-    n_parameters,
     total_steps,
 )
 from purelm import random
@@ -137,9 +137,8 @@ def draw(settings: Surrogate, seed: int) -> Hidden:
 def setup_of(cfg: TrainingConfig, rules: Rules) -> Setup:
     """Of a configuration."""
     a = cfg.architecture_config
-    tables = (1 if a.tie_word_embeddings else 2) * a.vocab_size * a.hidden_size
     return Setup(
-        a.num_hidden_layers, a.hidden_size, a.intermediate_size, n_parameters(a) - tables, a.vocab_size * a.hidden_size,
+        a.num_hidden_layers, a.hidden_size, a.intermediate_size, count(a, "blocks"), a.vocab_size * a.hidden_size,
         a.dtype == "bfloat16", rules.seq_len * cfg.train_batch_size,
         total_steps(cfg, rules) * rules.seq_len * cfg.train_batch_size,
     )  # fmt: skip
