@@ -205,8 +205,9 @@ def test_fair_share_then_time(tmp_path):
         dispatch.ended(db, jobs[0], Done(1.0, ()), 21.0)
         dispatch.ended(db, jobs[2], Done(1.0, ()), 21.0)
         assert dispatch.claim(db, "r3", 22.0).id == a[2]
+        assert dispatch.waits(db)
         keys.remove_key(db, "ben", 23.0)
-        assert dispatch.claim(db, "r4", 24.0) is None
+        assert dispatch.claim(db, "r4", 24.0) is None and not dispatch.waits(db)
 
 
 def test_a_preempted_run_keeps_its_place(tmp_path):

@@ -14,13 +14,27 @@ from experiments.scaling.service.backend import Broken, Done, Late, Outcome, Sto
 from experiments.scaling.service.ledger import note
 from experiments.scaling.service.schemas import TrainingConfig
 
-__all__ = ["MOST_LOST", "Job", "Under", "claim", "ended", "evaluated", "lost", "overtime", "started", "under_way"]
+__all__ = [
+    "MOST_LOST",
+    "Job",
+    "Under",
+    "claim",
+    "ended",
+    "evaluated",
+    "lost",
+    "overtime",
+    "started",
+    "under_way",
+    "waits",
+]
 
 Connection = sqlite3.Connection
 
 MOST_LOST = 5  # attempts whose process ended without a word, before the run has failed
 LONGEST = 500  # characters of a failure
 
+# Runs of a key that was removed wait for ever.
+WAITING = "FROM runs JOIN keys ON keys.id = runs.key WHERE runs.state = 'queued' AND keys.removed_at IS NULL"
 MINE = "WHERE id = ? AND run_id = ? AND state = 'running'"
 
 
@@ -41,13 +55,17 @@ class Under(NamedTuple):
     used: float
 
 
+def waits(db: Connection) -> bool:
+    """Whether there is a run to claim: a look that takes no lock."""
+    return db.execute(f"SELECT 1 {WAITING} LIMIT 1").fetchone() is not None
+
+
 def claim(db: Connection, run_id: str, now: float) -> Job | None:
     """The next run by fair share: of the key with the fewest runs under way, then the one that has waited longest."""
     row = db.execute(
         "WITH busy AS (SELECT key, COUNT(*) AS n FROM runs WHERE state = 'running' GROUP BY key) "
-        "SELECT runs.*, keys.seed FROM runs JOIN keys ON keys.id = runs.key LEFT JOIN busy ON busy.key = runs.key "
-        "WHERE runs.state = 'queued' AND keys.removed_at IS NULL "
-        "ORDER BY COALESCE(busy.n, 0), runs.queued_at, runs.id LIMIT 1"
+        f"SELECT runs.*, keys.seed {WAITING} "
+        "ORDER BY COALESCE((SELECT n FROM busy WHERE busy.key = runs.key), 0), runs.queued_at, runs.id LIMIT 1"
     ).fetchone()
     if row is None:
         return None

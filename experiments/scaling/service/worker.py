@@ -84,7 +84,7 @@ def _take(plan: Plan, leave: threading.Event) -> None:
 
 def _next(store: Store, run_id: str, leave: threading.Event) -> dispatch.Job | None:
     with store.read() as db:  # which disturbs nobody, where claim() holds the lock
-        if db.execute("SELECT 1 FROM runs WHERE state = 'queued' LIMIT 1").fetchone() is None:
+        if not dispatch.waits(db):
             return None
     return _insist(store, lambda db: dispatch.claim(db, run_id, time.time()), leave)
 
