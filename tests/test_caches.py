@@ -24,6 +24,13 @@ NOT_EMPTIED = {
 }
 
 
+def named(function):
+    """module.name; of a partial function, which has none, that of what it calls."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
 @pytest.fixture(scope="module")
 def tables():
     """Every functools table of the library, by the name of the function that it keeps results of."""
@@ -34,7 +41,7 @@ def tables():
         names += [f"purelm.{folder}.{path.stem}" for path in (Path(purelm.__path__[0]) / folder).glob("*.py")]
     for name in names:
         importlib.import_module(name)
-    found = {f"{x.__module__}.{x.__qualname__}": x for x in gc.get_objects() if type(x) is TABLE}
+    found = {named(x.__wrapped__): x for x in gc.get_objects() if type(x) is TABLE}
     return {name: x for name, x in found.items() if name.startswith("purelm.") and "<locals>" not in name}
 
 

@@ -29,7 +29,7 @@ from experiments.scaling.service.schemas import (
 from purelm import random
 from purelm.scaling.bootstrap import interval
 from purelm.scaling.laws import Law, loss
-from purelm.scaling.runs import Runs
+from purelm.scaling.runs import Array, Runs
 
 __all__ = [
     "Choice",
@@ -197,13 +197,21 @@ def rate_law(sizes: Sequence[float], tokens: Sequence[float], rates: Sequence[fl
     x = np.stack([-np.log(np.asarray(sizes, np.float64)), np.log(np.asarray(tokens, np.float64))], -1)
     y = np.log(np.asarray(rates, np.float64))
     x0, y0 = x.mean(0), y.mean()
-    best, least = (0.0, 0.0), math.inf
-    for p in np.linspace(*STEEP_N, 101):  # a convex problem in two bounded numbers: a grid is near enough
-        for q in np.linspace(*STEEP_D, 101):
-            cost = float((((x - x0) @ (p, q) - (y - y0)) ** 2).sum()) + 1e-9 * (p * p + q * q)
-            if cost < least:
-                best, least = (float(p), float(q)), cost
-    return RateLaw(float(np.exp(y0 - x0 @ best)), *best)
+    x, z, box = x - x0, y - y0, np.array([STEEP_N, STEEP_D])
+
+    def cost(b: Array) -> tuple[float, float]:
+        return float(((x @ b - z) ** 2).sum()), float(b @ b)
+
+    # A convex problem in a rectangle: its least is that of the plane, or else lies on an edge.
+    free = np.linalg.lstsq(x, z, rcond=None)[0]
+    found = [free] if (np.clip(free, *box.T) == free).all() else []
+    for at, other in ((0, 1), (1, 0)):
+        for end in box[at]:
+            b = np.zeros(2)
+            b[at], b[other] = end, np.linalg.lstsq(x[:, [other]], z - end * x[:, at], rcond=None)[0][0]
+            found.append(np.clip(b, *box.T))
+    best = min(found, key=cost)
+    return RateLaw(float(np.exp(y0 - x0 @ best)), float(best[0]), float(best[1]))
 
 
 def rate_of(law: RateLaw, parameters: float, tokens: float) -> float:

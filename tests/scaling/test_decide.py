@@ -108,11 +108,25 @@ def test_the_best_rate_of_a_parabola_is_its_least(center, curve, ends):
 
 @given(p=st.floats(0, 0.75), q=st.floats(-0.5, 0.35))
 def test_the_law_of_rates(p, q):
-    """Oracle: rates of a law, at the places of three sweeps; the grid is .0075 and .0085 wide."""
+    """Oracle: rates of a law, at the places of three sweeps."""
     n, d = np.array([1e4, 1e6, 1e4]), np.array([1e6, 1e5, 8e6])
     found = rate_law(n, d, 3.0 * n**-p * d**q)
-    assert found.parameters == pytest.approx(p, abs=0.005) and found.tokens == pytest.approx(q, abs=0.006)
-    assert rate_of(found, 1e5, 1e6) == pytest.approx(3.0 * 1e5**-p * 1e6**q, rel=0.06)
+    assert found.parameters == pytest.approx(p, abs=1e-9) and found.tokens == pytest.approx(q, abs=1e-9)
+    assert rate_of(found, 1e5, 1e6) == pytest.approx(3.0 * 1e5**-p * 1e6**q, rel=0.006)  # three digits
+
+
+@given(rates=st.lists(st.floats(1e-5, 1.0), min_size=3, max_size=3))
+def test_the_law_of_rates_in_its_bounds(rates):
+    """Oracle: the best of a grid of 41 x 41 exponents; the exact one is no worse."""
+    n, d = np.array([1e4, 1e6, 3e4]), np.array([1e6, 1e5, 8e6])
+
+    def cost(p, q):
+        return float(np.var(np.log(rates) + p * np.log(n) - q * np.log(d)))
+
+    found = rate_law(n, d, rates)
+    grid = [cost(p, q) for p in np.linspace(*decide.STEEP_N, 41) for q in np.linspace(*decide.STEEP_D, 41)]
+    assert cost(found.parameters, found.tokens) <= min(grid) + 1e-12
+    assert 0 <= found.parameters <= 0.75 and -0.5 <= found.tokens <= 0.35
 
 
 def test_rates_that_are_too_steep_or_unknown():
