@@ -40,6 +40,8 @@ from experiments.scaling.service.store import FILE, create, open_store
 STATES = "SELECT state, COUNT(*) FROM runs GROUP BY state"
 EVENTS = "SELECT kind, COUNT(*) FROM events GROUP BY kind"
 PACKAGES = ("purelm", "fastapi", "uvicorn", "pydantic")
+LOOK = 0.02  # seconds between looks for a run to kill
+LEAVE = 120.0  # seconds that a server may take to end: its workers have 30
 Seconds = Annotated[float, Range(0, 60)]
 
 
@@ -115,7 +117,8 @@ class Found:
     ids: dict[int, int]  # configuration -> experiment
     seconds: list[float]
     repeated: int = 0
-    cpu: float = 0.0  # seconds of the server's process, workers not counted
+    wall: float = 0.0  # seconds from the first submission to the last answer
+    cpu: float = 0.0  # seconds of the server's process meanwhile, workers not counted
 
 
 async def submit_all(
@@ -156,10 +159,10 @@ async def submit_all(
 
     tasks = [asyncio.create_task(client(c)) for c in range(args.clients)]
     await asyncio.sleep(1.0)
-    before = cpu()
+    before, begun = cpu(), time.perf_counter()
     start.set()
     await asyncio.gather(*tasks)
-    found.cpu = cpu() - before
+    found.cpu, found.wall = cpu() - before, time.perf_counter() - begun
     return found
 
 
@@ -204,8 +207,18 @@ class Server:
         return 0.0
 
     def end(self) -> None:
+        """SIGTERM; kill -9 and an error where that does not end it."""
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait()
+        try:
+            self.process.wait(LEAVE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise ValueError(f"the server had not ended {LEAVE:g} s after SIGTERM; killed\n{self.log()}") from None
+
+    def log(self) -> str:
+        """Its last lines."""
+        return (self.folder / "server.log").read_text(errors="replace")[-3000:]
 
 
 def counted(folder: Path, sql: str) -> Counter[str]:
@@ -215,18 +228,33 @@ def counted(folder: Path, sql: str) -> Counter[str]:
         return Counter(dict(db.execute(sql)))
 
 
-async def killing(args: Args, server: Server, done: asyncio.Event) -> Counter[str]:
-    """The kills, by turns of the server and of a worker, then `done`."""
+async def killing(args: Args, server: Server, over: Callable[[], bool]) -> Counter[str]:
+    """The kills, by turns of the server and of a worker that has a run; fewer where all runs are over before."""
     rng, killed = random.Random(args.seed), Counter[str]()
-    while killed.total() < args.kills:
+    while killed.total() < args.kills and not over():
         await asyncio.sleep(rng.uniform(0.2, 2.0))
         if killed.total() % 2 == 0:
             server.kill()
             killed["server"] += 1
-        elif counted(server.folder, STATES)["running"] and server.kill_worker(rng):  # not one that only starts
-            killed["worker"] += 1
-    done.set()
+            continue
+        while not over():
+            if counted(server.folder, STATES)["running"] and server.kill_worker(rng):
+                killed["worker"] += 1
+                break
+            await asyncio.sleep(LOOK)
     return killed
+
+
+async def watch(server: Server) -> None:
+    """Raises when the server has ended and was not killed: nobody would answer the clients any more."""
+    while server.process.poll() is None:
+        await asyncio.sleep(0.2)
+    raise ValueError(f"the server ended with status {server.process.returncode}\n{server.log()}")
+
+
+def _open(folder: Path) -> Counter[str]:
+    """Runs that have not ended, by their state."""
+    return Counter({state: n for state, n in counted(folder, STATES).items() if state in ("queued", "running")})
 
 
 def check(args: Args, folder: Path, found: Found) -> dict[str, int]:
@@ -256,40 +284,50 @@ def check(args: Args, folder: Path, found: Found) -> dict[str, int]:
     return dict(bad)
 
 
-async def measure(args: Args, folder: Path) -> tuple[Found, Counter[str], float]:
-    """Submit all, kill meanwhile, wait until all runs have ended: what clients saw, kills, seconds of submissions."""
+async def measure(args: Args, folder: Path) -> tuple[Found, Counter[str]]:
+    """Submit all, kill meanwhile, wait until all runs have ended: what clients saw, and the kills."""
     store = create(folder, {"backend": "surrogate"})
     texts, salt = [f"{i:08}" for i in range(args.keys)], store.meta()["salt"]
     with store.write() as db:
         for i, text in enumerate(texts):
             keys.add_key(db, f"key {i}", keys.hashed(text, salt), 600.0 * args.submissions + 1, i, time.time())
     store.close()
-    server, done = Server(args, folder), asyncio.Event()
-    try:
+    server = Server(args, folder)
+
+    async def load() -> tuple[Found, Counter[str]]:
         # With kills the submissions take about as long as these.
         each = 1.6 * args.kills * args.clients / args.submissions
         submitting = asyncio.create_task(submit_all(args, server.port, texts, each, server.cpu))
-        killed = await killing(args, server, done) if args.kills else Counter[str]()
-        begun = time.perf_counter()
+
+        def over() -> bool:
+            return submitting.done() and (submitting.exception() is not None or not _open(folder))
+
+        killed = await killing(args, server, over)
         found = await submitting
-        seconds = time.perf_counter() - begun
         last, since = Counter[str](), time.monotonic()
-        while (now := counted(folder, STATES))["queued"] + now["running"]:
+        while now := _open(folder):
             if now != last:
                 last, since = now, time.monotonic()
             if time.monotonic() - since > 60:
                 say(f"no run has ended for a minute: {dict(now)}")
                 break
             await asyncio.sleep(0.2)
+        return found, killed
+
+    try:
+        loading, watching = asyncio.create_task(load()), asyncio.create_task(watch(server))
+        first, rest = await asyncio.wait((loading, watching), return_when=asyncio.FIRST_COMPLETED)
+        for task in rest:
+            task.cancel()
+        return first.pop().result()
     finally:
         server.end()
-    return found, killed, seconds
 
 
 @program
 def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        found, killed, seconds = asyncio.run(measure(args, Path(folder)))
+        found, killed = asyncio.run(measure(args, Path(folder)))
         bad = check(args, Path(folder), found)
         told = counted(Path(folder), EVENTS)
         log = (Path(folder) / "server.log").read_text()
@@ -307,8 +345,10 @@ def main(args: Args) -> None:
         for what, value in (("p50", parts[49]), ("p99", parts[98]), ("slowest", max(found.seconds))):
             rows.append(row(f"{name}: {what}", 1e3 * value, "ms", packages=PACKAGES))
         rows.append(row(f"{name}: server's CPU time each", 1e3 * found.cpu / args.submissions, "ms", packages=PACKAGES))
-        rows.append(row(f"{name}: rate", args.submissions / seconds, "submissions/s", packages=PACKAGES))
+        rows.append(row(f"{name}: rate", args.submissions / found.wall, "submissions/s", packages=PACKAGES))
     publish(rows, args.json)
+    if killed.total() < args.kills:
+        raise ValueError(f"all runs had ended after {killed.total()} of {args.kills} kills: more --seconds or --submissions")
     if any(bad.values()):
         say(log[-3000:])
         raise ValueError(f"not every submission was carried out and charged once: {bad}")

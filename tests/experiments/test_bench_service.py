@@ -22,11 +22,33 @@ GOOD = dict(lost=0, doubled=0, unfinished=0, other_losses=0, charged_otherwise=0
 
 
 def test_kills_lose_nothing(tmp_path):
-    """One of the server and one of a worker."""
-    args = Args(submissions=24, clients=4, keys=2, slots=1, evals=2, kills=2)
-    found, killed, _ = asyncio.run(measure(args, tmp_path))
+    """One of the server and one of a worker; a run takes long enough to be found under way on any machine."""
+    args = Args(submissions=24, clients=4, keys=2, slots=1, evals=2, seconds=0.1, kills=2)
+    found, killed = asyncio.run(measure(args, tmp_path))
     assert killed == {"server": 1, "worker": 1} and check(args, tmp_path, found) == GOOD
     assert len(found.ids) == 24
+
+
+def test_kills_end_with_the_runs(tmp_path):
+    """A worker is to be killed, and nothing is left to run: fewer kills are told, and none is waited for."""
+    make_store(tmp_path)[0].close()
+
+    class Idle:
+        folder, killed = tmp_path, 0
+
+        def kill(self):
+            self.killed += 1
+
+    idle, looks = Idle(), iter([False, False, True])
+    told = asyncio.run(service.killing(Args(kills=5), idle, lambda: next(looks, True)))
+    assert told == {"server": 1} and idle.killed == 1
+
+
+def test_a_server_that_does_not_start_is_told(tmp_path, monkeypatch):
+    """The clients wait for it no longer, and its log is in the message."""
+    monkeypatch.setattr(service.sys, "executable", "false")
+    with pytest.raises(ValueError, match="ended with status 1"):
+        asyncio.run(measure(Args(submissions=2, clients=2), tmp_path))
 
 
 @pytest.mark.parametrize("sql, bad", [
@@ -62,7 +84,7 @@ def test_the_program_fails_where_something_is_lost(tmp_path, monkeypatch, capsys
         store, _ = make_store(folder)
         store.close()
         (folder / "server.log").write_text("")
-        return Found({0: 1, 1: 2}, [0.001, 0.002]), service.Counter(), 1.0
+        return Found({0: 1, 1: 2}, [0.001, 0.002], wall=1.0), service.Counter()
 
     monkeypatch.setattr(service, "measure", nothing)
     with pytest.raises(SystemExit) as end:
