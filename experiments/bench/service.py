@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -245,7 +245,7 @@ async def killing(args: Args, server: Server, over: Callable[[], bool]) -> Count
     return killed
 
 
-async def watch(server: Server) -> None:
+async def watch(server: Server) -> NoReturn:
     """Raises when the server has ended and was not killed: nobody would answer the clients any more."""
     while server.process.poll() is None:
         await asyncio.sleep(0.2)
@@ -316,10 +316,12 @@ async def measure(args: Args, folder: Path) -> tuple[Found, Counter[str]]:
 
     try:
         loading, watching = asyncio.create_task(load()), asyncio.create_task(watch(server))
-        first, rest = await asyncio.wait((loading, watching), return_when=asyncio.FIRST_COMPLETED)
-        for task in rest:
-            task.cancel()
-        return first.pop().result()
+        await asyncio.wait((loading, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            loading.cancel()
+            watching.result()  # raises
+        watching.cancel()
+        return loading.result()
     finally:
         server.end()
 
@@ -348,7 +350,8 @@ def main(args: Args) -> None:
         rows.append(row(f"{name}: rate", args.submissions / found.wall, "submissions/s", packages=PACKAGES))
     publish(rows, args.json)
     if killed.total() < args.kills:
-        raise ValueError(f"all runs had ended after {killed.total()} of {args.kills} kills: more --seconds or --submissions")
+        n = killed.total()
+        raise ValueError(f"all runs had ended after {n} of {args.kills} kills: give more --submissions or --seconds")
     if any(bad.values()):
         say(log[-3000:])
         raise ValueError(f"not every submission was carried out and charged once: {bad}")
