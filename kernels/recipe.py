@@ -4,7 +4,8 @@ An op of this package is made of, in order:
 
 1. `torch.library.custom_op("purelm::NAME_fwd", mutates_args=(), device_types="cuda")`, which imports NAME_triton (so
    triton is loaded at the first call on a GPU, never on import) and launches; `register_kernel("cpu")`, the reference
-   of purelm.ops; `register_fake`, with the exact strides and dtypes. The same for `purelm::NAME_bwd`.
+   of purelm.ops; `register_fake`, with the exact strides and dtypes. The same for `purelm::NAME_bwd`. Ops that a
+   layer calls go through `eager_or_op`.
 2. A `torch.autograd.Function` with `setup_context` and `vmap`, called through `applier`, whose backward calls
    `backward_function(...)`.
 
@@ -36,6 +37,10 @@ def interpreted() -> bool:
 def _transformed() -> bool:
     """Whether a torch.func transform or torch.compile is active: both need a Function with `setup_context`."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def applier(name: str, function: Any) -> Callable[..., Any]:
@@ -81,7 +86,7 @@ def eager_or_op(op: Callable[..., Any], launch: Callable[..., Any]) -> Callable[
     """
 
     def call(x: Tensor, *args: Any) -> Any:
-        plain = type(x) in _PLAIN and x.is_cuda and not _transformed()
+        plain = type(x) in _PLAIN and _on_gpu(x) and not _transformed()
         if plain and not torch._C._len_torch_dispatch_stack():
             return launch(x, *args)
         return op(x, *args)

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from purelm.kernels.recipe import applier, backward_function
+from purelm.kernels.recipe import applier, backward_function, eager_or_op
 from purelm.ops.derivatives import in_forward_mode
 from purelm.ops.precision import accumulator
 from purelm.ops.rms_norm import rms_norm as reference
@@ -100,15 +100,18 @@ def _grouped_weight(weight: Tensor | None) -> Tensor | None:
 # The ops. Tensors are (G, R, D), weights (G, D), rstd (G, R).
 
 
-@torch.library.custom_op("purelm::rms_norm_fwd", mutates_args=(), device_types="cuda")
-def _fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _fwd_cuda(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     from purelm.kernels import rms_norm_triton
 
     y, _, rstd = rms_norm_triton.forward(x, None, weight, eps)
     return y, rstd
 
 
-@_fwd.register_kernel("cpu")
+_fwd_op = torch.library.custom_op("purelm::rms_norm_fwd", _fwd_cuda, mutates_args=(), device_types="cuda")
+_fwd = eager_or_op(_fwd_op, _fwd_cuda)
+
+
+@_fwd_op.register_kernel("cpu")
 def _(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.to(accumulator(x.dtype))
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
@@ -117,32 +120,34 @@ def _(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     return y.contiguous(), rstd
 
 
-@_fwd.register_fake
+@_fwd_op.register_fake
 def _(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
 
 
-@torch.library.custom_op("purelm::add_rms_norm_fwd", mutates_args=(), device_types="cuda")
-def _add_fwd(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _add_fwd_cuda(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from purelm.kernels import rms_norm_triton
 
     return rms_norm_triton.forward(x, residual, weight, eps)
 
 
-@_add_fwd.register_kernel("cpu")
+_add_fwd_op = torch.library.custom_op("purelm::add_rms_norm_fwd", _add_fwd_cuda, mutates_args=(), device_types="cuda")
+_add_fwd = eager_or_op(_add_fwd_op, _add_fwd_cuda)
+
+
+@_add_fwd_op.register_kernel("cpu")
 def _(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     total = (x + residual).contiguous()
-    y, rstd = _fwd(total, weight, eps)
+    y, rstd = _fwd_op(total, weight, eps)
     return y, total, rstd
 
 
-@_add_fwd.register_fake
+@_add_fwd_op.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=accumulator(x.dtype))
 
 
-@torch.library.custom_op("purelm::rms_norm_bwd", mutates_args=(), device_types="cuda")
-def _bwd(
+def _bwd_cuda(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
     """dx (plus dsum, the gradient of the sum x + residual itself) and dw; what is not needed is an empty tensor."""
@@ -151,7 +156,10 @@ def _bwd(
     return rms_norm_triton.backward(dy, dsum, x, weight, rstd, need_dx, need_dw)
 
 
-@_bwd.register_kernel("cpu")
+_bwd_op = torch.library.custom_op("purelm::rms_norm_bwd", _bwd_cuda, mutates_args=(), device_types="cuda")
+
+
+@_bwd_op.register_kernel("cpu")
 def _bwd_plain(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
@@ -166,7 +174,7 @@ def _bwd_plain(
     return dx, dw
 
 
-@_bwd.register_fake
+@_bwd_op.register_fake
 def _(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
@@ -209,7 +217,7 @@ def _bwd_again(dy: Tensor, dsum: Any, x: Tensor, weight: Any, rstd: Tensor, need
     return _bwd_plain(dy, dsum, x, weight, torch.rsqrt(mean + eps), need_dx, need_dw)
 
 
-_backward = backward_function("rms_norm", _bwd, _bwd_vmap, _bwd_again)
+_backward = backward_function("rms_norm", eager_or_op(_bwd_op, _bwd_cuda), _bwd_vmap, _bwd_again)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from purelm.kernels.recipe import applier, backward_function
+from purelm.kernels.recipe import applier, backward_function, eager_or_op
 from purelm.ops.derivatives import in_forward_mode
 from purelm.ops.rope import LAYOUTS, Layout, check_tables
 from purelm.ops.rope import rope as reference
@@ -117,25 +117,27 @@ def _check(
 # The ops. Tables are (1 or B, T, J); inverse rotates by the opposite angle.
 
 
-@torch.library.custom_op("purelm::rope", mutates_args=(), device_types="cuda")
-def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+def _rope_cuda(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     from purelm.kernels import rope_triton
 
     return rope_triton.turn(x, None, cos, sin, interleaved, inverse)[0]
 
 
-@_rope.register_kernel("cpu")
+_rope_op = torch.library.custom_op("purelm::rope", _rope_cuda, mutates_args=(), device_types="cuda")
+_rope = eager_or_op(_rope_op, _rope_cuda)
+
+
+@_rope_op.register_kernel("cpu")
 def _rope_plain(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     return reference(x, cos, -sin if inverse else sin, LAYOUTS[not interleaved]).contiguous()
 
 
-@_rope.register_fake
+@_rope_op.register_fake
 def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("purelm::rope_qk", mutates_args=(), device_types="cuda")
-def _rope_qk(
+def _rope_qk_cuda(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     from purelm.kernels import rope_triton
@@ -143,14 +145,18 @@ def _rope_qk(
     return rope_triton.turn(q, k, cos, sin, interleaved, inverse)
 
 
-@_rope_qk.register_kernel("cpu")
+_rope_qk_op = torch.library.custom_op("purelm::rope_qk", _rope_qk_cuda, mutates_args=(), device_types="cuda")
+_rope_qk = eager_or_op(_rope_qk_op, _rope_qk_cuda)
+
+
+@_rope_qk_op.register_kernel("cpu")
 def _rope_qk_plain(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     return _rope_plain(q, cos, sin, interleaved, inverse), _rope_plain(k, cos, sin, interleaved, inverse)
 
 
-@_rope_qk.register_fake
+@_rope_qk_op.register_fake
 def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from purelm.kernels.recipe import applier, backward_function
+from purelm.kernels.recipe import applier, backward_function, eager_or_op
 from purelm.ops.derivatives import in_forward_mode
 from purelm.ops.glu import swiglu as reference
 from purelm.ops.precision import accumulator
@@ -53,31 +53,36 @@ def swiglu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[
     return _swiglu(gate, up.view_as(up) if up is gate else up)
 
 
-@torch.library.custom_op("purelm::swiglu_fwd", mutates_args=(), device_types="cuda")
-def _fwd(gate: Tensor, up: Tensor) -> Tensor:
+def _fwd_cuda(gate: Tensor, up: Tensor) -> Tensor:
     from purelm.kernels import swiglu_triton
 
     return swiglu_triton.forward(gate, up)
 
 
-@_fwd.register_kernel("cpu")
+_fwd_op = torch.library.custom_op("purelm::swiglu_fwd", _fwd_cuda, mutates_args=(), device_types="cuda")
+_fwd = eager_or_op(_fwd_op, _fwd_cuda)
+
+
+@_fwd_op.register_kernel("cpu")
 def _(gate: Tensor, up: Tensor) -> Tensor:
     return reference(gate, up).contiguous()
 
 
-@_fwd.register_fake
+@_fwd_op.register_fake
 def _(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("purelm::swiglu_bwd", mutates_args=(), device_types="cuda")
-def _bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _bwd_cuda(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     from purelm.kernels import swiglu_triton
 
     return swiglu_triton.backward(dy, gate, up)
 
 
-@_bwd.register_kernel("cpu")
+_bwd_op = torch.library.custom_op("purelm::swiglu_bwd", _bwd_cuda, mutates_args=(), device_types="cuda")
+
+
+@_bwd_op.register_kernel("cpu")
 def _bwd_plain(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     wide = accumulator(gate.dtype)
     dy_, gate_, up_ = dy.to(wide), gate.to(wide), up.to(wide)
@@ -86,7 +91,7 @@ def _bwd_plain(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return dgate.to(gate.dtype).contiguous(), (dy_ * gate_ * s).to(up.dtype).contiguous()
 
 
-@_bwd.register_fake
+@_bwd_op.register_fake
 def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
@@ -102,7 +107,7 @@ def _bwd_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     return _backward(*_batched(args, in_dims, info.batch_size)), (0, 0)
 
 
-_backward = backward_function("swiglu", _bwd, _bwd_vmap, _bwd_plain)
+_backward = backward_function("swiglu", eager_or_op(_bwd_op, _bwd_cuda), _bwd_vmap, _bwd_plain)
 
 
 class _SwiGLU(torch.autograd.Function):

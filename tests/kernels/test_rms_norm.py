@@ -245,12 +245,12 @@ def test_opcheck(weighted):
     """Oracle: torch.library.opcheck: schema, fake tensors and their strides, ahead-of-time dispatch."""
     x, r, dy, w = numbers(13, (2, 5, 8), (2, 5, 8), (2, 5, 8), (2, 8))
     w, rstd = w if weighted else None, torch.ones(2, 5)
-    torch.library.opcheck(module._fwd, (x, w, 1e-5))
-    torch.library.opcheck(module._fwd, (x.mT.contiguous().mT, w, 1e-5))
-    torch.library.opcheck(module._add_fwd, (x, r, w, 1e-5))
+    torch.library.opcheck(module._fwd_op, (x, w, 1e-5))
+    torch.library.opcheck(module._fwd_op, (x.mT.contiguous().mT, w, 1e-5))
+    torch.library.opcheck(module._add_fwd_op, (x, r, w, 1e-5))
     for dsum in (None, r):
         for need in ((True, True), (False, True), (True, False)):
-            torch.library.opcheck(module._bwd, (dy, dsum, x, w, rstd, *need))
+            torch.library.opcheck(module._bwd_op, (dy, dsum, x, w, rstd, *need))
 
 
 @pytest.mark.parametrize(

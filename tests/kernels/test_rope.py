@@ -250,9 +250,9 @@ def test_opcheck():
     q, k = numbers(10, (2, 4, 3, 6), (2, 4, 1, 6))
     shared, rows = [t[None].float() for t in (COS, SIN)], [t.float() for t in (ROW_COS, ROW_SIN)]
     for x in (q, q.mT.contiguous().mT, q[:, :, :1].expand(2, 4, 3, 6)):
-        torch.library.opcheck(module._rope, (x, *shared, True, False))
-    torch.library.opcheck(module._rope, (q, *rows, False, True))
-    torch.library.opcheck(module._rope_qk, (q, k, *rows, True, True))
+        torch.library.opcheck(module._rope_op, (x, *shared, True, False))
+    torch.library.opcheck(module._rope_op, (q, *rows, False, True))
+    torch.library.opcheck(module._rope_qk_op, (q, k, *rows, True, True))
 
 
 def test_tables_have_no_gradient_and_say_so():

@@ -154,9 +154,9 @@ def test_opcheck():
     """Oracle: torch.library.opcheck: schema, fake tensors and their strides, ahead-of-time dispatch."""
     gate, up, dy = numbers(8, (2, 5), (2, 5), (2, 5))
     for args in ((gate, up), (gate.T, up.T)):
-        torch.library.opcheck(module._fwd, args)
+        torch.library.opcheck(module._fwd_op, args)
     for args in ((dy, gate, up), (dy[:1].expand(2, 5), gate, up), (dy.T, gate.T, up.T)):
-        torch.library.opcheck(module._bwd, args)
+        torch.library.opcheck(module._bwd_op, args)
 
 
 @pytest.mark.parametrize(
