@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from experiments.scaling.count import count
 from experiments.scaling.service.schemas import (
@@ -26,8 +25,6 @@ from experiments.scaling.service.schemas import (
     TrainingConfig,
     WarmupCosineDecay,
 )
-from purelm import random
-from purelm.scaling.bootstrap import interval
 from purelm.scaling.laws import Law, loss
 from purelm.scaling.runs import Array, Runs
 
@@ -40,7 +37,6 @@ __all__ = [
     "best_run",
     "config",
     "counted",
-    "forecast",
     "rate_law",
     "rate_of",
     "runs_of",
@@ -217,19 +213,3 @@ def rate_law(sizes: Sequence[float], tokens: Sequence[float], rates: Sequence[fl
 def rate_of(law: RateLaw, parameters: float, tokens: float) -> float:
     """c N^-p D^q, in three digits."""
     return float(f"{law.coefficient * parameters**-law.parameters * tokens**law.tokens:.3g}")
-
-
-def forecast(
-    key: Tensor, law: Law, laws: Law, runs: Runs, parameters: float, tokens: float, coverage: float
-) -> tuple[float, float, float]:
-    """(loss, low, high) of one more run: each law of a bootstrap sample with a relative residual of some run.
-
-    key: of purelm.random. laws: of `bootstrap.resampled`, fields (n,).
-    """
-    residuals = np.log(runs.loss / loss(law, runs.parameters, runs.tokens))
-    spread = math.sqrt(len(residuals) / max(1, len(residuals) - 5))  # five numbers were fitted to them
-    drawn = random.randint(key, (len(laws.E),), 0, len(residuals)).numpy()
-    each = loss(laws, parameters, tokens) * np.exp(spread * residuals[drawn])
-    if bad := int((~np.isfinite(each)).sum()):
-        raise ValueError(f"{bad} of {len(each)} bootstrap laws are not finite: the runs are too few, or too much alike")
-    return float(loss(law, parameters, tokens)), *interval(each, coverage)

@@ -6,8 +6,9 @@
 
 It goes in steps, each from the results of those before: two short runs for the device's speed; learning rates of a
 small and a middle model and of longer runs, for a law of them; --widths at three times; the law of loss, by variable
-projection, with its bootstrap; the shape and the number of tokens that are best in --multiple times the budget; the
-prediction of their loss, which is appended to FORECASTS and submitted; the final run; the outcome.
+projection, with bootstraps of all runs and of parts of them; the shape and the number of tokens that are best in
+--multiple times the budget; the prediction of their loss, which is appended to FORECASTS and submitted; the final run;
+the outcome.
 
 Experiments lie on the server: the same command goes on where it stopped, since a configuration runs once. It leaves
 study.json, study.md and study.png in OUT.
@@ -35,7 +36,6 @@ from experiments.scaling.decide import (
     Speed,
     best_run,
     counted,
-    forecast,
     rate_of,
     runs_of,
     seconds_of,
@@ -46,8 +46,7 @@ from experiments.scaling.forecasts import Forecast, read_rows, register, settle
 from experiments.scaling.service.schemas import MAX_SECONDS, Experiment, TrainingConfig
 from experiments.scaling.study_steps import Server, Sizes, device_speed, ended, last, learning_rates
 from purelm import random, track
-from purelm.scaling import variable_projection
-from purelm.scaling.bootstrap import resampled
+from purelm.scaling.forecast import fitted, forecast
 from purelm.scaling.laws import Law
 from purelm.scaling.runs import Runs
 
@@ -133,16 +132,16 @@ def carry_out(args: Args, client: Client) -> None:
     grid = _grid(server, among, rates)
     done = {x.experiment_id: (x.training_config, value) for x in [*tuned, *grid] if (value := last(x)) is not None}
     runs = runs_of(list(done.values()))
-    law = variable_projection.fit(runs)
-    laws = resampled(random.key(args.seed), runs, law, args.bootstrap)
+    fits = fitted(random.key(args.seed), runs, args.bootstrap)
+    law, laws = fits.whole.law, fits.whole.laws
     speed = speed_of(server.done.values(), server.rules)
     final = _final(args, server, law, speed, rates)
     n, d = counted(final.architecture_config), final.total_train_tokens
-    predicted = forecast(random.fold_in(random.key(args.seed), 1), law, laws, runs, n, d, args.coverage)
+    predicted = forecast(random.fold_in(random.key(args.seed), 1), fits, n, d, args.coverage)
     say(f"law {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}")
     say(f"final run: {n:,} parameters, {d:,} tokens, {seconds_of(final, speed, server.rules):,.0f} s")
     row = _foretold(args, server, final, runs, predicted)
-    value, low, high = predicted = (row["loss"], row["low"], row["high"])  # as it was written down, by whatever samples
+    value, low, high = written = (row["loss"], row["low"], row["high"])  # once, by whatever samples
     say(f"predicted loss {value:.4f}, {100 * row['coverage']:.0f} % within {low:.4f} and {high:.4f}")
     measured, held = _measured(args, server), None
     if measured is not None:
@@ -153,14 +152,14 @@ def carry_out(args: Args, client: Client) -> None:
     result = {
         "name": args.name, "device": args.device, "backend": client.backend, "rules": server.rules.model_dump(),
         "budget": client.budget(), "law": law._asdict(), "speed": speed._asdict(), "rate": rates._asdict(),
-        "predicted": predicted, "coverage": row["coverage"], "final": final.model_dump(mode="json"),
+        "predicted": written, "coverage": row["coverage"], "final": final.model_dump(mode="json"),
         "final_parameters": n, "final_seconds": args.multiple * server.total, "measured": measured, "held": held,
         "final_run": client.final_run(),
         "experiments": [x.model_dump(mode="json") for x in sorted(server.done.values(), key=lambda x: x.experiment_id)],
     }  # fmt: skip
     track.write_text(args.out / "study.json", json.dumps(result, indent=1) + "\n")
     track.write_text(args.out / "study.md", study_page.page(result, runs, law))
-    study_page.draw(args.out / "study.png", runs, law, laws, (n, d), predicted, measured and measured[0])
+    study_page.draw(args.out / "study.png", runs, law, laws, (n, d), written, measured and measured[0])
     say(f"wrote {args.out / 'study.md'}")
 
 
