@@ -15,7 +15,6 @@ settings and lines give the same answers.
 """
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from typing import Annotated
 
 import tyro
 
-from experiments.console import USER_ERRORS, pick_device, program, say
+from experiments.console import USER_ERRORS, pick_device, program, safe, say
 from experiments.limits import Count, Place, Range, Seed, Share, Text
 from experiments.open_model import open_model
 from experiments.ops import ops_for_generation
@@ -204,7 +203,7 @@ def _answer(args: Args, voice: Voice, talk: Talk, text: str) -> tuple[Talk, bool
         for said in speak(voice, kept, text, ids):
             n_new += 1
             first = first if n_new > 1 else time.perf_counter()
-            sys.stdout.write(_safe(said.piece))
+            sys.stdout.write(safe(said.piece))
             sys.stdout.flush()
         end = time.perf_counter()
         print(flush=True)
@@ -219,11 +218,6 @@ def _answer(args: Args, voice: Voice, talk: Talk, text: str) -> tuple[Talk, bool
         print(flush=True)
         say("stopped" if said is not None else "stopped before the answer began; the message is taken back")
     return (talk if said is None else said.talk), stopped
-
-
-def _safe(piece: str) -> str:
-    """On a terminal, control characters would be commands to it: U+FFFD in their place."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", piece) if sys.stdout.isatty() else piece
 
 
 def _save(name: str, talk: Talk) -> None:

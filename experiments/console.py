@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import os
 import re
+import select
 import shutil
 import sys
 import time
@@ -21,7 +23,8 @@ USER_ERRORS = (ValueError, OSError)
 def program(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a main: its configuration is checked against the ranges; a user's error is one line, without traceback.
 
-    Exit status 2: a bad argument or file. 1: no memory left. 130: Ctrl-C.
+    Exit status 2: a bad argument or file. 1: no memory left. 130: Ctrl-C. 141, without a word: nobody reads the output
+    any more, as after `| head`.
     """
 
     @functools.wraps(main)
@@ -32,6 +35,8 @@ def program(main: Callable[..., None]) -> Callable[..., None]:
                     check(given)
             main(*args, **kwargs)
         except USER_ERRORS as error:
+            if isinstance(error, BrokenPipeError) and _unread():
+                raise SystemExit(141) from None
             _end(str(error), 2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -45,6 +50,25 @@ def program(main: Callable[..., None]) -> Callable[..., None]:
             _end(text, 1)
 
     return wrapped
+
+
+def _unread() -> bool:
+    """Whether standard output is a pipe that nobody reads; then it is silenced, or Python would complain at its end."""
+    try:
+        at = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file
+        return False
+    look = select.poll()
+    look.register(at, 0)
+    if not any(event & select.POLLERR for _, event in look.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), at)
+    return True
+
+
+def safe(piece: str) -> str:
+    """On a terminal, control characters would be commands to it: U+FFFD in their place."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", piece) if sys.stdout.isatty() else piece
 
 
 def _end(text: str, status: int) -> None:

@@ -2,7 +2,8 @@
 
     python -m experiments.generate runs/quickstart --prompt "Once upon a time"
 
-Text appears as it is sampled. The same prompt, seed and settings give the same text.
+Text appears as it is sampled, on a terminal without control characters. The same prompt, seed and settings give the
+same text.
 """
 
 import sys
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from experiments.console import pick_device, program, say
+from experiments.console import pick_device, program, safe, say
 from experiments.limits import Count, Range, Seed, Share, Text, Whole
 from experiments.ops import ops_for_generation
 from purelm import checkpoint, random, tree
@@ -160,7 +161,7 @@ def main(args: Args) -> None:
             stop_strings=args.stop,
         )
         for piece in pieces:
-            sys.stdout.write(piece)
+            sys.stdout.write(safe(piece))
             sys.stdout.flush()
         print()
 

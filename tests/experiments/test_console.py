@@ -2,6 +2,9 @@
 
 import doctest
 import re
+import subprocess
+import sys
+import unicodedata
 
 import pytest
 import torch
@@ -140,3 +143,34 @@ def test_auto_is_bf16_on_gpus_with_units_for_it_alone(monkeypatch):
         assert console.in_bf16("auto", cuda) == native
         assert not console.in_bf16("auto", cpu) and not console.in_bf16("fp32", cuda)
         assert console.in_bf16("bf16", cpu)
+
+
+def test_output_that_nobody_reads_ends_a_program_quietly():
+    """Oracle: a shell's status of a process that SIGPIPE ended, 128 + 13."""
+    code = "from experiments.console import program\n@program\ndef main():\n    while True: print('x' * 1000)\nmain()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        error = process.stderr.read()
+    assert (process.wait(), error) == (141, b"")
+
+
+def test_another_broken_pipe_is_an_error(capsys):
+    """Such as that of a connection, while the output is read."""
+
+    @program
+    def main():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and "Broken pipe" in capsys.readouterr().err
+
+
+def test_control_characters_reach_no_terminal(monkeypatch):
+    """Oracle: Unicode's category Cc but for tab and line feed; a file gets what was said."""
+    text = "".join(map(chr, range(0x180)))
+    assert console.safe(text) == text
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    shown = "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\t\n" else c for c in text)
+    assert console.safe(text) == shown
