@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import os
 import secrets
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from experiments.console import program, say
 from experiments.limits import Count, Place, Range, Seed, Text, Whole
 from experiments.lock import locked
 from experiments.scaling.service import keys
+from experiments.scaling.service.room import reason
 from experiments.scaling.service.schemas import Rules
 from experiments.scaling.service.store import FILE, Store, create, open_store
 
@@ -212,27 +214,36 @@ def manage(args: Serve) -> None:
             pass
     store = open_store(args.folder)
     try:
-        if args.remove_key is not None:
-            with store.write() as db:
-                keys.remove_key(db, args.remove_key, time.time())
-            say(f"the key of {args.remove_key} is removed; its runs stay")
-        if args.add_key is not None:
-            text = keys.new_key(args.long_keys)
-            seed = secrets.randbits(62) if args.key_seed is None else args.key_seed
-            hash_ = keys.hashed(text, store.meta()["salt"])
-            with store.write() as db:
-                keys.add_key(db, args.add_key, hash_, args.budget_seconds, seed, time.time())
-            say(f"the key of {args.add_key}, for {args.budget_seconds:g} device-seconds; it is shown this once:")
-            print(text)
-        if args.list_keys:
-            from experiments.scaling.service.ledger import budget
-
-            with store.read() as db:
-                for key in keys.all_keys(db):
-                    used = budget(db, key).used_seconds
-                    print(f"{key.name}: {used:g} of {key.budget:g} device-seconds used or reserved")
+        _manage(args, store)
+    except sqlite3.OperationalError as error:
+        text = reason(error, args.folder)
+        raise ValueError(f"folder {args.folder}: {text}; no key was added or removed, whatever was shown") from None
     finally:
         store.close()
+
+
+def _manage(args: Serve, store: Store) -> None:
+    text = keys.new_key(args.long_keys)
+    hash_ = keys.hashed(text, store.meta()["salt"])
+    if args.remove_key is not None or args.add_key is not None:
+        with store.write() as db:
+            if args.remove_key is not None:
+                keys.remove_key(db, args.remove_key, time.time())
+            if args.add_key is not None:
+                seed = secrets.randbits(62) if args.key_seed is None else args.key_seed
+                keys.add_key(db, args.add_key, hash_, args.budget_seconds, seed, time.time())
+                # Before it is stored: a key that could not be shown, since the disk is full or so, would be lost.
+                say(f"the key of {args.add_key}, for {args.budget_seconds:g} device-seconds; it is shown this once:")
+                print(text, flush=True)
+        if args.remove_key is not None:
+            say(f"the key of {args.remove_key} is removed; its runs stay")
+    if args.list_keys:
+        from experiments.scaling.service.ledger import budget
+
+        with store.read() as db:
+            for key in keys.all_keys(db):
+                used = budget(db, key).used_seconds
+                print(f"{key.name}: {used:g} of {key.budget:g} device-seconds used or reserved")
 
 
 if __name__ == "__main__":

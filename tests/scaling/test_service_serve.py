@@ -3,8 +3,10 @@
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -39,6 +41,25 @@ def test_keys_are_added_listed_and_removed(tmp_path):
     assert run(folder, "--list-keys").stdout.startswith("ben")
     with open_store(folder).read() as db:
         assert db.execute("SELECT seed FROM keys WHERE name = 'ben'").fetchone()[0] == 3
+
+
+def test_a_key_that_cannot_be_shown_or_stored_is_none(tmp_path, monkeypatch):
+    """It is shown once: on a full disk it was stored, and nobody knew it. /dev/full is one; the database another."""
+    folder = tmp_path / "service"
+    run(folder, "--add-key", "ben")
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "w") as full, redirect_stdout(full):
+        serve.manage(Serve(folder=folder, backend="surrogate", add_key="ada"))
+    assert run(folder, "--list-keys").stdout.startswith("ben")
+    taken = run(folder, "--remove-key", "ben", "--add-key", "ben")  # both or none
+    assert taken.returncode == 0 and re.fullmatch(r"\d{8}\n", taken.stdout)
+
+    def add_key(*args):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(serve.keys, "add_key", add_key)
+    done = run(folder, "--add-key", "ada", "--remove-key", "ben")
+    assert done.returncode == 2 and "the disk is full: free some space" in done.stderr
+    assert "no key was added or removed" in done.stderr and run(folder, "--list-keys").stdout.startswith("ben")
 
 
 @pytest.mark.parametrize("args, text", [
