@@ -137,7 +137,7 @@ def prepared(args: Serve) -> Iterator[tuple[Store, Ready]]:
     """The store of the folder, made if need be, with the folder's lock. ValueError if it was made for other runs."""
     from experiments.scaling.service.alive import check_locks
 
-    with locked(args.folder):
+    with locked(args.folder, "--folder"):
         made = (args.folder / FILE).exists()
         kept = open_store(args.folder).meta() if made else {"secret": secrets.randbits(62)}
         ready = ready_of(args, kept["secret"])

@@ -30,6 +30,7 @@ from experiments.scaling.service.schemas import (
     FinalSubmission,
     FinalSubmissionRequest,
     Rules,
+    ServedRules,
     SubmitResponse,
     TrainingConfig,
     problem,
@@ -161,9 +162,9 @@ def create_app(
         return with_hidden(read(lambda db: ledger.final_run(db, key)), key)
 
     @app.get("/rules")
-    async def get_rules() -> Rules:
-        """What this server fixes for all runs."""
-        return rules
+    async def get_rules() -> ServedRules:
+        """What this server fixes for all runs, and the budgets that a final run may take."""
+        return ServedRules(**rules.model_dump(), final_budgets=final)
 
     page = pages.dashboard()
 

@@ -62,11 +62,14 @@ def waits(db: Connection) -> bool:
 
 
 def claim(db: Connection, run_id: str, now: float) -> Job | None:
-    """The next run by fair share: of the key with the fewest runs under way, then the one that has waited longest."""
+    """The next run by fair share: of the key with the fewest runs under way, then the one that has waited longest.
+
+    By their numbers, which no clock that is set back disturbs.
+    """
     row = db.execute(
         "WITH busy AS (SELECT key, COUNT(*) AS n FROM runs WHERE state = 'running' GROUP BY key) "
         f"SELECT runs.*, keys.seed {WAITING} "
-        "ORDER BY COALESCE((SELECT n FROM busy WHERE busy.key = runs.key), 0), runs.queued_at, runs.id LIMIT 1"
+        "ORDER BY COALESCE((SELECT n FROM busy WHERE busy.key = runs.key), 0), runs.id LIMIT 1"
     ).fetchone()
     if row is None:
         return None
