@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.lock import locked
 from experiments.scaling import study
 from experiments.scaling.client import Conflict, InsufficientBudget
 from experiments.scaling.service.backend import Control, Done, Late, charge
@@ -25,6 +26,7 @@ from experiments.scaling.service.schemas import (
 )
 from experiments.scaling.service.surrogate import Surrogate, backend
 from purelm import track
+from tests.programs import run_here
 
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 RULES = Rules(min_vocab_size=4096)
@@ -245,3 +247,15 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
         assert (given.out / name).read_bytes() == (undisturbed.out / name).read_bytes(), name
     assert "measured" in (tmp_path / "f.md").read_text() and (tmp_path / "f.md").read_text().count("| s |") == 1
     assert len(track.read_rows(given.forecasts)) == 2
+
+
+def test_a_study_has_its_folder_to_itself_and_wants_a_key(tmp_path, monkeypatch):
+    """Two of one OUT would write over each other's plan. Nobody listens at that address."""
+    monkeypatch.delenv("PURELM_API_KEY", raising=False)
+    flags = ["--name", "s", "--out", tmp_path / "out", "--forecasts", tmp_path / "f.jsonl", "--url", "http://127.0.0.1:1"]
+    with locked(tmp_path / "out"):
+        done = run_here("experiments.scaling.study", *flags, "--key", "k")
+    assert done.returncode == 2 and "give another --out" in done.stderr
+    done = run_here("experiments.scaling.study", *flags)
+    assert done.returncode == 2 and "set PURELM_API_KEY" in done.stderr
+    assert not (tmp_path / "f.jsonl").exists()
