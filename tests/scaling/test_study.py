@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 def test_a_study_has_its_folder_to_itself_and_wants_a_key(tmp_path, monkeypatch):
     """Two of one OUT would write over each other's plan. Nobody listens at that address."""
     monkeypatch.delenv("PURELM_API_KEY", raising=False)
-    flags = ["--name", "s", "--out", tmp_path / "out", "--forecasts", tmp_path / "f.jsonl", "--url", "http://127.0.0.1:1"]
+    flags = f"--name s --out {tmp_path}/out --forecasts {tmp_path}/f.jsonl --url http://127.0.0.1:1".split()
     with locked(tmp_path / "out"):
         done = run_here("experiments.scaling.study", *flags, "--key", "k")
     assert done.returncode == 2 and "give another --out" in done.stderr
