@@ -58,6 +58,7 @@ Rate = Annotated[float, Range(0, 10, open_low=True)]
 
 USED_SHARE = 0.8  # of what is left is planned for: runs reserve more than they use, and may take longer
 LEVELS = (1.0, 3.0, 9.0)  # times of the grid, relative
+TRIES = 9  # of a request: some 100 s
 FREE = ("out", "forecasts", "url", "key", "device", "bootstrap", "coverage", "seed")  # arguments that plan no run
 OWN = ("max_runtime_seconds",)  # of a final run: the service's own
 
@@ -105,12 +106,17 @@ def main(args: Args) -> None:
     key = args.key or os.environ.get("PURELM_API_KEY", "")
     if not key:
         raise ValueError("key: give --key, or set PURELM_API_KEY")
-    client = Client(args.url, key)
     with locked(args.out, "--out"):
         try:
-            carry_out(args, client)
+            carry_out(args, patient(args.url, key))
         except Failure as error:
             raise ValueError(f"the service at {args.url}: {error}") from None
+
+
+def patient(url: str, key: str) -> Client:
+    """A client that waits for a server which is started again; an address or a key that is wrong now is told soon."""
+    Client(url, key).budget()
+    return Client(url, key, tries=TRIES)
 
 
 def _checked(args: Args) -> None:

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("uvicorn")
 
 from experiments.scaling import client as module
+from experiments.scaling import study
 from experiments.scaling.client import (
     Client,
     Conflict,
@@ -295,3 +296,20 @@ def test_experiments_of_another_key_are_not_waited_for(url):
     id_ = client.submit(config())["experiment_id"]
     with pytest.raises(NotFound, match=r"no experiments \[1\]"):
         Client(url, TEXT["ben"]).wait([id_])
+
+
+def test_a_server_that_is_started_again_is_waited_for(store, monkeypatch):
+    """For more than a minute once the study goes; an address where nobody was is told within seconds."""
+    slept = []
+    monkeypatch.setattr(module.time, "sleep", slept.append)
+    with served(store) as url:
+        with pytest.raises(InvalidKey):
+            study.patient(url, "0")
+        there = study.patient(url, TEXT["ada"])
+    with pytest.raises(Unavailable):
+        there.budget()
+    assert 60 < sum(slept) < 300
+    slept.clear()
+    with pytest.raises(Unavailable):
+        study.patient(url, TEXT["ada"])
+    assert sum(slept) < 10
