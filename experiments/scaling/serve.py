@@ -8,6 +8,7 @@ It keeps all in FOLDER: service.sqlite3, a folder for each run, and the workers'
 what was accepted is there when it starts again. README.md beside this file is a walk-through; the client is client.py.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -29,7 +30,7 @@ from experiments.lock import locked
 from experiments.scaling.service import keys
 from experiments.scaling.service.room import reason
 from experiments.scaling.service.schemas import Rules
-from experiments.scaling.service.store import FILE, Store, create, open_store
+from experiments.scaling.service.store import BUSY, FILE, Store, connect, create, open_store
 
 Seconds = Annotated[float, Range(1, 1e9)]
 NAMES = {"127.0.0.1": "127.0.0.1", "localhost": "localhost", "::1": "[::1]"}
@@ -147,7 +148,11 @@ def prepared(args: Serve) -> Iterator[tuple[Store, Ready]]:
         store = open_store(args.folder)
         try:
             same_facts(args.folder, store.meta(), ready.facts)
-            yield store, ready
+            # One connection stays: with the last one SQLite removes the index of its log, which a full disk does not
+            # take again, so that nothing could even be read.
+            with contextlib.closing(connect(store.path, BUSY)) as kept:
+                kept.execute("SELECT 1 FROM meta").fetchone()
+                yield store, ready
         finally:
             store.close()
 

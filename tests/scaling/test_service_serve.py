@@ -94,6 +94,16 @@ def test_a_folder_keeps_its_back_end_and_rules(tmp_path):
     assert "was made with backend real" in run(tmp_path / "a").stderr
 
 
+def test_the_index_of_the_log_stays_while_a_server_does(tmp_path):
+    """An error closes its connection, which may be the last; a full disk does not take the index again."""
+    with prepared(Serve(folder=tmp_path / "a", backend="surrogate")) as (store, _):
+        with pytest.raises(KeyError), store.write():
+            raise KeyError
+        store.close()
+        assert (tmp_path / "a" / f"{FILE}-shm").exists()
+    assert not (tmp_path / "a" / f"{FILE}-shm").exists()
+
+
 def test_slots(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

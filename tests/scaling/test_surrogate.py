@@ -224,22 +224,11 @@ def test_at_once_or_as_time_passes(tmp_path):
     assert isinstance(stopped, Stopped) and stopped.seconds == pytest.approx(5 * 0.1 / 0.5)
     again, told = control(tmp_path)
     assert _run(slow, config(), RULES, again, slept.append) == whole.outcome and told[0] == stopped.seconds
-    assert sum(slept) == pytest.approx(0.5 * whole.outcome.seconds) and max(slept) <= 0.1
-    lengths = [len(x[0]) for x in told[1:]]
-    assert lengths == sorted(set(lengths)) and told[-1][0] == whole.val_losses.tolist()
-    (tmp_path / "surrogate.json").unlink()
-
-    slept.clear()
-    stopping, told = control(tmp_path, stop=lambda: len(slept) >= 5)
-    stopped = _run(slow, config(), RULES, stopping, slept.append)
-    assert isinstance(stopped, Stopped) and stopped.seconds == pytest.approx(5 * 0.1 / 0.5)
-    again, told = control(tmp_path)
-    assert _run(slow, config(), RULES, again, slept.append) == whole.outcome and told[0] == stopped.seconds
+    assert sum(slept) == pytest.approx(0.5 * whole.outcome.seconds)
     for text in ("", "{}", "[1]", '{"seconds": null}'):  # as a loss of power may leave it: from the start
         (tmp_path / "surrogate.json").write_text(text)
         again, told = control(tmp_path)
         assert _run(slow, config(), RULES, again, slept.append) == whole.outcome and told[0] == 0.0
-    assert sum(slept) == pytest.approx(0.5 * whole.outcome.seconds)
 
     class Killed(BaseException):
         pass

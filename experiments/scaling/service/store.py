@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from experiments.scaling.service.room import reason
 
-__all__ = ["FILE", "Commits", "Store", "create", "open_store"]
+__all__ = ["BUSY", "FILE", "Commits", "Store", "connect", "create", "open_store"]
 
 T = TypeVar("T")
 
