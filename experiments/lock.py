@@ -1,5 +1,6 @@
 """One process at a time writes into the folder of a run: a lock that is released when its holder ends in any way."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -75,8 +76,8 @@ def _acquire(run: Path, flag: str) -> IO[str]:
             return file
         if _is_current(file, run / LOCK):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without a name, too
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
             return file
         file.close()
 

@@ -2,12 +2,14 @@
 
 import errno
 import os
+import resource
 import sqlite3
 import threading
 from collections import Counter
 
 import pytest
 
+from experiments.lock import held, locked
 from experiments.scaling.service import dispatch, room, worker
 from experiments.scaling.service.room import Teller, await_room, has_room, is_full, reason
 from experiments.scaling.service.store import FILE, create, open_store
@@ -243,3 +245,15 @@ def test_a_store_on_a_full_disk_is_one_line(tmp_path, monkeypatch, what):
     with pytest.raises(ValueError, match="the disk is full: free some space"):
         create(tmp_path, {}) if what == "create" else open_store(tmp_path)
     assert [x.name for x in tmp_path.iterdir()] == ([FILE] if what == "open" else [])
+
+
+def test_a_folder_is_locked_on_a_full_disk_too(tmp_path):
+    """Oracle: a file that may have 0 bytes, by the limit of this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with locked(tmp_path / "a"):
+            found = held(tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert found and not held(tmp_path / "a")
