@@ -150,8 +150,8 @@ def prepared(args: Serve) -> Iterator[tuple[Store, Ready]]:
             same_facts(args.folder, store.meta(), ready.facts)
             # One connection stays: with the last one SQLite removes the index of its log, which a full disk does not
             # take again, so that nothing could even be read.
-            with contextlib.closing(connect(store.path, BUSY)) as kept:
-                kept.execute("SELECT 1 FROM meta").fetchone()
+            with contextlib.closing(connect(store.path, BUSY)) as stays:
+                stays.execute("SELECT 1 FROM meta").fetchone()
                 yield store, ready
         finally:
             store.close()
