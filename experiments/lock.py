@@ -1,5 +1,6 @@
 """One process at a time writes into the folder of a run: a lock that is released when its holder ends in any way."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -15,16 +16,18 @@ LOCK = ".lock"
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path, flag: str = "--run") -> Iterator[None]:
     """Hold the lock of the folder, which is made if need be; ValueError if another process holds it.
 
     It is an flock on a file in the folder, which the kernel releases when the process ends, after kill -9 too. If
     nothing else was written, the folder is removed at the end.
+
+    flag: what the program calls the folder.
     """
     existed = run.exists()
     if existed and not run.is_dir():
         raise ValueError(f"run {run}: is a file, not a folder")
-    file = _acquire(run)
+    file = _acquire(run, flag)
     try:
         yield
     finally:
@@ -49,7 +52,7 @@ def held(run: Path) -> bool:
     return False
 
 
-def _acquire(run: Path) -> IO[str]:
+def _acquire(run: Path, flag: str) -> IO[str]:
     while True:
         run.mkdir(parents=True, exist_ok=True)
         try:
@@ -63,7 +66,7 @@ def _acquire(run: Path) -> IO[str]:
             holder = file.read().strip() or "another process"
             file.close()
             raise ValueError(
-                f"run {run} is being written by {holder}: wait for it or end it, or give another --run"
+                f"run {run} is being written by {holder}: wait for it or end it, or give another {flag}"
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
@@ -73,8 +76,8 @@ def _acquire(run: Path) -> IO[str]:
             return file
         if _is_current(file, run / LOCK):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without a name, too
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
             return file
         file.close()
 

@@ -5,6 +5,7 @@ file is the record: the plot and the report are made from it, and can be made ag
 """
 
 import base64
+import contextlib
 import html
 import json
 import math
@@ -31,10 +32,17 @@ Sink = Callable[[Row], None]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: readers see the old text or the new one."""
+    """Write a file atomically: readers see the old text or the new one; on an error, such as a full disk, the old."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # a write alone does not name its file
+        raise
 
 
 def write_json(path: str | Path, value: Any) -> None:

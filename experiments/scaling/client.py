@@ -9,7 +9,12 @@ All answers are the JSON of the service, as dicts. What goes wrong is an excepti
 """
 
 import http.client
+import ipaddress
 import json
+import math
+import numbers
+import operator
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -32,6 +37,7 @@ __all__ = [
 URL = "http://127.0.0.1:8000"
 TRIES = 5  # of a request whose connection broke, or that found the service busy
 LONGEST = 300.0  # seconds that a server may ask to wait
+LARGEST = 2**28  # bytes of an answer: some 200,000 experiments
 
 
 class Failure(Exception):
@@ -89,11 +95,14 @@ class Client:
     """Requests of one key. A request that found nobody is tried again for some seconds."""
 
     def __init__(self, url: str = URL, key: str = "", *, tries: int = TRIES, timeout: float = 30.0):
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url must begin with http:// or https://, got {url!r}")
+        host = _host(url)
+        if tries < 1 or not timeout > 0:
+            raise ValueError(f"tries must be at least 1 and timeout above 0, got {tries} and {timeout}")
+        if bad := re.search(r"[^!-~]", key):  # the key itself is not told
+            raise ValueError(f"key: has {bad[0]!r} at place {bad.start() + 1}, which no key has")
         self.url, self._key, self._tries, self._timeout = url.rstrip("/"), key, tries, timeout
         # A proxy of the environment is not asked about this machine.
-        local = urllib.parse.urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
+        local = _is_local(host)
         self._opener = urllib.request.build_opener(_Stay, *([urllib.request.ProxyHandler({})] if local else []))
         self.backend: str | None = None  # of the last answer: "real", or "surrogate" for simulated losses
 
@@ -115,7 +124,7 @@ class Client:
         return self._ask("GET", "/budget")
 
     def rules(self) -> dict[str, Any]:
-        """What the server fixes: seq_len, n_val_tokens, min_vocab_size, ..."""
+        """What the server fixes: seq_len, n_val_tokens, min_vocab_size, ..., final_budgets."""
         return self._ask("GET", "/rules")
 
     def experiments(self) -> list[dict[str, Any]]:
@@ -124,7 +133,7 @@ class Client:
 
     def experiment(self, id_: int) -> dict[str, Any]:
         """{experiment_id, training_config, status}."""
-        return self._ask("GET", f"/experiment/{int(id_)}")
+        return self._ask("GET", f"/experiment/{operator.index(id_)}")
 
     def wait(
         self,
@@ -171,25 +180,31 @@ class Client:
         return self._ask("GET", "/final_run")
 
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body, allow_nan=False).encode()
+        data = None if body is None else json.dumps(_plain(body)).encode()
         headers = {"X-API-Key": self._key, "Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         for left in reversed(range(self._tries)):
             try:
                 with self._opener.open(request, timeout=self._timeout) as answer:
                     self.backend = answer.headers.get("X-Backend")
-                    return json.load(answer)
+                    text = answer.read(LARGEST + 1)
+                if len(text) > LARGEST:
+                    raise Failure(f"{self.url}{path}: an answer of more than {LARGEST:,} bytes")
+                return json.loads(text)
             except urllib.error.HTTPError as error:
                 with error:
                     failure = _failure(error)
                 if not (left and isinstance(failure, Unavailable)):
                     raise failure from None
-                time.sleep(min(float(error.headers.get("Retry-After") or 1.0), LONGEST))
+                time.sleep(_pause(error.headers.get("Retry-After")))
             # An answer that breaks off is an HTTPException or no JSON. A submission that was accepted nevertheless is a
             # duplicate the next time, which submit(known=True) knows.
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if not left:
-                    raise Unavailable(f"{self.url}: {getattr(error, 'reason', error)}") from None
+                    what = f"{getattr(error, 'reason', error)}"
+                    if isinstance(error, ValueError):
+                        what = f"the answer broke off or is no JSON ({what}): is the training service there?"
+                    raise Unavailable(f"{self.url}: {what}") from None
                 time.sleep(0.2 * 2 ** (self._tries - left))
         raise AssertionError
 
@@ -204,18 +219,77 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 def _failure(error: urllib.error.HTTPError) -> Failure:
     """The exception for an answer of status 300 and above."""
     try:
-        detail = json.load(error)["detail"]
-    except (ValueError, KeyError, TypeError, OSError):
+        detail = json.loads(error.read(LARGEST))["detail"]
+    except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
         detail = error.reason
     code, text = error.code, str(detail)
-    given = error.headers.get("X-Experiment-Id")
-    id_ = None if given is None else int(given)
-    if code == 400 and isinstance(detail, dict):
+    given = error.headers.get("X-Experiment-Id") or ""
+    id_ = int(given) if given.isdecimal() else None
+    if code == 400 and isinstance(detail, dict) and "budget_summary" in detail:
         return InsufficientBudget(f"insufficient budget: {detail['budget_summary']}", detail["budget_summary"], id_)
     if code == 409 and "already exists" in text:
         return Duplicate(text, id_)
-    if code == 422 and isinstance(detail, list):
+    if code == 422 and isinstance(detail, list) and all(isinstance(x, dict) for x in detail):
         lines = [f"{'.'.join(map(str, x.get('loc', ())[1:]))}: {x.get('msg')}".removeprefix(": ") for x in detail]
         return Invalid("; ".join(lines), detail)
     kinds = {401: InvalidKey, 429: InvalidKey, 404: NotFound, 409: Conflict, 503: Unavailable, 507: Unavailable}
     return kinds[code](text, code) if code in kinds else Failure(f"{code}: {text}", code)
+
+
+def _pause(retry_after: str | None) -> float:
+    """Seconds to wait before the next try; 1 where the server names none, or a date.
+
+    >>> _pause("5"), _pause(None), _pause("Wed, 21 Oct 2026 07:28:00 GMT"), _pause("1e9"), _pause("nan")
+    (5.0, 1.0, 1.0, 300.0, 1.0)
+    """
+    try:
+        seconds = float(retry_after or 1.0)
+    except ValueError:
+        return 1.0
+    return min(seconds, LONGEST) if seconds >= 0 else 1.0
+
+
+def _host(url: str) -> str:
+    """The host of a service's address; ValueError where it is none."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"url must begin with http:// or https://, got {url!r}")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = parts.hostname, parts.port  # looking at the port checks it
+    except ValueError as error:
+        raise ValueError(f"url {url!r}: {error}") from None
+    if not host or parts.query or parts.fragment or "@" in parts.netloc or re.search(r"[^!-~]", url):
+        raise ValueError(f"url must be http://HOST:PORT, got {url!r}")
+    return host
+
+
+def _is_local(host: str) -> bool:
+    """
+    >>> _is_local("localhost"), _is_local("127.0.0.2"), _is_local("::1"), _is_local("example.org")
+    (True, True, True, False)
+    """
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _plain(value: Any, place: str = "") -> Any:
+    """What JSON has, of numpy's numbers too; ValueError that names what it has not, such as nan."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Mapping):
+        if bad := [k for k in value if not isinstance(k, str)]:
+            raise ValueError(f"{place or 'the request'}: names must be strings, got {bad[0]!r}")
+        return {k: _plain(x, f"{place}.{k}".lstrip(".")) for k, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x, f"{place}.{i}".lstrip(".")) for i, x in enumerate(value)]
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # of numpy or torch
+        return _plain(value.item(), place)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        if not math.isfinite(value):
+            raise ValueError(f"{place}: must be a finite number, got {value}")
+        return float(value)
+    raise ValueError(f"{place or 'the request'}: JSON has no {type(value).__name__}: {value!r}")

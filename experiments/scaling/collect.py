@@ -35,7 +35,10 @@ class Args:
 
 @program
 def main(args: Args) -> None:
-    client = Client(args.url, args.key or os.environ.get("PURELM_API_KEY", ""))
+    key = args.key or os.environ.get("PURELM_API_KEY", "")
+    if not key:
+        raise ValueError("key: give --key, or set PURELM_API_KEY")
+    client = Client(args.url, key)
     try:
         rows = runs_of(client.experiments(), embeddings=args.embeddings)
     except Failure as error:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from purelm import track
+from purelm.files import sync
 
-__all__ = ["Forecast", "read_rows", "register", "render", "settle"]
+__all__ = ["Forecast", "read_rows", "register", "render", "renew_page", "settle"]
 
 
 class Forecast(NamedTuple):
@@ -85,7 +86,17 @@ def _append(file: Path, row: Mapping[str, Any], now: dt.datetime | None) -> None
     at = (now or dt.datetime.now(dt.UTC)).replace(microsecond=0).isoformat()
     track.drop_rows(file, lambda row: False)  # but for a last line that a kill cut short
     track.jsonl_sink(file)({**row, "at": at})
+    sync(file)  # a row is there before anything is asked for that rests on it
     track.write_text(file.with_suffix(".md"), render(read_rows(file)))
+
+
+def renew_page(file: Path) -> None:
+    """Write the page again, where a kill or a full disk came between a row and it."""
+    page = file.with_suffix(".md")
+    with _alone(file):
+        text = render(read_rows(file))
+        if not page.is_file() or page.read_text(encoding="utf-8") != text:
+            track.write_text(page, text)
 
 
 def render(rows: Sequence[Mapping[str, Any]]) -> str:

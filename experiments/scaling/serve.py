@@ -8,10 +8,12 @@ It keeps all in FOLDER: service.sqlite3, a folder for each run, and the workers'
 what was accepted is there when it starts again. README.md beside this file is a walk-through; the client is client.py.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import os
 import secrets
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +28,9 @@ from experiments.console import program, say
 from experiments.limits import Count, Place, Range, Seed, Text, Whole
 from experiments.lock import locked
 from experiments.scaling.service import keys
+from experiments.scaling.service.room import reason
 from experiments.scaling.service.schemas import Rules
-from experiments.scaling.service.store import FILE, Store, create, open_store
+from experiments.scaling.service.store import BUSY, FILE, Store, connect, create, open_store
 
 Seconds = Annotated[float, Range(1, 1e9)]
 NAMES = {"127.0.0.1": "127.0.0.1", "localhost": "localhost", "::1": "[::1]"}
@@ -135,7 +138,7 @@ def prepared(args: Serve) -> Iterator[tuple[Store, Ready]]:
     """The store of the folder, made if need be, with the folder's lock. ValueError if it was made for other runs."""
     from experiments.scaling.service.alive import check_locks
 
-    with locked(args.folder):
+    with locked(args.folder, "--folder"):
         made = (args.folder / FILE).exists()
         kept = open_store(args.folder).meta() if made else {"secret": secrets.randbits(62)}
         ready = ready_of(args, kept["secret"])
@@ -145,7 +148,11 @@ def prepared(args: Serve) -> Iterator[tuple[Store, Ready]]:
         store = open_store(args.folder)
         try:
             same_facts(args.folder, store.meta(), ready.facts)
-            yield store, ready
+            # One connection stays: with the last one SQLite removes the index of its log, which a full disk does not
+            # take again, so that nothing could even be read.
+            with contextlib.closing(connect(store.path, BUSY)) as stays:
+                stays.execute("SELECT 1 FROM meta").fetchone()
+                yield store, ready
         finally:
             store.close()
 
@@ -212,27 +219,36 @@ def manage(args: Serve) -> None:
             pass
     store = open_store(args.folder)
     try:
-        if args.remove_key is not None:
-            with store.write() as db:
-                keys.remove_key(db, args.remove_key, time.time())
-            say(f"the key of {args.remove_key} is removed; its runs stay")
-        if args.add_key is not None:
-            text = keys.new_key(args.long_keys)
-            seed = secrets.randbits(62) if args.key_seed is None else args.key_seed
-            hash_ = keys.hashed(text, store.meta()["salt"])
-            with store.write() as db:
-                keys.add_key(db, args.add_key, hash_, args.budget_seconds, seed, time.time())
-            say(f"the key of {args.add_key}, for {args.budget_seconds:g} device-seconds; it is shown this once:")
-            print(text)
-        if args.list_keys:
-            from experiments.scaling.service.ledger import budget
-
-            with store.read() as db:
-                for key in keys.all_keys(db):
-                    used = budget(db, key).used_seconds
-                    print(f"{key.name}: {used:g} of {key.budget:g} device-seconds used or reserved")
+        _manage(args, store)
+    except sqlite3.OperationalError as error:
+        text = reason(error, args.folder)
+        raise ValueError(f"folder {args.folder}: {text}; no key was added or removed, whatever was shown") from None
     finally:
         store.close()
+
+
+def _manage(args: Serve, store: Store) -> None:
+    text = keys.new_key(args.long_keys)
+    hash_ = keys.hashed(text, store.meta()["salt"])
+    if args.remove_key is not None or args.add_key is not None:
+        with store.write() as db:
+            if args.remove_key is not None:
+                keys.remove_key(db, args.remove_key, time.time())
+            if args.add_key is not None:
+                seed = secrets.randbits(62) if args.key_seed is None else args.key_seed
+                keys.add_key(db, args.add_key, hash_, args.budget_seconds, seed, time.time())
+                # Before it is stored: a key that could not be shown, since the disk is full or so, would be lost.
+                say(f"the key of {args.add_key}, for {args.budget_seconds:g} device-seconds; it is shown this once:")
+                print(text, flush=True)
+        if args.remove_key is not None:
+            say(f"the key of {args.remove_key} is removed; its runs stay")
+    if args.list_keys:
+        from experiments.scaling.service.ledger import budget
+
+        with store.read() as db:
+            for key in keys.all_keys(db):
+                used = budget(db, key).used_seconds
+                print(f"{key.name}: {used:g} of {key.budget:g} device-seconds used or reserved")
 
 
 if __name__ == "__main__":

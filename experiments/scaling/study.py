@@ -14,6 +14,7 @@ Experiments lie on the server: the same command goes on where it stopped, since 
 study.json, study.md and study.png in OUT.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -28,8 +29,9 @@ import tyro
 
 from experiments.console import program, progress_bar, say
 from experiments.limits import Count, Place, Range, Seed, Share, Text
+from experiments.lock import locked
 from experiments.scaling import study_page
-from experiments.scaling.client import Client, Failure
+from experiments.scaling.client import Client, Conflict, Failure
 from experiments.scaling.decide import (
     RateLaw,
     Shape,
@@ -42,7 +44,7 @@ from experiments.scaling.decide import (
     shapes,
     speed_of,
 )
-from experiments.scaling.forecasts import Forecast, read_rows, register, settle
+from experiments.scaling.forecasts import Forecast, read_rows, register, renew_page, settle
 from experiments.scaling.service.schemas import MAX_SECONDS, Experiment, TrainingConfig
 from experiments.scaling.study_steps import Server, Sizes, device_speed, ended, last, learning_rates
 from purelm import random, track
@@ -55,6 +57,7 @@ Rate = Annotated[float, Range(0, 10, open_low=True)]
 
 USED_SHARE = 0.8  # of what is left is planned for: runs reserve more than they use, and may take longer
 LEVELS = (1.0, 3.0, 9.0)  # times of the grid, relative
+TRIES = 9  # of a request: some 100 s
 FREE = ("out", "forecasts", "url", "key", "device", "bootstrap", "coverage", "seed")  # arguments that plan no run
 OWN = ("max_runtime_seconds",)  # of a final run: the service's own
 
@@ -99,10 +102,20 @@ class Args:
 @program
 def main(args: Args) -> None:
     _checked(args)
-    try:
-        carry_out(args, Client(args.url, args.key or os.environ.get("PURELM_API_KEY", "")))
-    except Failure as error:
-        raise ValueError(f"the service at {args.url}: {error}") from None
+    key = args.key or os.environ.get("PURELM_API_KEY", "")
+    if not key:
+        raise ValueError("key: give --key, or set PURELM_API_KEY")
+    with locked(args.out, "--out"):
+        try:
+            carry_out(args, patient(args.url, key))
+        except Failure as error:
+            raise ValueError(f"the service at {args.url}: {error}") from None
+
+
+def patient(url: str, key: str) -> Client:
+    """A client that waits for a server which is started again; an address or a key that is wrong now is told soon."""
+    Client(url, key).budget()
+    return Client(url, key, tries=TRIES)
 
 
 def _checked(args: Args) -> None:
@@ -123,6 +136,11 @@ def _checked(args: Args) -> None:
 def carry_out(args: Args, client: Client) -> None:
     """The whole study; every step that was done before is taken from the server."""
     server = Server(client, Sizes(args.batch, args.evals, args.least_steps), args.out / "plan.json")
+    if server.final_budgets is not None and args.multiple > server.final_budgets:
+        raise ValueError(
+            f"multiple {args.multiple:g}: this server's final runs take {server.final_budgets:g} budgets at most: give "
+            f"--multiple {server.final_budgets:g}, or start the server with --final {args.multiple:g}"
+        )
     among = shapes(sorted(set(args.widths)))
     shaped = {k: v for k, v in dataclasses.asdict(args).items() if k not in FREE}
     server.begin({**shaped, "backend": client.backend, "budget": server.total, "rules": server.rules.model_dump()})
@@ -148,6 +166,7 @@ def carry_out(args: Args, client: Client) -> None:
         held = row["low"] <= measured[0] <= row["high"]
         if not _rows(args, "outcome"):
             settle(args.forecasts, args.name, *measured)
+        renew_page(args.forecasts)
         say(f"measured {measured[0]:.4f} after {measured[1]:,.0f} s: the interval {'held' if held else 'did not hold'}")
     result = {
         "name": args.name, "device": args.device, "backend": client.backend, "rules": server.rules.model_dump(),
@@ -206,8 +225,12 @@ def _foretold(
     """Write the forecast down and submit it, once; the row. ValueError where the final run is known of already."""
     n, d = counted(final.architecture_config), final.total_train_tokens
     asked, config = server.client.final_run(), final.model_dump(mode="json")
-    if asked is not None and any(asked["training_config"][k] != v for k, v in config.items() if k not in OWN):
-        raise ValueError("the final run that was asked for with this key is not this study's: take another key")
+
+    def check(asked: dict[str, Any] | None) -> None:
+        if asked is not None and any(asked["training_config"][k] != v for k, v in config.items() if k not in OWN):
+            raise ValueError("the final run that was asked for with this key is not this study's: take another key")
+
+    check(asked)
     if not _rows(args, "forecast"):
         if asked is not None:
             raise ValueError(f"name {args.name!r}: the final run was asked for already, and can be foretold no more")
@@ -220,7 +243,9 @@ def _foretold(
         raise ValueError(f"forecasts {args.forecasts}: {args.name!r} is of another run: give another --name")
     if asked is None:
         server.client.submit_final(config, row["loss"])
-        server.client.start_final_run()
+        with contextlib.suppress(Conflict):  # asked for before an answer was lost, or by another study of this key
+            server.client.start_final_run()
+        check(server.client.final_run())
     return row
 
 

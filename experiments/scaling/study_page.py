@@ -112,5 +112,10 @@ def draw(
     right.scatter(runs.flops, 100 * np.log(runs.loss / loss(law, runs.parameters, runs.tokens)),
                   c=np.log10(runs.parameters), s=18)  # fmt: skip
     right.set(xscale="log", xlabel="FLOPs", ylabel="%", title="measured over fitted, less 1; darker: smaller models")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        figure.savefig(temporary, dpi=110)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        plt.close(figure)

@@ -40,7 +40,9 @@ class Server:
 
     def __init__(self, client: Client, sizes: Sizes, plan: Path):
         self.client, self.sizes, self._plan = client, sizes, plan
-        self.rules = Rules.model_validate(client.rules())
+        told = dict(client.rules())
+        self.final_budgets: float | None = told.pop("final_budgets", None)  # None: a server that does not say
+        self.rules = Rules.model_validate(told)
         self.total: float = client.budget()["total_budget_seconds"]
         self.done: dict[int, Experiment] = {}
 

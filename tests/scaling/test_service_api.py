@@ -257,7 +257,7 @@ def test_headers_of_every_answer(client):
         assert answer.headers["X-Backend"] == "surrogate" and answer.headers["X-Content-Type-Options"] == "nosniff"
         assert "access-control-allow-origin" not in answer.headers and answer.headers["Content-Security-Policy"]
     assert client.get("/", follow_redirects=False).headers["Location"] == "/dashboard"
-    assert client.get("/rules").json() == Rules().model_dump(mode="json")
+    assert client.get("/rules").json() == {**Rules().model_dump(mode="json"), "final_budgets": 4.0}
     asked = {"Origin": "http://x.example", "Access-Control-Request-Method": "POST"}
     preflight = client.options("/submit", headers=asked)
     assert preflight.status_code == 405 and "access-control-allow-origin" not in preflight.headers

@@ -2,15 +2,19 @@
 
 import http.server
 import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("uvicorn")
 
 from experiments.scaling import client as module
+from experiments.scaling import study
 from experiments.scaling.client import (
     Client,
     Conflict,
@@ -208,3 +212,104 @@ def test_a_proxy_is_not_asked_about_this_machine(url, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
     assert Client(url, TEXT["ada"], tries=1).budget()["used_seconds"] == 0.0
+
+
+@pytest.mark.parametrize(("value", "words"), [
+    (float("nan"), "optimizer_config.weight_decay: must be a finite number, got nan"),
+    (np.float32("inf"), "optimizer_config.weight_decay: must be a finite number, got inf"),
+    ({1.0}, "optimizer_config.weight_decay: JSON has no set"),
+    ({1: 2}, "optimizer_config.weight_decay: names must be strings, got 1"),
+    (np.zeros(2), "optimizer_config.weight_decay: JSON has no ndarray"),
+])  # fmt: skip
+def test_what_json_has_not_is_named(value, words):
+    """Before anything is sent: nobody listens there."""
+    with pytest.raises(ValueError, match=words):
+        Client("http://127.0.0.1:1", "k").submit(config(optimizer_config={"weight_decay": value}))
+    with pytest.raises(ValueError, match="predicted_final_loss: must be a finite number"):
+        Client("http://127.0.0.1:1", "k").submit_final(config(), float("nan"))
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(url):
+    """The same experiment as with Python's own."""
+    client = Client(url, TEXT["ada"])
+    made = client.submit(config(max_runtime_seconds=20))
+    same = config(
+        {"hidden_size": np.int64(32), "tie_word_embeddings": np.bool_(False), "rms_norm_eps": np.float64(1e-6)},
+        train_batch_size=torch.tensor(8), max_runtime_seconds=np.float32(20), n_evals=4.0, model_seed=np.uint8(0),
+    )  # fmt: skip
+    with pytest.raises(Duplicate) as twice:
+        client.submit(same)
+    assert twice.value.experiment_id == made["experiment_id"] == client.experiment(np.int64(1))["experiment_id"]
+    with pytest.raises(TypeError):
+        client.experiment(1.7)
+
+
+@pytest.mark.parametrize("url", [
+    "localhost:8000", "http://", "http://127.0.0.1:80a", "http://127.0.0.1:99999", "http://a b", "http://x:1?y=2",
+    "http://me@127.0.0.1", "http://[::1", "http://127.0.0.1\n",
+])  # fmt: skip
+def test_an_address_that_is_none(url):
+    with pytest.raises(ValueError, match="url "):
+        Client(url, "k")
+
+
+@pytest.mark.parametrize("key", ["12345678\n", "1234 5678", "schl\u00fcssel", "\u0661\u0662", "a\x00b"])
+def test_a_key_that_no_header_takes(key):
+    """Told at once, and not in whole."""
+    with pytest.raises(ValueError, match="at place ") as error:
+        Client("http://127.0.0.1:1", key)
+    assert key not in str(error.value)
+
+
+def test_odd_answers_are_failures_by_name(monkeypatch):
+    """Of a proxy, or of another program at that port."""
+    slept = []
+    monkeypatch.setattr(module.time, "sleep", slept.append)
+    short = (503, {"Content-Length": "99"}, b'{"detail": "bu')
+    date = (503, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, b"")
+    with answering(short, date, (503, {"Retry-After": "-1"}, b""), (200, {}, b"null")) as (url, _):
+        assert Client(url, "k").final_run() is None and slept == [1.0, 1.0, 1.0]
+    with answering((200, {}, b"<html>hello</html>")) as (url, seen):
+        with pytest.raises(Unavailable, match=r"no JSON .* is the training service there"):
+            Client(url, "k", tries=2).budget()
+        assert len(seen) == 2
+    for answer in ((400, {}, b'{"detail": {"a": 1}}'), (422, {}, b'{"detail": ["a"]}'), (409, {}, b"[]")):
+        with answering((answer[0], {"X-Experiment-Id": "x"}, answer[2])) as (url, _), pytest.raises(Failure):
+            Client(url, "k").budget()
+    monkeypatch.setattr(module, "LARGEST", 1000)
+    with answering((200, {}, b"[" + b"1," * 1000 + b"1]")) as (url, seen):
+        with pytest.raises(Failure, match="more than 1,000 bytes"):
+            Client(url, "k").experiments()
+        assert len(seen) == 1
+
+
+def test_a_server_that_says_nothing(monkeypatch):
+    """It takes the connection and answers nobody: each try ends after `timeout`."""
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(Unavailable, match="timed out"):
+            Client(f"http://127.0.0.1:{silent.getsockname()[1]}", "k", tries=2, timeout=0.05).budget()
+
+
+def test_experiments_of_another_key_are_not_waited_for(url):
+    client = Client(url, TEXT["ada"])
+    id_ = client.submit(config())["experiment_id"]
+    with pytest.raises(NotFound, match=r"no experiments \[1\]"):
+        Client(url, TEXT["ben"]).wait([id_])
+
+
+def test_a_server_that_is_started_again_is_waited_for(store, monkeypatch):
+    """For more than a minute once the study goes; an address where nobody was is told within seconds."""
+    slept = []
+    monkeypatch.setattr(module.time, "sleep", slept.append)
+    with served(store) as url:
+        with pytest.raises(InvalidKey):
+            study.patient(url, "0")
+        there = study.patient(url, TEXT["ada"])
+    with pytest.raises(Unavailable):
+        there.budget()
+    assert 60 < sum(slept) < 300
+    slept.clear()
+    with pytest.raises(Unavailable):
+        study.patient(url, TEXT["ada"])
+    assert sum(slept) < 10

@@ -140,6 +140,20 @@ def test_out_of_time_with_the_losses_there_was_time_for(settings, tmp_path, monk
     assert isinstance(last, Late) and len(last.val_losses) == 3  # finished, but too late
 
 
+def test_the_clock_stands_still_while_a_loss_is_reported(settings, tmp_path, monkeypatch):
+    """A report waits for a busy database or a full disk; a run pays for its 12 updates of a second alone."""
+    now = [0.0]
+    monkeypatch.setattr(real, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def passes(seconds):
+        now[0] += seconds
+        return False
+
+    slow = control(tmp_path, stop=lambda: passes(1.0))._replace(evaluated=lambda losses, seconds: passes(100.0))
+    done = backend(settings).run(config(max_runtime_seconds=12), rules_of(settings), slow)
+    assert isinstance(done, Done) and done.seconds == 12
+
+
 def test_the_seed_changes_the_model_and_accumulation_does_not(settings, tmp_path):
     rules = rules_of(settings)
     runs = [

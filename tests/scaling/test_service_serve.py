@@ -3,8 +3,10 @@
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -41,6 +43,25 @@ def test_keys_are_added_listed_and_removed(tmp_path):
         assert db.execute("SELECT seed FROM keys WHERE name = 'ben'").fetchone()[0] == 3
 
 
+def test_a_key_that_cannot_be_shown_or_stored_is_none(tmp_path, monkeypatch):
+    """It is shown once: on a full disk it was stored, and nobody knew it. /dev/full is one; the database another."""
+    folder = tmp_path / "service"
+    run(folder, "--add-key", "ben")
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "w") as full, redirect_stdout(full):
+        serve.manage(Serve(folder=folder, backend="surrogate", add_key="ada"))
+    assert run(folder, "--list-keys").stdout.startswith("ben")
+    taken = run(folder, "--remove-key", "ben", "--add-key", "ben")  # both or none
+    assert taken.returncode == 0 and re.fullmatch(r"\d{8}\n", taken.stdout)
+
+    def add_key(*args):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(serve.keys, "add_key", add_key)
+    done = run(folder, "--add-key", "ada", "--remove-key", "ben")
+    assert done.returncode == 2 and "the disk is full: free some space" in done.stderr
+    assert "no key was added or removed" in done.stderr and run(folder, "--list-keys").stdout.startswith("ben")
+
+
 @pytest.mark.parametrize("args, text", [
     (["--list-keys"], "there is no service in it"),
     (["--host", "0.0.0.0"], "host 0.0.0.0: others can reach it"),
@@ -71,6 +92,16 @@ def test_a_folder_keeps_its_back_end_and_rules(tmp_path):
     with store.write() as db:
         db.execute("UPDATE meta SET value = '\"real\"' WHERE name = 'backend'")
     assert "was made with backend real" in run(tmp_path / "a").stderr
+
+
+def test_the_index_of_the_log_stays_while_a_server_does(tmp_path):
+    """An error closes its connection, which may be the last; a full disk does not take the index again."""
+    with prepared(Serve(folder=tmp_path / "a", backend="surrogate")) as (store, _):
+        with pytest.raises(KeyError), store.write():
+            raise KeyError
+        store.close()
+        assert (tmp_path / "a" / f"{FILE}-shm").exists()
+    assert not (tmp_path / "a" / f"{FILE}-shm").exists()
 
 
 def test_slots(monkeypatch):

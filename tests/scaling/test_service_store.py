@@ -210,6 +210,20 @@ def test_fair_share_then_time(tmp_path):
         assert dispatch.claim(db, "r4", 24.0) is None and not dispatch.waits(db)
 
 
+def test_a_clock_that_is_set_changes_no_order(tmp_path):
+    """Oracle: the order of submission, and the seconds that each run told."""
+    store, (ada, _) = make_store(tmp_path)
+    with store.write() as db:
+        ids = [ledger.submit(db, ada, parsed(model_seed=i), at).experiment_id
+               for i, at in enumerate((5e8, 1e3, 4e9, 2e3))]  # fmt: skip
+        for id_ in ids:
+            job = dispatch.claim(db, f"r{id_}", 10.0)
+            assert job.id == id_ and dispatch.started(db, job, 0.0, 1e9)
+            assert dispatch.ended(db, job, Done(2.5, (2.0,)), 5.0)  # before it began
+        assert [x.experiment_id for x in ledger.experiments(db, ada)] == ids
+        assert ledger.budget(db, ada).used_seconds == 10.0
+
+
 def test_a_preempted_run_keeps_its_place(tmp_path):
     store, (ada, _) = make_store(tmp_path)
     with store.write() as db:

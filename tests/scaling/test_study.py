@@ -2,12 +2,16 @@
 
 import dataclasses
 import datetime as dt
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 
+from experiments.lock import locked
 from experiments.scaling import study
-from experiments.scaling.client import InsufficientBudget
+from experiments.scaling.client import Conflict, InsufficientBudget
 from experiments.scaling.service.backend import Control, Done, Late, charge
 from experiments.scaling.service.schemas import (
     Completed,
@@ -22,6 +26,7 @@ from experiments.scaling.service.schemas import (
 )
 from experiments.scaling.service.surrogate import Surrogate, backend
 from purelm import track
+from tests.programs import run_here
 
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 RULES = Rules(min_vocab_size=4096)
@@ -164,3 +169,93 @@ def test_arguments_that_cannot_be(tmp_path, change, words):
         change = {"forecasts": tmp_path / change["forecasts"]}
     with pytest.raises(ValueError, match=words):
         args(tmp_path, **change)
+
+
+def test_a_final_run_that_is_too_long_for_the_server_is_told_at_the_start(tmp_path):
+    """Nothing is submitted, where it showed when the final run ended at its server's limit."""
+
+    class Short(Local):
+        def rules(self):
+            return {**RULES.model_dump(), "final_budgets": 2.0}
+
+    client = Short(tmp_path, 43_200.0)
+    with pytest.raises(ValueError, match=r"multiple 4: .* give --multiple 2, or start the server with --final 4"):
+        study.carry_out(args(tmp_path), client)
+    assert not client.runs and not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_a_final_run_of_another_study_is_not_taken_for_this_ones(tmp_path):
+    """Another study of the key asks for its own between this one's submission and its run."""
+
+    class Shared(Local):
+        def start_final_run(self):
+            self.final = self.final.model_copy(update={"total_train_tokens": self.final.total_train_tokens // 2})
+            super().start_final_run()
+            raise Conflict("the final run was asked for already", 409)
+
+    given = args(tmp_path)
+    with pytest.raises(ValueError, match="not this study's"):
+        study.carry_out(given, Shared(tmp_path, 43_200.0))
+    assert [x["kind"] for x in track.read_rows(given.forecasts)] == ["forecast"]
+
+
+def test_an_answer_that_was_lost_is_no_conflict(tmp_path):
+    """The final run was asked for, and the answer did not come: asked for again, it is this study's own."""
+
+    class Lossy(Local):
+        def start_final_run(self):
+            super().start_final_run()
+            raise Conflict("the final run was asked for already", 409)
+
+    given = args(tmp_path)
+    study.carry_out(given, Lossy(tmp_path, 43_200.0))
+    assert json.loads((given.out / "study.json").read_text())["measured"]
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    """Each file in turn cannot be written; the same command goes on, and ends as without. Oracle: a study with room."""
+    real, full = Path.write_text, set()
+
+    def write_text(path, text, **rest):
+        if any(name in path.name for name in full):
+            real(path, text[: len(text) // 2], **rest)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, text, **rest)
+
+    def savefig(figure, path, **rest):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    (tmp_path / "with").mkdir()
+    undisturbed = args(tmp_path / "with")
+    study.carry_out(undisturbed, Local(tmp_path / "with", 43_200.0))
+    client, given = Local(tmp_path, 43_200.0), args(tmp_path)
+    for name in ("plan.json", "f.md", "study.json", "study.md"):
+        full = {name}
+        with pytest.raises(OSError, match=name):
+            study.carry_out(given, client)
+        assert not list(tmp_path.rglob(".*.tmp"))
+    full = set()
+    with monkeypatch.context() as patched:
+        patched.setattr("matplotlib.figure.Figure.savefig", savefig)
+        with pytest.raises(OSError):
+            study.carry_out(given, client)
+    assert not list(given.out.glob("*.png")) and not list(given.out.glob(".*"))
+    study.carry_out(given, client)
+    for name in ("plan.json", "study.json", "study.md", "study.png"):
+        assert (given.out / name).read_bytes() == (undisturbed.out / name).read_bytes(), name
+    assert "measured" in (tmp_path / "f.md").read_text() and (tmp_path / "f.md").read_text().count("| s |") == 1
+    assert len(track.read_rows(given.forecasts)) == 2
+
+
+def test_a_study_has_its_folder_to_itself_and_wants_a_key(tmp_path, monkeypatch):
+    """Two of one OUT would write over each other's plan. Nobody listens at that address."""
+    monkeypatch.delenv("PURELM_API_KEY", raising=False)
+    flags = f"--name s --out {tmp_path}/out --forecasts {tmp_path}/f.jsonl --url http://127.0.0.1:1".split()
+    with locked(tmp_path / "out"):
+        done = run_here("experiments.scaling.study", *flags, "--key", "k")
+    assert done.returncode == 2 and "give another --out" in done.stderr
+    done = run_here("experiments.scaling.study", *flags)
+    assert done.returncode == 2 and "set PURELM_API_KEY" in done.stderr
+    assert not (tmp_path / "f.jsonl").exists()

@@ -225,6 +225,10 @@ def test_at_once_or_as_time_passes(tmp_path):
     again, told = control(tmp_path)
     assert _run(slow, config(), RULES, again, slept.append) == whole.outcome and told[0] == stopped.seconds
     assert sum(slept) == pytest.approx(0.5 * whole.outcome.seconds)
+    for text in ("", "{}", "[1]", '{"seconds": null}'):  # as a loss of power may leave it: from the start
+        (tmp_path / "surrogate.json").write_text(text)
+        again, told = control(tmp_path)
+        assert _run(slow, config(), RULES, again, slept.append) == whole.outcome and told[0] == 0.0
 
     class Killed(BaseException):
         pass

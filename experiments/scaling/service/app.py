@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response, Security
@@ -22,12 +23,14 @@ from experiments.scaling.service import ledger, pages
 from experiments.scaling.service.access import Access, Denied, Throttle, TooMany
 from experiments.scaling.service.guard import LOOPBACK, MAX_BODY, Guard
 from experiments.scaling.service.keys import Key
+from experiments.scaling.service.room import reason
 from experiments.scaling.service.schemas import (
     BudgetSummary,
     Experiment,
     FinalSubmission,
     FinalSubmissionRequest,
     Rules,
+    ServedRules,
     SubmitResponse,
     TrainingConfig,
     problem,
@@ -159,9 +162,9 @@ def create_app(
         return with_hidden(read(lambda db: ledger.final_run(db, key)), key)
 
     @app.get("/rules")
-    async def get_rules() -> Rules:
-        """What this server fixes for all runs."""
-        return rules
+    async def get_rules() -> ServedRules:
+        """What this server fixes for all runs, and the budgets that a final run may take."""
+        return ServedRules(**rules.model_dump(), final_budgets=final)
 
     page = pages.dashboard()
 
@@ -179,12 +182,12 @@ def create_app(
     async def root() -> Response:
         return RedirectResponse("/dashboard")
 
-    _errors(app)
+    _errors(app, store.path.parent)
     return Guard(app, {"X-Backend": backend_name, **HEADERS}, hosts, max_body)
 
 
-def _errors(app: FastAPI) -> None:
-    """Which status each exception has."""
+def _errors(app: FastAPI, folder: Path) -> None:
+    """Which status each exception has; the folder is the store's."""
 
     def on(kind: type[Exception]) -> Callable:
         return app.exception_handler(kind)
@@ -220,8 +223,9 @@ def _errors(app: FastAPI) -> None:
 
     @on(sqlite3.OperationalError)
     async def database(request: Request, error: sqlite3.OperationalError) -> Response:
-        full = "full" in str(error)
-        text = "the disk is full" if full else f"the database cannot be used now ({error})"
+        text = reason(error, folder)
+        full = text != str(error)
+        text = text if full else f"the database cannot be used now ({text})"
         return detail(507 if full else 503, f"{text}; nothing was changed", {"Retry-After": "5"})
 
     @on(RequestValidationError)

@@ -31,6 +31,7 @@ __all__ = [
 Connection = sqlite3.Connection
 
 MOST_LOST = 5  # attempts whose process ended without a word, before the run has failed
+LOST = "its process was lost", "killed, out of memory, or the machine went down"
 LONGEST = 500  # characters of a failure
 
 # Runs of a key that was removed wait for ever.
@@ -61,11 +62,14 @@ def waits(db: Connection) -> bool:
 
 
 def claim(db: Connection, run_id: str, now: float) -> Job | None:
-    """The next run by fair share: of the key with the fewest runs under way, then the one that has waited longest."""
+    """The next run by fair share: of the key with the fewest runs under way, then the one that has waited longest.
+
+    By their numbers, which no clock that is set back disturbs.
+    """
     row = db.execute(
         "WITH busy AS (SELECT key, COUNT(*) AS n FROM runs WHERE state = 'running' GROUP BY key) "
         f"SELECT runs.*, keys.seed {WAITING} "
-        "ORDER BY COALESCE((SELECT n FROM busy WHERE busy.key = runs.key), 0), runs.queued_at, runs.id LIMIT 1"
+        "ORDER BY COALESCE((SELECT n FROM busy WHERE busy.key = runs.key), 0), runs.id LIMIT 1"
     ).fetchone()
     if row is None:
         return None
@@ -128,17 +132,20 @@ def under_way(db: Connection) -> list[Under]:
     return [Under(*row) for row in rows]
 
 
-def lost(db: Connection, run: Under, now: float, most: int = MOST_LOST) -> bool:
-    """The process of this attempt is gone: the run waits again, or has failed if that happened `most` times."""
+def lost(db: Connection, run: Under | Job, now: float, most: int = MOST_LOST, why: tuple[str, str] = LOST) -> bool:
+    """This attempt came to nothing: the run waits again, or has failed if that happened `most` times.
+
+    why: in short, and in detail.
+    """
     row = db.execute(f"SELECT lost FROM runs {MINE}", (run.id, run.run_id)).fetchone()
     if row is None:
         return False
     n = row["lost"] + 1
     if n < most:
         db.execute("UPDATE runs SET state = 'queued', clock = NULL, lost = ? WHERE id = ?", (n, run.id))
-        note(db, now, run.id, "lost", f"{run.run_id}, time {n} of {most}")
+        note(db, now, run.id, "lost", f"{run.run_id}, time {n} of {most}: {why[0]}")
         return True
-    failure = f"its process was lost, time {n} of {most} (killed, out of memory, or the machine went down)"
+    failure = one_line(f"{why[0]}, time {n} of {most} ({why[1]})")
     db.execute(
         "UPDATE runs SET state = 'failed', ended_at = ?, lost = ?, failure = ? WHERE id = ?", (now, n, failure, run.id)
     )

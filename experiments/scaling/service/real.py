@@ -6,8 +6,8 @@ their first logits would have std sqrt(hidden_size)). Weights and moments are ke
 the device computes bfloat16 in software (`computes_bf16`), products are in fp32 of the bfloat16 weights.
 
 All runs see the same windows of the data in the same order, whatever their seed and batch size; validation is the first
-n_val_tokens of the other file. The clock stands still while a checkpoint is written, and starts after the first step
-was compiled and tried. A run that is taken up again continues to the last bit.
+n_val_tokens of the other file. The clock stands still while a checkpoint is written or a loss is reported, and starts
+after the first step was compiled and tried. A run that is taken up again continues to the last bit.
 """
 
 import hashlib
@@ -275,7 +275,9 @@ def _updates(settings: Real, cfg: TrainingConfig, rules: Rules, control: Control
             if not math.isfinite(value):
                 return Broken(seconds(), f"the validation loss is {value} after {done} updates: the run diverged")
             losses = (*losses, value)
+            start = time.perf_counter()  # of a report, for which a full disk or a busy database lets wait
             control.evaluated(losses, seconds())
+            idle += time.perf_counter() - start
             if done < steps and time.perf_counter() - saved >= max(settings.save_seconds, cost / SAVE_SHARE):
                 save()
     used = seconds()

@@ -25,6 +25,7 @@ __all__ = [
     "Rules",
     "Running",
     "SGDConfig",
+    "ServedRules",
     "SubmitResponse",
     "Timeout",
     "TrainingConfig",
@@ -129,6 +130,12 @@ class Rules(_Frozen):
     max_train_tokens: Annotated[int, Field(gt=0, le=MAX_TOKENS)] = MAX_TOKENS  # one pass over the data
     max_parameters: Annotated[int, Field(gt=0)] = 10**13  # what the device holds
     attention_bias: bool = True  # whether models may have it
+
+
+class ServedRules(Rules):
+    """Of GET /rules: what is fixed for runs, and what may be another when the server is started again."""
+
+    final_budgets: Annotated[FiniteFloat, Field(gt=0)]  # of a key, that its final run may take
 
 
 def total_steps(cfg: TrainingConfig, rules: Rules) -> int:

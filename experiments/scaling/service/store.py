@@ -22,7 +22,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["FILE", "Commits", "Store", "create", "open_store"]
+from experiments.scaling.service.room import reason
+
+__all__ = ["BUSY", "FILE", "Commits", "Store", "connect", "create", "open_store"]
 
 T = TypeVar("T")
 
@@ -205,6 +207,8 @@ def create(folder: Path, facts: dict[str, Any]) -> Store:
             os.link(staged, path)
         except FileExistsError:
             raise ValueError(f"{path}: is there already") from None
+    except sqlite3.OperationalError as error:
+        raise ValueError(f"{path}: cannot be made: {reason(error, folder)}") from None
     finally:
         for name in (staged, *(Path(f"{staged}{end}") for end in ("-wal", "-shm"))):
             name.unlink(missing_ok=True)
@@ -236,7 +240,7 @@ def open_store(folder: Path, *, busy: float = BUSY, durable: bool = True, check:
                 if found:
                     raise ValueError(f"{path}: is damaged: {'; '.join(found[:3])}")
     except sqlite3.OperationalError as error:  # locked, or no permission: says nothing about the contents
-        raise ValueError(f"{path}: cannot be read: {error}") from None
+        raise ValueError(f"{path}: cannot be read: {reason(error, folder)}") from None
     except sqlite3.DatabaseError as error:
         raise ValueError(f"{path}: is damaged: {error}") from None
     return store

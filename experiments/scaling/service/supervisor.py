@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from experiments.scaling.service import dispatch
 from experiments.scaling.service.alive import lives, remove_dead
 from experiments.scaling.service.backend import hard_limit
+from experiments.scaling.service.room import Teller
 from experiments.scaling.service.store import Store
 from experiments.scaling.service.worker import Plan
 
@@ -31,6 +32,7 @@ SETUP = 1800.0  # seconds that a run may take to load and compile
 GRACE = 30.0  # seconds that workers have to stop in
 QUICK = 5.0  # a worker that ended sooner is not replaced at once
 LONGEST_WAIT = 30.0
+LARGEST_LOG = 2**20  # bytes, at which a worker's log is begun anew; the last one is kept beside
 
 
 class Supervisor:
@@ -52,7 +54,7 @@ class Supervisor:
         if plan.make.__module__ == "__main__":
             raise ValueError("make must be a function of a module that workers can import, not of __main__")
         self._store, self._plan = store, plan
-        self._setup, self._most_lost, self._say = setup, most_lost, say
+        self._setup, self._most_lost, self._say = setup, most_lost, Teller(say)
         self._slots = [_Slot(i, env, plan) for i, env in enumerate(slots)]
         self._seen: dict[str, tuple[float, float | None]] = {}  # run_id -> when it, and its clock, were first seen
         self._leave = threading.Event()
@@ -76,7 +78,10 @@ class Supervisor:
         for slot in self._slots:
             slot.wait(until)
             slot.kill()
-        self._release()
+        try:
+            self._release()
+        except (sqlite3.OperationalError, OSError) as error:
+            self._say(f"supervisor: {error}: the runs that are left are taken up at the next start")
 
     def pids(self) -> list[int]:
         """Of the workers."""
@@ -87,14 +92,17 @@ class Supervisor:
             try:
                 self.tick()
                 self._store.checkpoint()
-            except (sqlite3.OperationalError, OSError) as error:  # busy, or a full disk: the next look may do better
-                self._say(f"supervisor: {error}")
+            except Exception as error:  # busy, or a full disk: the next look may do better, and without any none would
+                self._say(f"supervisor: {type(error).__name__}: {error}")
 
     def tick(self) -> None:
         """Replace workers that ended, end runs that are over their time, queue runs whose process is gone."""
         for slot in self._slots:
-            if ended := slot.renew():
-                self._say(ended)
+            try:
+                if ended := slot.renew():
+                    self._say(ended)
+            except OSError as error:  # such as a log that cannot be opened: the other slots are looked after
+                self._say(f"slot {slot.number}: no worker can be started: {error}")
         for run in self._release():
             if self._over(run):
                 self._end(run)
@@ -155,6 +163,8 @@ class _Slot:
         self.name = f"{self.number}.{secrets.token_hex(4)}"
         path = self.plan.folder / "logs" / f"slot-{self.number}.log"
         path.parent.mkdir(mode=0o700, exist_ok=True)
+        if path.exists() and path.stat().st_size > LARGEST_LOG:
+            path.replace(path.with_suffix(".log.1"))
         with open(path, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "experiments.scaling.service.worker"],

@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,7 +125,7 @@ def _run(
     all_of_it = trajectory(settings, cfg, rules, draw(settings, control.seed), control.seed)
     end = all_of_it.outcome
     state = control.folder / STATE
-    used = min(float(json.loads(state.read_text())["seconds"]), end.seconds) if state.is_file() else 0.0
+    used = min(_kept(state), end.seconds)
     control.started(used)
     if not settings.time_scale:
         if len(all_of_it.seconds):
@@ -151,6 +152,14 @@ def _run(
         wait = min(TICK, (end.seconds - used) * settings.time_scale)
         sleep(wait)
         used = min(used + wait / settings.time_scale, end.seconds)
+
+
+def _kept(state: Path) -> float:
+    """Seconds of earlier attempts; none where a loss of power left the file without its text."""
+    try:
+        return float(json.loads(state.read_text())["seconds"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return 0.0
 
 
 def _reveal(settings: Surrogate, cfg: TrainingConfig, rules: Rules, seed: int, budget: float) -> dict[str, object]:

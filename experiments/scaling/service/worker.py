@@ -6,6 +6,7 @@ It reads a pickled `Plan` from its input, which then stays open: when it closes,
 leaves, as on SIGTERM: its run is preempted and waits to be taken up again.
 """
 
+import contextlib
 import math
 import os
 import pickle
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 from experiments.scaling.service import dispatch
 from experiments.scaling.service.alive import Alive, only_one
 from experiments.scaling.service.backend import Backend, Broken, Control, Done, Late, Outcome, Stopped
+from experiments.scaling.service.room import Teller, await_room, is_full
 from experiments.scaling.service.schemas import Rules
 from experiments.scaling.service.store import Store, open_store
 
@@ -31,6 +33,9 @@ T = TypeVar("T")
 
 POLL = 0.05  # seconds from one look at an empty queue to the next
 PATIENCE = 60.0  # seconds that a run has to stop in once the supervisor is gone
+PAUSE = 30.0  # seconds after a run for which the disk had no room
+
+say = Teller()
 
 
 class Plan(NamedTuple):
@@ -49,11 +54,17 @@ class _NotFinite(Exception):
     pass
 
 
+class _GaveUp(Exception):
+    """Asked to leave while the database takes nothing."""
+
+
 def work(plan: Plan, leave: threading.Event) -> None:
     """Have the slot to oneself, and take runs until `leave` is set, `plan.runs` are done, or one has raised.
 
-    What a run that raised leaves behind in a process is not known.
+    What a run that raised leaves behind in a process is not known. Nothing is begun while the disk is full.
     """
+    if not await_room(plan.folder, leave, say):
+        return
     with only_one(plan.folder / "slots" / plan.slot, leave) as mine:
         if mine:
             _take(plan, leave)
@@ -65,9 +76,12 @@ def _take(plan: Plan, leave: threading.Event) -> None:
     last = open_store(plan.folder, check=False)
     backend = plan.make(plan.settings)
     n, clean = 0, True
-    alive = Alive(plan.folder, plan.worker)
+    alive: Alive | None = None
     try:
         while clean and not leave.is_set() and (plan.runs is None or n < plan.runs):
+            if not await_room(plan.folder, leave, say):
+                break
+            alive = alive or Alive(plan.folder, plan.worker)
             job = _next(store, alive.run_id, leave)
             if job is None:
                 leave.wait(POLL)
@@ -75,9 +89,12 @@ def _take(plan: Plan, leave: threading.Event) -> None:
             clean = carry_out(store, last, backend, job, plan, leave)
             n += 1
             alive.end()
-            alive = Alive(plan.folder, plan.worker)
+            alive = None
+    except _GaveUp as error:
+        say(f"worker {os.getpid()}: {error}: leaving, though its run could not be put aside; it will be taken up again")
     finally:
-        alive.end()
+        if alive is not None:
+            alive.end()
         store.close()
         last.close()
 
@@ -92,9 +109,11 @@ def _next(store: Store, run_id: str, leave: threading.Event) -> dispatch.Job | N
 def carry_out(
     store: Store, last: Store, backend: Backend, job: dispatch.Job, plan: Plan, leave: threading.Event
 ) -> bool:
-    """One run, from claim to its last word, which is for `last`; False if it raised."""
+    """One run, from claim to its last word, which is for `last`; False if it raised.
+
+    One for which the disk has no room waits again, and has failed after some times, as if its process had been lost.
+    """
     folder = plan.folder / "runs" / str(job.id)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     disowned = threading.Event()
     used = 0.0
 
@@ -119,13 +138,22 @@ def carry_out(
     outcome: Outcome
     clean = True
     try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         outcome = backend.run(job.cfg, plan.rules, Control(folder, job.seed, started, evaluated, stop))
         if isinstance(outcome, Done | Late):
             _check_finite(outcome.val_losses)
     except _NotFinite as error:
         outcome = Broken(used, str(error))
+    except _GaveUp:
+        raise
     except Exception as error:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # the log may be on the same disk
+            traceback.print_exc()
+        if is_full(error):
+            full = "the disk had no room for it", f"{type(error).__name__}: {error}"
+            _insist(last, lambda db: dispatch.lost(db, job, time.time(), why=full), leave)
+            leave.wait(PAUSE)
+            return False
         outcome, clean = Broken(used, f"{type(error).__name__}: {error}"), False
     if isinstance(outcome, Stopped) and not stop():
         outcome, clean = Broken(outcome.seconds, "the back end stopped unasked"), False
@@ -144,7 +172,7 @@ def _check_finite(losses: Sequence[float]) -> None:
 def _insist(store: Store, change: Callable[[sqlite3.Connection], T], leave: threading.Event) -> T:
     """Make a change, and try again while the database is busy or the disk is full.
 
-    Once asked to leave, it gives up after a few times: the run then counts as lost, and is taken up again.
+    Once asked to leave, it gives up after a few times, by _GaveUp: the run then counts as lost, and is taken up again.
     """
     wait, more = 0.1, 5
     while True:
@@ -152,10 +180,10 @@ def _insist(store: Store, change: Callable[[sqlite3.Connection], T], leave: thre
             with store.write() as db:
                 return change(db)
         except sqlite3.OperationalError as error:
-            print(f"worker {os.getpid()}: {error}: trying again", flush=True)
+            say(f"worker {os.getpid()}: {error}: trying again")
             more -= leave.is_set()
             if more < 0:
-                raise
+                raise _GaveUp(str(error)) from None
         time.sleep(wait)
         wait = min(2 * wait, 5.0)
 
