@@ -68,7 +68,7 @@ def test_the_interval_of_a_forecast_covers_runs(parts):
     """Of 20 laws fitted to noisy runs, 90 % intervals hold the noisy outcome about nine times in ten: 4 sigma."""
     rng, held = np.random.default_rng(0), 0
     for i in range(20):
-        fits = fitted(random.key(i), noisy(i), 100, parts=parts)
+        fits = fitted(random.key(i), noisy(i), 40, parts=parts)
         _, low, high = forecast(random.key(1000 + i), fits, 2e6, 2e7, 0.9)
         held += low <= float(loss(LAW, 2e6, 2e7)) * math.exp(0.004 * rng.normal()) <= high
     assert 0.9 * 20 - 4 * math.sqrt(20 * 0.09) <= held
