@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from purelm.align.objective import Batch, FromBatch, Objective, counted_mask, policy_loss
+from purelm.caches import memo
 
 __all__ = ["denominator", "drop_zero_advantage", "with_token_weights"]
 
@@ -56,7 +57,7 @@ def drop_zero_advantage(objective: Objective, batch: Batch) -> dict[str, Any]:
     row left. What has as many rows as the mask loses them; all else stays. The host reads the advantages.
 
     ValueError for an objective in which such rows have a gradient: by a KL or entropy term, by the region (dro, those
-    with a penalty), or by what rows do to others (clip_cov). It is tried on an example.
+    with a penalty), or by what rows do to others (clip_cov). It is tried on an example, once for each objective.
     """
     for name in ("kl_coefficient", "entropy_coefficient"):
         x = batch.get(name, getattr(objective, name))
@@ -74,7 +75,16 @@ def drop_zero_advantage(objective: Objective, batch: Batch) -> dict[str, Any]:
 
 
 def _ignores_zero(objective: Objective) -> bool:
-    """Whether, on an example off-policy, rows of advantage 0 change nothing."""
+    """Whether, on an example off-policy, rows of advantage 0 change nothing; 10 ms the first time."""
+    try:
+        hash(objective)
+    except TypeError:  # a function of it is an object that cannot be hashed
+        return _tried.__wrapped__(objective)
+    return _tried(objective)
+
+
+@memo(64)
+def _tried(objective: Objective) -> bool:
     B, T = 64, 256  # so many that a share of 2e-4 of the tokens is more than one, as in clip_cov
     at = torch.arange(B * T, dtype=torch.float64).view(B, T)
     lp = 4 * at.sin() - 4

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from purelm.align import advantages as adv
-from purelm.align import aggregation, ratios, regions, regions_batch, regions_group, regions_token, weights
+from purelm.align import aggregation, ratios, regions, regions_batch, regions_group, regions_token, weights, whole
 from purelm.align.distillation import iw_opd, opd
 from purelm.align.environment import echo
 from purelm.align.logits import target_log_probs
 from purelm.align.objective import Objective, from_batch, policy_loss
 from purelm.align.recipes import RECIPES
 from purelm.align.whole import denominator, drop_zero_advantage, with_token_weights
+from purelm.caches import clear_caches
 from purelm.optim import sgd
 from purelm.train import init_state, make_step
 from tests.align.test_objective import AGGREGATES, RICH, G, ready, recipe_objective, value_and_grad
@@ -191,3 +192,24 @@ def test_rejected_tokens_that_do_not_count():
     torch.testing.assert_close(stay * batch["mask"].sum(), leave * kept.sum(), **TOL)
     ones = value_and_grad(replace(objective, weight=lambda lo, ls, m: (kept, {}), count_rejected=False), batch)[0]
     torch.testing.assert_close(ones, lost, **TOL)
+
+
+def test_the_example_is_tried_once_for_an_objective():
+    """Oracle: functools' counters. One that cannot be hashed is tried each time."""
+    clear_caches()
+    objective = recipe_objective("dapo")
+    for _ in range(3):
+        drop_zero_advantage(objective, ready(objective))
+    assert whole._tried.cache_info()[:2] == (2, 1)
+
+    class Unhashable:
+        __hash__ = None
+
+        def __call__(self, *args, **kwargs):
+            return objective.aggregate(*args, **kwargs)
+
+    other = replace(objective, aggregate=Unhashable())
+    drop_zero_advantage(other, ready(objective))
+    with pytest.raises(ValueError, match="objective's region"):
+        drop_zero_advantage(replace(other, region=regions_batch.kl_cov), ready(objective))
+    assert whole._tried.cache_info().misses == 1
