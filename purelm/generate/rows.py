@@ -84,12 +84,14 @@ def draw(logits_BV: Tensor, rows: Rows, sampling: Sampling, stop: Stop, stops_V:
 
     n_B = rows.n_B + gets_B
     hit_B = gets_B & stops_V[next_B]
-    return rows._replace(
+    return Rows(  # not _replace(), of which dynamo (2.11) makes an empty tuple
         token_B=torch.where(gets_B, next_B, rows.token_B),
         n_B=n_B,
+        limit_B=rows.limit_B,
         open_B=gets_B & ~hit_B & (n_B < rows.limit_B),
         stopped_B=rows.stopped_B | hit_B,
         bad_B=rows.bad_B | (rows.open_B & ~finite_B),
+        uniforms_BN=rows.uniforms_BN,
         tokens_BN=put(rows.tokens_BN, next_B),
         logprobs_BN=put(rows.logprobs_BN, logprob_B),
         model_logprobs_BN=put(rows.model_logprobs_BN, model_logprob_B),

@@ -157,6 +157,9 @@ def pick(log_probs_BV: Logits, uniform_B: Float[Tensor, " b"]) -> Int[Tensor, " 
     return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
 
 
+_PLAIN = Sampling()  # of softmax(logits) itself; not made while compiling, where dynamo (2.11) fails at its checks
+
+
 class Choice(NamedTuple):
     """One token for each row."""
 
@@ -180,9 +183,11 @@ def choose(
     finite_B = torch.isfinite(logits_BV.amax(-1))
     logits_BV = torch.where(finite_B.unsqueeze(-1), logits_BV, 0.0)
     allowed_BV = logits_BV if forbidden_BV is None else torch.where(forbidden_BV, -torch.inf, logits_BV)
-    log_probs_BV = distribution(allowed_BV, **vars(sampling))
+    log_probs_BV = distribution(  # by name: dynamo (2.11) does not know vars()
+        allowed_BV, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
+    )
     model_BV = log_probs_BV
-    if sampling != Sampling() or forbidden_BV is not None:
+    if sampling != _PLAIN or forbidden_BV is not None:
         model_BV = log_softmax(logits_BV.to(log_probs_BV.dtype))
     token_B = pick(log_probs_BV, uniform_B)
     at_B1 = token_B.unsqueeze(-1)
