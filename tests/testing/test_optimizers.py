@@ -87,7 +87,7 @@ def draws(update, grads, state, params, lr):
 
 def keeps_gradients(update, grads, state, params, lr):
     updates, new = update(grads, state, params, lr)
-    return updates, new._replace(m=tree.map(lambda m, g: m if g is None else g, new.m, grads))
+    return updates, State(new.t, tree.map(lambda m, g: m if g is None else g, new.m, grads))
 
 
 def squeezes(m, lr, p):
