@@ -23,12 +23,12 @@ from torch import Tensor
 import purelm
 from experiments import limits
 from experiments.console import line_progress, program, say
-from experiments.limits import Count, Place, Range, Seed, Share
+from experiments.limits import Count, Place, Range, Seed, Share, Whole
 from experiments.scaling.count import Counting
 from experiments.scaling.read import read_runs
 from purelm import random, track
 from purelm.scaling.forecast import Ranges, fitted, forecast
-from purelm.scaling.runs import Runs, taken
+from purelm.scaling.runs import Runs, taken, without_highest
 
 WAYS = ("all runs", "all runs and two ranges")
 Part = Annotated[float, Range(0.0, 1.0, open_low=True, open_high=True)]
@@ -53,7 +53,7 @@ class Args:
     coverage: Share = 0.9
     bootstrap: Annotated[int, Range(20, 100_000)] = 200
     counting: Counting = "all"
-    drop_highest: Annotated[int, Range(0, 1_000_000)] = 0
+    drop_highest: Whole = 0
     """runs of the highest losses that are left out"""
     seed: Seed = 0
     out: Place | None = None
@@ -78,9 +78,7 @@ def main(args: Args) -> None:
     if not args.shares:
         raise ValueError("shares: must not be empty")
     runs = read_runs(args.runs, args.counting)
-    if args.drop_highest >= len(runs.loss):
-        raise ValueError(f"drop_highest: {args.drop_highest} of {len(runs.loss)} runs leave none")
-    runs = taken(runs, np.sort(np.argsort(runs.loss, kind="stable")[: len(runs.loss) - args.drop_highest]))
+    runs = without_highest(runs, args.drop_highest)
     draws = list(known(args, runs))
     told: list[Told] = []
     update = line_progress("draws", len(draws))

@@ -36,7 +36,7 @@ from purelm.files import staging, sync
 from purelm.scaling import isoflop, parametric, variable_projection
 from purelm.scaling.bootstrap import interval, resampled
 from purelm.scaling.laws import Law, exponents, loss, optimum, power
-from purelm.scaling.runs import Runs, budgets, lowest_of_each, taken
+from purelm.scaling.runs import Runs, budgets, lowest_of_each, taken, without_highest
 
 Flops = Annotated[float, Range(1.0, 1e40)]
 
@@ -77,9 +77,7 @@ def main(args: Args) -> None:
     runs, left_out, counting = read(args.runs, args.counting)
     if args.lowest:
         runs = lowest_of_each(runs)
-    if args.drop_highest >= len(runs.loss):
-        raise ValueError(f"drop_highest: {args.drop_highest} of {len(runs.loss)} runs leave none")
-    runs = taken(runs, np.sort(np.argsort(runs.loss, kind="stable")[: len(runs.loss) - args.drop_highest]))
+    runs = without_highest(runs, args.drop_highest)
     targets = args.budgets or tuple(float(f"{m * runs.flops.max():.3g}") for m in (10, 100))
     law = variable_projection.fit(runs)
     _check_falls(runs, law)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from purelm.scaling.laws import FLOPS
 
-__all__ = ["Array", "Runs", "budgets", "check", "lowest_of_each", "of_budgets", "taken"]
+__all__ = ["Array", "Runs", "budgets", "check", "lowest_of_each", "of_budgets", "taken", "without_highest"]
 
 Array = NDArray[np.float64]
 
@@ -53,6 +53,13 @@ def check(runs: Runs, least: int = 1) -> Runs:
 def taken(runs: Runs, at: Any) -> Runs:
     """The runs at these places, or where a mask is True."""
     return Runs(*(x[at] for x in runs))
+
+
+def without_highest(runs: Runs, n: int) -> Runs:
+    """The runs but the n of the highest losses, in their order; ValueError if none is left."""
+    if not 0 <= n < len(runs.loss):
+        raise ValueError(f"drop_highest: {n} of {len(runs.loss)} runs leave none")
+    return taken(runs, np.sort(np.argsort(runs.loss, kind="stable")[: len(runs.loss) - n]))
 
 
 def lowest_of_each(runs: Runs) -> Runs:
