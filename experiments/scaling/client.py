@@ -14,6 +14,7 @@ import json
 import math
 import numbers
 import operator
+import os
 import re
 import time
 import urllib.error
@@ -32,6 +33,7 @@ __all__ = [
     "InvalidKey",
     "NotFound",
     "Unavailable",
+    "given_key",
 ]
 
 URL = "http://127.0.0.1:8000"
@@ -207,6 +209,13 @@ class Client:
                     raise Unavailable(f"{self.url}: {what}") from None
                 time.sleep(0.2 * 2 ** (self._tries - left))
         raise AssertionError
+
+
+def given_key(key: str) -> str:
+    """The key, or that of the environment's PURELM_API_KEY; ValueError without either."""
+    if not (found := key or os.environ.get("PURELM_API_KEY", "")):
+        raise ValueError("key: give --key, or set PURELM_API_KEY")
+    return found
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):

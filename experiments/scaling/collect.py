@@ -5,7 +5,6 @@
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import tyro
 
 from experiments.console import program, say
 from experiments.limits import Place, Text
-from experiments.scaling.client import URL, Client, Failure
+from experiments.scaling.client import URL, Client, Failure, given_key
 from experiments.scaling.count import Counting, count
 from experiments.scaling.service.schemas import Completed, Experiment
 from purelm.files import staging, sync
@@ -35,10 +34,7 @@ class Args:
 
 @program
 def main(args: Args) -> None:
-    key = args.key or os.environ.get("PURELM_API_KEY", "")
-    if not key:
-        raise ValueError("key: give --key, or set PURELM_API_KEY")
-    client = Client(args.url, key)
+    client = Client(args.url, given_key(args.key))
     try:
         rows = runs_of(client.experiments(), embeddings=args.embeddings)
     except Failure as error:

@@ -17,7 +17,6 @@ study.json, study.md and study.png in OUT.
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from experiments.console import program, progress_bar, say
 from experiments.limits import Count, Place, Range, Seed, Share, Text
 from experiments.lock import locked
 from experiments.scaling import study_page
-from experiments.scaling.client import Client, Conflict, Failure
+from experiments.scaling.client import Client, Conflict, Failure, given_key
 from experiments.scaling.decide import (
     RateLaw,
     Shape,
@@ -102,9 +101,7 @@ class Args:
 @program
 def main(args: Args) -> None:
     _checked(args)
-    key = args.key or os.environ.get("PURELM_API_KEY", "")
-    if not key:
-        raise ValueError("key: give --key, or set PURELM_API_KEY")
+    key = given_key(args.key)
     with locked(args.out, "--out"):
         try:
             carry_out(args, patient(args.url, key))

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from purelm import random
 from purelm.scaling import forecast as module
@@ -42,7 +43,7 @@ def test_fits_are_those_of_each_range():
 def test_the_samples_are_of_the_formula(monkeypatch):
     """Oracle: one sample after the other, with the residuals that were drawn put in by hand."""
     fits = fitted(random.key(0), noisy(0), 30)
-    monkeypatch.setattr(module.random, "randint", lambda key, shape, low, high: np_like(np.arange(shape[0]) % high))
+    monkeypatch.setattr(module.random, "randint", lambda key, shape, low, high: torch.arange(shape[0]) % high)
     found = forecast(random.key(1), fits, 3e6, 4e7, 0.5)
     each = []
     for fit in (fits.whole, *fits.parts):
@@ -54,13 +55,6 @@ def test_the_samples_are_of_the_formula(monkeypatch):
             each.append(loss(law, 3e6, 4e7) * math.exp(math.sqrt(R / (R - 5)) * residual))
     assert found.loss == loss(fits.whole.law, 3e6, 4e7)
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(each, [0.25, 0.75])), rel=1e-12)
-
-
-def np_like(x):
-    """What `.numpy()` of a tensor gives."""
-    import torch
-
-    return torch.from_numpy(x)
 
 
 @pytest.mark.parametrize("parts", [False, True])
