@@ -28,7 +28,7 @@ from purelm.models import transformer
 from purelm.models.leaves import like
 from purelm.ops import Ops
 from purelm.optim import Optimizer, chain
-from purelm.train import ALONE, Loss, Precision, Strategy, TrainState, init_state, make_step, state_of
+from purelm.train import ALONE, Differentiate, Loss, Precision, Strategy, TrainState, init_state, make_step, state_of
 from purelm.transforms import cuda_graph, jit
 
 Wrap = Callable[[transformer.BlockFn], transformer.BlockFn]
@@ -86,11 +86,14 @@ def layout(world: World, cfg: Parallel, job: Job, *, compiled: bool) -> Run:
     return run._replace(step=jit(run.step, donate=0)) if compiled else run
 
 
-def alone(job: Job, device: torch.device, *, compiled: bool, graph: bool) -> Run:
-    """The run of one process. graph: each step is a replay of a CUDA graph."""
+def alone(
+    job: Job, device: torch.device, *, compiled: bool, graph: bool, differentiate: Differentiate | None = None
+) -> Run:
+    """The run of one process. graph: each step is a replay of a CUDA graph. differentiate: how gradients are computed,
+    in place of `value_and_grad` and the job's microbatches."""
     model = transformer.make(job.model, job.ops, job.wrap_block)
     optimizer = _linked(job)
-    step = _step(job, model, optimizer, ALONE)
+    step = _step(job, model, optimizer, ALONE._replace(differentiate=differentiate))
     if compiled:
         step = jit(step, donate=0)
     if graph:

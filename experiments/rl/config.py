@@ -12,7 +12,7 @@ from experiments.parallel import Parallel
 MAY_CHANGE = (
     "steps", "save_every", "eval_every", "eval_prompts", "log_every", "keep_last", "export", "shown", "device",
     "rows_per_pass", "sample_rows", "resume", "run", "train", "heldout", "tokenizer", "remat", "loss_chunk",
-    "parallel.mode", "parallel.bucket_mb", "parallel.timeout",
+    "graph", "parallel.mode", "parallel.bucket_mb", "parallel.timeout",
 )  # fmt: skip
 
 
@@ -80,6 +80,9 @@ class FromRewards(Answers):
     remat: bool = False
     loss_chunk: Count | None = None
     """as for `sft`"""
+    graph: Literal["auto", "yes", "no"] = "auto"
+    """passes of rows_per_pass rows each, recorded as CUDA graphs and replayed; auto: yes in one process on a GPU.
+    Rows without weight fill the last pass"""
     parallel: Parallel = field(default_factory=Parallel)
     export: bool = True
     resume: bool = False

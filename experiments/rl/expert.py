@@ -92,7 +92,7 @@ def fine_tuned(
     batch_size, as equal as can be. With one step of one epoch, and the mean over answers, this is a step of the recipe
     `course2026_rft`, which divides by all B answers, of which K are right, times B / K.
     """
-    batch = rollout_batch(answers, pad_id=trainer.pad_id, multiple_of=32)
+    batch = rollout_batch(answers, pad_id=trainer.pad_id, multiple_of=trainer.multiple_of)
     batch = {name: x.to(device) for name, x in batch.items() if name != "sampler_log_probs"}
     batch["advantages"] = torch.ones(len(batch["tokens"]), device=device)
     n_steps = -(-len(batch["tokens"]) // batch_size)

@@ -16,6 +16,7 @@ from experiments.open_model import open_model
 from experiments.ops import evaluating_ops, generation_options, ops_for_generation, ops_named, sampling_weights
 from experiments.parallel import Job, Run, alone, layout
 from experiments.rl.config import MAY_CHANGE, Answers, FromRewards
+from experiments.rl.passes import in_passes, recorded
 from experiments.rl.problems import Problem, content, read_problems
 from experiments.rl.sampling import Batch, Sampler
 from experiments.rl.update import Trainer, loss_of
@@ -197,6 +198,8 @@ def run_of(
         loss=lambda made, chunk: loss_of(made, recipe.objective, temperature, chunk),
     )
 
+    graph = _on_graph(cfg, world)
+
     @functools.cache
     def run(n_passes: int) -> Run:
         """The number of passes is a step's own, and differs with the rows that have an advantage."""
@@ -205,12 +208,25 @@ def run_of(
             return alone(some, world.device, compiled=False, graph=False)
         return layout(world, cfg.parallel, some, compiled=False)
 
+    made = transformer.make(model, ops)
     trainer = Trainer(
-        transformer.make(model, ops), recipe, lambda n_passes: run(n_passes).step, cfg.rows_per_pass, given.pad,
-        job.loss_chunk, given.precision.compute, recompute, given.params if reference else None, drops, cfg.seed,
-        world, run(1).whole,
+        made, recipe, lambda n_passes: run(n_passes).step, cfg.rows_per_pass, given.pad, job.loss_chunk,
+        given.precision.compute, recompute, given.params if reference else None, drops, cfg.seed, world, run(1).whole,
     )  # fmt: skip
-    return run(1), trainer
+    if not graph:
+        return run(1), trainer
+    passes = alone(job, world.device, compiled=False, graph=False, differentiate=in_passes(cfg.rows_per_pass))
+    return passes, trainer._replace(
+        model=made._replace(log_probs=recorded(made.log_probs)), step=lambda n_passes: passes.step, same_shape=True
+    )
+
+
+def _on_graph(cfg: FromRewards, world: World) -> bool:
+    """Whether passes are replays of CUDA graphs; ValueError where they cannot be."""
+    possible = world.device.type == "cuda" and world.size == 1
+    if cfg.graph == "yes" and not possible:
+        raise ValueError("graph: yes needs one process on a GPU")
+    return cfg.graph != "no" and possible
 
 
 def say_what_is_trained(world: World, cfg: FromRewards, given: Opened, how: str) -> None:

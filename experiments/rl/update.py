@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from experiments.rl.passes import LENGTHS
 from experiments.rl.shares import ONE, joined_rows, share
 from purelm import random, tree
 from purelm.align.advantages import Aux
@@ -45,6 +46,12 @@ class Trainer(NamedTuple):
     seed: int
     world: World = ONE
     whole: Callable[[Any], Any] = lambda params: params  # of a process's part of the parameters
+    same_shape: bool = False  # all passes have rows_per_pass rows, and lengths in steps of LENGTHS: for recordings
+
+    @property
+    def multiple_of(self) -> int:
+        """What rows are padded to."""
+        return LENGTHS if self.same_shape else 32
 
 
 def loss_of(model: Model, objective: Objective, temperature: float, chunk: int | None) -> Callable[..., Any]:
@@ -74,7 +81,7 @@ def prepared(trainer: Trainer, params: Any, rollouts: Rollouts, device: torch.de
     reference (reported as "kl_reward", a mean). Whether a group is flat is a matter of the graded rewards.
     """
     recipe = trainer.recipe
-    batch = rollout_batch(rollouts, pad_id=trainer.pad_id, multiple_of=32)
+    batch = rollout_batch(rollouts, pad_id=trainer.pad_id, multiple_of=trainer.multiple_of)
     batch = {name: x.to(device) for name, x in batch.items()}
     aux: Aux = {}
     batch["old_log_probs"] = batch["sampler_log_probs"]
@@ -108,7 +115,8 @@ def prepared(trainer: Trainer, params: Any, rollouts: Rollouts, device: torch.de
 def log_probs(trainer: Trainer, params: Any, batch: dict[str, Tensor]) -> Tensor:
     """(B, T) log-probabilities of the targets at the temperature of sampling, in the dtype that is trained in."""
     params = tree.cast(params, trainer.compute)
-    mine = share(trainer.world, padded({name: batch[name] for name in OF_MODEL}, trainer.world.size))
+    multiple = trainer.rows_per_pass if trainer.same_shape else trainer.world.size
+    mine = share(trainer.world, padded({name: batch[name] for name in OF_MODEL}, multiple))
     found = []
     for at in range(0, len(mine["tokens"]), trainer.rows_per_pass):
         some = {name: x[at : at + trainer.rows_per_pass] for name, x in mine.items()}
@@ -181,6 +189,7 @@ def stepped(trainer: Trainer, state: TrainState, part: dict[str, Tensor]) -> tup
     part["n_tokens"] = (part.pop("mask") != 0).sum().to(torch.float32).clamp(min=1.0)
     part["denominator"] = torch.ones_like(part["n_tokens"])
     n_passes = -(-n_trained // (trainer.rows_per_pass * world.size))
-    state, metrics = trainer.step(n_passes)(state, share(world, padded(part, n_passes * world.size)))
+    multiple = trainer.rows_per_pass if trainer.same_shape else n_passes * world.size
+    state, metrics = trainer.step(n_passes)(state, share(world, padded(part, multiple)))
     values = {name: float(x) for name, x in metrics.items() if name != "non_finite_rank"}
     return state, values | {"rows_trained": n_trained / n_rows}

@@ -29,6 +29,7 @@ from purelm.scaling.laws import Law, loss
 from purelm.scaling.runs import Array, Runs
 
 __all__ = [
+    "HEAD_DIM",
     "Choice",
     "RateLaw",
     "Shape",
@@ -51,10 +52,11 @@ STEEP_D = (-0.5, 0.35)  # StepLaw: .307 with batches that grow; with one batch s
 
 
 class Shape(NamedTuple):
-    """A model in two numbers; heads are HEAD_DIM wide, and the feed-forward 8/3 of the width."""
+    """A model in three numbers; the feed-forward is 8/3 of the width, rounded up to a multiple of head_dim."""
 
     width: int
     layers: int
+    head_dim: int = HEAD_DIM
 
 
 class Speed(NamedTuple):
@@ -81,13 +83,15 @@ class Choice(NamedTuple):
     seconds: float  # by the speed
 
 
-def shapes(widths: Iterable[int], aspect: int = 32) -> tuple[Shape, ...]:
+def shapes(widths: Iterable[int], aspect: int = 32, head_dim: int = HEAD_DIM) -> tuple[Shape, ...]:
     """Models of these widths, with width / aspect layers, 2 at least."""
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even, since RoPE turns pairs; got {head_dim}")
     found = []
     for width in widths:
-        if width < HEAD_DIM or width % HEAD_DIM:
-            raise ValueError(f"width must be a multiple of {HEAD_DIM}, got {width}")
-        found.append(Shape(width, max(2, round(width / aspect))))
+        if width < head_dim or width % head_dim:
+            raise ValueError(f"width must be a multiple of head_dim {head_dim}, got {width}")
+        found.append(Shape(width, max(2, round(width / aspect)), head_dim))
     return tuple(found)
 
 
@@ -100,10 +104,10 @@ def config(
     rows = math.gcd(batch, rules.n_val_tokens // rules.seq_len)
     return TrainingConfig.model_validate({
         "architecture_config": {
-            "attention_bias": False, "head_dim": HEAD_DIM, "hidden_size": shape.width,
-            "intermediate_size": -(-8 * shape.width // 3 // HEAD_DIM) * HEAD_DIM,
-            "num_attention_heads": shape.width // HEAD_DIM, "num_hidden_layers": shape.layers,
-            "num_key_value_heads": shape.width // HEAD_DIM, "rms_norm_eps": 1e-6, "rope_theta": 10_000,
+            "attention_bias": False, "head_dim": shape.head_dim, "hidden_size": shape.width,
+            "intermediate_size": -(-8 * shape.width // 3 // shape.head_dim) * shape.head_dim,
+            "num_attention_heads": shape.width // shape.head_dim, "num_hidden_layers": shape.layers,
+            "num_key_value_heads": shape.width // shape.head_dim, "rms_norm_eps": 1e-6, "rope_theta": 10_000,
             "tie_word_embeddings": False, "dtype": dtype, "vocab_size": rules.min_vocab_size,
         },
         "optimizer_config": AdamWConfig(lr_scheduler=WarmupCosineDecay(peak_value=rate)).model_dump(),

@@ -53,6 +53,9 @@ class Serve:
     device: Text = "auto"
     """cpu, cuda or auto"""
     compile: Literal["auto", "yes", "no"] = "auto"
+    """auto: on a GPU. A run takes up to a minute longer to begin, which its clock does not count"""
+    graph: Literal["auto", "yes", "no"] = "auto"
+    """each update is a replay of a CUDA graph; auto: on a GPU"""
     rows: Whole = 0
     """most sequences in one pass: larger batches are accumulated; 0: all"""
     time_scale: Annotated[float, Range(0, 100)] = 0.0
@@ -186,7 +189,8 @@ def ready_of(args: Serve, secret: int) -> Ready:
 
         settings = module.Real(
             train=args.data.absolute(), val=args.val.absolute(), seq_len=args.seq_len, n_val_tokens=args.n_val_tokens,
-            device=args.device, compile=args.compile, rows=args.rows,
+            device=args.device, compile=args.compile,
+            graph=args.graph, rows=args.rows,
         )  # fmt: skip
         rules = module.rules_of(settings)
         facts["data"] = [module.sampled(open_tokens(path)) for path in (args.data, args.val)]

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -32,6 +32,7 @@ from experiments.lock import locked
 from experiments.scaling import study_page
 from experiments.scaling.client import Client, Conflict, Failure, given_key
 from experiments.scaling.decide import (
+    HEAD_DIM,
     RateLaw,
     Shape,
     Speed,
@@ -76,9 +77,15 @@ class Args:
     device: Text = ""
     """for the table, such as the name of the processor"""
     widths: Annotated[tuple[Width, ...], tyro.conf.arg(metavar="INT [INT ...]")] = (32, 48, 64, 96, 128)
-    """of the runs that the law is fitted to: multiples of 16, at least 4"""
+    """of the runs that the law is fitted to: at least 4 different ones"""
     final_widths: tuple[Width, ...] = (48, 64, 96, 128, 160, 192, 256)
     """among which the final one is chosen"""
+    aspect: Annotated[int, Range(8, 1024)] = 32
+    """layers of a model are its width divided by this, 2 at least"""
+    head_dim: Annotated[int, Range(8, 256)] = HEAD_DIM
+    """widths are multiples of it; kernels of a GPU want 64"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of weights, activations and moments alike, as the course has it"""
     rates: tuple[Rate, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)
     """learning rates that are tried"""
     batch: Count = 16
@@ -87,7 +94,7 @@ class Args:
     """of each run"""
     least_steps: Count = 50
     """updates of a run, under which a law of loss would be one of warmups"""
-    multiple: Annotated[float, Range(1, 100)] = 4.0
+    multiple: Annotated[float, Range(0.1, 100)] = 4.0
     """the final run's time, relative to the budget"""
     margin: Annotated[float, Range(0.1, 1)] = 0.85
     """share of the final time that is planned for: devices are not always equally fast"""
@@ -123,7 +130,7 @@ def _checked(args: Args) -> None:
         raise ValueError(f"widths: at least 4 different ones determine a law, got {args.widths}")
     if len(set(args.rates)) < 3:
         raise ValueError(f"rates: a parabola needs 3 different ones, got {args.rates}")
-    shapes((*args.widths, *args.final_widths))
+    _shapes(args, (*args.widths, *args.final_widths))
     if args.forecasts.suffix != ".jsonl":
         raise ValueError(f"forecasts {args.forecasts}: must end in .jsonl")
     read_rows(args.forecasts)
@@ -132,13 +139,13 @@ def _checked(args: Args) -> None:
 
 def carry_out(args: Args, client: Client) -> None:
     """The whole study; every step that was done before is taken from the server."""
-    server = Server(client, Sizes(args.batch, args.evals, args.least_steps), args.out / "plan.json")
+    server = Server(client, Sizes(args.batch, args.evals, args.least_steps, args.dtype), args.out / "plan.json")
     if server.final_budgets is not None and args.multiple > server.final_budgets:
         raise ValueError(
             f"multiple {args.multiple:g}: this server's final runs take {server.final_budgets:g} budgets at most: give "
             f"--multiple {server.final_budgets:g}, or start the server with --final {args.multiple:g}"
         )
-    among = shapes(sorted(set(args.widths)))
+    among = _shapes(args, args.widths)
     shaped = {k: v for k, v in dataclasses.asdict(args).items() if k not in FREE}
     server.begin({**shaped, "backend": client.backend, "budget": server.total, "rules": server.rules.model_dump()})
     say(f"{client.backend} back end, {server.total:,.0f} s of budget; {server.rules}")
@@ -179,6 +186,10 @@ def carry_out(args: Args, client: Client) -> None:
     say(f"wrote {args.out / 'study.md'}")
 
 
+def _shapes(args: Args, widths: Sequence[int]) -> tuple[Shape, ...]:
+    return shapes(sorted(set(widths)), args.aspect, args.head_dim)
+
+
 def _grid(server: Server, among: Sequence[Shape], rates: RateLaw) -> list[Experiment]:
     """Every model at times that rise; the speed and what is left of the budget are known better with each level."""
     found: list[Experiment] = []
@@ -203,7 +214,7 @@ def _final(args: Args, server: Server, law: Law, speed: Speed, rates: RateLaw) -
     """The best that fits in the time; as it was submitted, if it was."""
 
     def best() -> list[TrainingConfig]:
-        seconds, among = args.margin * args.multiple * server.total, shapes(sorted(set(args.final_widths)))
+        seconds, among = args.margin * args.multiple * server.total, _shapes(args, args.final_widths)
         shape, tokens, *_ = best_run(law, speed, among, seconds, server.rules, batch=args.batch, evals=args.evals)
         n = counted(server.config(shape, 1, 1.0, 2.0).architecture_config)
         # The service gives the final run its own time, whatever is said here.

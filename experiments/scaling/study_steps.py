@@ -29,6 +29,7 @@ class Sizes(NamedTuple):
     batch: int  # sequences
     evals: int
     least_steps: int  # updates
+    dtype: str = "float32"  # of weights, activations and moments
 
 
 class Server:
@@ -61,14 +62,14 @@ class Server:
 
     def config(self, shape: Shape, tokens: float, rate: float, seconds: float) -> TrainingConfig:
         """As many tokens as the data have at most; limits are whole numbers of seconds."""
-        batch, evals, _ = self.sizes
+        batch, evals, _, dtype = self.sizes
         chunk = self.rules.seq_len * batch * evals
         most = self.rules.max_train_tokens // chunk * chunk
         if not most:
             raise ValueError(f"the data hold {self.rules.max_train_tokens:,} tokens, fewer than {evals} updates take")
         limit = max(2.0, math.ceil(seconds))
         tokens = min(int(tokens), most)
-        return decide.config(shape, tokens, rate, self.rules, batch=batch, evals=evals, seconds=limit)
+        return decide.config(shape, tokens, rate, self.rules, batch=batch, evals=evals, seconds=limit, dtype=dtype)
 
     def planned(
         self, shape: Shape, seconds: float, rate: float | RateLaw, speed: Speed, most: float = math.inf

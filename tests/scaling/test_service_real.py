@@ -98,6 +98,25 @@ def test_a_preempted_run_ends_as_if_it_had_not_been(settings, tmp_path, at):
     assert 0 < begun[0] <= first.seconds < second.seconds  # the clock went on from the first attempt's
 
 
+def test_the_steps_before_the_clock_leave_no_trace(settings, tmp_path, monkeypatch):
+    """As on a GPU, where a state is trained to compile and record. Oracle: the run without one, bit for bit."""
+    cfg, rules = config(), rules_of(settings)
+    whole = backend(settings).run(cfg, rules, control(tmp_path / "a"))
+    plain, warm = real._updates, []
+
+    def warmed(settings, cfg, rules, control, parts, memory):
+        assert memory is None
+        warm.append(real._warm(parts))
+        assert int(warm[-1].step) == real.WARMUP
+        return plain(settings, cfg, rules, control, parts, warm[-1])
+
+    monkeypatch.setattr(real, "_updates", warmed)
+    asked = itertools.count()
+    first = backend(settings).run(cfg, rules, control(tmp_path / "b", stop=lambda: next(asked) == 5))
+    second = backend(settings).run(cfg, rules, control(tmp_path / "b"))
+    assert isinstance(first, Stopped) and len(warm) == 2 and second.val_losses == whole.val_losses
+
+
 def test_after_a_kill_it_goes_on_from_the_last_evaluation(settings, tmp_path):
     cfg, rules = config(), rules_of(settings)
     whole = backend(settings).run(cfg, rules, control(tmp_path / "a"))

@@ -157,7 +157,7 @@ def test_a_budget_that_is_too_small_is_said(tmp_path):
     ("change", "words"),
     [
         ({"widths": (32, 48, 64)}, "at least 4 different ones"),
-        ({"widths": (32, 40, 64, 80)}, "multiple of 16"),
+        ({"widths": (32, 40, 64, 80)}, "multiple of head_dim 16"),
         ({"final_widths": ()}, "final_widths: must not be empty"),
         ({"rates": (1e-3, 2e-3, 1e-3)}, "3 different ones"),
         ({"name": ""}, "name: must not be empty"),

@@ -49,6 +49,7 @@ from purelm.train import Precision, TrainState
 __all__ = ["Real", "backend", "model_of", "rules_of"]
 
 SAVE_SHARE = 0.02  # of the time, at most, goes into checkpoints: those who watch the run do not see its clock stand
+WARMUP = 4  # calls of a step, of which the last is recorded as a graph (`cuda_graph`)
 DATA_KEY = 0  # of the one order in which all runs see the data
 
 
@@ -65,6 +66,8 @@ class Real:
     device: Text = "auto"
     compile: Literal["auto", "yes", "no"] = "auto"
     """auto: on a GPU; on a CPU compiling takes longer than most runs"""
+    graph: Literal["auto", "yes", "no"] = "auto"
+    """each update is a replay of a CUDA graph; auto: on a GPU"""
     rows: Whole = 0
     """most sequences in one pass, to bound memory: larger batches are accumulated; 0: all"""
     expected: tuple[str, ...] = ()
@@ -204,7 +207,8 @@ def _train(settings: Real, cfg: TrainingConfig, rules: Rules, control: Control) 
     compiled = settings.compile == "yes" or (
         settings.compile == "auto" and device.type == "cuda" and can_compile(device)
     )
-    run = alone(job, device, compiled=compiled, graph=compiled and device.type == "cuda")
+    graph = settings.graph == "yes" or (settings.graph == "auto" and device.type == "cuda")
+    run = alone(job, device, compiled=compiled, graph=graph)
     order = random.key(DATA_KEY)
 
     def batch(step: int) -> dict[str, Any]:
@@ -215,12 +219,18 @@ def _train(settings: Real, cfg: TrainingConfig, rules: Rules, control: Control) 
         score = run.evaluate(state.params, eval_windows(part, cfg.val_batch_size, rules.seq_len, device), 0)
         return score.nats / score.n_tokens
 
-    if device.type == "cuda":  # compiles, and tunes what is tuned; the state made here is thrown away
-        state, _ = run.step(run.init(), batch(0))
-        evaluate(state)
-        del state
-        torch.cuda.synchronize(device)
-    return _updates(settings, cfg, rules, control, _Parts(run, batch, evaluate, identity))
+    parts = _Parts(run, batch, evaluate, identity)
+    return _updates(settings, cfg, rules, control, parts, _warm(parts) if device.type == "cuda" else None)
+
+
+def _warm(parts: _Parts) -> TrainState:
+    """A state of steps that compile, tune and record what is to be; its memory is that of the recorded graph."""
+    state = parts.run.init()
+    for _ in range(WARMUP):
+        state, metrics = parts.run.step(state, parts.batch(0))
+    parts.evaluate(state)
+    float(metrics["loss"])  # waits for the device
+    return state
 
 
 def _begun(run: Run, folder: Path, identity: dict[str, str]) -> _Place:
@@ -238,9 +248,15 @@ def _begun(run: Run, folder: Path, identity: dict[str, str]) -> _Place:
     return _Place(state, done, tuple(meta["val_losses"]), float(meta["seconds"]))
 
 
-def _updates(settings: Real, cfg: TrainingConfig, rules: Rules, control: Control, parts: _Parts) -> Outcome:
+def _updates(
+    settings: Real, cfg: TrainingConfig, rules: Rules, control: Control, parts: _Parts, memory: TrainState | None = None
+) -> Outcome:
+    """memory: a state, to be overwritten, in whose place the run's is put."""
     run, batch, evaluate, identity = parts
     state, done, losses, before = _begun(run, control.folder, identity)
+    if memory is not None:
+        state = tree.map(lambda old, new: old.copy_(new), memory, state)
+        del memory
     steps, every = total_steps(cfg, rules), eval_steps(cfg, rules)
     begun, idle, saved, cost = time.perf_counter(), 0.0, time.perf_counter(), 0.0
 
