@@ -149,8 +149,12 @@ def last(run: Experiment) -> float | None:
 
 
 def device_speed(server: Server, among: Sequence[Shape], rate: float) -> Speed:
-    """From a run of few tokens for the smallest and the largest model, at a learning rate that is low for both."""
-    tokens = server.rules.seq_len * server.sizes.batch * server.sizes.evals * 4
+    """From a short run of the smallest and of the largest model, at a learning rate that is low for both.
+
+    Half as many updates as runs have at the least: with fewer, evaluations would be most of the time.
+    """
+    batch, evals, least, _ = server.sizes
+    tokens = server.rules.seq_len * batch * evals * max(4, -(-least // (2 * evals)))
     limit = max(2.0, server.total / 5)  # reserved, not used
     shapes = (among[0], among[-1])
     found = server.run("speed", server.plan("speed", lambda: [server.config(x, tokens, rate, limit) for x in shapes]))
