@@ -12,9 +12,8 @@ reference in eager mode passes over them about 15 times. `apply_updates` takes 1
 and takes 28 in all. Inside torch.compile both are the reference, which inductor fuses with the ops around it (28 bytes,
 too), and which under jit writes to donated storage.
 
-CUDA graphs: the kernel finds its leaves by a table of addresses, which each call copies from the host's memory. A
-replay would repeat that copy after the memory was freed, so capture is refused with RuntimeError. purelm.optim.adamw
-has no such table.
+CUDA graphs: the kernel finds its leaves by a table of addresses, which a call copies from the host's memory, and a call
+that is captured writes by kernels that have them as arguments: a replay finds them in the graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -228,15 +227,13 @@ def _step_in_place(params: list[Tensor], grads: list[Tensor], m: list[Tensor], v
 
 
 def _check(params: Sequence[Tensor], grads: Sequence[Tensor], m: Sequence[Tensor], v: Sequence[Tensor]) -> None:
-    """ValueError or RuntimeError for what the kernel cannot do."""
+    """ValueError for what the kernel cannot do."""
     for name, tensors in (("params", params), ("grads", grads), ("m", m), ("v", v)):
         for dtype in {x.dtype for x in tensors}.difference(DTYPES):
             raise ValueError(
                 f"adamw: {name} must be float32, bfloat16 or float16 on a GPU, got {dtype}: use the reference, "
                 "purelm.optim.adamw"
             )
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("adamw: its table of addresses cannot be captured in a CUDA graph: use purelm.optim.adamw")
 
 
 @_step.register_kernel("cpu")

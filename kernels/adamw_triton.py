@@ -96,8 +96,11 @@ def _launch(
     if not n_programs:  # all empty
         return
     cuda, n_leaves = device.type == "cuda", len(rows) // COLUMNS
-    # The copy does not wait for the device, and pinned memory is not reused before the copy is done.
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=cuda).to(device, non_blocking=True)
+    if cuda and torch.cuda.is_current_stream_capturing():
+        table = by_arguments(rows, device)
+    else:
+        # The copy does not wait for the device, and pinned memory is not reused before the copy is done.
+        table = torch.tensor(rows, dtype=torch.int64, pin_memory=cuda).to(device, non_blocking=True)
     one_minus_b1, b2, one_minus_b2, eps, has_root, outside, before, apply = hyper
     with device_of(table):
         _step[(n_programs,)](
@@ -107,6 +110,14 @@ def _launch(
             LEAVES=triton.next_power_of_2(n_leaves), WIDTH=COLUMNS, BLOCK=BLOCK, BLOCKS=BLOCKS_PER_PROGRAM,
             num_warps=NUM_WARPS,
         )  # fmt: skip
+
+
+def by_arguments(rows: list[int], device: torch.device) -> Tensor:
+    """The table as what kernels are given as arguments, some 100 numbers a launch: a CUDA graph holds these, while it
+    would read anew the host's memory that a copy was made from."""
+    table = torch.zeros(len(rows), dtype=torch.int64, device=device)
+    torch._foreach_add_(list(table.unbind()), rows)
+    return table
 
 
 def step(

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from purelm import random
+from purelm.caches import memo
 from purelm.data.checks import check_int
 from purelm.data.shuffle import permuted
 from purelm.random import Key
@@ -31,6 +32,7 @@ __all__ = [
     "windows_per_epoch",
 ]
 
+BLOCK = 2**12  # places of an epoch's order that are computed together
 MOST_ROWS = 2**31  # of a batch; a larger number must be a mistake
 Batch = dict[str, Tensor]
 Tokens = Any  # a sequence with len and slices: see the head of this file
@@ -209,9 +211,21 @@ def _epochs(
     position, end = step * batch_size + first, step * batch_size + last
     while position < end:
         epoch, index = divmod(position, n)
-        length = min(end - position, n - index)
-        yield epoch, permuted(_epoch_key(key, epoch, 0), n, torch.arange(index, index + length))
+        block, start = divmod(index, BLOCK)
+        length = min(end - position, n - index, BLOCK - start)
+        yield epoch, _ordered(tuple(key.tolist()), epoch, n, block)[start : start + length]
         position += length
+
+
+@memo(16)
+def _ordered(key: tuple[int, ...], epoch: int, n: int, block: int) -> Int[Tensor, " some"]:
+    """Places block BLOCK to (block + 1) BLOCK - 1 of the epoch's order; not to be written to.
+
+    An order takes some 1,000 short operations for one place and for thousands alike, 4 ms: more than many a step of a
+    small model takes on a GPU.
+    """
+    index = torch.arange(block * BLOCK, min((block + 1) * BLOCK, n))
+    return permuted(_epoch_key(torch.tensor(key), epoch, 0), n, index)
 
 
 def _epoch_key(key: Key, epoch: int, use: int) -> Key:

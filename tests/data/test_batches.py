@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from purelm import random
 from purelm.data.batches import (
+    BLOCK,
     eval_batch,
     eval_windows,
     n_eval_batches,
@@ -17,6 +18,7 @@ from purelm.data.batches import (
     shuffled_windows,
     windows_per_epoch,
 )
+from purelm.data.shuffle import permuted
 from purelm.data.tokens import TokenWriter, open_tokens
 
 KEY = random.key(7)
@@ -72,6 +74,19 @@ def test_each_window_once_an_epoch(n, length, batch, jitter, seed):
         assert found == [found[0] + i * length for i in range(per_epoch)]
         assert found[0] < length if jitter else found[0] == 0
         assert found[-1] + length <= n - 1
+
+
+@pytest.mark.parametrize("n", [5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 17])
+def test_order_does_not_depend_on_how_it_is_asked_for(n):
+    """Oracle: `permuted` of all places at once. Batches that reach over blocks and epochs, in any order of steps."""
+    whole = [permuted(random.fold_in(random.fold_in(KEY, epoch), 0), n, torch.arange(n)) for epoch in range(2)]
+    sequence = torch.cat(whole)
+    for size in (3, 1000, 2 * BLOCK + 5):
+        steps = [len(sequence) // size - 1, 0, BLOCK // size, BLOCK // size, n // size]
+        for step in (s for s in steps if s >= 0 and (s + 1) * size <= 2 * n):
+            got = shuffled_indices(n, KEY, step, size)
+            assert torch.equal(got, sequence[step * size : (step + 1) * size])
+            got.zero_()  # what is kept is not what the caller has
 
 
 def test_epochs_differ():

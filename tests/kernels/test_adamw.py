@@ -72,6 +72,15 @@ def test_the_cpu_has_the_bits_of_the_reference(kwargs, dtype):
 
 
 @INTERPRETED
+def test_tables_without_a_copy_from_the_host():
+    """As a captured call makes them. Oracle: the numbers."""
+    from purelm.kernels.adamw_triton import by_arguments
+
+    rows = [0, 1, 2**31 - 1, 2**31, 2**47 + 12345, 2**63 - 1, *range(2**44, 2**44 + 500 * 4096, 4096)]
+    assert by_arguments(rows, torch.device("cpu")).tolist() == rows
+
+
+@INTERPRETED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kwargs", VARIANTS, ids=lambda kwargs: "-".join(kwargs) or "defaults")
 def test_kernel_equals_the_reference(kwargs, dtype, launched):
