@@ -16,7 +16,7 @@ from purelm.transforms import accumulate, cuda_graph, value_and_grad
 
 __all__ = ["LENGTHS", "in_passes", "recorded"]
 
-LENGTHS = 64  # rows are padded to a multiple of this
+LENGTHS = 64  # rows are as long as a multiple of this
 
 
 def in_passes(rows: int) -> Differentiate:
