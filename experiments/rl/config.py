@@ -81,8 +81,9 @@ class FromRewards(Answers):
     loss_chunk: Count | None = None
     """as for `sft`"""
     graph: Literal["auto", "yes", "no"] = "auto"
-    """passes of rows_per_pass rows each, recorded as CUDA graphs and replayed; auto: yes in one process on a GPU.
-    Rows without weight fill the last pass. Each length of rows that occurs, in steps of 64, holds memory of its own"""
+    """passes of rows_per_pass rows each, recorded as CUDA graphs and replayed; auto: yes in one process on a GPU
+    without --exact. Rows without weight fill the last pass. Each length of rows, in steps of 64, holds memory of its
+    own"""
     parallel: Parallel = field(default_factory=Parallel)
     export: bool = True
     resume: bool = False

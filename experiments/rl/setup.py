@@ -35,7 +35,7 @@ from purelm.tokenizer.chat import Chat
 from purelm.train import FULL, MIXED, Precision, TrainState
 from purelm.transforms import remat
 
-__all__ = ["Learn", "Opened", "Ready", "described", "opened", "run_of", "sampler_of", "say_what_is_trained"]
+__all__ = ["Learn", "Opened", "Ready", "described", "on_graph", "opened", "run_of", "sampler_of", "say_what_is_trained"]
 
 # (state, rollout batch, its number) -> (state, metrics of each optimizer step, figures of the whole)
 Learn = Callable[[TrainState, Batch, int], tuple[TrainState, list[dict[str, float]], Aux]]
@@ -198,7 +198,7 @@ def run_of(
         loss=lambda made, chunk: loss_of(made, recipe.objective, temperature, chunk),
     )
 
-    graph = _on_graph(cfg, world)
+    graph = on_graph(cfg, world)
 
     @functools.cache
     def run(n_passes: int) -> Run:
@@ -221,12 +221,12 @@ def run_of(
     )
 
 
-def _on_graph(cfg: FromRewards, world: World) -> bool:
+def on_graph(cfg: FromRewards, world: World) -> bool:
     """Whether passes are replays of CUDA graphs; ValueError where they cannot be."""
     possible = world.device.type == "cuda" and world.size == 1
     if cfg.graph == "yes" and not possible:
         raise ValueError("graph: yes needs one process on a GPU")
-    return cfg.graph != "no" and possible
+    return cfg.graph == "yes" or (cfg.graph == "auto" and possible and not cfg.exact)
 
 
 def say_what_is_trained(world: World, cfg: FromRewards, given: Opened, how: str) -> None:

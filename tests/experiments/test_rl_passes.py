@@ -3,17 +3,21 @@
 Oracles: one pass over all rows; torch's fake tensors, which hold no numbers and refuse whoever asks for one.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from experiments.rl.passes import LENGTHS, in_passes, recorded
 from experiments.rl.sampling import collect
+from experiments.rl.setup import on_graph
 from experiments.rl.update import Trainer, loss_of, prepared, update
 from purelm import tree
 from purelm.align.recipe import adapted
 from purelm.align.recipes import RECIPES
 from purelm.align.whole import with_token_weights
+from purelm.dist.world import World
 from purelm.optim import sgd
 from purelm.optim.schedules import constant
 from purelm.train import ALONE, Precision, init_state, make_step
@@ -103,3 +107,20 @@ def test_what_does_not_divide_is_refused():
     assert float(value) == float(grads["x"]) == 14
     with pytest.raises(ValueError, match="microbatches is 2"):
         in_passes(4)(lambda p, b: (p, {}), microbatches=2)
+
+
+@pytest.mark.parametrize(
+    ("graph", "exact", "device", "size", "found"),
+    [
+        ("auto", False, "cuda", 1, True), ("auto", True, "cuda", 1, False), ("yes", True, "cuda", 1, True),
+        ("no", False, "cuda", 1, False), ("auto", False, "cuda", 2, False), ("auto", False, "cpu", 1, False),
+        ("yes", False, "cpu", 1, None), ("yes", False, "cuda", 2, None),
+    ],
+)  # fmt: skip
+def test_where_passes_are_recorded(graph, exact, device, size, found):
+    cfg, world = SimpleNamespace(graph=graph, exact=exact), World(0, size, torch.device(device))
+    if found is None:
+        with pytest.raises(ValueError, match="graph: yes needs one process on a GPU"):
+            on_graph(cfg, world)
+    else:
+        assert on_graph(cfg, world) is found
