@@ -23,6 +23,7 @@ from experiments.scaling.service.schemas import (
     Unexpected,
     config_digest,
     problem,
+    total_steps,
 )
 from experiments.scaling.service.surrogate import Surrogate, backend
 from purelm import track
@@ -146,6 +147,22 @@ def test_a_study_foretells_its_final_run(tmp_path, seed):
     with pytest.raises(ValueError, match="not this study's"):
         study.carry_out(given, client)
     assert given.forecasts.read_bytes() == before and not (tmp_path / "other.jsonl").exists()
+
+
+def test_shapes_and_dtype_are_those_asked_for(tmp_path):
+    """Of every run, the final one too; and runs for the speed have half of the least updates."""
+    client = Local(tmp_path, 43_200.0)
+    given = args(tmp_path, aspect=64, head_dim=64, dtype="bfloat16", least_steps=90, multiple=0.5)
+    study.carry_out(given, client)
+    result = json.loads((given.out / "study.json").read_text())
+    configs = [x.training_config for x in client.runs.values()] + [TrainingConfig.model_validate(result["final"])]
+    for a in (cfg.architecture_config for cfg in configs):
+        assert (a.head_dim, a.num_hidden_layers, a.dtype) == (64, a.hidden_size // 64, "bfloat16")
+        assert a.intermediate_size % 64 == 0 and 0 <= a.intermediate_size - 8 * a.hidden_size / 3 < 64
+    plan = json.loads((given.out / "plan.json").read_text())
+    assert [total_steps(TrainingConfig.model_validate(x), RULES) for x in plan["speed"]] == [46, 46]  # two evaluations
+    assert min(total_steps(cfg, RULES) for cfg in configs[2:]) >= 90
+    assert 0.5 * 0.5 * client.total < result["final_run"]["status"]["used_runtime_seconds"] < 0.5 * client.total
 
 
 def test_a_budget_that_is_too_small_is_said(tmp_path):
