@@ -211,9 +211,13 @@ def _epochs(
     position, end = step * batch_size + first, step * batch_size + last
     while position < end:
         epoch, index = divmod(position, n)
-        block, start = divmod(index, BLOCK)
-        length = min(end - position, n - index, BLOCK - start)
-        yield epoch, _ordered(tuple(key.tolist()), epoch, n, block)[start : start + length]
+        length = min(end - position, n - index)
+        if length < BLOCK:
+            block, start = divmod(index, BLOCK)
+            length = min(length, BLOCK - start)
+            yield epoch, _ordered(tuple(key.tolist()), epoch, n, block)[start : start + length]
+        else:
+            yield epoch, permuted(_epoch_key(key, epoch, 0), n, torch.arange(index, index + length))
         position += length
 
 
