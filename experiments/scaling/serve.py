@@ -132,7 +132,8 @@ def main(args: Serve) -> None:
                 if not keys.all_keys(db):
                     say(f"no keys yet: python -m experiments.scaling.serve --folder {args.folder} --add-key NAME")
 
-        supervisor = Supervisor(store, plan, slots, setup=args.setup_seconds)
+        ahead = any(env.get("CUDA_VISIBLE_DEVICES") for env in slots)  # cores that runs leave free
+        supervisor = Supervisor(store, plan, slots, setup=args.setup_seconds, ahead=ahead)
         serve(app, supervisor, sock, grace=args.grace_seconds, ready=announce)
 
 

@@ -205,6 +205,37 @@ def test_a_killed_worker_loses_nothing(tmp_path, supervised):
     assert (found["lost"], found["claimed"], found["completed"]) == (1, 2, 1) and pid not in watched.pids()
 
 
+def test_the_next_worker_is_there_when_its_turn_comes(tmp_path, supervised):
+    """One run for each process. The one that was started during a run has the next; one that was lost is replaced."""
+    store, (ada, _) = make_store(tmp_path)
+    watched = supervised(store, plan_of(tmp_path, scale=0.2)._replace(runs=1), ahead=True)
+    (slot,) = watched._slots
+    waiting = []
+    for i in range(3):
+        submit(store, ada, model_seed=10 + i)
+        until(lambda i=i: len(getattr(status(store, ada, i + 1), "val_losses", ())) >= 1)
+        waiting.append(slot.next.pid)
+        assert watched.pids() == [waiting[i - 1]] if i == 1 else watched.pids() != [waiting[i - 1]]
+        if i == 1:  # lost while it waits
+            os.kill(waiting[1], signal.SIGKILL)
+        assert until(lambda i=i: over(store, ada, i + 1)).val_losses == LOSSES
+    assert len(set(waiting)) == 3 and not supervised.said
+    watched.stop(30.0)
+    assert watched.pids() == [] and slot.next is None
+    for pid in waiting:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_worker_that_is_never_told_a_plan_leaves():
+    """As where the server was killed meanwhile. Its module is imported before."""
+    command = [sys.executable, "-m", "experiments.scaling.service.worker"]
+    done = subprocess.run([*command, "tests.scaling.fake_backend"], input=b"", capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    done = subprocess.run([*command, "no.such.module"], input=b"", capture_output=True, timeout=60)
+    assert done.returncode and b"No module named 'no'" in done.stderr
+
+
 def test_a_run_that_ends_its_process_fails_after_some_times(tmp_path, supervised):
     store, (ada, _) = make_store(tmp_path)
     submit(store, ada, model_seed=2)

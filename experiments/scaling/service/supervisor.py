@@ -39,6 +39,8 @@ class Supervisor:
     """Worker processes, and a thread that looks after them every `TICK` seconds.
 
     slots: for each, what its worker's environment has beside this process's, such as CUDA_VISIBLE_DEVICES.
+    ahead: a slot's next worker is started while the present one has its runs, and has imported everything when its turn
+    comes: seconds of a CPU and the memory of another process, in place of seconds in which a GPU waits.
     """
 
     def __init__(
@@ -49,13 +51,14 @@ class Supervisor:
         *,
         setup: float = SETUP,
         most_lost: int = dispatch.MOST_LOST,
+        ahead: bool = False,
         say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ):
         if plan.make.__module__ == "__main__":
             raise ValueError("make must be a function of a module that workers can import, not of __main__")
         self._store, self._plan = store, plan
         self._setup, self._most_lost, self._say = setup, most_lost, Teller(say)
-        self._slots = [_Slot(i, env, plan) for i, env in enumerate(slots)]
+        self._slots = [_Slot(i, env, plan, ahead) for i, env in enumerate(slots)]
         self._seen: dict[str, tuple[float, float | None]] = {}  # run_id -> when it, and its clock, were first seen
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
@@ -78,6 +81,7 @@ class Supervisor:
         for slot in self._slots:
             slot.wait(until)
             slot.kill()
+            slot.drop()
         try:
             self._release()
         except (sqlite3.OperationalError, OSError) as error:
@@ -151,26 +155,20 @@ class Supervisor:
 class _Slot:
     """A place for one worker."""
 
-    def __init__(self, number: int, env: Mapping[str, str], plan: Plan):
-        self.number, self.env, self.plan = number, env, plan
+    def __init__(self, number: int, env: Mapping[str, str], plan: Plan, ahead: bool):
+        self.number, self.env, self.plan, self.ahead = number, env, plan, ahead
+        self.next: subprocess.Popen | None = None  # waits to be told the plan
         self.process: subprocess.Popen | None = None
         self.name = ""  # of the worker; its attempts' run_ids begin with it
         self.began = 0.0
         self.wait_for = 0.0  # seconds after `began` before the next one
 
     def begin(self) -> None:
-        """Start a worker: a session of its own, so that a signal to the group reaches what it started, and no more."""
+        """Start a worker, or give the one that was started ahead its turn."""
+        if self.next is not None and _ended(self.next):
+            self.drop()
+        self.process, self.next = self.next or self._started(), None
         self.name = f"{self.number}.{secrets.token_hex(4)}"
-        path = self.plan.folder / "logs" / f"slot-{self.number}.log"
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        if path.exists() and path.stat().st_size > LARGEST_LOG:
-            path.replace(path.with_suffix(".log.1"))
-        with open(path, "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "experiments.scaling.service.worker"],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, env={**os.environ, **self.env},
-                start_new_session=True,
-            )  # fmt: skip
         assert self.process.stdin is not None
         try:
             pickle.dump(self.plan._replace(worker=self.name, slot=str(self.number)), self.process.stdin)
@@ -178,6 +176,21 @@ class _Slot:
         except BrokenPipeError:  # it has ended; renew() says so
             pass
         self.began = time.monotonic()
+        if self.ahead:
+            self.next = self._started()
+
+    def _started(self) -> subprocess.Popen:
+        """A process in a session of its own, so that a signal to the group reaches what it started, and no more."""
+        path = self.plan.folder / "logs" / f"slot-{self.number}.log"
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        if path.exists() and path.stat().st_size > LARGEST_LOG:
+            path.replace(path.with_suffix(".log.1"))
+        with open(path, "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "experiments.scaling.service.worker", self.plan.make.__module__],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, env={**os.environ, **self.env},
+                start_new_session=True,
+            )  # fmt: skip
 
     def renew(self) -> str | None:
         """Start another worker in place of one that ended; a line about how it ended."""
@@ -200,6 +213,12 @@ class _Slot:
         """Whether an attempt is of this slot's worker."""
         return self.process is not None and run_id.startswith(f"{self.name}-")
 
+    def drop(self) -> None:
+        """End the worker that was started ahead, if there is one; it has no run."""
+        if self.next is not None:
+            _gone(self.next)
+            self.next = None
+
     def ask(self) -> None:
         """SIGTERM."""
         if self.process is not None and not self.ended():
@@ -211,21 +230,32 @@ class _Slot:
             time.sleep(0.02)
 
     def ended(self) -> bool:
-        """Whether the worker has ended. It is not reaped, so that its number stays the number of its group."""
+        """Whether the worker has ended."""
         assert self.process is not None
-        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        return self.process.returncode is not None or os.waitid(os.P_PID, self.process.pid, flags) is not None
+        return _ended(self.process)
 
     def kill(self) -> int | None:
         """End the worker and what it started, and wait until it is gone; its exit status."""
         if self.process is None:
             return None
-        if self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-        status = self.process.wait()
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
+        status = _gone(self.process)
         self.process = None
         return status
+
+
+def _ended(process: subprocess.Popen) -> bool:
+    """Whether it has ended. It is not reaped, so that its number stays the number of its group."""
+    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    return process.returncode is not None or os.waitid(os.P_PID, process.pid, flags) is not None
+
+
+def _gone(process: subprocess.Popen) -> int:
+    """End a process and what it started, and wait until it is gone; its exit status."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    status = process.wait()
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    return status

@@ -1,12 +1,14 @@
 """A worker: a process that takes one run after another, carries it out, and says so.
 
-    python -m experiments.scaling.service.worker < plan      # as supervisor.py starts it
+    python -m experiments.scaling.service.worker MODULE < plan      # as supervisor.py starts it
 
-It reads a pickled `Plan` from its input, which then stays open: when it closes, the supervisor is gone and the worker
-leaves, as on SIGTERM: its run is preempted and waits to be taken up again.
+It imports MODULE, the back end's, and reads a pickled `Plan` from its input, which may come much later and then stays
+open: when it closes, the supervisor is gone and the worker leaves, as on SIGTERM: its run is preempted and waits to be
+taken up again.
 """
 
 import contextlib
+import importlib
 import math
 import os
 import pickle
@@ -192,7 +194,12 @@ def _main() -> None:
     leave = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: leave.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's, which then ends its workers
-    plan = pickle.load(sys.stdin.buffer)
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    try:
+        plan = pickle.load(sys.stdin.buffer)
+    except EOFError:  # the supervisor was gone before this one's turn came
+        return
 
     def watch() -> None:
         while os.read(0, 1):
