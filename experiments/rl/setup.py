@@ -198,8 +198,6 @@ def run_of(
         loss=lambda made, chunk: loss_of(made, recipe.objective, temperature, chunk),
     )
 
-    graph = on_graph(cfg, world)
-
     @functools.cache
     def run(n_passes: int) -> Run:
         """The number of passes is a step's own, and differs with the rows that have an advantage."""
@@ -213,7 +211,7 @@ def run_of(
         made, recipe, lambda n_passes: run(n_passes).step, cfg.rows_per_pass, given.pad, job.loss_chunk,
         given.precision.compute, recompute, given.params if reference else None, drops, cfg.seed, world, run(1).whole,
     )  # fmt: skip
-    if not graph:
+    if not on_graph(cfg, world):
         return run(1), trainer
     passes = alone(job, world.device, compiled=False, graph=False, differentiate=in_passes(cfg.rows_per_pass))
     return passes, trainer._replace(
@@ -233,4 +231,5 @@ def say_what_is_trained(world: World, cfg: FromRewards, given: Opened, how: str)
     """One line on the terminal, of the first process."""
     if world.rank == 0:
         where = f"{world.size} processes, {cfg.parallel.mode}" if world.size > 1 else str(world.device)
-        say(f"{tree.n_params(given.params):,} parameters on {where}; {len(given.problems):,} problems; {how}")
+        passes = "; passes are CUDA graphs" if on_graph(cfg, world) else ""
+        say(f"{tree.n_params(given.params):,} parameters on {where}; {len(given.problems):,} problems; {how}{passes}")

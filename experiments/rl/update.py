@@ -50,8 +50,12 @@ class Trainer(NamedTuple):
 
     @property
     def multiple_of(self) -> int:
-        """What rows are padded to."""
+        """What the length of rows is padded to."""
         return LENGTHS if self.same_shape else 32
+
+    def rows_multiple(self, n_passes: int = 1) -> int:
+        """What the number of rows is padded to."""
+        return self.rows_per_pass if self.same_shape else n_passes * self.world.size
 
 
 def loss_of(model: Model, objective: Objective, temperature: float, chunk: int | None) -> Callable[..., Any]:
@@ -115,8 +119,7 @@ def prepared(trainer: Trainer, params: Any, rollouts: Rollouts, device: torch.de
 def log_probs(trainer: Trainer, params: Any, batch: dict[str, Tensor]) -> Tensor:
     """(B, T) log-probabilities of the targets at the temperature of sampling, in the dtype that is trained in."""
     params = tree.cast(params, trainer.compute)
-    multiple = trainer.rows_per_pass if trainer.same_shape else trainer.world.size
-    mine = share(trainer.world, padded({name: batch[name] for name in OF_MODEL}, multiple))
+    mine = share(trainer.world, padded({name: batch[name] for name in OF_MODEL}, trainer.rows_multiple()))
     found = []
     for at in range(0, len(mine["tokens"]), trainer.rows_per_pass):
         some = {name: x[at : at + trainer.rows_per_pass] for name, x in mine.items()}
@@ -189,7 +192,6 @@ def stepped(trainer: Trainer, state: TrainState, part: dict[str, Tensor]) -> tup
     part["n_tokens"] = (part.pop("mask") != 0).sum().to(torch.float32).clamp(min=1.0)
     part["denominator"] = torch.ones_like(part["n_tokens"])
     n_passes = -(-n_trained // (trainer.rows_per_pass * world.size))
-    multiple = trainer.rows_per_pass if trainer.same_shape else n_passes * world.size
-    state, metrics = trainer.step(n_passes)(state, share(world, padded(part, multiple)))
+    state, metrics = trainer.step(n_passes)(state, share(world, padded(part, trainer.rows_multiple(n_passes))))
     values = {name: float(x) for name, x in metrics.items() if name != "non_finite_rank"}
     return state, values | {"rows_trained": n_trained / n_rows}

@@ -204,6 +204,8 @@ def slots_of(args: Serve) -> list[dict[str, str]]:
     on_gpu = args.backend == "real" and args.device != "cpu" and torch.cuda.is_available()
     if args.device.startswith("cuda") and args.backend == "real" and not on_gpu:
         raise ValueError(f"device {args.device}: there is no GPU here")
+    if args.graph == "yes" and args.backend == "real" and not on_gpu:
+        raise ValueError("graph yes: needs a GPU")
     if not on_gpu:
         n = args.slots or 1
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // n))

@@ -113,6 +113,9 @@ def test_slots(monkeypatch):
     assert len(slots_of(Serve())) == 1
     with pytest.raises(ValueError, match="there is no GPU here"):
         slots_of(Serve(device="cuda"))
+    for device in ("auto", "cpu"):
+        with pytest.raises(ValueError, match="graph yes: needs a GPU"):
+            slots_of(Serve(device=device, graph="yes"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -215,9 +215,11 @@ def test_the_next_worker_is_there_when_its_turn_comes(tmp_path, supervised):
         submit(store, ada, model_seed=10 + i)
         until(lambda i=i: len(getattr(status(store, ada, i + 1), "val_losses", ())) >= 1)
         waiting.append(slot.next.pid)
-        assert watched.pids() == [waiting[i - 1]] if i == 1 else watched.pids() != [waiting[i - 1]]
-        if i == 1:  # lost while it waits
-            os.kill(waiting[1], signal.SIGKILL)
+        if i == 1:
+            assert watched.pids() == [waiting[0]]
+            os.kill(waiting[1], signal.SIGKILL)  # lost while it waits
+        if i == 2:
+            assert watched.pids() != [waiting[1]]
         assert until(lambda i=i: over(store, ada, i + 1)).val_losses == LOSSES
     assert len(set(waiting)) == 3 and not supervised.said
     watched.stop(30.0)
