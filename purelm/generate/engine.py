@@ -25,6 +25,7 @@ from purelm.models.model import Model
 __all__ = ["Job", "found_tokens"]
 
 SLOTS = 64  # of which the slots of a compiled or recorded step are a multiple, and the padded lengths of late prompts
+FEW = 2**14  # tokens of first prompts, which take the host longer to launch than a GPU to run: recorded as late ones
 AHEAD = 512  # rows whose random numbers are computed before they begin
 
 
@@ -182,12 +183,13 @@ def _prefill(batch: _Batch, prompts: list[Tensor]) -> tuple[Tensor, Any]:
     job, device, n = batch.job, batch.device, len(prompts)
     longest = max(map(len, prompts))
     start: Callable[..., Any] = _Start(job.model, batch.n_slots, batch.dtype, device)
-    late = batch.rows is not None and batch.lags
+    size = -(-len(batch.places.row_B) // 16)
+    padded = SLOTS << max(-(-longest // SLOTS) - 1, 0).bit_length()
+    few = -(-n // size) * size * padded <= FEW
+    late = batch.lags and (batch.rows is not None or (batch.recorded is not None and few))
     if late:
         # Rows come in again and again: in few different shapes, which are launched as before or recorded.
-        padded = SLOTS << max(-(-longest // SLOTS) - 1, 0).bit_length()
         longest = min(padded, batch.n_slots, job.model.context_length)  # padding has positions, too
-        size = -(-len(batch.places.row_B) // 16)
         prompts = prompts + [prompts[0][:1]] * (-n % size)
         start = start if batch.recorded is None else partial(batch.recorded, start)
     tokens_BT = torch.stack([torch.cat([p, p.new_zeros(longest - len(p))]) for p in prompts])

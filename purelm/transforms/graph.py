@@ -17,7 +17,7 @@ from purelm.transforms.donation import check_memory, consume, donated_type_of, u
 
 __all__ = ["cuda_graph"]
 
-MOST_RECORDS = 4  # recordings of one function; each holds memory for the function's intermediate results
+MOST_RECORDS = 4  # recordings of one function; each holds memory for its arguments and results
 MOST_COUNTS = 256  # kinds of arguments for which warm-up calls are counted
 
 
@@ -33,8 +33,8 @@ def cuda_graph(f: Callable[..., Any], donate: int | tuple[int, ...] = (), *, n_w
     The kind of the arguments is their tree with each tensor's shape, strides, dtype and device, and the value of every
     other leaf. For each kind f is first called n_warmup times without a graph, to compile and allocate everything. A
     recording is valid for donated tensors at the same addresses: another model or a loaded checkpoint is recorded anew.
-    The 4 most recent recordings are kept, each with memory for f's intermediate results. Without a tensor on a GPU, and
-    inside a function that is being compiled, f is called without a graph.
+    The 4 most recent recordings are kept; they share the memory of f's intermediate results, so that all calls must be
+    on one stream. Without a tensor on a GPU, and inside a function that is being compiled, f is called without a graph.
 
     ValueError: a donated tensor matches no result or shares memory with another argument; a tensor requires grad or is
     not on the GPU; a leaf cannot be hashed. RuntimeError: f does something that cannot be recorded.
@@ -84,7 +84,7 @@ def cuda_graph(f: Callable[..., Any], donate: int | tuple[int, ...] = (), *, n_w
             if key not in records:
                 if len(records) >= MOST_RECORDS:
                     records.popitem(last=False)
-                records[key] = _Record(f, leaves, treedef, donated, args, donate)
+                records[key] = _Record(f, leaves, treedef, donated, args, donate, list(records.values()))
             records.move_to_end(key)
             out = records[key].replay(leaves)
         consume(old, donated_type)
@@ -104,8 +104,9 @@ class _Record:
         donated: list[bool],
         args: tuple,
         donate: tuple[int, ...],
+        others: "list[_Record]",
     ):
-        device = next(x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda)
+        self.device = device = next(x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda)
         for x in leaves:
             if isinstance(x, Tensor) and x.device != device:
                 raise ValueError(f"cuda_graph: a tensor is on {x.device} and another on {device}: move it there first")
@@ -113,10 +114,12 @@ class _Record:
         inputs = [x.clone() if isinstance(x, Tensor) and not d else x for x, d in zip(aliases, donated, strict=True)]
         new_args, new_kwargs = treedef.unflatten([x.data if isinstance(x, Tensor) else x for x in inputs])
         self.graph = torch.cuda.CUDAGraph()
+        # Between two replays nothing is read that lies there: arguments are copied in, and results out.
+        pool = next((other.graph.pool() for other in others if other.device == device), None)
         with torch.cuda.device(device):
             try:
                 # thread_local: other threads may allocate memory meanwhile; torch tells autograd's own of the capture.
-                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                     results, self.treedef = optree.tree_flatten(f(*new_args, **new_kwargs))
                     self.slots, unmatched = _store(inputs, donated, results)
             except torch.OutOfMemoryError:
@@ -129,20 +132,18 @@ class _Record:
         if unmatched:
             raise ValueError(unmatched_message("cuda_graph", args, donate, unmatched))
         self.inputs = [x if isinstance(x, Tensor) and not d else None for x, d in zip(inputs, donated, strict=True)]
+        self._own = [x for x in self.inputs if x is not None]
         # Results in donated memory are not kept here: that would keep the memory of a model alive after its last use.
         self.results = [x if slot is None else None for x, slot in zip(results, self.slots, strict=True)]
 
     def replay(self, leaves: list[Any]) -> Any:
-        for x, mine in zip(leaves, self.inputs, strict=True):
-            if mine is not None:
-                mine.copy_(x)
+        _copy([x for x, mine in zip(leaves, self.inputs, strict=True) if mine is not None], self._own)
         self.graph.replay()
-        out = []
-        for x, slot in zip(self.results, self.slots, strict=True):
+        out = [torch.empty_like(x) if isinstance(x, Tensor) else x for x in self.results]
+        _copy(*([x for x in xs if isinstance(x, Tensor)] for xs in (self.results, out)))
+        for i, slot in enumerate(self.slots):
             if slot is not None:
-                out.append(leaves[slot].data)
-            else:
-                out.append(x.clone() if isinstance(x, Tensor) else x)
+                out[i] = leaves[slot].data
         return self.treedef.unflatten(out)
 
 
@@ -173,6 +174,17 @@ def _store(inputs: list[Any], donated: list[bool], results: list[Any]) -> tuple[
         inputs[i].copy_(x)
     numbers = [i for i, d in enumerate(donated) if d]
     return slots, [numbers.index(i) for i in free]
+
+
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    """Each source into its target, in a few launches: one for each of hundreds of leaves takes milliseconds."""
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for source, target in zip(sources, targets, strict=True):
+        for of_one, x in zip(by_dtype.setdefault(source.dtype, ([], [])), (target, source), strict=True):
+            of_one.append(x)
+    with torch.no_grad():
+        for some in by_dtype.values():
+            torch._foreach_copy_(*some)
 
 
 def _aliases(leaves: list[Any], donated: list[bool]) -> list[Any]:

@@ -131,13 +131,16 @@ def course_std(tied: bool) -> Callable[[str, Leaf], float]:
     return rule
 
 
-def optimizer_of(cfg: TrainingConfig) -> Optimizer:
-    """Without clipping and schedule; every parameter decays."""
+def optimizer_of(cfg: TrainingConfig, *, fused: bool = False) -> Optimizer:
+    """Without clipping and schedule; every parameter decays. fused: AdamW is one launch, where nothing is compiled."""
     match cfg.optimizer_config:
         case SGDConfig():
             return sgd()
         case AdamWConfig(weight_decay=decay, beta1=b1, beta2=b2, eps=eps, eps_root=root):
-            return adamw((b1, b2), eps, decay, eps_root=root, dtype=_dtype(cfg))
+            made = adamw
+            if fused:
+                from purelm.kernels.adamw import adamw as made
+            return made((b1, b2), eps, decay, eps_root=root, dtype=_dtype(cfg))
 
 
 def _dtype(cfg: TrainingConfig) -> torch.dtype:
@@ -156,7 +159,7 @@ def job_of(cfg: TrainingConfig, rules: Rules, device: torch.device, rows: int) -
     return Job(
         model=model,
         init=partial(transformer.init, random.key(cfg.model_seed), model, course_std(a.tie_word_embeddings)),
-        core=optimizer_of(cfg),
+        core=optimizer_of(cfg, fused=device.type == "cuda"),
         max_norm=cfg.optimizer_config.grad_clip_norm or 0.0,
         whole_matrices=False,
         schedule=schedules.cosine(
@@ -265,9 +268,10 @@ def _updates(
 
     def save() -> None:
         nonlocal idle, saved, cost
+        used = seconds()  # read before the clock stands, so that it never goes back
         start = time.perf_counter()
         trees = {"params": state.params, "opt_state": state.opt_state}
-        meta = {"identity": identity, "val_losses": list(losses), "seconds": seconds()}
+        meta = {"identity": identity, "val_losses": list(losses), "seconds": used}
         run.save(control.folder, done, trees, meta=meta, keep_last=1)
         saved = time.perf_counter()
         cost = saved - start
